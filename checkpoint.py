@@ -1,0 +1,280 @@
+"""Checkpoints that survive: written whole or not at all, verified when read, one behind the newest kept.
+
+`--checkpoint-path checkpoints/minigpt.pt` names the newest. Beside it, with the same stem, lie `.prev.pt` (the one
+before), `.best.pt` (least validation loss), `.step-N.pt` (with `--keep-last`), and the run's log and metrics.
+
+A checkpoint is what torch.save writes, an archive of tensors and plain values that
+`torch.load(path, weights_only=True)` reads; its SHA-256 stands in the archive's own comment field.
+"""
+
+import contextlib
+import glob
+import hashlib
+import logging
+import os
+import shutil
+import signal
+import struct
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from config import UserError, arg, flag
+
+COMMENT = b"sha256:"
+FORMAT = 1
+
+log = logging.getLogger("mini_llm")
+
+
+@dataclass
+class CheckpointConfig:
+    """Checkpoints"""
+
+    checkpoint_path: str = arg("checkpoints/minigpt.pt", "the newest checkpoint; log and metrics lie beside it",
+                               metavar="FILE.pt")
+    resume: str = arg("", "go on from the checkpoint path; auto: if it is there, else start; or from another FILE",
+                      const="latest", metavar="auto|FILE")
+    overwrite: bool = arg(False, "start over where a checkpoint is")
+    save_steps: int = arg(250, "steps between checkpoints; 0: only the last step's", low=0)
+    keep_last: int = arg(0, "older checkpoints to keep besides, as FILE.step-N.pt", low=0)
+
+    def validate(self):
+        if self.overwrite and self.resume in ("latest", "auto"):
+            raise UserError("--resume goes on from the checkpoint that --overwrite gives up: leave one of them out")
+        if os.path.isdir(self.checkpoint_path) or not Path(self.checkpoint_path).stem:
+            raise UserError(f"--checkpoint-path {self.checkpoint_path}: is a folder; name a file in it, "
+                            f"such as {os.path.join(self.checkpoint_path, 'minigpt.pt')}")
+
+    def beside(self, suffix):
+        """checkpoints/minigpt.pt, `.best.pt` → checkpoints/minigpt.best.pt"""
+        path = Path(self.checkpoint_path)
+        return path.with_name(path.stem + suffix)
+
+    def files(self):
+        """The names of all that lies at the checkpoint path and beside it."""
+        path = Path(self.checkpoint_path)
+        beside = sorted(str(file) for file in path.parent.glob(glob.escape(path.stem) + ".*") if file != path)
+        return [str(path), *beside]
+
+    def continues(self, resume_from):
+        """Whether a run that resumes from that file goes on with the run of the checkpoint path, or branches off."""
+        return Path(resume_from) == Path(self.checkpoint_path) or self.overwrite
+
+
+class DamagedCheckpoint(Exception):
+    pass
+
+
+def plan(cfg):
+    """Which file this run resumes from, or None to start anew. Raises UserError where the flags and the files do not
+    go together or the folder cannot be written; writes nothing."""
+    path = Path(cfg.checkpoint_path)
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"--checkpoint-path {path}: {folder} cannot be written; give a path in a folder of your own")
+    known = [file for file in (path, cfg.beside(".prev.pt")) if file.exists()]
+    if not cfg.resume:
+        if known and not cfg.overwrite:
+            raise UserError(f"--checkpoint-path {path}: there is a checkpoint already; add --resume to go on, "
+                            f"--overwrite to start over, or name another path")
+        return None
+    if cfg.resume == "auto":
+        return path if known else None
+    if cfg.resume == "latest":
+        if not known:
+            raise UserError(f"--resume: no checkpoint at {path}; leave --resume out to start, or use --resume auto")
+        return path
+    if not os.path.isfile(cfg.resume):
+        raise UserError(f"--resume {cfg.resume}: no such file; --resume alone takes {path}")
+    if known and not cfg.overwrite and not os.path.samefile(cfg.resume, known[0]):
+        raise UserError(f"--resume {cfg.resume}: {path} is there too; --overwrite rolls back to the file named, "
+                        f"another --checkpoint-path branches off from it")
+    return Path(cfg.resume)
+
+
+def restore(path, cfg, identity, config):
+    """The checkpoint at `path`, verified and found to be of this run: same model, tokenizer, data and batch.
+
+    `identity` is what must be equal, `config` all flags; those that differ are logged. Raises UserError.
+    """
+    payload = load_latest(path, cfg)
+    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
+        raise UserError(f"--resume: {path} is not a checkpoint of this version of mini-llm; --overwrite starts over")
+    changed = [f"{name} was {payload['identity'].get(name)}, is {value}" for name, value in identity.items()
+               if payload["identity"].get(name) != value]
+    if changed:
+        raise UserError(f"--resume: {path} is of another run: {'; '.join(changed)}; give the flags and data that "
+                        f"it was started with, or start anew with another --checkpoint-path")
+    ignored = {"resume", "overwrite", "checkpoint_path", "cache_dir"}
+    for name, value in config.items():
+        if name not in ignored and payload["config"].get(name) != value:
+            log.info("resumed with another %s: was %s, is %s", flag(name), payload["config"].get(name), value)
+    return payload
+
+
+def load_latest(path, cfg, map_location="cpu"):
+    """The checkpoint at `path`; where it is damaged, the one before it. Raises UserError where neither is whole."""
+    previous = cfg.beside(".prev.pt")
+    try:
+        return load(path, map_location)
+    except DamagedCheckpoint as error:
+        if path != Path(cfg.checkpoint_path) or not previous.exists():
+            raise UserError(f"--resume: {error}, and there is no {previous.name} to fall back to; "
+                            f"--overwrite starts over") from None
+        log.warning("%s; falling back to %s", error, previous)
+    try:
+        return load(previous, map_location)
+    except DamagedCheckpoint as error:
+        raise UserError(f"--resume: neither {path.name} nor {error}; --overwrite starts over") from None
+
+
+def load(path, map_location="cpu"):
+    """A verified checkpoint. Raises DamagedCheckpoint, naming the file and what is wrong with it."""
+    try:
+        stated, actual = read_digest(path), file_digest(path)
+        if stated != actual:
+            raise DamagedCheckpoint(f"{path} is damaged (its SHA-256 is not the one it was written with)")
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{path} is missing") from None
+    except DamagedCheckpoint:
+        raise
+    except Exception as error:  # torch.load raises many types, from pickle's to zip's
+        raise DamagedCheckpoint(f"{path} is not readable as a checkpoint "
+                                f"({(str(error).splitlines() or [type(error).__name__])[0][:100]})") from None
+
+
+def save(path, payload):
+    """Write `payload`, tensors and plain values, as `path`: to a temporary file, to the disk, under its name. A kill at
+    any moment leaves the old file or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".tmp")
+    try:
+        with open(draft, "wb") as file:
+            writer = _HashingFile(file)
+            torch.save(payload, writer)
+            file.seek(-2, os.SEEK_END)
+            comment = COMMENT + writer.digest_without_tail().encode()
+            file.write(struct.pack("<H", len(comment)) + comment)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def save_run(cfg, payload, step, latest, best):
+    """Save at the checkpoint path (`latest`), as `.best.pt` (`best`), or both, written once.
+
+    The checkpoint that was there stays as `.prev.pt`, and with --keep-last the new one gets a name with its step, too:
+    second names of the same file, which cost no writing and leave a whole one under some name at every moment.
+    """
+    path = Path(cfg.checkpoint_path)
+    if not latest:
+        save(cfg.beside(".best.pt"), payload)
+        return
+    if path.exists():
+        _link(path, cfg.beside(".prev.pt"))
+    save(path, payload)
+    if best:
+        _link(path, cfg.beside(".best.pt"))
+    if cfg.keep_last:
+        _link(path, cfg.beside(f".step-{step:08d}.pt"))
+        for old in sorted(path.parent.glob(cfg.beside(".step-*.pt").name))[:-cfg.keep_last]:
+            old.unlink(missing_ok=True)
+
+
+def _link(source, target):
+    draft = target.with_name(target.name + ".tmp")
+    draft.unlink(missing_ok=True)
+    try:
+        os.link(source, draft)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, draft)
+    os.replace(draft, target)
+
+
+def _sync_folder(folder):
+    fd = os.open(folder, os.O_RDONLY)
+    with contextlib.suppress(OSError):
+        os.fsync(fd)
+    os.close(fd)
+
+
+class _HashingFile:
+    """A file opened for writing that hashes what passes, but for the last two bytes, which the digest replaces."""
+
+    def __init__(self, file):
+        self.file, self.hash, self.tail = file, hashlib.sha256(), b""
+
+    def write(self, block):
+        view = memoryview(block).cast("B")
+        self.file.write(view)
+        if len(view) < 2:
+            view = memoryview(self.tail + bytes(view))
+        else:
+            self.hash.update(self.tail)
+        self.hash.update(view[:-2])
+        self.tail = bytes(view[-2:])
+        return len(block)
+
+    def flush(self):
+        self.file.flush()
+
+    def digest_without_tail(self):
+        return self.hash.hexdigest()
+
+
+def read_digest(path):
+    """The SHA-256 that a checkpoint states, or None."""
+    length = len(COMMENT) + 64
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - length))
+        tail = file.read()
+    return tail[len(COMMENT):].decode("ascii", "replace") if tail.startswith(COMMENT) else None
+
+
+def file_digest(path):
+    """The SHA-256 of a checkpoint up to the length of its comment."""
+    digest, left = hashlib.sha256(), os.path.getsize(path) - len(COMMENT) - 64 - 2
+    with open(path, "rb") as file:
+        while left > 0 and (block := file.read(min(left, 1 << 22))):
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()
+
+
+class StopSignal:
+    """SIGTERM and SIGINT as a request that the loop reads between two steps. A second Ctrl-C, seconds after the first,
+    interrupts at once."""
+
+    def __init__(self, world):
+        self.world, self.received, self.since = world, 0, 0.0
+
+    def __enter__(self):
+        self.previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number, frame):
+        # torchrun passes on the Ctrl-C that the terminal has already sent to every process.
+        if number == signal.SIGINT and self.received and time.monotonic() - self.since > 2:
+            raise KeyboardInterrupt
+        if not self.received:
+            self.received, self.since = number, time.monotonic()
+
+    def agreed(self):
+        """The signal that any rank has received, the same on every rank; 0 if none."""
+        return self.world.max(self.received)

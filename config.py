@@ -1,0 +1,203 @@
+"""Dataclass fields that are command-line flags, help texts and TOML keys at once.
+
+A module declares what can be set about it in a dataclass of `arg(...)` fields. A program composes such dataclasses
+into one, and `parse` fills it: defaults, then `--config FILE.toml`, then flags. Nothing is declared twice, and what
+is not declared is refused with the nearest name that is.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import sys
+import tomllib
+import types
+import typing
+from pathlib import Path
+
+REQUIRED_CHECKS = {
+    "above": (lambda value, bound: value > bound, "greater than"),
+    "low": (lambda value, bound: value >= bound, "at least"),
+    "below": (lambda value, bound: value < bound, "less than"),
+    "high": (lambda value, bound: value <= bound, "at most"),
+}
+
+
+class UserError(Exception):
+    """A mistake that the person at the keyboard can mend: shown as one line on stderr, exit code 2."""
+
+
+def arg(default, help, *, choices=(), const=None, metavar=None, **bounds):
+    """A dataclass field that is also a flag.
+
+    `bounds` are any of above, low, below, high. `const` is the value of a flag given without one (`--resume`).
+    """
+    assert bounds.keys() <= REQUIRED_CHECKS.keys(), bounds
+    metadata = dict(help=help, choices=choices, const=const, metavar=metavar, bounds=bounds)
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def parse(cls, argv=None):
+    """Fill `cls`, a dataclass of dataclasses, from `argv` (default: sys.argv) and the TOML file that it may name.
+
+    Raises UserError for anything unknown, of the wrong type, out of bounds, or refused by a group's `validate()`.
+    """
+    fields = flag_fields(cls)
+    parser = _Parser(prog=Path(sys.argv[0]).name, description=cls.__doc__, allow_abbrev=False,
+                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=118))
+    parser.add_argument("--config", metavar="FILE.toml", help="defaults for the flags below, which win over it")
+    for group in dataclasses.fields(cls):
+        section = parser.add_argument_group(group.type.__doc__.strip().splitlines()[0].rstrip("."))
+        for name, (_, field, kind) in fields.items():
+            if field in dataclasses.fields(group.type):
+                _add_flag(section, name, field, kind)
+
+    argv = [_kebab(word) for word in (sys.argv[1:] if argv is None else argv)]
+    given, unknown = parser.parse_known_args(argv)
+    given = vars(given)
+    if unknown:
+        _refuse_unknown(unknown[0], [flag(name) for name in fields] + ["--config"], "flag")
+
+    path = given.pop("config", None)
+    values = _read_toml(path, cls, fields) if path else {}
+    values |= {name: _coerce(flag(name), fields[name], value) for name, value in given.items()}
+
+    groups = {}
+    for group in dataclasses.fields(cls):
+        own = {name: value for name, value in values.items() if fields[name][0] == group.name}
+        groups[group.name] = group.type(**own)
+    config = cls(**groups)
+    for part in [*groups.values(), config]:
+        if hasattr(part, "validate"):
+            part.validate()
+    return config
+
+
+def flag_fields(cls):
+    """name → (group name, dataclass field, type) for every flag of `cls`."""
+    found = {}
+    for group in dataclasses.fields(cls):
+        hints = typing.get_type_hints(group.type)
+        for field in dataclasses.fields(group.type):
+            assert field.name not in found, f"two groups declare {field.name}"
+            found[field.name] = (group.name, field, hints[field.name])
+    return found
+
+
+def flatten(config):
+    """The filled dataclass of dataclasses as one plain dict: what is logged, tracked and saved."""
+    return {name: getattr(getattr(config, group), name) for name, (group, _, _) in flag_fields(type(config)).items()}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def _add_flag(section, name, field, kind):
+    meta, default = field.metadata, _default(field)
+    shown = "" if default in (None, "", [], False) else f" (default: {default})"
+    options = dict(dest=name, default=argparse.SUPPRESS, help=(meta["help"] + shown).replace("%", "%%"))
+    base = _base_type(kind)
+    if base is bool:
+        section.add_argument(flag(name), action=argparse.BooleanOptionalAction, **options)
+        return
+    options["metavar"] = meta["metavar"] or ("|".join(meta["choices"]) if meta["choices"] else
+                                             {int: "N", float: "X"}.get(base, "TEXT"))
+    if typing.get_origin(kind) is list:
+        options["nargs"] = "+"
+    elif meta["const"] is not None:
+        options |= dict(nargs="?", const=meta["const"])
+    section.add_argument(flag(name), **options)
+
+
+def _default(field):
+    return field.default if field.default is not dataclasses.MISSING else field.default_factory()
+
+
+def _base_type(kind):
+    """int | None → int; list[str] → str."""
+    if isinstance(kind, types.UnionType):
+        kind = next(option for option in typing.get_args(kind) if option is not type(None))
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
+
+
+def _coerce(label, declared, value):
+    """A string from the command line, or a TOML value, as the type that the field declares, within its bounds."""
+    _, field, kind = declared
+    base, meta = _base_type(kind), field.metadata
+    if typing.get_origin(kind) is list:
+        return [str(item) for item in (value if isinstance(value, list) else [value])]
+    if base in (int, float) and not isinstance(value, bool) and isinstance(value, (str, int, float)):
+        try:
+            number = base(value)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number) or (base is int and isinstance(value, float)):
+            kinds = {int: "a whole number", float: "a finite number"}
+            raise UserError(f"{label} {value}: expected {kinds[base]}{_example(field)}")
+        for bound, limit in meta["bounds"].items():
+            holds, words = REQUIRED_CHECKS[bound]
+            if not holds(number, limit):
+                raise UserError(f"{label} {value}: must be {words} {limit}{_example(field)}")
+        return number
+    if not isinstance(value, base):
+        raise UserError(f"{label} {value!r}: expected {base.__name__}{_example(field)}")
+    if meta["choices"] and value not in meta["choices"]:
+        raise UserError(f"{label} {value}: not one of {', '.join(meta['choices'])}{_nearest(value, meta['choices'])}")
+    return value
+
+
+def _example(field):
+    default = _default(field)
+    return "" if default in (None, "", []) else f", such as the default, {default}"
+
+
+def _read_toml(path, cls, fields):
+    try:
+        with open(path, "rb") as file:
+            table = tomllib.load(file)
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not valid TOML: {error}") from None
+    sections = [group.name for group in dataclasses.fields(cls)]
+    flat = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            if key not in sections:
+                _refuse_unknown(key, sections, f"--config {path}: section")
+            flat |= value
+        else:
+            flat[key] = value
+    values = {}
+    for key, value in flat.items():
+        name = key.replace("-", "_")
+        if name not in fields:
+            _refuse_unknown(key, list(fields), f"--config {path}: key")
+        values[name] = _coerce(f"--config {path}: {key} =", fields[name], value)
+    return values
+
+
+def _refuse_unknown(word, known, what):
+    word = word.split("=")[0]
+    raise UserError(f"{what} {word} is not known{_nearest(word, known) or ' (see --help)'}")
+
+
+def _nearest(word, known):
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _kebab(word):
+    """--batch_size=4 → --batch-size=4; values are left alone."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value

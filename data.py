@@ -1,0 +1,399 @@
+"""Text → documents → tokens → token shards → batches.
+
+Text is tokenized once into two files, `train.bin` and `val.bin`, in a cache folder whose name is a hash of all that
+decides their content. Training reads windows of them; which window comes when is a pure function of the step.
+"""
+
+import atexit
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import struct
+import tempfile
+import time
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+
+import toy
+from config import UserError, arg
+from text import Piece, builtin_sources, find_sources, pieces
+from tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+
+CODE_VERSION = 1  # raise it when the same text would give other tokens: old caches are then left alone
+BATCH = 1 << 22  # characters tokenized in parallel: bounds the memory of tokenization
+BPE_SAMPLE = 1 << 26  # characters that a bpe tokenizer is trained on, at most
+PREPARE_PATIENCE = 900  # seconds without progress after which a process stops waiting for the one that tokenizes
+
+log = logging.getLogger("mini_llm")
+
+
+@dataclass
+class DataConfig:
+    """Data"""
+
+    train_data: list[str] = arg([], "text to train on: .txt, .jsonl or .parquet files, globs, folders, a Hugging Face "
+                                    "dataset, or a folder of token shards; nothing: Python's own standard library",
+                                metavar="PATH")
+    val_data: list[str] = arg([], "text to validate on; nothing: a share of the training text", metavar="PATH")
+    val_ratio: float = arg(0.1, "share of the training text kept for validation where there is no --val-data",
+                           above=0, below=1)
+    tokenizer_name: str = arg("bpe", "bpe (trained on the text), byte, char, or a Hugging Face tokenizer's name or "
+                                     "folder, such as gpt2", metavar="NAME")
+    seq_len: int = arg(256, "tokens in a training sequence", low=1)
+    use_toy_data: bool = arg(False, "train on a Markov chain whose entropy is known, and so the best possible loss")
+    max_tokens: int = arg(0, "train on the first so many tokens only; 0: all", low=0)
+    data_seed: int = arg(1337, "seed of the order of the samples and of the choice of validation documents", low=0)
+    cache_dir: str = arg("data/cache", "where token shards are kept", metavar="DIR")
+
+    def validate(self):
+        if self.use_toy_data and (self.train_data or self.val_data):
+            raise UserError("--use-toy-data makes its own text: leave out --train-data and --val-data")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Token shards
+
+HEADER = struct.Struct("<8sIIQIi32s")
+MAGIC, FORMAT = b"MINILLM\0", 1
+
+
+class ShardWriter:
+    """Writes a header (magic, version, bytes an id, count, vocabulary size, end-of-text id, tokenizer hash) and then
+    the ids, uint16 where they fit and uint32 where not. Every id is checked against the vocabulary."""
+
+    def __init__(self, path, vocab_size, eos, tokenizer_hash, limit=0):
+        self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+        self.vocab_size, self.eos, self.hash, self.limit = vocab_size, eos, tokenizer_hash, limit
+        self.count, self.digest, self.file = 0, hashlib.blake2b(digest_size=16), open(path, "wb")
+        self.file.write(bytes(HEADER.size))
+
+    @property
+    def full(self):
+        return bool(self.limit) and self.count >= self.limit
+
+    def write(self, ids):
+        ids = np.asarray(ids, dtype=np.int64)
+        ids = ids[:self.limit - self.count] if self.limit else ids
+        if not len(ids):
+            return
+        if ids.min() < 0 or ids.max() >= self.vocab_size:
+            raise UserError(f"--tokenizer-name: token id {ids.max()} is outside its vocabulary of {self.vocab_size}")
+        block = ids.astype(self.dtype).tobytes()
+        self.digest.update(block)
+        self.file.write(block)
+        self.count += len(ids)
+
+    def close(self):
+        self.file.seek(0)
+        self.file.write(HEADER.pack(MAGIC, FORMAT, self.dtype.itemsize, self.count, self.vocab_size, self.eos,
+                                    self.hash))
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+
+class Shard:
+    """A token file, read window by window. `pread` rather than a memory map: no page of the file ever counts as this
+    process's memory, and nothing is copied but the window."""
+
+    def __init__(self, path):
+        self.path = path
+        try:
+            self.fd = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}; a folder of token shards holds train.bin and val.bin") from None
+        header = os.pread(self.fd, HEADER.size, 0)
+        if len(header) < HEADER.size or header[:8] != MAGIC:
+            raise UserError(f"{path}: not a token shard of mini-llm; prepare it again from the text")
+        _, version, itemsize, self.count, self.vocab_size, eos, self.tokenizer_hash = HEADER.unpack(header)
+        if version != FORMAT or os.fstat(self.fd).st_size != HEADER.size + self.count * itemsize:
+            raise UserError(f"{path}: version {version} or size is not what its header says; prepare it again")
+        self.eos = None if eos < 0 else eos
+        self.dtype = np.dtype({2: np.uint16, 4: np.uint32}[itemsize])
+
+    def windows(self, seq_len):
+        """How many windows of seq_len + 1 tokens there are that share no target."""
+        return max(0, self.count - 1) // seq_len
+
+    def window(self, index, seq_len):
+        """The tokens of window `index`: seq_len inputs and one more, so that every one of its targets is its own."""
+        size = self.dtype.itemsize
+        data = os.pread(self.fd, (seq_len + 1) * size, HEADER.size + int(index) * seq_len * size)
+        return np.frombuffer(data, self.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Preparation: text to shards, once
+
+
+def prepare(cfg, vocab_size=0, progress=False, scratch=False):
+    """The folder with the token shards that `cfg` describes, made now if it is not there. Safe against other processes
+    that want the same folder and against being killed: one process writes, under a lock that dies with it, into a
+    folder that gets its name only when it is whole.
+
+    Raises UserError for text that cannot be used; nothing stays behind then.
+    """
+    if len(cfg.train_data) == 1 and os.path.exists(os.path.join(cfg.train_data[0], "meta.json")):
+        return Path(cfg.train_data[0])
+    if cfg.use_toy_data:
+        sources, val_sources = [], []
+    else:
+        sources = find_sources(cfg.train_data) if cfg.train_data else builtin_sources()
+        val_sources = find_sources(cfg.val_data, "--val-data")
+    tokenizer = load_tokenizer(cfg.tokenizer_name)
+    key = hashlib.blake2b(digest_size=12)
+    settings = [CODE_VERSION, FORMAT, cfg.use_toy_data, cfg.max_tokens, *([] if val_sources else [cfg.val_ratio]),
+                cfg.data_seed, cfg.tokenizer_name if tokenizer is None else tokenizer.to_str(),
+                vocab_size if cfg.tokenizer_name == "bpe" else 0]
+    key.update(json.dumps(settings).encode())
+    for source in [*sources, None, *val_sources]:
+        key.update(_source_digest(source) if source else b"|")
+    folder = Path(cfg.cache_dir) / key.hexdigest()
+    if scratch and not folder.exists():
+        temporary = tempfile.mkdtemp(prefix="mini-llm-")
+        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        folder = Path(temporary) / key.hexdigest()
+    while not folder.exists():
+        with _locked_draft(folder) as draft:
+            if draft is not None:
+                _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources, progress)
+                os.replace(draft, folder)
+    return folder
+
+
+@contextlib.contextmanager
+def _locked_draft(folder):
+    """An empty folder of this process's own, to be renamed to `folder` when it is whole; None where another process
+    has just finished that. The lock is on the draft itself, so a killed writer leaves a draft that nobody holds."""
+    draft = folder.with_name(folder.name + ".draft")
+    try:
+        draft.mkdir(parents=True, exist_ok=True)
+        fd = os.open(draft, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"--cache-dir {folder.parent}: {error.strerror}; give a folder that can be written") from None
+    try:
+        _wait_for_lock(fd, draft)
+        ours = draft.exists() and os.path.samestat(os.fstat(fd), os.stat(draft))
+        if not ours or folder.exists():
+            yield None
+            return
+        for leftover in draft.iterdir():
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        try:
+            yield draft
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                folder.parent.rmdir()
+            raise
+    finally:
+        os.close(fd)
+
+
+def _wait_for_lock(fd, draft):
+    told = False
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not told:
+                log.info("waiting for another process that prepares the same data in %s", draft)
+                told = True
+            with contextlib.suppress(OSError):
+                newest = max(file.stat().st_mtime for file in [draft, *draft.iterdir()])
+                if time.time() - newest > PREPARE_PATIENCE:
+                    raise UserError(f"{draft}: the process that prepares this data has written nothing for "
+                                    f"{PREPARE_PATIENCE} s; end it, remove the folder and start again") from None
+            time.sleep(0.1)
+
+
+def _source_digest(source):
+    """What a source's text is, without reading all of it: files up to 256 MB whole, of larger ones size, time and 16
+    samples."""
+    if source.kind == "hub":
+        return source.paths[0].encode()
+    digest = hashlib.blake2b(source.kind.encode(), digest_size=16)
+    for path in source.paths:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            if size <= 1 << 28:
+                digest.update(hashlib.file_digest(file, "blake2b").digest())
+                continue
+            digest.update(f"{size} {os.stat(path).st_mtime_ns}".encode())
+            for part in range(16):
+                file.seek(size // 16 * part)
+                digest.update(file.read(1 << 20))
+    return digest.digest()
+
+
+def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources, progress):
+    def stream():
+        if cfg.use_toy_data:
+            return iter([Piece(text, split, False) for split, text in toy.text(cfg.data_seed)])
+        own = pieces(sources, "train", 0.0 if val_sources else cfg.val_ratio, cfg.data_seed)
+        return chain(pieces(val_sources, "val"), own)
+
+    started, entropy = time.perf_counter(), None
+    if cfg.use_toy_data:
+        tokenizer, entropy = train_tokenizer("char", [toy.ALPHABET], 0), toy.entropy_rate(cfg.data_seed)
+    elif tokenizer is None:
+        sample = (piece.text for piece in stream() if piece.split == "train" or cfg.tokenizer_name == "char")
+        if cfg.tokenizer_name == "bpe":
+            sample = _first_characters(sample, BPE_SAMPLE)
+        tokenizer = train_tokenizer(cfg.tokenizer_name, sample, vocab_size or 4096)
+        log.info("trained a %s tokenizer of %s tokens in %.1f s", cfg.tokenizer_name,
+                 f"{tokenizer.get_vocab_size():,}", time.perf_counter() - started)
+
+    eos = save_tokenizer(tokenizer, draft / "tokenizer", cfg.tokenizer_name)
+    size = tokenizer.get_vocab_size(with_added_tokens=True)
+    identity = hashlib.blake2b(tokenizer.to_str().encode(), digest_size=32).digest()
+    limits = dict(train=cfg.max_tokens, val=0 if val_sources or not cfg.max_tokens else
+                  max(cfg.seq_len + 1, int(cfg.max_tokens * cfg.val_ratio)))
+    writers = {split: ShardWriter(draft / f"{split}.bin", size, -1 if eos is None else eos, identity, limit)
+               for split, limit in limits.items()}
+    n_bytes, started = dict(train=0, val=0), time.perf_counter()
+    from tqdm import tqdm
+
+    total = sum(os.path.getsize(path) for source in [*sources, *val_sources] if source.kind != "hub"
+                for path in source.paths)
+    with tqdm(total=total or None, unit="B", unit_scale=True, desc="tokenizing", leave=False,
+              disable=None if progress else True) as bar:
+        source = stream()
+        while not all(writer.full for writer in writers.values()) and (batch := _take(source, BATCH)):
+            wanted = [piece for piece in batch if not writers[piece.split].full]
+            encoded = tokenizer.encode_batch_fast([piece.text for piece in wanted], add_special_tokens=False)
+            for piece, encoding in zip(wanted, encoded, strict=True):
+                size_bytes = len(piece.text.encode("utf-8", "replace"))
+                n_bytes[piece.split] += size_bytes
+                writers[piece.split].write(encoding.ids)
+                if piece.ends_document and eos is not None:
+                    writers[piece.split].write([eos])
+            bar.update(sum(len(piece.text) for piece in batch))
+    for split, writer in writers.items():
+        writer.close()
+        if writer.count < cfg.seq_len + 1:
+            where = "--val-data" if split == "val" and val_sources else "--train-data"
+            raise UserError(f"{where}: {writer.count:,} {split} tokens are fewer than one sequence of --seq-len "
+                            f"{cfg.seq_len} + 1; give more text, a smaller --seq-len, or --val-data")
+    seconds = time.perf_counter() - started
+    tokens = sum(writer.count for writer in writers.values())
+    log.info("tokenized %.1f MB into %s tokens in %.1f s (%.1f MB/s)", sum(n_bytes.values()) / 1e6, f"{tokens:,}",
+             seconds, sum(n_bytes.values()) / 1e6 / max(seconds, 1e-9))
+    meta = dict(tokens={split: writer.count for split, writer in writers.items()}, bytes=n_bytes, vocab_size=size,
+                eos=eos, tokenizer=cfg.tokenizer_name if not cfg.use_toy_data else "char",
+                tokenizer_hash=identity.hex(), entropy_rate=entropy,
+                fingerprint={split: writer.digest.hexdigest() for split, writer in writers.items()})
+    (draft / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+def _first_characters(texts, limit):
+    for text in texts:
+        if limit <= 0:
+            return
+        limit -= len(text)
+        yield text
+
+
+def _take(stream, characters):
+    """The next pieces of the stream, up to about so many characters; [] at its end."""
+    batch = []
+    while characters > 0 and (piece := next(stream, None)):
+        batch.append(piece)
+        characters -= len(piece.text)
+    return batch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+class Corpus:
+    """Token shards with disjoint training and validation documents, and the order in which training reads them."""
+
+    def __init__(self, cfg, vocab_size=0, progress=False, scratch=False):
+        """`scratch`: leave nothing behind; shards that are not in the cache are made in a temporary folder."""
+        self.seq_len, self.seed = cfg.seq_len, cfg.data_seed
+        self.folder = prepare(cfg, vocab_size, progress, scratch)
+        self.meta = json.loads((self.folder / "meta.json").read_text())
+        self.train, self.val = (Shard(self.folder / f"{split}.bin") for split in ("train", "val"))
+        self.vocab_size, self.eos, self.fingerprint = self.train.vocab_size, self.train.eos, self.meta["fingerprint"]
+        self.n_windows, self.n_val_windows = self.train.windows(self.seq_len), self.val.windows(self.seq_len)
+        for shard, count in ((self.train, self.n_windows), (self.val, self.n_val_windows)):
+            if not count:
+                raise UserError(f"--seq-len {self.seq_len}: {shard.path} holds {shard.count:,} tokens, less than one "
+                                f"sequence; give more text or a smaller --seq-len")
+
+    def export_tokenizer(self, folder):
+        """Copy the tokenizer to `folder`, for whoever uses the checkpoint without the data."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(self.folder / "tokenizer", folder, dirs_exist_ok=True)
+
+    @property
+    def val_bytes_per_token(self):
+        return self.meta["bytes"]["val"] / self.meta["tokens"]["val"]
+
+    def samples(self, step, n):
+        """Indices of the n windows of one optimizer step, (n,): without replacement within an epoch, in an order of
+        each epoch's own, whatever the number of ranks."""
+        position = step * n + np.arange(n)
+        epoch, index = position // self.n_windows, position % self.n_windows
+        order = np.empty(n, dtype=np.int64)
+        for one in np.unique(epoch):
+            order[epoch == one] = permute(index[epoch == one], self.n_windows, self.seed * 1_000_003 + int(one))
+        return order
+
+    def batch(self, step, micro, accum, batch_size, rank=0, size=1):
+        """Inputs and targets of one micro-batch of one rank, (B, T) int64 each.
+
+        The step's samples are dealt out in the order micro-batch, rank, row, so that 2 micro-batches on one rank are
+        the same step as one on each of 2 ranks.
+        """
+        order = self.samples(step, accum * size * batch_size)
+        start = (micro * size + rank) * batch_size
+        return split_windows(self.train, order[start:start + batch_size], self.seq_len)
+
+    def val_batches(self, max_tokens, batch_size, rank=0, size=1):
+        """This rank's share of the validation windows as (inputs, targets, number of real rows), (B, T) int64 each.
+        `max_tokens` > 0 takes windows spread evenly over the set. The last batch repeats a row to keep its shape."""
+        n = min(self.n_val_windows, max_tokens // self.seq_len or 1) if max_tokens else self.n_val_windows
+        chosen = iter([i * self.n_val_windows // n for i in range(rank, n, size)])
+        while rows := list(islice(chosen, batch_size)):
+            filler = [rows[-1]] * (batch_size - len(rows))
+            yield *split_windows(self.val, rows + filler, self.seq_len), len(rows)
+
+
+def split_windows(shard, indices, seq_len):
+    """Windows → (inputs, targets), (B, T) int64 each; targets are the inputs one token on."""
+    windows = np.stack([shard.window(index, seq_len) for index in indices]).astype(np.int64)  # (B, T + 1)
+    return windows[:, :-1], windows[:, 1:]
+
+
+def permute(index, n, key):
+    """A permutation of range(n) applied to `index`, an array, in O(1) memory: a Feistel network over the next power of
+    four (Luby & Rackoff 1988), walked until the value falls below n (Black & Rogaway 2002)."""
+    half = np.uint64(max(1, (max(n - 1, 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    out = np.asarray(index, dtype=np.uint64).copy()
+    outside = np.ones(out.shape, dtype=bool)
+    while outside.any():
+        left, right = out[outside] >> half, out[outside] & mask
+        for turn in range(4):
+            left, right = right, left ^ (_mix(right, key * 4 + turn) & mask)
+        out[outside] = left << half | right
+        outside = out >= n
+    return out.astype(np.int64)
+
+
+def _mix(x, key):
+    """splitmix64's finalizer (Steele et al. 2014) of x and a key, over a uint64 array."""
+    x = x + np.uint64((key * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) % (1 << 64))
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,137 @@
+"""What this machine can do: its device, its fast number format, its peak, its memory."""
+
+import contextlib
+import os
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from config import UserError, arg
+
+# Dense bf16 peak in FLOP/s, from the vendors' data sheets (without sparsity), by a part of the device's name.
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12,
+              "B200": 2250e12, "A100": 312e12, "A10G": 70e12, "L40S": 362e12, "L4": 121e12,
+              "RTX 4090": 165e12, "RTX 3090": 71e12}
+
+
+@dataclass
+class SpeedConfig:
+    """Precision and speed"""
+
+    device: str = arg("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cuda", "cpu", "mps"))
+    amp: bool = arg(True, "mixed precision: matrix products in --amp-dtype, weights and optimizer in fp32")
+    amp_dtype: str = arg("auto", "auto: bf16 where the device does it fast, else fp16 on a GPU",
+                         choices=("auto", "bf16", "fp16"))
+    compile: bool | None = arg(None, "torch.compile; unset: on a GPU only")
+    deterministic: bool = arg(False, "deterministic kernels only: slower, the same bits on every run of one machine")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """`dtype` of autocast (None: no autocast), whether gradients need a scaler, and why."""
+
+    device: torch.device
+    dtype: torch.dtype | None
+    reason: str
+
+    @property
+    def name(self):
+        return {torch.bfloat16: "bf16", torch.float16: "fp16", None: "off"}[self.dtype]
+
+    def autocast(self):
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def scaler(self):
+        """fp16 gradients underflow unscaled (Micikevicius et al. 2018); bf16 has the range of fp32."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+
+
+def choose_device(name, local_rank=0):
+    """auto|cuda|cpu|mps → torch.device. Raises UserError for a device that is not there."""
+    has_mps = torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("--device cuda: this PyTorch sees no CUDA device; use --device cpu, or check nvidia-smi "
+                            "and that torch is the CUDA build")
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"--device cuda: local rank {local_rank} has no GPU of its own, this machine has "
+                            f"{torch.cuda.device_count()}; lower --nproc-per-node")
+        return torch.device("cuda", local_rank)
+    if name == "mps" and not has_mps:
+        raise UserError("--device mps: this PyTorch has no Metal support; use --device cpu")
+    return torch.device(name)
+
+
+def choose_precision(cfg, device):
+    """The autocast dtype that `cfg` asks for, or the fast one of the device, with the reason in words."""
+    if not cfg.amp:
+        return Precision(device, None, "--no-amp: fp32 (TF32 in matrix products on a GPU)")
+    if cfg.amp_dtype != "auto":
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[cfg.amp_dtype]
+        return Precision(device, dtype, f"--amp-dtype {cfg.amp_dtype}")
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return Precision(device, torch.bfloat16, "this GPU multiplies bf16 in its tensor cores")
+        return Precision(device, torch.float16, "this GPU has no fast bf16; gradients are scaled")
+    if device.type == "cpu" and _cpu_multiplies_bf16():
+        return Precision(device, torch.bfloat16, "this CPU multiplies bf16 (AMX or AVX512-BF16)")
+    return Precision(device, None, f"this {device.type} has no fast bf16: fp32")
+
+
+def _cpu_multiplies_bf16():
+    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, probe, bool)() for probe in probes)
+
+
+def configure(cfg, device):
+    """Process-wide switches of torch that the flags stand for."""
+    torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32, on GPUs that have it
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def should_compile(cfg, device):
+    return device.type == "cuda" if cfg.compile is None else cfg.compile
+
+
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def peak_flops(device):
+    """Dense bf16 FLOP/s of the device, or None where it is not known: better no MFU than a wrong one."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def memory_metrics(device):
+    """GPU memory in GB of this process since the last call, {} on a CPU."""
+    if device.type != "cuda":
+        return {}
+    free, total = torch.cuda.mem_get_info(device)
+    metrics = {"gpu/allocated_gb": torch.cuda.memory_allocated(device) / 1e9,
+               "gpu/peak_gb": torch.cuda.max_memory_allocated(device) / 1e9,
+               "gpu/reserved_gb": torch.cuda.memory_reserved(device) / 1e9,
+               "gpu/mem_utilization": 1 - free / total}
+    torch.cuda.reset_peak_memory_stats(device)
+    return metrics

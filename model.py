@@ -1,0 +1,333 @@
+"""One GPT, three architectures: (tokens, targets) → loss.
+
+GPT-2 (Radford et al. 2019), Qwen3 (arXiv:2505.09388) and nanochat differ in a handful of parts: the norm, how position
+enters, the MLP, the head. `ARCHS` states each architecture as one choice of every part.
+
+Shape letters: B batch, T time, C d_model, L layers, nh query heads, nkv key/value heads, hs head size, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from config import UserError, arg
+
+IGNORE = -1  # a target that carries no loss
+
+
+@dataclass(frozen=True)
+class Arch:
+    norm: str  # layernorm: gain and bias; rmsnorm: gain only; plain_rmsnorm: no parameters
+    norm_eps: float
+    bias: bool  # in every linear layer but the head
+    rope_theta: float  # 0: learned absolute positions instead of RoPE
+    rope_sign: int  # nanochat turns queries and keys the other way round
+    qk_norm: str  # RMSNorm of queries and keys: no, before or after RoPE
+    mlp: str  # gelu: tanh approximation; swiglu; relu2
+    embed_norm: bool
+    tie_embeddings: bool
+    softcap: float  # logits = cap * tanh(logits / cap); 0: none
+
+
+ARCHS = {
+    "gpt2": Arch("layernorm", 1e-5, True, 0, 1, "no", "gelu", False, True, 0.0),
+    "qwen3": Arch("rmsnorm", 1e-6, False, 1e6, 1, "before", "swiglu", False, False, 0.0),
+    "nanochat": Arch("plain_rmsnorm", 1e-6, False, 1e4, -1, "after", "relu2", True, False, 15.0),
+}
+
+
+@dataclass
+class GPTConfig:
+    """Model"""
+
+    arch: str = arg("gpt2", "which architecture, exactly", choices=tuple(ARCHS))
+    n_layers: int = arg(4, "transformer blocks", low=1)
+    n_heads: int = arg(4, "attention heads (queries)", low=1)
+    n_kv_heads: int = arg(0, "key/value heads of grouped-query attention; 0: as many as n_heads", low=0)
+    d_model: int = arg(256, "width of the residual stream", low=1)
+    d_ff: int = arg(0, "width of the MLP; 0: 4 x d_model, or 3 x for SwiGLU", low=0)
+    head_dim: int = arg(0, "width of one head; 0: d_model / n_heads", low=0)
+    dropout: float = arg(0.0, "probability, on embeddings, attention weights and residual branches", low=0, below=1)
+    max_position_embeddings: int = arg(1024, "longest sequence, in tokens", low=1)
+    vocab_size: int = arg(0, "tokens that a bpe tokenizer learns, or a model wider than its tokenizer; "
+                             "0: 4096 for bpe, else the tokenizer's own size", low=0)
+    tie_embeddings: bool | None = arg(None, "share input and output embedding; unset: as the architecture has it")
+    use_activation_checkpoint: bool = arg(False, "recompute blocks in the backward pass: less memory, a third slower")
+
+    def validate(self):
+        if not self.head_dim and self.d_model % self.n_heads:
+            raise UserError(f"--n-heads {self.n_heads} does not divide --d-model {self.d_model}; "
+                            f"try --d-model {self.n_heads * max(1, round(self.d_model / self.n_heads))}")
+        if self.n_kv_heads and self.n_heads % self.n_kv_heads:
+            raise UserError(f"--n-kv-heads {self.n_kv_heads} does not divide --n-heads {self.n_heads}; "
+                            f"try --n-kv-heads {math.gcd(self.n_heads, self.n_kv_heads)}")
+        if self.parts.rope_theta and self.head_size % 2:
+            raise UserError(f"--head-dim {self.head_size} is odd, and RoPE turns pairs of dimensions; use an even one")
+
+    @property
+    def parts(self):
+        return ARCHS[self.arch]
+
+    @property
+    def head_size(self):
+        return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def kv_heads(self):
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def ff_size(self):
+        return self.d_ff or (3 if self.parts.mlp == "swiglu" else 4) * self.d_model
+
+    @property
+    def tied(self):
+        return self.parts.tie_embeddings if self.tie_embeddings is None else self.tie_embeddings
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x), times a gain if there is one (Zhang & Sennrich 2019)."""
+
+    def __init__(self, size, eps, gain=True):
+        super().__init__()
+        self.size, self.eps = (size,), eps
+        self.weight = nn.Parameter(torch.ones(size)) if gain else None
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.size, self.weight, self.eps).type_as(x)
+
+
+def make_norm(parts, size):
+    if parts.norm == "layernorm":
+        return nn.LayerNorm(size, eps=parts.norm_eps)
+    return RMSNorm(size, parts.norm_eps, gain=parts.norm == "rmsnorm")
+
+
+def rope_angles(cfg):
+    """cos and sin of every position's angles, (2, max_position_embeddings, hs / 2), float32 (Su et al. 2021)."""
+    inverse = cfg.parts.rope_theta ** -(torch.arange(0, cfg.head_size, 2).float() / cfg.head_size)
+    angles = torch.outer(torch.arange(cfg.max_position_embeddings).float(), inverse)
+    return torch.stack([angles.cos(), angles.sin() * cfg.parts.rope_sign])
+
+
+def rotate(x, rope):
+    """Turn each pair (i, i + hs/2) of x, (B, n, T, hs), by its position's angle; rope is (2, T, hs / 2)."""
+    (cos, sin), (x1, x2) = rope, x.float().chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).type_as(x)
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg, bias = cfg, cfg.parts.bias
+        self.sizes = [n * cfg.head_size for n in (cfg.n_heads, cfg.kv_heads, cfg.kv_heads)]
+        self.qkv = nn.Linear(cfg.d_model, sum(self.sizes), bias=bias)
+        self.proj = nn.Linear(self.sizes[0], cfg.d_model, bias=bias)
+        if cfg.parts.qk_norm != "no":
+            gain = cfg.parts.norm == "rmsnorm"
+            self.q_norm = RMSNorm(cfg.head_size, cfg.parts.norm_eps, gain)
+            self.k_norm = RMSNorm(cfg.head_size, cfg.parts.norm_eps, gain)
+
+    def forward(self, x, rope, past=None):
+        B, T, _ = x.shape
+        # (B, T, n * hs) -> (B, n, T, hs)
+        q, k, v = (part.view(B, T, -1, self.cfg.head_size).transpose(1, 2)
+                   for part in self.qkv(x).split(self.sizes, dim=-1))
+        if self.cfg.parts.qk_norm == "before":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        if self.cfg.parts.qk_norm == "after":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if past is not None:
+            k, v = past.append(k, v)
+        # One new token sees all that is cached, so only a longer input needs the causal mask.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=self.cfg.kv_heads != self.cfg.n_heads,
+                                           dropout_p=self.cfg.dropout if self.training else 0.0)
+        return self.proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, nh, T, hs) -> (B, T, nh * hs) -> (B, T, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.kind, bias = cfg.parts.mlp, cfg.parts.bias
+        self.up = nn.Linear(cfg.d_model, cfg.ff_size, bias=bias)
+        if self.kind == "swiglu":
+            self.gate = nn.Linear(cfg.d_model, cfg.ff_size, bias=bias)
+        self.down = nn.Linear(cfg.ff_size, cfg.d_model, bias=bias)
+
+    def forward(self, x):
+        if self.kind == "swiglu":
+            return self.down(F.silu(self.gate(x)) * self.up(x))
+        h = self.up(x)
+        return self.down(F.gelu(h, approximate="tanh") if self.kind == "gelu" else F.relu(h).square())
+
+
+class Block(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.attn_norm, self.attn = make_norm(cfg.parts, cfg.d_model), Attention(cfg)
+        self.mlp_norm, self.mlp = make_norm(cfg.parts, cfg.d_model), MLP(cfg)
+        self.dropout = nn.Dropout(cfg.dropout)
+
+    def forward(self, x, rope, past=None):
+        x = x + self.dropout(self.attn(self.attn_norm(x), rope, past))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class GPT(nn.Module):
+    def __init__(self, cfg):
+        """Weights are drawn from torch's generator; cfg.vocab_size must be set."""
+        super().__init__()
+        assert cfg.vocab_size > 0, "the vocabulary size comes from the tokenizer"
+        self.cfg = cfg
+        self.tok_emb = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        if cfg.parts.rope_theta:
+            self.register_buffer("rope", rope_angles(cfg), persistent=False)
+        else:
+            self.pos_emb = nn.Embedding(cfg.max_position_embeddings, cfg.d_model)
+        self.embed_norm = make_norm(cfg.parts, cfg.d_model) if cfg.parts.embed_norm else nn.Identity()
+        self.dropout = nn.Dropout(cfg.dropout)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.norm = make_norm(cfg.parts, cfg.d_model)
+        self.head = None if cfg.tied else nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """GPT-2: normal(0, 0.02), the projections into the residual stream smaller by sqrt(2L). nanochat: embeddings
+        of unit scale, uniform matrices of std 1/sqrt(C), projections zero, a head near zero."""
+        nanochat = self.cfg.arch == "nanochat"
+        for name, parameter in self.named_parameters():
+            into_stream = name.endswith(("proj.weight", "down.weight"))
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif "norm" in name:
+                parameter.fill_(1.0)
+            elif not nanochat:
+                parameter.normal_(0.0, 0.02 / math.sqrt(2 * self.cfg.n_layers) if into_stream else 0.02)
+            elif into_stream:
+                parameter.zero_()
+            elif name == "head.weight" or (name == "tok_emb.weight" and self.cfg.tied):
+                parameter.normal_(0.0, 0.001)
+            elif name == "tok_emb.weight":
+                parameter.normal_(0.0, 1.0)
+            else:
+                bound = math.sqrt(3 / self.cfg.d_model)
+                parameter.uniform_(-bound, bound)
+
+    def forward(self, tokens, targets=None, reduction="mean"):
+        """tokens (B, T) int64, targets (B, T) with IGNORE where nothing is to be predicted → the cross-entropy in
+        nats per token (a scalar; `reduction="sum"`: nats). Without targets → logits (B, T, V)."""
+        logits = self.logits(self.hidden(tokens))
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE,
+                               reduction=reduction)
+
+    def hidden(self, tokens, past=None):
+        """(B, T) → (B, T, C), after the last norm."""
+        start, T = (past.length if past else 0), tokens.shape[1]
+        x = self.tok_emb(tokens)
+        rope = None
+        if self.cfg.parts.rope_theta:
+            rope = self.rope[:, start:start + T]  # (2, T, hs / 2)
+        else:
+            x = x + self.pos_emb.weight[start:start + T]  # (B, T, C) + (T, C)
+        x = self.dropout(self.embed_norm(x))
+        for layer, block in enumerate(self.blocks):
+            if self.cfg.use_activation_checkpoint and self.training:
+                x = checkpoint(block, x, rope, use_reentrant=False)
+            else:
+                x = block(x, rope, past.layers[layer] if past else None)
+        return self.norm(x)
+
+    def logits(self, x):
+        """(B, T, C) → (B, T, V)."""
+        weight = self.tok_emb.weight if self.head is None else self.head.weight
+        # Tensor cores want a multiple of 64 columns. The weights keep their true shape, so that no checkpoint, loss or
+        # gradient knows of the padding.
+        pad = -weight.shape[0] % 64 if weight.is_cuda else 0
+        logits = F.linear(x, F.pad(weight, (0, 0, 0, pad)) if pad else weight)[..., :self.cfg.vocab_size]
+        cap = self.cfg.parts.softcap
+        return cap * torch.tanh(logits.float() / cap) if cap else logits
+
+    def num_params(self, matmul=False):
+        """Parameters in all; with `matmul`, those that take part in matrix products, the N of 6N FLOPs a token: not
+        positions, and not an input embedding that is only looked up."""
+        skipped = {"pos_emb.weight"} | ({"tok_emb.weight"} if self.head is not None else set())
+        return sum(p.numel() for name, p in self.named_parameters() if not (matmul and name in skipped))
+
+    def flops_per_token(self, seq_len):
+        """Forward and backward: 6N + 12·L·d·T (Chowdhery et al. 2022, appendix B; no credit for recomputation)."""
+        width = self.cfg.n_heads * self.cfg.head_size
+        return 6 * self.num_params(matmul=True) + 12 * self.cfg.n_layers * width * seq_len
+
+    @torch.no_grad()
+    def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_token=None, generator=None):
+        """tokens (B, T), T >= 1 → (B, T + n), n <= max_new_tokens, less if every row has produced `stop_token`.
+
+        temperature 0 is greedy. top_k keeps the k likeliest tokens (0: all), top_p the smallest set of tokens whose
+        probability reaches p (Holtzman et al. 2019). A context that has outgrown the positions is cut to its last half.
+        """
+        training, limit = self.training, self.cfg.max_position_embeddings
+        self.eval()
+        past, fresh = KVCache(self.cfg), tokens[:, -limit:]
+        done = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
+        for _ in range(max_new_tokens):
+            if past.length + fresh.shape[1] > limit:
+                past, fresh = KVCache(self.cfg), tokens[:, -(limit // 2 or 1):]
+            logits = self.logits(self.hidden(fresh, past)[:, -1]).float()  # (B, V)
+            fresh = sample(logits, temperature, top_k, top_p, generator)  # (B, 1)
+            tokens = torch.cat([tokens, fresh], dim=1)
+            if stop_token is not None:
+                done |= fresh[:, 0] == stop_token
+                if done.all():
+                    break
+        self.train(training)
+        return tokens
+
+
+def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """(B, V) logits → (B, 1) token ids."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    probs = logits.softmax(dim=-1)
+    if top_p < 1:
+        ranked, order = probs.sort(dim=-1, descending=True)
+        ranked[ranked.cumsum(dim=-1) - ranked >= top_p] = 0  # the token that reaches p stays
+        probs = torch.zeros_like(probs).scatter_(-1, order, ranked)
+    return torch.multinomial(probs, 1, generator=generator)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, one buffer of max_position_embeddings a layer."""
+
+    def __init__(self, cfg):
+        self.layers = [LayerCache(cfg.max_position_embeddings) for _ in range(cfg.n_layers)]
+
+    @property
+    def length(self):
+        return self.layers[0].length
+
+
+class LayerCache:
+    def __init__(self, limit):
+        self.limit, self.length, self.buffer = limit, 0, None
+
+    def append(self, k, v):
+        """(B, nkv, T, hs) each → all keys and values so far, (B, nkv, length, hs) each."""
+        if self.buffer is None:
+            B, n, _, hs = k.shape
+            self.buffer = k.new_empty(2, B, n, self.limit, hs)
+        start, self.length = self.length, self.length + k.shape[2]
+        self.buffer[0, :, :, start:self.length] = k
+        self.buffer[1, :, :, start:self.length] = v
+        return self.buffer[0, :, :, :self.length], self.buffer[1, :, :, :self.length]

@@ -1,0 +1,209 @@
+"""Where text comes from: files, folders, tables and datasets → documents, in pieces small enough to stream."""
+
+import codecs
+import glob
+import os
+import re
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import UserError
+from tokenizer import END_OF_TEXT, hub_reachable
+
+PIECE = 1 << 16  # characters given to the tokenizer at once
+TEXT_SUFFIXES = {".txt", ".text", ".md"}
+TABLE_SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """`kind`: text, json, parquet, or hub (a dataset's name). A text source is one file; others may be several."""
+
+    kind: str
+    paths: tuple[str, ...]
+
+
+def find_sources(paths, label="--train-data"):
+    """Paths, globs, folders and dataset names → Sources. Raises UserError for whatever is not there or not text."""
+    sources = []
+    for path in paths:
+        if any(char in path for char in "*?["):
+            files = [file for file in sorted(glob.glob(path, recursive=True)) if os.path.isfile(file)]
+            if not files:
+                raise UserError(f"{label} {path}: no file matches; quote the pattern and check it with ls")
+        elif os.path.isdir(path):
+            known = TEXT_SUFFIXES | TABLE_SUFFIXES.keys()
+            files = [str(file) for file in sorted(Path(path).rglob("*")) if file.suffix in known and file.is_file()]
+            if not files:
+                raise UserError(f"{label} {path}: no {', '.join(sorted(known))} file in this folder")
+        elif os.path.exists(path):
+            files = [path]
+        elif re.fullmatch(r"[\w-]+(/[\w.-]+)?", path) and not path.startswith("-"):
+            _require_hub(f"{label} {path}: no such file, and as a Hugging Face dataset it cannot be reached")
+            sources.append(Source("hub", (path,)))
+            continue
+        else:
+            raise UserError(f"{label} {path}: no such file or folder")
+        for file in files:
+            _check_readable(file, label)
+        sources += [Source("text", (file,)) for file in files if Path(file).suffix not in TABLE_SUFFIXES]
+        for kind in ("json", "parquet"):
+            tables = tuple(file for file in files if TABLE_SUFFIXES.get(Path(file).suffix) == kind)
+            sources += [Source(kind, tables)] if tables else []
+    return sources
+
+
+def builtin_sources():
+    """The source files of Python's standard library, without its tests: about 10 MB of text on every machine."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
+    files = [file for file in sorted(root.rglob("*.py")) if not skipped & set(file.relative_to(root).parts)]
+    return [Source("text", (str(file),)) for file in files]
+
+
+def _check_readable(file, label):
+    try:
+        with open(file, "rb") as stream:
+            head = stream.read(PIECE)
+    except OSError as error:
+        raise UserError(f"{label} {file}: {error.strerror}") from None
+    if not head:
+        raise UserError(f"{label} {file}: the file is empty")
+    if Path(file).suffix == ".parquet":
+        return
+    undecodable = codecs.getincrementaldecoder("utf-8")("replace").decode(head).count("\ufffd")
+    if b"\0" in head or undecodable > len(head) / 10:
+        raise UserError(f"{label} {file}: not UTF-8 text; convert it (iconv -t UTF-8) or give .txt, .jsonl or .parquet")
+
+
+def _require_hub(message):
+    if not hub_reachable():
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class Piece:
+    text: str
+    split: str  # train or val
+    ends_document: bool
+
+
+def pieces(sources, split, val_ratio=0.0, seed=0) -> Iterator[Piece]:
+    """The documents of the sources in order, in pieces of about PIECE characters.
+
+    With a `val_ratio`, whole documents go to validation, spread evenly over the corpus. A few text files are too few
+    for that: then each gives its tail, cut at the end of a document or line.
+    """
+    texts = [source for source in sources if source.kind == "text"]
+    tails = val_ratio and len(texts) == len(sources) and len(texts) * val_ratio < 2
+    index = 0
+    for source in sources:
+        if tails:
+            cut, size = tail_start(source.paths[0], val_ratio), os.path.getsize(source.paths[0])
+            parts = [(text_pieces(source.paths[0], 0, cut), "train"), (text_pieces(source.paths[0], cut, size), "val")]
+        elif source.kind == "text":
+            parts = [(text_pieces(source.paths[0]), None)]
+        else:
+            parts = [(table_pieces(source), None)]
+        for stream, part in parts:
+            for text, ends in stream:
+                chosen = part or ("val" if is_validation(index, val_ratio, seed) else split)
+                yield Piece(text, chosen, ends)
+                index += ends
+
+
+def is_validation(index, ratio, seed):
+    """Whether document `index` is one of the share `ratio`: a low-discrepancy sequence (multiples of the golden
+    ratio), so that even a few dozen documents give the right share."""
+    return (index + seed) * 0.6180339887498949 % 1.0 < ratio
+
+
+def tail_start(file, ratio):
+    """The byte at which the last `ratio` of a text file begins, moved to the next end of a document, else of a line."""
+    size = os.path.getsize(file)
+    start = int(size * (1 - ratio))
+    with open(file, "rb") as stream:
+        stream.seek(start)
+        window = stream.read(1 << 20)
+    for mark in (END_OF_TEXT.encode(), b"\n"):
+        found = window.find(mark)
+        if found >= 0 and start + found + len(mark) < size:
+            return start + found + len(mark)
+    while window and window[0] & 0xC0 == 0x80:  # not inside a UTF-8 character
+        start, window = start + 1, window[1:]
+    return start
+
+
+def text_pieces(file, start=0, stop=None):
+    """(text, ends a document) for bytes start..stop of a text file. `<|endoftext|>` ends a document, and so does the
+    end of the range. Reads as it goes: a file of any size costs a few MB. Undecodable bytes become U+FFFD."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig" if start == 0 else "utf-8")("replace")
+    left, buffer = (os.path.getsize(file) if stop is None else stop) - start, ""
+    with open(file, "rb") as stream:
+        stream.seek(start)
+        while left > 0 and (block := stream.read(min(left, 1 << 20))):
+            left -= len(block)
+            buffer += decoder.decode(block, final=left <= 0)
+            *documents, buffer = buffer.split(END_OF_TEXT)
+            for document in documents:
+                yield from document_pieces(document)
+            *ready, buffer = cut_text(buffer)
+            yield from ((text, False) for text in ready)
+    if buffer:
+        yield buffer, True
+
+
+def document_pieces(document):
+    *ready, last = cut_text(document)
+    yield from ((text, False) for text in ready)
+    if last:
+        yield last, True
+
+
+def cut_text(text):
+    """Cut a text into pieces of about PIECE characters where GPT-2's pre-tokenizer cuts it anyway: before the newline
+    or the space that is followed by a word. So the pieces' tokens are the text's tokens. Returns at least one piece."""
+    found, start = [], 0
+    while len(text) - start > 2 * PIECE:
+        end = start + PIECE
+        cut = _last_break(text, "\n", start, end) or _last_break(text, " ", start, end) or end
+        found.append(text[start:cut])
+        start = cut
+    return [*found, text[start:]]
+
+
+def _last_break(text, mark, start, end):
+    """The last `mark` in (start, end) that a word follows and, for a space, that a word precedes; None if none."""
+    while (end := text.rfind(mark, start + 1, end)) > 0:
+        if not text[end + 1].isspace() and (mark == "\n" or not text[end - 1].isspace()):
+            return end
+    return None
+
+
+def table_pieces(source):
+    """(text, ends a document) for each row of JSONL or Parquet files or of a dataset of the Hugging Face hub."""
+    import datasets
+
+    name = " ".join(source.paths)
+    datasets.disable_progress_bars()
+    try:
+        if source.kind == "hub":
+            rows = datasets.load_dataset(source.paths[0], split="train", streaming=True)
+        else:
+            rows = datasets.load_dataset(source.kind, data_files=list(source.paths), split="train", streaming=True)
+        for row in rows:
+            text = row.get("text")
+            if text is None:
+                strings = [key for key, value in row.items() if isinstance(value, str)]
+                if len(strings) != 1:
+                    raise UserError(f"{name}: no column named text (found {', '.join(row)}); rename one of them")
+                text = row[strings[0]]
+            if text:
+                yield from document_pieces(text)
+    except UserError:
+        raise
+    except Exception as error:  # datasets wraps what its readers raise in many types of its own
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise UserError(f"{name}: not readable as {source.kind}: {reason}") from None

@@ -1,0 +1,158 @@
+"""Tokenizers, all of one kind: `tokenizers.Tokenizer`, the type behind every fast Hugging Face tokenizer."""
+
+import json
+import os
+import threading
+import urllib.request
+from pathlib import Path
+
+from config import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+OWN = ("bpe", "byte", "char")
+EOS_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[SEP]")
+
+
+def load_tokenizer(name):
+    """The tokenizer of that name or folder; None for one that is trained on the text (bpe, char).
+
+    Raises UserError within seconds where the hub would be needed and cannot be reached.
+    """
+    if name in ("bpe", "char"):
+        return None
+    return _byte_tokenizer() if name == "byte" else _pretrained(name)
+
+
+def train_tokenizer(name, texts, vocab_size):
+    """`bpe`: GPT-2's byte-level BPE with `vocab_size` tokens in all (Sennrich et al. 2016). `char`: every character of
+    the texts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if name == "char":
+        alphabet = sorted(set().union(*(set(text) for text in texts)))
+        if not alphabet:
+            raise UserError("--tokenizer-name char: the text has no characters; give --train-data with text in it")
+        # BPE with nothing to merge is a character tokenizer that every Hugging Face tool understands.
+        tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+        tokenizer.decoder = decoders.Fuse()
+        tokenizer.add_special_tokens([END_OF_TEXT])
+    else:
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        if vocab_size < len(alphabet) + 1:
+            raise UserError(f"--vocab-size {vocab_size}: bpe needs at least {len(alphabet) + 1} tokens, "
+                            f"the bytes and {END_OF_TEXT}")
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False))
+    return tokenizer
+
+
+def save_tokenizer(tokenizer, folder, name):
+    """Write a folder that `transformers.AutoTokenizer` loads; returns the id of the end-of-text token, or None."""
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    eos = _eos_token(tokenizer, name)
+    config = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=eos, bos_token=eos)
+    (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if v}, indent=1))
+    return None if eos is None else tokenizer.token_to_id(eos)
+
+
+def open_tokenizer(folder):
+    """The tokenizer that `save_tokenizer` wrote."""
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+
+
+def _byte_tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return tokenizer
+
+
+def _pretrained(name):
+    """A folder's or the hub's tokenizer: from the local cache if it is there, else from the hub if it answers."""
+    from tokenizers import Tokenizer
+
+    if os.path.isdir(name):
+        file = os.path.join(name, "tokenizer.json")
+    else:
+        file = _hub_file(name, "tokenizer.json", local_files_only=True)
+        if file is None and hub_reachable():
+            file = _hub_file(name, "tokenizer.json")
+    if file is not None and os.path.exists(file):
+        try:
+            return Tokenizer.from_file(file)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise UserError(f"--tokenizer-name {name}: {file} is not a tokenizer: {error}") from None
+    if os.path.isdir(name) or hub_reachable():
+        tokenizer = _slow_pretrained(name)
+        if tokenizer is not None:
+            return tokenizer
+        why = "no tokenizer found there"
+    else:
+        why = "not in the local cache (HF_HOME), and the hub cannot be reached"
+    raise UserError(f"--tokenizer-name {name}: {why}; offline choices: {', '.join(OWN)}, or a tokenizer's folder")
+
+
+def _slow_pretrained(name):
+    """A tokenizer that has no tokenizer.json: transformers converts it. None where it is none."""
+    try:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False).backend_tokenizer
+    except (ImportError, OSError, ValueError, AttributeError):
+        return None
+
+
+def _hub_file(name, file, **options):
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return hf_hub_download(name, file, **options)
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError):
+        return None
+
+
+def hub_reachable(seconds=3.0):
+    """Whether the Hugging Face hub answers within so many seconds: its own clients try for a minute."""
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        return False
+    answered = threading.Event()
+
+    def probe():
+        try:
+            urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=seconds).close()
+            answered.set()
+        except urllib.request.HTTPError:
+            answered.set()
+        except OSError:
+            pass
+
+    # A thread, because a name look-up that hangs heeds no timeout.
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answered.is_set()
+
+
+def _eos_token(tokenizer, name):
+    """The end-of-text token: what the tokenizer's own config says, else the first of the usual names that it has."""
+    source = Path(name) / "tokenizer_config.json" if os.path.isdir(name) else None
+    if source is None and name not in OWN:
+        found = _hub_file(name, "tokenizer_config.json", local_files_only=True)
+        source = Path(found) if found else None
+    if source is not None and source.exists():
+        stated = json.loads(source.read_text()).get("eos_token")
+        stated = stated.get("content") if isinstance(stated, dict) else stated
+        if stated and tokenizer.token_to_id(stated) is not None:
+            return stated
+    return next((token for token in EOS_NAMES if tokenizer.token_to_id(token) is not None), None)

@@ -1,0 +1,95 @@
+"""Pretrain a GPT on many devices: `torchrun --nproc-per-node=N train_ddp.py`, on one node or several.
+
+The loop is train.py's. This file is what distributed data parallelism changes about it: each rank has a replica of the
+model and its share of every batch, and gradients are averaged in the backward pass.
+"""
+
+import contextlib
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from config import UserError
+from train import World, main
+
+TIMEOUT = datetime.timedelta(minutes=30)  # of a collective: longer than any node needs more than another to tokenize
+
+
+class DDPWorld(World):
+    def __init__(self, cfg):
+        if "RANK" not in os.environ:
+            raise UserError("train_ddp.py is started by torchrun: torchrun --nproc-per-node=2 train_ddp.py ...; "
+                            "for one process, python train.py")
+        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.local_rank, self.local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        self.node_rank, self.is_main = int(os.environ["GROUP_RANK"]), self.rank == 0
+        super().__init__(cfg)
+        if self.device.type == "mps":
+            raise UserError("--device mps: PyTorch has no collectives on Metal; use --device cpu, or python train.py")
+        if self.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
+            # torchrun's default leaves all cores but one a rank idle.
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.local_size))
+        # Gradients go over NCCL on GPUs; numbers and flags live on the CPU, go over gloo, and never wait for a GPU.
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=TIMEOUT)
+
+    def wrap(self, model):
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+
+    def grad_sync(self, model, last):
+        return contextlib.nullcontext() if last else model.no_sync()
+
+    def sum(self, values):
+        return self._reduce(values, dist.ReduceOp.SUM, torch.float64)
+
+    def max(self, value):
+        return self._reduce([value], dist.ReduceOp.MAX, torch.int64)[0]
+
+    def _reduce(self, values, op, dtype):
+        tensor = torch.tensor(values, dtype=dtype)
+        dist.all_reduce(tensor, op)
+        return tensor.tolist()
+
+    def gather(self, values):
+        mine = torch.tensor(values, dtype=torch.float64)
+        everyone = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(everyone, mine)
+        return [row.tolist() for row in everyone]
+
+    def from_main(self, make):
+        outcome = [None, None, None]
+        tensors = []
+        if self.is_main:
+            try:
+                leaves, spec = tree_flatten(make())
+                tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+                outcome = [None, [leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], spec]
+            except Exception as error:
+                outcome = [error, None, None]
+        dist.broadcast_object_list(outcome)
+        error, leaves, spec = outcome
+        if error is not None:
+            raise error
+        # Tensors one by one: a checkpoint is never pickled as a whole.
+        arriving = iter(tensors)
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, torch.Tensor):
+                leaves[i] = next(arriving) if self.is_main else torch.empty_like(leaf, device="cpu")
+                dist.broadcast(leaves[i], 0)
+        return tree_unflatten(leaves, spec)
+
+    @staticmethod
+    def announces():
+        return os.environ.get("RANK", "0") == "0"
+
+    def close(self):
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(DDPWorld)
