@@ -57,11 +57,12 @@ def setup_logging(is_main):
     log.setLevel(logging.INFO if is_main else logging.CRITICAL + 1)
 
 
-class _ConsoleHandler(logging.Handler):
-    formatter = logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S")
+FORMATTER = logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S")
 
+
+class _ConsoleHandler(logging.Handler):
     def emit(self, record):
-        tqdm.write(self.format(record), file=sys.stdout)
+        tqdm.write(FORMATTER.format(record), file=sys.stdout)
         sys.stdout.flush()
 
 
@@ -205,7 +206,7 @@ class Tracker:
     def _open(self, cfg, beside, state, config):
         beside(".log").parent.mkdir(parents=True, exist_ok=True)
         self.file = logging.FileHandler(beside(".log"), mode="a" if state.step else "w")
-        self.file.setFormatter(_ConsoleHandler.formatter)
+        self.file.setFormatter(FORMATTER)
         log.addHandler(self.file)
         self.sinks.append(JsonlSink(beside(".metrics.jsonl"), state.step))
         if cfg.use_tensorboard:

@@ -11,7 +11,7 @@ import os
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_map_only
 
 from config import UserError
 from train import World, main
@@ -62,26 +62,25 @@ class DDPWorld(World):
         return [row.tolist() for row in everyone]
 
     def from_main(self, make):
-        outcome = [None, None, None]
-        tensors = []
+        outcome, value = [None, None], None
         if self.is_main:
             try:
-                leaves, spec = tree_flatten(make())
-                tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-                outcome = [None, [leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], spec]
+                value = make()
+                outcome[1] = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), value)
             except Exception as error:
-                outcome = [error, None, None]
+                outcome[0] = error
         dist.broadcast_object_list(outcome)
-        error, leaves, spec = outcome
+        error, skeleton = outcome
         if error is not None:
             raise error
+
         # Tensors one by one: a checkpoint is never pickled as a whole.
-        arriving = iter(tensors)
-        for i, leaf in enumerate(leaves):
-            if isinstance(leaf, torch.Tensor):
-                leaves[i] = next(arriving) if self.is_main else torch.empty_like(leaf, device="cpu")
-                dist.broadcast(leaves[i], 0)
-        return tree_unflatten(leaves, spec)
+        def share(tensor):
+            tensor = torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor
+            dist.broadcast(tensor, 0)
+            return tensor
+
+        return tree_map_only(torch.Tensor, share, value if self.is_main else skeleton)
 
     @staticmethod
     def announces():

@@ -1,0 +1,104 @@
+from dataclasses import dataclass, field
+
+import pytest
+
+from config import UserError, arg, flatten, parse
+
+
+@dataclass
+class Engine:
+    """Engine"""
+
+    cylinders: int = arg(4, "how many", low=1, high=16)
+    power: float = arg(1.5, "in kW", above=0)
+    fuel: str = arg("petrol", "what burns", choices=("petrol", "diesel"))
+    turbo: bool = arg(False, "with a turbo")
+    heated: bool | None = arg(None, "unset: by the weather")
+    idle_speed: int | None = arg(None, "unset: by the fuel", low=0)
+
+
+@dataclass
+class Trip:
+    """Trip"""
+
+    stops: list[str] = arg([], "places")
+    resume: str = arg("", "go on", const="latest")
+
+
+@dataclass
+class Car:
+    """A car."""
+
+    engine: Engine = field(default_factory=Engine)
+    trip: Trip = field(default_factory=Trip)
+
+
+def test_defaults_then_toml_then_flags(tmp_path):
+    file = tmp_path / "car.toml"
+    file.write_text('stops = ["a", "b"]\n[engine]\ncylinders = 6\npower = 3\nidle-speed = 700\n')
+    car = parse(Car, ["--config", str(file), "--cylinders", "8"])
+    assert car.engine == Engine(cylinders=8, power=3.0, idle_speed=700)
+    assert car.trip.stops == ["a", "b"]
+    assert parse(Car, []) == Car()
+
+
+def test_flags_of_every_kind():
+    car = parse(Car, ["--turbo", "--no-heated", "--idle_speed=5", "--stops", "x", "y", "--resume"])
+    assert car.engine == Engine(turbo=True, heated=False, idle_speed=5)
+    assert car.trip == Trip(stops=["x", "y"], resume="latest")
+    assert parse(Car, ["--resume", "auto"]).trip.resume == "auto"
+    assert flatten(car)["idle_speed"] == 5
+
+
+def test_a_value_with_underscores_is_left_alone():
+    assert parse(Car, ["--stops", "new_york"]).trip.stops == ["new_york"]
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--cylindres", "4"], ["--cylindres", "did you mean --cylinders?"]),
+    (["--cylinders", "four"], ["--cylinders four", "a whole number", "4"]),
+    (["--cylinders", "2.5"], ["--cylinders 2.5", "a whole number"]),
+    (["--cylinders", "0"], ["--cylinders 0", "at least 1"]),
+    (["--cylinders", "99"], ["at most 16"]),
+    (["--power", "-1"], ["--power -1", "greater than 0"]),
+    (["--power", "nan"], ["--power nan", "a finite number"]),
+    (["--power", "inf"], ["a finite number"]),
+    (["--fuel", "deisel"], ["--fuel deisel", "did you mean diesel?"]),
+    (["--config", "missing.toml"], ["missing.toml", "No such file"]),
+    (["stray"], ["stray", "not known"]),
+    (["--power"], ["--power", "expected one argument"]),
+])
+def test_mistakes_are_named_with_a_way_out(argv, words):
+    with pytest.raises(UserError) as caught:
+        parse(Car, argv)
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("toml, words", [
+    ("cylindres = 4", ["key cylindres", "did you mean cylinders?"]),
+    ("[motor]\ncylinders = 4", ["section motor"]),
+    ("cylinders = '4x'", ["a whole number"]),
+    ("cylinders = 4.5", ["a whole number"]),
+    ("turbo = 1", ["turbo", "expected bool"]),
+    ("fuel = true", ["fuel", "expected str"]),
+    ("cylinders = ", ["not valid TOML"]),
+    ("power = nan", ["a finite number"]),
+])
+def test_mistakes_in_toml_are_named_too(tmp_path, toml, words):
+    file = tmp_path / "car.toml"
+    file.write_text(toml)
+    with pytest.raises(UserError) as caught:
+        parse(Car, ["--config", str(file)])
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+def test_one_flag_has_one_owner():
+    @dataclass
+    class Twice:
+        """Twice."""
+
+        one: Engine = field(default_factory=Engine)
+        two: Engine = field(default_factory=Engine)
+
+    with pytest.raises(AssertionError, match="two groups declare"):
+        parse(Twice, [])

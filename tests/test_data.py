@@ -1,0 +1,334 @@
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, SHARED
+
+import data
+import text as text_module
+from config import UserError
+from data import Corpus, DataConfig, Shard, ShardWriter, permute, prepare
+from text import cut_text, find_sources, is_validation, pieces, text_pieces
+from tokenizer import END_OF_TEXT, load_tokenizer, open_tokenizer, train_tokenizer
+
+
+def config(path, cache, **changes):
+    paths = [str(path)] if path else []
+    return DataConfig(**dict(train_data=paths, cache_dir=str(cache), tokenizer_name="byte", seq_len=32) | changes)
+
+
+def decode(shard, tokenizer, start=0, stop=None):
+    ids = np.concatenate([shard.window(i, 1)[:1] for i in range(shard.count - 1)] + [shard.window(shard.count - 2, 1)[1:]])
+    return tokenizer.decode(ids[start:stop].tolist(), skip_special_tokens=False)
+
+
+# Order of samples
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 1000, 4097])
+def test_permute_is_a_permutation(n):
+    order = permute(np.arange(n), n, key=7)
+    assert sorted(order) == list(range(n))
+    if n > 100:
+        assert not np.array_equal(order, permute(np.arange(n), n, key=8))
+        assert np.abs(np.corrcoef(order, np.arange(n))[0, 1]) < 0.1
+
+
+def test_an_epoch_shows_every_window_once_and_the_next_in_another_order(text, cache):
+    corpus = Corpus(config(text, cache))
+    n, batch = corpus.n_windows, 7
+    seen = np.concatenate([corpus.samples(step, batch) for step in range(2 * n // batch + 1)])
+    assert sorted(seen[:n]) == list(range(n)) and sorted(seen[n:2 * n]) == list(range(n))
+    assert not np.array_equal(seen[:n], seen[n:2 * n])
+
+
+def test_micro_batches_on_one_rank_are_the_same_samples_as_ranks(text, cache):
+    corpus = Corpus(config(text, cache))
+    for step in (0, 5, 10_000):
+        one = np.concatenate([corpus.batch(step, micro, 4, 3)[0] for micro in range(4)])
+        two = np.concatenate([corpus.batch(step, micro, 2, 3, rank, 2)[0] for micro in range(2) for rank in range(2)])
+        four = np.concatenate([corpus.batch(step, 0, 1, 3, rank, 4)[0] for rank in range(4)])
+        assert np.array_equal(one, two) and np.array_equal(one, four)
+
+
+def test_targets_are_the_inputs_one_token_on_and_no_window_shares_one(text, cache):
+    corpus = Corpus(config(text, cache))
+    x, y = corpus.batch(0, 0, 1, 8)
+    assert np.array_equal(x[:, 1:], y[:, :-1])
+    flat = np.concatenate([corpus.train.window(i, 32)[1:] for i in range(corpus.n_windows)])
+    whole = np.frombuffer((corpus.folder / "train.bin").read_bytes()[data.HEADER.size:], np.uint16)
+    assert np.array_equal(flat, whole[1:len(flat) + 1])
+
+
+def test_every_validation_window_is_evaluated_once_whatever_the_ranks(text, cache):
+    corpus = Corpus(config(text, cache))
+    for size in (1, 2, 3):
+        rows = [x[i].tobytes() for rank in range(size) for x, _, real in corpus.val_batches(0, 5, rank, size)
+                for i in range(real)]
+        assert len(rows) == corpus.n_val_windows
+        assert sorted(rows) == sorted(corpus.val.window(i, 32)[:-1].astype(np.int64).tobytes()
+                                      for i in range(corpus.n_val_windows))
+    assert sum(real for *_, real in corpus.val_batches(320, 4)) == 10
+
+
+# Documents and tokens
+
+
+def test_pieces_have_the_tokens_of_the_whole_text(text):
+    prose = text.read_text() * 3 + "\n\n\n  indented\n\tline \n" * 2000 + "word " * 60000 + "x" * 300_000
+    tokenizer = train_tokenizer("bpe", [prose[:200_000]], 400)
+    found = cut_text(prose)
+    assert "".join(found) == prose and len(found) > 5
+    whole = tokenizer.encode(prose[:-300_000]).ids
+    cut = [token for part in cut_text(prose[:-300_000]) for token in tokenizer.encode(part).ids]
+    assert whole == cut
+
+
+def test_a_text_file_is_read_whole_and_end_of_text_ends_its_documents(tmp_path):
+    file = tmp_path / "a.txt"
+    stories = ["".join(random.Random(i).choices("ab c\n", k=100_000 * i)) for i in range(1, 5)]
+    file.write_text(END_OF_TEXT.join(stories))
+    documents, current = [], ""
+    for piece, ends in text_pieces(file):
+        current += piece
+        if ends:
+            documents.append(current)
+            current = ""
+    assert documents == stories and current == ""
+
+
+def test_every_document_is_followed_by_the_end_of_text_token(tmp_path, cache):
+    file = tmp_path / "d.jsonl"
+    file.write_text("".join(json.dumps({"text": f"document {i} " * 9}) + "\n" for i in range(200)))
+    corpus = Corpus(config(file, cache))
+    tokenizer = open_tokenizer(corpus.folder / "tokenizer")
+    train = decode(corpus.train, tokenizer).split(END_OF_TEXT)
+    val = decode(corpus.val, tokenizer).split(END_OF_TEXT)
+    assert train[-1] == val[-1] == ""
+    assert len(train) - 1 + len(val) - 1 == 200
+    assert not set(train[:-1]) & set(val[:-1]), "a document is in both"
+    assert 15 <= len(val) - 1 <= 25
+
+
+def test_a_single_text_gives_its_tail_to_validation(text, cache):
+    corpus = Corpus(config(text, cache))
+    tokenizer, whole = open_tokenizer(corpus.folder / "tokenizer"), text.read_text()
+    train, val = (decode(shard, tokenizer).removesuffix(END_OF_TEXT) for shard in (corpus.train, corpus.val))
+    assert train + val == whole and train.endswith("\n")
+    assert len(val) / len(whole) == pytest.approx(0.1, abs=0.01)
+
+
+def test_the_share_of_validation_documents_is_right_even_for_a_few():
+    for n in (20, 50, 1000):
+        share = sum(is_validation(i, 0.1, seed=3) for i in range(n)) / n
+        assert share == pytest.approx(0.1, abs=1 / n + 0.01)
+
+
+def test_parquet_jsonl_and_text_give_the_same_tokens(tmp_path, cache):
+    import datasets
+
+    rows = {"text": [f"row {i} says {i * i}" for i in range(300)]}
+    table = datasets.Dataset.from_dict(rows)
+    table.to_parquet(tmp_path / "t.parquet")
+    table.to_json(tmp_path / "t.jsonl")
+    (tmp_path / "t.txt").write_text(END_OF_TEXT.join(rows["text"]))
+    counts = [Corpus(config(tmp_path / f"t.{kind}", cache, val_data=[str(tmp_path / "t.txt")])).fingerprint["train"]
+              for kind in ("parquet", "jsonl", "txt")]
+    assert len(set(counts)) == 1
+
+
+def test_folders_and_globs_are_read_in_order(tmp_path):
+    for name in ("b.txt", "a.txt", "sub/c.md", "d.jsonl", "e.bin"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}" if name.endswith("jsonl") else "text")
+    kinds = [(source.kind, [os.path.basename(p) for p in source.paths]) for source in find_sources([str(tmp_path)])]
+    assert kinds == [("text", ["a.txt"]), ("text", ["b.txt"]), ("text", ["c.md"]), ("json", ["d.jsonl"])]
+    assert len(find_sources([str(tmp_path / "*.txt")])) == 2
+
+
+def test_invalid_utf8_crlf_bom_and_nothing_but_newlines_are_read(tmp_path):
+    file = tmp_path / "odd.txt"
+    file.write_bytes(b"\xef\xbb\xbfone\r\ntwo \xff three\r\n" + b"ok " * 50)
+    assert "".join(piece for piece, _ in text_pieces(file)) == "one\r\ntwo \ufffd three\r\n" + "ok " * 50
+
+
+def test_max_tokens_takes_the_first_tokens_only(text, cache):
+    corpus = Corpus(config(text, cache, max_tokens=5000))
+    assert corpus.train.count == 5000 and corpus.val.count == 500
+    whole = Corpus(config(text, cache))
+    assert np.array_equal(corpus.train.window(0, 4999), whole.train.window(0, 4999))
+
+
+def test_bits_per_byte_of_a_byte_tokenizer_is_the_loss_in_bits(text, cache):
+    assert Corpus(config(text, cache)).val_bytes_per_token == pytest.approx(1, abs=1e-3)
+
+
+# Shards
+
+
+def test_ids_above_65535_are_kept(tmp_path):
+    writer = ShardWriter(tmp_path / "s.bin", 70_000, 0, b"")
+    writer.write([1, 65_535, 65_536, 69_999])
+    writer.close()
+    assert Shard(tmp_path / "s.bin").window(0, 3).tolist() == [1, 65_535, 65_536, 69_999]
+
+
+def test_an_id_outside_the_vocabulary_is_refused(tmp_path):
+    writer = ShardWriter(tmp_path / "s.bin", 100, 0, b"")
+    with pytest.raises(UserError, match="outside its vocabulary"):
+        writer.write([5, 100])
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-2], lambda b: b"other" + b[5:], lambda b: b[:10], lambda b: b + b"xx"])
+def test_a_damaged_shard_is_refused(tmp_path, damage):
+    writer = ShardWriter(tmp_path / "s.bin", 100, 0, b"")
+    writer.write(range(50))
+    writer.close()
+    (tmp_path / "s.bin").write_bytes(damage((tmp_path / "s.bin").read_bytes()))
+    with pytest.raises(UserError, match="prepare it again"):
+        Shard(tmp_path / "s.bin")
+
+
+def test_prepared_shards_are_data_of_their_own(text, cache):
+    folder = prepare(config(text, cache))
+    corpus = Corpus(DataConfig(train_data=[str(folder)], seq_len=16))
+    assert corpus.folder == folder and corpus.n_windows > 0
+
+
+# The cache
+
+
+def test_a_second_start_reuses_the_cache_and_a_change_does_not(text, cache, tmp_path):
+    first = prepare(config(text, tmp_path))
+    stamp = (first / "train.bin").stat().st_mtime_ns
+    assert prepare(config(text, tmp_path)) == first and (first / "train.bin").stat().st_mtime_ns == stamp
+    others = [config(text, tmp_path, val_ratio=0.2), config(text, tmp_path, tokenizer_name="char"),
+              config(text, tmp_path, max_tokens=999)]
+    copy = tmp_path / "copy.txt"
+    copy.write_text(text.read_text())
+    assert prepare(config(copy, tmp_path)) == first, "the same content elsewhere is the same data"
+    copy.write_text(text.read_text() + "one more line")
+    assert len({first, *map(prepare, others), prepare(config(copy, tmp_path))}) == 5
+
+
+def _prepare(args):
+    return str(prepare(config(*args)))
+
+
+def test_processes_that_start_together_prepare_once(text, tmp_path):
+    with multiprocessing.get_context("spawn").Pool(4) as pool:
+        folders = pool.map(_prepare, [(text, tmp_path)] * 4)
+    assert len(set(folders)) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [os.path.basename(folders[0])]
+
+
+def test_a_preparation_killed_while_writing_leaves_nothing_that_is_used(tmp_path, text):
+    big = tmp_path / "big.txt"
+    big.write_text(text.read_text() * 60)
+    cache = tmp_path / "cache"
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from data import *; "
+            f"prepare(DataConfig(train_data=[{str(big)!r}], cache_dir={str(cache)!r}, tokenizer_name='byte'))")
+    process = subprocess.Popen([sys.executable, "-c", code])
+    deadline = time.monotonic() + 60
+    while not list(cache.glob("*.draft/train.bin")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (draft,) = cache.iterdir()
+    assert draft.name.endswith(".draft")
+    folder = prepare(config(big, cache, seq_len=256))
+    assert list(cache.iterdir()) == [folder]
+    assert Shard(folder / "train.bin").count + Shard(folder / "val.bin").count == big.stat().st_size + 2
+
+
+def test_text_that_cannot_be_used_leaves_no_cache(tmp_path):
+    (tmp_path / "short.txt").write_text("too short")
+    with pytest.raises(UserError, match="fewer than one sequence"):
+        prepare(config(tmp_path / "short.txt", tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_waiting_process_gives_up_on_one_that_hangs(tmp_path, text, monkeypatch):
+    import fcntl
+
+    folder = prepare(config(text, tmp_path))
+    draft = folder.with_name(folder.name + ".draft")
+    folder.rename(draft)
+    os.utime(draft, (0, 0))
+    for file in draft.iterdir():
+        os.utime(file, (0, 0))
+    fd = os.open(draft, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    monkeypatch.setattr(data, "PREPARE_PATIENCE", 1)
+    with pytest.raises(UserError, match="has written nothing"):
+        prepare(config(text, tmp_path))
+    os.close(fd)
+
+
+def test_the_built_in_corpus_is_python_source():
+    sources = text_module.builtin_sources()
+    assert len(sources) > 300
+    assert any(source.paths[0].endswith("argparse.py") for source in sources)
+    total = sum(len(piece.text) for piece in pieces(sources, "train"))
+    assert total > 5_000_000
+
+
+# Tokenizers
+
+
+@pytest.mark.parametrize("name", ["byte", "char", "bpe"])
+def test_tokenizers_give_back_the_text(name, tmp_path):
+    from tokenizer import save_tokenizer
+
+    sample = "Zwölf Boxkämpfer\n\tjagen  Viktor, 100 m\u00e9tres \U0001f600.\r\n"
+    tokenizer = load_tokenizer(name) or train_tokenizer(name, [sample * 20], 300)
+    eos = save_tokenizer(tokenizer, tmp_path / "t", name)
+    loaded = open_tokenizer(tmp_path / "t")
+    assert loaded.decode(loaded.encode(sample).ids) == sample
+    assert loaded.token_to_id(END_OF_TEXT) == eos
+    import transformers
+
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "t"))
+    assert theirs(sample)["input_ids"] == loaded.encode(sample).ids and theirs.eos_token == END_OF_TEXT
+
+
+def test_gpt2s_tokenizer_from_the_local_cache(monkeypatch, text, cache):
+    if not (SHARED / "hf-home").exists():
+        pytest.skip("no local Hugging Face cache with gpt2 in it")
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); from tokenizer import load_tokenizer; "
+            "t = load_tokenizer('gpt2'); print(t.get_vocab_size(), t.encode('Hello world').ids)")
+    out = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True,
+                         env=os.environ | {"HF_HOME": str(SHARED / "hf-home"), "HF_HUB_OFFLINE": "1"})
+    assert out.stdout.split("\n")[0] == "50257 [15496, 995]", out.stderr
+
+
+# Size
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_however_large_the_text(tmp_path, text):
+    """200 MB: `--runslow`-size in the closing note; here 40 MB, where a copy in Python objects would already show."""
+    megabytes = int(os.environ.get("MINI_LLM_BIG_TEXT_MB", "40"))
+    big = tmp_path / "big.txt"
+    rng = random.Random(1)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(20_000)]
+    with open(big, "w") as file:
+        for _ in range(megabytes):
+            file.write(" ".join(rng.choices(words, k=170_000))[:999_999] + "\n")
+    code = (f"import sys, time, resource; sys.path.insert(0, {str(ROOT)!r}); from data import *; t = time.time(); "
+            f"c = Corpus(DataConfig(train_data=[{str(big)!r}], cache_dir={str(tmp_path / 'cache')!r})); "
+            f"print(time.time() - t, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, c.train.count)")
+    first, second = (subprocess.run([sys.executable, "-c", code], capture_output=True, text=True) for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    seconds, peak_mb, _ = map(float, first.stdout.split())
+    print(f"{megabytes} MB in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s), peak {peak_mb:.0f} MB")
+    assert peak_mb < 1500
+    assert float(second.stdout.split()[0]) < 2

@@ -1,0 +1,188 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from export import from_hugging_face, hugging_face_config, to_hugging_face
+from model import ARCHS, GPT, IGNORE, GPTConfig, KVCache, sample
+
+SMALL = dict(n_layers=2, n_heads=4, d_model=32, max_position_embeddings=48, vocab_size=97)
+
+
+def build(arch="gpt2", seed=0, **changes):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(arch=arch, **SMALL | changes))
+
+
+def randomized(model):
+    """Weights that hide nothing: no zero projection, no unit gain, no zero bias."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.2)
+    return model
+
+
+def tokens(*shape, seed=1):
+    return torch.randint(0, SMALL["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"n_kv_heads": 2}, {"head_dim": 16}])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_logits_equal_those_of_transformers_in_both_directions(arch, changes):
+    import transformers
+
+    if arch == "gpt2" and ("n_kv_heads" in changes or "head_dim" in changes):
+        pytest.skip("transformers' GPT-2 has neither")
+    ours = randomized(build(arch, **changes)).eval()
+    torch.manual_seed(5)
+    theirs = transformers.AutoModelForCausalLM.from_config(hugging_face_config(ours.cfg)).eval()
+    x = tokens(3, 40)
+
+    missing, unexpected = theirs.load_state_dict(to_hugging_face(ours.cfg, ours.state_dict()), strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    theirs.tie_weights()
+    with torch.no_grad():
+        assert torch.allclose(ours(x), theirs(x).logits, atol=1e-4)
+
+    randomized(theirs)
+    back = build(arch, seed=9, **changes).eval()
+    back.load_state_dict(from_hugging_face(back.cfg, theirs.state_dict()))
+    with torch.no_grad():
+        assert torch.allclose(back(x), theirs(x).logits, atol=1e-4)
+        assert not torch.allclose(back(x), ours(x), atol=1e-2)  # it is other weights that agree
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_loss_at_initialization_is_that_of_a_uniform_guess(arch):
+    loss = build(arch, vocab_size=5000)(tokens(4, 32), tokens(4, 32, seed=2))
+    assert loss.item() == pytest.approx(math.log(5000), rel=0.02)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_token_changes_no_logit_before_it(arch):
+    model = randomized(build(arch)).eval()
+    x = tokens(1, 24)
+    changed = x.clone()
+    changed[0, 10] = (x[0, 10] + 1) % SMALL["vocab_size"]
+    with torch.no_grad():
+        before, after = model(x), model(changed)
+    assert torch.equal(before[0, :10], after[0, :10])
+    assert not torch.allclose(before[0, 10:], after[0, 10:])
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_parameter_gets_a_gradient(arch):
+    model = randomized(build(arch))
+    model(tokens(2, 48), tokens(2, 48, seed=2)).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_one_batch_is_overfitted(arch):
+    model = build(arch)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    x, y = tokens(4, 24), tokens(4, 24, seed=2)
+    for _ in range(300):
+        loss = model(x, y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_generation_with_the_cache_equals_generation_without(arch):
+    model = randomized(build(arch)).eval()
+    x = tokens(2, 7)
+    cached = model.generate(x, 30, temperature=0)
+    for _ in range(30):
+        x = torch.cat([x, model(x)[:, -1].argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(cached, x)
+
+
+def test_generation_goes_on_past_the_last_position():
+    model = randomized(build())
+    out = model.generate(tokens(2, 10), 100, generator=torch.Generator().manual_seed(0))
+    assert out.shape == (2, 110) and out.max() < SMALL["vocab_size"]
+
+
+def test_generation_stops_when_every_row_has_stopped():
+    model = randomized(build())
+    first = model.generate(tokens(1, 5), 1, temperature=0)[0, -1].item()
+    assert model.generate(tokens(1, 5), 20, temperature=0, stop_token=first).shape == (1, 6)
+
+
+def test_top_k_and_top_p_keep_only_the_likeliest_tokens():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(2000, 1)
+    assert set(sample(logits, top_k=2).flatten().tolist()) == {0, 1}
+    assert set(sample(logits, top_p=0.7).flatten().tolist()) == {0, 1}
+    assert set(sample(logits, top_p=0.81).flatten().tolist()) == {0, 1, 2}
+    assert set(sample(logits, temperature=0).flatten().tolist()) == {0}
+    share = (sample(logits) == 0).float().mean().item()
+    assert share == pytest.approx(0.5, abs=0.05)
+
+
+def test_ignored_targets_carry_no_loss():
+    model, x, y = randomized(build()), tokens(2, 16), tokens(2, 16, seed=2)
+    masked = y.clone()
+    masked[1] = IGNORE
+    assert model(x, masked).item() == pytest.approx(model(x[:1], y[:1]).item(), rel=1e-6)
+    assert model(x, masked, reduction="sum").item() == pytest.approx(16 * model(x[:1], y[:1]).item(), rel=1e-6)
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    x, y = tokens(2, 16), tokens(2, 16, seed=2)
+    gradients = []
+    for recompute in (False, True):
+        model = randomized(build(use_activation_checkpoint=recompute))
+        model(x, y).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_parameters_and_flops_are_those_of_gpt2():
+    model = build(n_layers=12, n_heads=12, d_model=768, max_position_embeddings=1024, vocab_size=50257)
+    assert model.num_params() == 124_439_808
+    matmul = 124_439_808 - 1024 * 768
+    assert model.flops_per_token(1024) == 6 * matmul + 12 * 12 * 768 * 1024
+
+
+def test_an_embedding_that_is_only_looked_up_counts_no_flops():
+    model = build("nanochat")
+    assert model.num_params() - model.num_params(matmul=True) == 97 * 32
+
+
+def test_residual_projections_start_smaller_with_depth():
+    model = build(n_layers=8, d_model=256)
+    assert model.blocks[0].attn.proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
+    assert model.blocks[0].mlp.up.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_autocast_loss_is_close_to_fp32(arch):
+    model, x, y = build(arch), tokens(4, 40), tokens(4, 40, seed=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(x, y)
+    assert half.item() == pytest.approx(model(x, y).item(), abs=0.02)
+
+
+def test_dropout_is_on_in_training_only():
+    model, x = randomized(build(dropout=0.5)), tokens(1, 8)
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+def test_the_cache_holds_no_more_heads_than_keys_have():
+    model = randomized(build("qwen3", n_kv_heads=2)).eval()
+    past = KVCache(model.cfg)
+    model.hidden(tokens(1, 5), past)
+    assert past.layers[0].buffer.shape == (2, 1, 2, 48, 8) and past.length == 5
+
+
+def test_state_dict_names_carry_no_wrapper():
+    names = build().state_dict().keys()
+    assert not [name for name in names if name.startswith(("module.", "_orig_mod."))]
+    assert dataclasses.asdict(build().cfg)["vocab_size"] == 97
