@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 import struct
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,8 +76,11 @@ def plan(cfg):
     folder = path.parent
     while not folder.exists():
         folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"--checkpoint-path {path}: {folder} cannot be written; give a path in a folder of your own")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()  # asking for the permission is not enough: root has it everywhere
+    except OSError as error:
+        raise UserError(f"--checkpoint-path {path}: {folder} cannot be written ({error.strerror}); give a path in a "
+                        f"folder of your own") from None
     known = [file for file in (path, cfg.beside(".prev.pt")) if file.exists()]
     if not cfg.resume:
         if known and not cfg.overwrite:

@@ -371,8 +371,9 @@ class Corpus:
 
 def split_windows(shard, indices, seq_len):
     """Windows → (inputs, targets), (B, T) int64 each; targets are the inputs one token on."""
-    windows = np.stack([shard.window(index, seq_len) for index in indices]).astype(np.int64)  # (B, T + 1)
-    return windows[:, :-1], windows[:, 1:]
+    windows = np.stack([shard.window(index, seq_len) for index in indices])  # (B, T + 1)
+    # Two arrays of their own: whoever masks a target must not change the input before it.
+    return windows[:, :-1].astype(np.int64), windows[:, 1:].astype(np.int64)
 
 
 def permute(index, n, key):

@@ -2,6 +2,7 @@
 
 import codecs
 import glob
+import logging
 import os
 import re
 import sysconfig
@@ -188,6 +189,7 @@ def table_pieces(source):
 
     name = " ".join(source.paths)
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs, the error below says
     try:
         if source.kind == "hub":
             rows = datasets.load_dataset(source.paths[0], split="train", streaming=True)

@@ -145,8 +145,12 @@ class Meter:
         """Loss sum, gradient norm sum and micro-batches since the last report, over all ranks. Collective."""
         return self.world.sum([self.loss_sum.item(), self.norm_sum.item(), self.micro_batches])
 
-    def report(self):
-        """The metrics since the last report, on every rank; starts the next interval. Collective."""
+    def report(self, ends_interval=True):
+        """The metrics since the last report, on every rank. Collective.
+
+        A run's last report may come in the middle of an interval. It does not end it: a run that goes on from there,
+        with a larger --num-steps, reports the loss of the whole interval, as if it had never stopped.
+        """
         loss_sum, norm_sum, count = self.totals()
         synchronize(self.world.device)
         seconds, timed = self._clock(), self.steps - self.timed_steps
@@ -164,17 +168,19 @@ class Meter:
             if self.peak_flops:
                 metrics["train/mfu"] = achieved / self.peak_flops
         for name, source in SMOOTHED.items():
-            if source in metrics and math.isfinite(metrics[source]):
+            if ends_interval and source in metrics and math.isfinite(metrics[source]):
                 old = self.smoothed.get(name, metrics[source])
                 self.smoothed[name] = old + SMOOTHING * (metrics[source] - old)
         metrics |= {f"smoothed/{name}": value for name, value in self.smoothed.items()}
         metrics |= memory_metrics(self.world.device)
         metrics |= {"time/dt_sec": time.perf_counter() - self.reported, "steps": self.steps}
         metrics |= {f"time/{what}_sec": seconds for what, seconds in self.spent.items()}
-        self.reported, self.steps, self.micro_batches = time.perf_counter(), 0, 0
+        self.reported, self.steps = time.perf_counter(), 0
         self.spent.clear()
-        self.loss_sum.zero_()
-        self.norm_sum.zero_()
+        if ends_interval:
+            self.loss_sum.zero_()
+            self.norm_sum.zero_()
+            self.micro_batches = 0
         self._restart_clock()
         return metrics
 

@@ -233,7 +233,7 @@ def train(cfg, world):
         """All that a resumed run needs. Collective."""
         return dict(format=checkpoint.FORMAT, model=raw.state_dict(), optimizer=optimizer.state_dict(),
                     scaler=scaler.state_dict(), meter=meter.state_dict(), state=dataclasses.asdict(state),
-                    identity=identity, config=flatten(cfg), torch=torch.__version__)
+                    identity=identity, config=flatten(cfg), torch=str(torch.__version__))
 
     def check_finite(finite):
         """Halt where loss or gradient are no numbers: the same decision on every rank, since both are reduced."""
@@ -283,7 +283,7 @@ def train(cfg, world):
 
             metrics, best, signal_number = {}, False, stop.agreed()
             if due(cfg.report.log_steps):
-                metrics = meter.report() | {"lr": optimizer.param_groups[0]["lr"]}
+                metrics = meter.report(ends_interval=state.step % cfg.report.log_steps == 0) | {"lr": optimizer.param_groups[0]["lr"]}
                 check_finite(math.isfinite(metrics["train/loss"] + metrics["train/grad_norm"]))
             if due(eval_steps):
                 metrics |= evaluate_now()

@@ -1,0 +1,154 @@
+import os
+import pickle
+import zipfile
+
+import pytest
+import torch
+
+import checkpoint
+from checkpoint import CheckpointConfig, DamagedCheckpoint, load, load_latest, plan, save, save_run
+from config import UserError
+
+PAYLOAD = {"model": {"w": torch.arange(1000.0), "b": torch.zeros(3, dtype=torch.bfloat16)}, "step": 7, "name": "x"}
+
+
+def config(folder, **changes):
+    return CheckpointConfig(**dict(checkpoint_path=str(folder / "c.pt")) | changes)
+
+
+def payload(step):
+    return {"step": step, "w": torch.full((100,), float(step))}
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path):
+    save(tmp_path / "new" / "c.pt", PAYLOAD)
+    back = load(tmp_path / "new" / "c.pt")
+    assert torch.equal(back["model"]["w"], PAYLOAD["model"]["w"]) and back["step"] == 7
+    assert back["model"]["b"].dtype == torch.bfloat16
+
+
+def test_a_checkpoint_is_plain_torch_and_zip(tmp_path):
+    save(tmp_path / "c.pt", PAYLOAD)
+    assert torch.load(tmp_path / "c.pt", weights_only=True)["step"] == 7
+    with zipfile.ZipFile(tmp_path / "c.pt") as archive:
+        assert archive.testzip() is None and archive.comment.startswith(b"sha256:")
+
+
+@pytest.mark.parametrize("damage", [
+    lambda b: b[:len(b) // 2], lambda b: b"", lambda b: b[:-1], lambda b: b"not a checkpoint at all",
+    lambda b: b[:1500] + bytes([b[1500] ^ 1]) + b[1501:], lambda b: bytes([b[0] ^ 1]) + b[1:],
+    lambda b: b[:-10] + b"0123456789",
+])
+def test_damage_of_any_kind_is_found(tmp_path, damage):
+    save(tmp_path / "c.pt", PAYLOAD)
+    (tmp_path / "c.pt").write_bytes(damage((tmp_path / "c.pt").read_bytes()))
+    with pytest.raises(DamagedCheckpoint, match="c.pt"):
+        load(tmp_path / "c.pt")
+
+
+def test_every_single_bit_counts(tmp_path):
+    save(tmp_path / "c.pt", {"x": 1})
+    whole = (tmp_path / "c.pt").read_bytes()
+    for position in range(0, len(whole) - 75, 17):
+        (tmp_path / "c.pt").write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1:])
+        with pytest.raises(DamagedCheckpoint):
+            load(tmp_path / "c.pt")
+
+
+def test_a_pickle_that_runs_code_does_not_run_it(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Evil()))
+    save(tmp_path / "zip.pt", {"x": Evil()})  # with the right digest
+    for name in ("plain.pt", "zip.pt"):
+        with pytest.raises(DamagedCheckpoint):
+            load(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_save_that_fails_leaves_the_old_checkpoint_and_no_draft(tmp_path):
+    save(tmp_path / "c.pt", payload(1))
+    with pytest.raises(Exception, match="pickle"):
+        save(tmp_path / "c.pt", {"w": torch.zeros(10), "bad": lambda: 0})
+    assert load(tmp_path / "c.pt")["step"] == 1
+    assert os.listdir(tmp_path) == ["c.pt"]
+
+
+def test_the_checkpoint_before_the_newest_is_kept_and_used_when_the_newest_is_damaged(tmp_path, caplog):
+    cfg = config(tmp_path)
+    for step in (1, 2, 3):
+        save_run(cfg, payload(step), step, latest=True, best=step == 2)
+    assert [load(tmp_path / name)["step"] for name in ("c.pt", "c.prev.pt", "c.best.pt")] == [3, 2, 2]
+    (tmp_path / "c.pt").write_bytes(b"")
+    assert load_latest(tmp_path / "c.pt", cfg)["step"] == 2
+    (tmp_path / "c.pt").unlink()
+    assert load_latest(tmp_path / "c.pt", cfg)["step"] == 2
+    (tmp_path / "c.prev.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="c.pt.*c.prev.pt"):
+        load_latest(tmp_path / "c.pt", cfg)
+
+
+def test_keep_last_keeps_that_many_by_step(tmp_path):
+    cfg = config(tmp_path, keep_last=2)
+    for step in (5, 10, 15, 20):
+        save_run(cfg, payload(step), step, latest=True, best=False)
+    assert sorted(path.name for path in tmp_path.glob("c.step-*")) == ["c.step-00000015.pt", "c.step-00000020.pt"]
+    assert load(tmp_path / "c.step-00000015.pt")["step"] == 15
+    assert {path.name for path in tmp_path.iterdir()} - {"c.step-00000015.pt", "c.step-00000020.pt"} == {"c.pt", "c.prev.pt"}
+
+
+def test_best_alone_leaves_the_newest_alone(tmp_path):
+    cfg = config(tmp_path)
+    save_run(cfg, payload(1), 1, latest=True, best=False)
+    save_run(cfg, payload(2), 2, latest=False, best=True)
+    assert load(tmp_path / "c.pt")["step"] == 1 and load(tmp_path / "c.best.pt")["step"] == 2
+    assert not (tmp_path / "c.prev.pt").exists()
+
+
+def test_plan_decides_from_flags_and_files(tmp_path):
+    path = tmp_path / "c.pt"
+    assert plan(config(tmp_path)) is None
+    assert plan(config(tmp_path, resume="auto")) is None
+    with pytest.raises(UserError, match="no checkpoint at"):
+        plan(config(tmp_path, resume="latest"))
+    save(path, PAYLOAD)
+    assert plan(config(tmp_path, resume="latest")) == plan(config(tmp_path, resume="auto")) == path
+    with pytest.raises(UserError, match="--resume to go on, --overwrite"):
+        plan(config(tmp_path))
+    assert plan(config(tmp_path, overwrite=True)) is None
+    save(tmp_path / "other.pt", PAYLOAD)
+    with pytest.raises(UserError, match="branches off"):
+        plan(config(tmp_path, resume=str(tmp_path / "other.pt")))
+    assert plan(config(tmp_path, resume=str(tmp_path / "other.pt"), overwrite=True)).name == "other.pt"
+    with pytest.raises(UserError, match="no such file"):
+        plan(config(tmp_path, resume=str(tmp_path / "nowhere.pt")))
+
+
+@pytest.mark.parametrize("cfg, words", [
+    (CheckpointConfig(resume="auto", overwrite=True), "leave one of them out"),
+    (CheckpointConfig(checkpoint_path="/tmp"), "is a folder"),
+])
+def test_flags_that_contradict_are_refused(cfg, words):
+    with pytest.raises(UserError, match=words):
+        cfg.validate()
+
+
+def test_a_bare_file_name_is_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = CheckpointConfig(checkpoint_path="bare.pt")
+    assert plan(cfg) is None
+    save_run(cfg, payload(1), 1, latest=True, best=True)
+    assert cfg.files() == ["bare.pt", "bare.best.pt"]
+
+
+def test_a_foreign_checkpoint_is_not_resumed(tmp_path):
+    save(tmp_path / "c.pt", {"model": {}})
+    with pytest.raises(UserError, match="not a checkpoint of this version"):
+        checkpoint.restore(tmp_path / "c.pt", config(tmp_path), {}, {})
+
+
+def test_a_large_tensor_written_in_one_block_is_hashed_right(tmp_path):
+    save(tmp_path / "c.pt", {"w": torch.randn(3_000_001)})
+    assert checkpoint.read_digest(tmp_path / "c.pt") == checkpoint.file_digest(tmp_path / "c.pt")

@@ -1,0 +1,174 @@
+"""train_ddp.py under the real torchrun, with gloo on the CPU. One process is the oracle of many."""
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY, Run, environment, interrupt_after
+from test_train import same
+from wandb_file import run_files
+
+EXACT = ["--no-amp", "--log-steps", 2, "--eval-steps", 4, "--eval-tokens", 0]
+
+
+def close(a, b, tolerance):
+    assert a.losses().keys() == b.losses().keys()
+    for key, value in a.losses().items():
+        assert b.losses()[key] == pytest.approx(value, abs=tolerance), key
+
+
+def test_two_ranks_are_one_process_with_two_micro_batches_and_continue_it(trainer):
+    steps = ["--num-steps", 12]
+    one = trainer(*EXACT, *steps, "--grad-accum-steps", 2, checkpoint="one.pt")
+    two = trainer(*EXACT, *steps, ranks=2, checkpoint="two.pt")
+    assert one.code == two.code == 0, one.err + two.err
+    close(one, two, 1e-5)
+    for name, weight in one.weights().items():
+        assert torch.allclose(weight, two.weights()[name], atol=1e-4), name
+
+    constant = [*EXACT, "--lr-scheduler", "none"]
+    whole = trainer(*constant, "--num-steps", 12, "--grad-accum-steps", 2, checkpoint="whole.pt")
+    trainer(*constant, "--num-steps", 7, "--grad-accum-steps", 2, checkpoint="moved.pt")
+    moved = trainer(*constant, "--num-steps", 12, "--resume", ranks=2, checkpoint="moved.pt")
+    assert moved.code == 0 and "Resumed at step 7" in moved.out, moved.err
+    for key, value in whole.losses().items():
+        if key[0] != 0:
+            assert moved.losses()[key] == pytest.approx(value, abs=1e-5), key
+
+
+def test_validation_does_not_depend_on_the_number_of_ranks(trainer):
+    flags = ["--num-steps", 1, "--no-amp", "--eval-tokens", 0, "--lr", 1e-9]
+    losses = [trainer(*flags, "--grad-accum-steps", 6 // (ranks or 1), ranks=ranks, checkpoint=f"{ranks}.pt").rows[0]["val/loss"]
+              for ranks in (None, 2, 3)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-6) and losses[2] == pytest.approx(losses[0], abs=1e-6)
+
+
+def test_accumulation_over_ranks_averages_every_gradient_once(trainer):
+    flags = [*EXACT, "--num-steps", 6]
+    wide = trainer(*flags, "--grad-accum-steps", 4, checkpoint="wide.pt")
+    ranks = trainer(*flags, "--global-batch-tokens", 4 * 4 * 32, ranks=2, checkpoint="ranks.pt")
+    assert "512 tokens = 4 sequences x 32 x 2 micro-batches x 2 ranks" in ranks.out
+    close(wide, ranks, 1e-5)
+
+
+@pytest.mark.parametrize("precision", [["--no-amp"], ["--amp-dtype", "bf16"], ["--amp-dtype", "fp16"]],
+                         ids=["fp32", "bf16", "fp16"])
+def test_two_ranks_resume_bit_for_bit(trainer, precision):
+    flags = ["--max-tokens", 3200, "--grad-accum-steps", 2, "--dropout", 0.2, "--log-steps", 5, "--eval-steps", 4,
+             "--save-steps", 6, "--lr-scheduler", "none", *precision]
+    straight = trainer(*flags, "--num-steps", 14, ranks=2, checkpoint="straight.pt")
+    first = trainer(*flags, "--num-steps", 9, ranks=2, checkpoint="resumed.pt")
+    second = trainer(*flags, "--num-steps", 14, "--resume", ranks=2, checkpoint="resumed.pt")
+    assert straight.code == first.code == second.code == 0, straight.err + first.err + second.err
+    assert same(second, straight) and straight.rows[14]["train/epoch"] > 1
+
+
+def test_dropout_differs_between_ranks(trainer):
+    """With the same masks on both ranks and the same rows, two ranks would be one: here they must not be."""
+    flags = ["--num-steps", 4, "--no-amp", "--dropout", 0.5, "--log-steps", 2]
+    one = trainer(*flags, "--grad-accum-steps", 2, checkpoint="one.pt")
+    two = trainer(*flags, ranks=2, checkpoint="two.pt")
+    assert abs(one.rows[4]["train/loss"] - two.rows[4]["train/loss"]) > 1e-6
+    assert one.rows[0]["val/loss"] == pytest.approx(two.rows[0]["val/loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_on_agreement_and_the_run_goes_on(trainer, signal_number):
+    flags = ["--num-steps", 300, "--log-steps", 10, "--eval-steps", 0, "--save-steps", 0]
+    straight = trainer(*flags, ranks=2, checkpoint="straight.pt")
+    stopped = interrupt_after(trainer.arguments(flags, ranks=2), trainer.folder, r"step 60/300", signal_number)
+    assert stopped.returncode != 0
+    step = int(re.search(rf"stopped by {signal_number.name} at step (\d+)", stopped.stdout)[1])
+    resumed = trainer(*flags, "--resume", ranks=2)
+    assert resumed.code == 0 and f"Resumed at step {step}" in resumed.out, resumed.err
+    assert same(resumed, straight)
+
+
+def test_a_rank_that_dies_takes_the_others_with_it(trainer):
+    arguments = trainer.arguments(["--num-steps", 100000, "--log-steps", 10, "--eval-steps", 0, "--save-steps", 20], ranks=2)
+    process = subprocess.Popen(arguments, cwd=trainer.folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               env=environment())
+    for line in process.stdout:
+        if "step 30/" in line:
+            break
+    victim = _rank_process(process.pid, 1)
+    begin = time.monotonic()
+    subprocess.run(["kill", "-9", str(victim)], check=True)
+    process.stdout.read()
+    assert process.wait(timeout=60) != 0
+    assert time.monotonic() - begin < 45
+    assert torch.load(trainer.folder / "c.pt", weights_only=True)["state"]["step"] >= 20
+
+
+def _rank_process(parent, rank):
+    """The pid of the torchrun child whose environment says that it is this rank."""
+    from pathlib import Path
+
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            child_of = int(re.search(r"PPid:\s+(\d+)", status.read_text())[1])
+            if child_of == parent and f"\0RANK={rank}\0".encode() in (status.parent / "environ").read_bytes():
+                return int(status.parent.name)
+        except OSError:
+            continue
+    raise AssertionError("no such rank")
+
+
+def test_a_mistake_is_said_once_and_ends_every_rank(trainer):
+    run = trainer("--n-heads", 5, ranks=2)
+    assert run.code != 0 and run.err.count("error: --n-heads 5") == 1
+    run = trainer("--train-data", "missing.txt", ranks=2)
+    assert run.code != 0 and run.err.count("error: --train-data missing.txt") == 1
+    run = trainer("--resume", ranks=2)
+    assert run.code != 0 and run.err.count("error: --resume") == 1 and "exitcode  : 2" in run.err
+    assert not list(trainer.folder.iterdir())
+
+
+def test_two_nodes_make_one_log_one_wandb_run_and_one_checkpoint(trainer, text):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = []
+    for node in range(2):
+        folder = trainer.folder / f"node{node}"
+        folder.mkdir()
+        nodes.append(subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", f"--node-rank={node}",
+             "--master-addr=127.0.0.1", f"--master-port={port}", str(ROOT / "train_ddp.py"), *TINY, "--train-data",
+             str(text), "--num-steps", "10", "--use-wandb", "--wandb-run-name", "two nodes"],
+            cwd=folder, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    outputs = [node.communicate(timeout=180) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert "step 10/10" in outputs[0][0] and "4 ranks" in outputs[0][0] and outputs[1][0] == ""
+    first, second = (trainer.folder / f"node{node}" for node in range(2))
+    assert {path.name for path in second.iterdir()} == {"data"}, "the second node writes its token cache only"
+    assert {path.name for path in (first / "checkpoints").iterdir()} == {
+        "minigpt.pt", "minigpt.best.pt", "minigpt.log", "minigpt.metrics.jsonl", "minigpt.tokenizer", "minigpt.wandb.json"}
+    (wandb_run,) = run_files(first)
+    assert wandb_run.name == "two nodes" and [row["step"] for row in wandb_run.rows] == [0, 10]
+
+
+def test_ranks_with_other_data_are_refused(trainer, text, tmp_path):
+    """Node-local files that differ: every rank leaves, saying why."""
+    script = tmp_path / "other.py"
+    script.write_text(
+        "import os, sys; sys.path.insert(0, sys.argv.pop(1))\n"
+        "if os.environ['RANK'] == '1': sys.argv += ['--data-seed', '2']\n"
+        "from train_ddp import DDPWorld\nfrom train import main\nmain(DDPWorld)\n")
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script),
+                          str(ROOT), *TINY, "--train-data", str(text)], cwd=tmp_path, env=environment(), text=True,
+                         capture_output=True, timeout=120)
+    assert run.returncode != 0 and "the ranks see different data or flags" in run.stderr
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_run_is_that_of_train_py_when_there_is_one_rank(trainer):
+    flags = ["--num-steps", 6, "--log-steps", 2, "--dropout", 0.1]
+    alone, launched = trainer(*flags, checkpoint="a.pt"), trainer(*flags, ranks=1, checkpoint="b.pt")
+    assert launched.code == 0 and isinstance(launched, Run)
+    close(alone, launched, 1e-6)

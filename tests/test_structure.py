@@ -1,0 +1,56 @@
+"""The layout that the README promises: who imports whom, and how long a file may be."""
+
+import ast
+
+from conftest import ROOT
+
+ALLOWED = {
+    "config": set(),
+    "toy": set(),
+    "hardware": {"config"},
+    "model": {"config"},
+    "optim": {"config"},
+    "checkpoint": {"config"},
+    "tokenizer": {"config"},
+    "text": {"config", "tokenizer"},
+    "data": {"config", "text", "tokenizer", "toy"},
+    "generate": {"tokenizer"},
+    "wandb_sink": set(),
+    "tracking": {"config", "hardware", "wandb_sink"},
+    "train": {"config", "hardware", "model", "optim", "checkpoint", "data", "generate", "tracking"},
+    "train_ddp": {"config", "train"},
+    "export": {"config", "checkpoint", "model"},
+}
+LONGEST = {"train": 300, "train_ddp": 120, "model": 350}
+
+
+def imports(path):
+    """Every module that a file imports, at its top or inside a function."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+def test_imports_run_one_way():
+    for path in ROOT.glob("*.py"):
+        ours = set(imports(path)) & ALLOWED.keys()
+        assert ours <= ALLOWED[path.stem], f"{path.name} imports {ours - ALLOWED[path.stem]}"
+
+
+def test_only_the_modes_know_of_processes():
+    for path in ROOT.glob("*.py"):
+        knows = any(name.startswith("torch.distributed") or "DistributedDataParallel" in path.read_text()
+                    for name in imports(path))
+        assert knows == (path.stem in ("train_ddp",)), path.name
+
+
+def test_every_file_can_be_read_in_one_go():
+    for path in ROOT.glob("*.py"):
+        lines = len(path.read_text().splitlines())
+        assert lines <= LONGEST.get(path.stem, 450), f"{path.name} has {lines} lines"
+
+
+def test_the_loop_and_the_modes_have_no_second_loop():
+    assert "while " not in (ROOT / "train_ddp.py").read_text() and "backward()" not in (ROOT / "train_ddp.py").read_text()

@@ -1,0 +1,138 @@
+import json
+import math
+import time
+
+import pytest
+import torch
+
+from tracking import JsonlSink, Meter, TensorboardSink, console_line
+from train import World
+
+
+class Alone(World):
+    def __init__(self):
+        self.device = torch.device("cpu")
+
+
+class Pair(Alone):
+    """The main rank of two, the other of which has done the same at half the speed."""
+
+    size = 2
+
+    def sum(self, values):
+        return [2 * value for value in values]
+
+    def gather(self, values):
+        tokens, seconds = values
+        return [[tokens, seconds], [tokens, 2 * seconds]]
+
+
+def test_the_console_line_is_the_documented_one():
+    metrics = {"train/epoch": 0.02, "lr": 3.3e-5, "train/step_time_sec": 0.1571, "tokens_per_sec_per_rank": 6537.89,
+               "global_tokens_per_sec": 13075.78, "train/loss": 10.9411, "val/loss": 10.9447, "val/ppl": 56653.4597,
+               "train/grad_norm": 1.02, "train/mfu": 0.123, "time/dt_sec": 1.98}
+    assert console_line(10, 50, metrics, 0.15, "bf16") == (
+        "epoch 1 step 10/50 | lr 3.30e-05 | step time 0.157s | tok/s 6,538/rank 13,076 global | train loss 10.9411 | "
+        "val loss 10.9447 | val ppl 56653.46 | grad norm 1.02 | mfu 12.3% | dt 1.98s | eta 0:00:06 | amp bf16")
+
+
+def test_a_line_leaves_out_what_was_not_measured():
+    assert console_line(0, 50, {"train/epoch": 0, "val/loss": 10.8, "val/ppl": 49020.8}, 0, "off") == (
+        "epoch 1 step 0/50 | val loss 10.8000 | val ppl 49020.80 | amp off")
+
+
+def test_the_loss_is_the_mean_over_every_micro_batch_since_the_last_report():
+    meter = Meter(Alone(), 1.0, None)
+    for step in range(4):
+        meter.add(torch.tensor([1.0 + step, 3.0 + step]), torch.tensor(0.5), tokens=10)
+    metrics = meter.report()
+    assert metrics["train/loss"] == 3.5 and metrics["train/grad_norm"] == 0.5
+    meter.add(torch.tensor([9.0]), torch.tensor(0.5), tokens=10)
+    assert meter.report()["train/loss"] == 9.0
+
+
+def test_speed_counts_training_time_only():
+    meter = Meter(Alone(), flops_per_token=1e9, peak_flops=1e12)
+    meter.add(torch.ones(1), torch.ones(()), tokens=1_000_000)  # warms up: neither its tokens nor its time count
+    for _ in range(2):
+        time.sleep(0.05)
+        meter.add(torch.ones(1), torch.ones(()), tokens=100)
+    with meter.excluded("eval"):
+        time.sleep(0.2)
+    with meter.excluded("checkpoint"):
+        time.sleep(0.1)
+    metrics = meter.report()
+    assert metrics["tokens_per_sec_per_rank"] == pytest.approx(200 / 0.1, rel=0.15)
+    assert metrics["train/step_time_sec"] == pytest.approx(0.05, rel=0.15)
+    assert metrics["train/mfu"] == pytest.approx(metrics["tokens_per_sec_per_rank"] * 1e9 / 1e12)
+    assert metrics["time/eval_sec"] == pytest.approx(0.2, rel=0.15)
+    assert metrics["time/checkpoint_sec"] == pytest.approx(0.1, rel=0.15)
+    assert metrics["time/dt_sec"] == pytest.approx(0.4, rel=0.15)
+
+
+def test_global_speed_is_all_tokens_over_the_slowest_ranks_time():
+    meter = Meter(Pair(), 1.0, None)
+    meter.add(torch.ones(1), torch.ones(()), tokens=100)
+    time.sleep(0.02)
+    meter.add(torch.ones(1), torch.ones(()), tokens=100)
+    metrics = meter.report()
+    fast, slow = metrics["tokens_per_sec_per_rank/max"], metrics["tokens_per_sec_per_rank/min"]
+    assert fast == pytest.approx(2 * slow) and metrics["tokens_per_sec_per_rank"] == pytest.approx(1.5 * slow)
+    assert metrics["global_tokens_per_sec"] == pytest.approx(2 * slow)
+
+
+def test_an_unknown_peak_gives_no_mfu():
+    meter = Meter(Alone(), 1e9, None)
+    for _ in range(2):
+        meter.add(torch.ones(1), torch.ones(()), tokens=100)
+    metrics = meter.report()
+    assert "train/mfu" not in metrics and metrics["train/tflops_per_rank"] > 0
+
+
+def test_an_interval_that_a_resume_cuts_has_the_same_loss_to_the_bit():
+    losses = torch.randn(10, 3)
+    straight, first, second = (Meter(Alone(), 1.0, None) for _ in range(3))
+    for row in losses:
+        straight.add(row, torch.ones(()), tokens=1)
+    for row in losses[:7]:
+        first.add(row, torch.ones(()), tokens=1)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for row in losses[7:]:
+        second.add(row, torch.ones(()), tokens=1)
+    assert second.report()["train/loss"] == straight.report()["train/loss"]
+
+
+def test_smoothing_moves_a_tenth_of_the_way():
+    meter = Meter(Alone(), 1.0, None)
+    for loss in (10.0, 20.0):
+        meter.add(torch.tensor([loss]), torch.ones(()), tokens=1)
+        metrics = meter.report()
+    assert metrics["smoothed/loss"] == pytest.approx(11.0)
+
+
+def test_a_resume_cuts_metrics_back_to_the_checkpoint(tmp_path):
+    path = tmp_path / "m.jsonl"
+    sink = JsonlSink(path, 0)
+    for step in range(0, 50, 10):
+        sink.log(step, {"x": math.inf})
+    sink.close(0)
+    path.write_text(path.read_text() + '{"step": 50, "x"')  # killed while writing
+    sink = JsonlSink(path, 20)
+    sink.log(30, {"x": 1})
+    sink.close(0)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 10, 20, 30]
+    JsonlSink(path, 0).close(0)
+    assert path.read_text() == ""
+
+
+def test_tensorboard_has_the_same_names_values_and_steps(tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is an extra")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sink = TensorboardSink(tmp_path, 0)
+    for step in (10, 20):
+        sink.log(step, {"train/loss": step / 4, "lr": 0.5})
+    sink.close(0)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(10, 2.5), (20, 5.0)]
+    assert set(events.Tags()["scalars"]) == {"train/loss", "lr"}

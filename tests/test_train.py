@@ -1,0 +1,336 @@
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, Run, environment, interrupt_after
+
+from tracking import ReportConfig
+
+
+def same(a, b):
+    """Bit for bit: every weight, and every loss that both runs report."""
+    ours, theirs = a.weights(), b.weights()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    common = a.losses().keys() & b.losses().keys()
+    assert common >= {key for key in b.losses() if key[0] > 0}
+    return all(a.losses()[key] == b.losses()[key] for key in common)
+
+
+def test_a_run_reports_what_is_documented_and_writes_what_it_says(trainer):
+    run = trainer("--num-steps", 20, "--log-steps", 5, "--save-steps", 10, "--use-tensorboard")
+    assert run.code == 0, run.err
+    assert sorted(run.rows) == [0, 5, 10, 15, 20]
+    assert run.rows[0]["val/loss"] == pytest.approx(math.log(257), rel=0.02)
+    assert run.rows[20]["val/loss"] < run.rows[0]["val/loss"]
+    names = {"train/loss", "val/loss", "val/ppl", "val/bits_per_byte", "lr", "tokens_per_sec_per_rank",
+             "tokens_per_sec_per_rank/min", "tokens_per_sec_per_rank/max", "global_tokens_per_sec", "train/grad_norm",
+             "train/step_time_sec", "train/tokens", "train/epoch", "smoothed/loss", "smoothed/tokens_per_sec",
+             "smoothed/step_time", "amp", "time/eval_sec", "time/dt_sec"}
+    assert names <= run.rows[20].keys(), names - run.rows[20].keys()
+    assert run.rows[20]["val/ppl"] == pytest.approx(math.exp(run.rows[20]["val/loss"]))
+    assert run.rows[20]["train/tokens"] == 20 * 4 * 32
+    line = next(line for line in run.out.splitlines() if "step 10/20" in line)
+    assert re.fullmatch(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] epoch 1 step 10/20 \| lr \S+ \| step time \S+s \| tok/s \S+/rank "
+                        r"\S+ global \| train loss \S+ \| val loss \S+ \| val ppl \S+ \| grad norm \S+ \| "
+                        r"(mfu \S+%|\S+ TFLOP/s) \| dt \S+s \| eta \S+ \| amp \S+", line), line
+    assert "\r" not in run.out + run.err, "a progress bar in a pipe"
+    written = {path.name for path in run.checkpoint.parent.iterdir()}
+    assert written == {"c.pt", "c.prev.pt", "c.best.pt", "c.log", "c.metrics.jsonl", "c.tokenizer", "c.tensorboard"}
+    assert all(name in run.out for name in written)
+    assert "step 20/20" in (run.checkpoint.parent / "c.log").read_text()
+    assert "sample at step 20" in run.out
+
+
+def test_the_loss_reported_is_the_loss_computed(trainer, text, cache):
+    """An oracle of the whole pipeline: the same first steps by hand, in plain PyTorch."""
+    from data import Corpus, DataConfig
+    from model import GPT, GPTConfig
+
+    run = trainer("--num-steps", 6, "--log-steps", 3, "--no-amp", "--grad-accum-steps", 2, "--warmup-steps", 4,
+                  "--weight-decay", 0.2, "--grad-clip-norm", 0.5, "--lr-scheduler", "none", "--lr", 0.01)
+    corpus = Corpus(DataConfig(train_data=[str(text)], cache_dir=str(cache), tokenizer_name="byte", seq_len=32))
+    torch.manual_seed(1337)
+    model = GPT(GPTConfig(n_layers=2, n_heads=2, d_model=32, max_position_embeddings=64, vocab_size=257))
+    optimizer = torch.optim.AdamW([
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.2},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}], betas=(0.9, 0.95))
+    losses, norms = [], []
+    for step in range(6):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * min(1, (step + 1) / 4)
+        x, y = map(torch.from_numpy, corpus.batch(step, 0, 1, 8))
+        loss = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert run.rows[3]["train/loss"] == pytest.approx(sum(losses[:3]) / 3, abs=1e-5)
+    assert run.rows[6]["train/loss"] == pytest.approx(sum(losses[3:]) / 3, abs=1e-5)
+    assert run.rows[6]["train/grad_norm"] == pytest.approx(norms[5], rel=1e-3)
+    assert run.rows[3]["lr"] == pytest.approx(0.0075) and run.rows[6]["lr"] == pytest.approx(0.01)
+
+
+# The runs of the next test cross an epoch boundary (97 windows of 8 sequences) and stop at a multiple of no interval.
+RESUMED = ["--max-tokens", 3200, "--batch-size", 4, "--grad-accum-steps", 2, "--dropout", 0.2, "--log-steps", 5,
+           "--eval-steps", 4, "--save-steps", 6, "--warmup-steps", 5, "--lr-scheduler", "none"]
+
+
+@pytest.mark.parametrize("precision", [["--no-amp"], ["--amp-dtype", "bf16"], ["--amp-dtype", "fp16"]],
+                         ids=["fp32", "bf16", "fp16"])
+def test_resume_repeats_the_run_bit_for_bit(trainer, precision):
+    straight = trainer(*RESUMED, *precision, "--num-steps", 23, checkpoint="straight.pt")
+    first = trainer(*RESUMED, *precision, "--num-steps", 17, checkpoint="resumed.pt")
+    assert straight.code == first.code == 0, straight.err + first.err
+    second = trainer(*RESUMED, *precision, "--num-steps", 23, "--resume", checkpoint="resumed.pt")
+    assert second.code == 0 and "Resumed at step 17" in second.out, second.out + second.err
+    assert same(second, straight)
+    assert straight.rows[23]["train/epoch"] > 1
+    assert (23, "train/loss") in straight.losses()
+
+
+def test_a_run_stopped_by_sigterm_and_resumed_is_the_uninterrupted_run(trainer):
+    flags = ["--num-steps", 400, "--log-steps", 10, "--eval-steps", 50, "--save-steps", 150, "--dropout", 0.1]
+    straight = trainer(*flags, checkpoint="straight.pt")
+    stopped = interrupt_after(trainer.arguments(flags), trainer.folder, r"step 170/400")
+    assert stopped.returncode == 143, stopped.stderr
+    step = int(re.search(r"stopped by SIGTERM at step (\d+), saved; go on with --resume", stopped.stdout)[1])
+    assert 170 <= step < 400 and torch.load(trainer.folder / "c.pt", weights_only=True)["state"]["step"] == step
+    resumed = trainer(*flags, "--resume", "auto")
+    assert f"Resumed at step {step}" in resumed.out
+    assert same(resumed, straight)
+    assert list(resumed.rows) == list(straight.rows)
+
+
+def test_a_run_killed_outright_goes_on_from_its_last_checkpoint(trainer):
+    flags = ["--num-steps", 300, "--log-steps", 10, "--eval-steps", 0, "--save-steps", 30]
+    straight = trainer(*flags, checkpoint="straight.pt")
+    killed = interrupt_after(trainer.arguments(flags), trainer.folder, r"step 110/300", signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL
+    resumed = trainer(*flags, "--resume", "auto")
+    assert resumed.code == 0 and same(resumed, straight) and list(resumed.rows) == list(straight.rows)
+
+
+def test_ctrl_c_saves_and_leaves_with_130(trainer):
+    flags = ["--num-steps", 100000, "--log-steps", 10, "--eval-steps", 0]
+    stopped = interrupt_after(trainer.arguments(flags), trainer.folder, r"step 30/100000", signal.SIGINT)
+    assert stopped.returncode == 130 and "Traceback" not in stopped.stderr
+    assert (trainer.folder / "c.pt").exists()
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(trainer):
+    flags = ["--num-steps", 30, "--save-steps", 10, "--log-steps", 10]
+    straight = trainer(*flags)
+    damaged = straight.checkpoint.read_bytes()
+    straight.checkpoint.write_bytes(damaged[:len(damaged) // 2])
+    resumed = trainer(*flags, "--resume")
+    assert resumed.code == 0 and "falling back to c.prev.pt" in resumed.out and "Resumed at step 20" in resumed.out
+    assert torch.load(resumed.checkpoint, weights_only=True)["state"]["step"] == 30
+
+
+def test_a_finished_run_has_nothing_to_resume(trainer):
+    trainer("--num-steps", 5)
+    again = trainer("--num-steps", 5, "--resume")
+    assert again.code == 0 and "already at step 5 of 5: raise --num-steps" in again.out
+
+
+def test_another_schedule_may_be_resumed_and_is_said(trainer):
+    trainer("--num-steps", 5)
+    again = trainer("--num-steps", 8, "--lr", 0.002, "--resume")
+    assert again.code == 0 and "another --lr: was 0.001, is 0.002" in again.out
+
+
+def test_a_branch_leaves_its_trunk_alone(trainer):
+    trunk = trainer("--num-steps", 10, "--save-steps", 5, "--keep-last", 2)
+    before = trunk.checkpoint.read_bytes()
+    branch = trainer("--num-steps", 12, "--resume", "c.step-00000005.pt", checkpoint="branch.pt")
+    assert "Resumed at step 5" in branch.out and trunk.checkpoint.read_bytes() == before
+
+
+def test_compiled_training_is_training(trainer):
+    eager = trainer("--num-steps", 4, "--log-steps", 2, "--no-amp", checkpoint="eager.pt")
+    compiled = trainer("--num-steps", 4, "--log-steps", 2, "--no-amp", "--compile", checkpoint="compiled.pt")
+    assert compiled.code == 0, compiled.err[-2000:]
+    for key, value in eager.losses().items():
+        assert compiled.losses()[key] == pytest.approx(value, abs=1e-4)
+    assert eager.weights().keys() == compiled.weights().keys()
+
+
+def test_non_finite_loss_halts_with_the_last_good_checkpoint_kept(trainer):
+    run = trainer("--num-steps", 40, "--save-steps", 2, "--log-steps", 2, "--lr", 1e30, "--grad-clip-norm", 0,
+                  "--warmup-steps", 0, "--no-amp", "--eval-steps", 0)
+    assert run.code == 1 and "not finite" in run.err and "--resume" in run.err and "Traceback" not in run.err
+    assert (trainer.folder / "c.nonfinite.pt").exists()
+    if run.checkpoint.exists():
+        assert all(torch.isfinite(tensor).all() for tensor in run.weights().values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3", "nanochat"])
+def test_toy_data_is_learned_to_its_entropy(trainer, arch):
+    run = trainer("--arch", arch, "--use-toy-data", "--device", "cpu", "--n-layers", 1, "--n-heads", 2, "--d-model", 64,
+                  "--seq-len", 64, "--batch-size", 32, "--num-steps", 400, "--lr", 1e-2, "--log-steps", 100,
+                  "--eval-tokens", 0, "--weight-decay", 0, "--warmup-steps", 20, "--tokenizer-name", "char", tiny=False,
+                  data=False)
+    assert run.code == 0, run.err
+    entropy = float(re.search(r"below a loss of (\S+) nats", run.out)[1])
+    assert entropy * 0.99 < run.rows[400]["val/loss"] < entropy * 1.02
+
+
+def test_a_dry_run_says_the_size_takes_a_step_and_writes_nothing(trainer, text):
+    run = trainer("--train-data", text, "--dry-run", "--grad-accum-steps", 3, data=False)
+    assert run.code == 0, run.err
+    for fact in ("parameters", "FLOPs per token", "GB", "384 tokens = 4 sequences x 32 x 3 micro-batches", "one step: loss"):
+        assert fact in run.out, fact
+    assert not list(trainer.folder.iterdir())
+
+
+def test_the_profiler_writes_a_trace_and_names_it(trainer):
+    run = trainer("--num-steps", 8, "--use-profiler")
+    assert "c.trace.json" in run.out and json.loads((trainer.folder / "c.trace.json").read_text())["traceEvents"]
+
+
+def test_help_answers_at_once_and_has_every_flag():
+    begin = time.perf_counter()
+    out = subprocess.run([sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True).stdout
+    seconds = min(time.perf_counter() - begin, *(_timed_help() for _ in range(2)))
+    assert seconds < 2, f"{seconds:.1f} s"
+    for flag in ("--n-layers", "--arch", "--use-activation-checkpoint", "--train-data", "--global-batch-tokens",
+                 "--lr-scheduler", "--no-amp", "--compile", "--eval-tokens", "--resume", "--use-wandb", "--dry-run"):
+        assert flag in out
+
+
+def _timed_help():
+    begin = time.perf_counter()
+    subprocess.run([sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True)
+    return time.perf_counter() - begin
+
+
+def test_evaluations_default_to_twenty_a_run_and_no_more_often_than_reports():
+    assert ReportConfig().eval_every(1000) == 50 and ReportConfig().eval_every(50) == 10
+    assert ReportConfig(eval_steps=0).eval_every(1000) == 0
+
+
+# Wrong inputs: one line on stderr that names the flag and a way out, exit code 2, within 5 s, nothing written.
+
+
+@pytest.fixture
+def wrong(trainer):
+    folder = trainer.folder
+    (folder / "empty.txt").touch()
+    (folder / "short.txt").write_text("just a few words")
+    (folder / "no text here").mkdir()
+    (folder / "picture.bin").write_bytes(bytes(range(256)) * 100)
+    (folder / "bad.jsonl").write_text('{"text": "fine"}\n{"text": ')
+    (folder / "columns.jsonl").write_text('{"a": "x", "b": "y"}\n')
+    (folder / "bad.toml").write_text("n_layers = = 4")
+    (folder / "unknown.toml").write_text("n_layer = 4")
+    (folder / "truncated.pt").write_bytes(b"PK\3\4 and no more")
+    (folder / "there.pt").write_bytes(b"a checkpoint")
+    (folder / "sealed").mkdir()
+    (folder / "file").touch()
+    return trainer
+
+
+WRONG = {
+    "missing file": (["--train-data", "missing.txt"], ["--train-data missing.txt", "no such file"]),
+    "empty file": (["--train-data", "empty.txt"], ["empty.txt", "empty"]),
+    "short text": (["--train-data", "short.txt"], ["fewer than one sequence", "--seq-len"]),
+    "folder without text": (["--train-data", "no text here"], ["no text here", ".jsonl"]),
+    "glob without files": (["--train-data", "*.nothing"], ["*.nothing", "no file matches"]),
+    "binary file": (["--train-data", "picture.bin"], ["picture.bin", "not UTF-8 text"]),
+    "bad jsonl": (["--train-data", "bad.jsonl"], ["bad.jsonl", "not readable"]),
+    "jsonl without text": (["--train-data", "columns.jsonl"], ["no column named text", "a, b"]),
+    "no such dataset offline": (["--train-data", "some/dataset"], ["some/dataset", "cannot be reached"]),
+    "missing validation file": (["--val-data", "missing.txt"], ["--val-data missing.txt"]),
+    "unknown tokenizer offline": (["--tokenizer-name", "no/such"], ["--tokenizer-name no/such", "byte"]),
+    "window above positions": (["--seq-len", "65"], ["--seq-len 65", "--max-position-embeddings 64"]),
+    "heads": (["--n-heads", "5"], ["--n-heads 5", "--d-model 32", "try"]),
+    "kv heads": (["--n-kv-heads", "3"], ["--n-kv-heads 3", "--n-heads 2"]),
+    "no checkpoint to resume": (["--resume"], ["--resume", "no checkpoint"]),
+    "no such file to resume": (["--resume", "nowhere.pt"], ["--resume nowhere.pt", "no such file"]),
+    "truncated checkpoint": (["--resume", "truncated.pt"], ["truncated.pt", "damaged", "--overwrite"]),
+    "batch that does not divide": (["--global-batch-tokens", "1000"], ["--global-batch-tokens 1000", "try 1024"]),
+    "two ways to say the batch": (["--global-batch-tokens", "1024", "--grad-accum-steps", "2"], ["give one of them"]),
+    "negative learning rate": (["--lr", "-1"], ["--lr -1", "greater than 0"]),
+    "learning rate that is no number": (["--lr", "nan"], ["--lr nan", "finite"]),
+    "negative steps": (["--num-steps", "-5"], ["--num-steps -5", "at least 1"]),
+    "dropout of one": (["--dropout", "1"], ["--dropout 1", "less than 1"]),
+    "unknown flag": (["--n-layer", "3"], ["--n-layer", "did you mean --n-layers"]),
+    "bad TOML": (["--config", "bad.toml"], ["bad.toml", "not valid TOML"]),
+    "unknown key in TOML": (["--config", "unknown.toml"], ["n_layer", "did you mean n_layers"]),
+    "checkpoint already there": (["--checkpoint-path", "there.pt"], ["there.pt", "--resume", "--overwrite"]),
+    "checkpoint path is a folder": (["--checkpoint-path", "sealed"], ["sealed", "is a folder"]),
+    "checkpoint path below a file": (["--checkpoint-path", "file/c.pt"], ["--checkpoint-path", "cannot be written"]),
+    "checkpoint path not writable": (["--checkpoint-path", "/proc/c.pt"], ["--checkpoint-path", "cannot be written"]),
+    "cache not writable": (["--cache-dir", "/proc/cache"], ["--cache-dir"]),
+    "vocabulary below the tokenizer's": (["--vocab-size", "100"], ["--vocab-size 100", "leave it out"]),
+    "vocabulary below the bytes": (["--tokenizer-name", "bpe", "--vocab-size", "100"], ["--vocab-size 100", "257"]),
+    "no CUDA": (["--device", "cuda"], ["--device cuda", "--device cpu"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_gets_one_line_that_names_it(wrong, case):
+    flags, words = WRONG[case]
+    if case == "no CUDA" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    before = sorted(path for path in wrong.folder.rglob("*"))
+    begin = time.perf_counter()
+    run = wrong(*flags)
+    seconds = time.perf_counter() - begin
+    assert run.code == 2, run.out + run.err
+    line = [line for line in run.err.splitlines() if line.strip()]
+    assert len(line) == 1 and line[0].startswith("error: "), run.err
+    assert all(word in line[0] for word in words), line[0]
+    assert sorted(path for path in wrong.folder.rglob("*")) == before, "something was written"
+    assert seconds < 5, f"{seconds:.1f} s"
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--d-model", "64"], ["--d-model was 32, is 64"]),
+    (["--tokenizer-name", "char"], ["the tokenizer was"]),
+    (["--val-ratio", "0.2"], ["the training data was"]),
+    (["--batch-size", "8"], ["sequences in a step was 4, is 8"]),
+    (["--arch", "qwen3"], ["--arch was gpt2, is qwen3"]),
+])
+def test_a_checkpoint_of_another_run_is_refused_with_the_difference(trainer, flags, words):
+    first = trainer("--num-steps", 3)
+    before = first.checkpoint.read_bytes()
+    run = trainer("--num-steps", 6, "--resume", *flags)
+    assert run.code == 2 and len(run.err.strip().splitlines()) == 1, run.err
+    assert all(word in run.err for word in words), run.err
+    assert first.checkpoint.read_bytes() == before and 3 in first.rows
+
+
+def test_ddp_without_torchrun_says_how_to_launch(tmp_path):
+    run = subprocess.run([sys.executable, str(ROOT / "train_ddp.py")], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 2 and "torchrun --nproc-per-node" in run.stderr
+    assert len(run.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_bar_is_shown_on_a_terminal(trainer):
+    import os
+    import pty
+    import termios
+
+    main, worker = pty.openpty()
+    termios.tcsetwinsize(worker, (24, 100))
+    process = subprocess.Popen(trainer.arguments(["--num-steps", 60]), cwd=trainer.folder, stdout=worker, stderr=worker,
+                               env=environment())
+    os.close(worker)
+    seen = b""
+    try:
+        while block := os.read(main, 4096):
+            seen += block
+    except OSError:  # the other end is closed
+        pass
+    assert process.wait() == 0 and b"step/s" in seen and b"\r" in seen
+    os.close(main)
+    assert Run(process, trainer.folder, "c.pt").rows[60]

@@ -1,0 +1,50 @@
+"""Read a W&B run file (`*.wandb`) back: LevelDB log framing of protobuf records. The SDK ships no reader."""
+
+import json
+
+BLOCK = 32768
+
+
+def records(path):
+    """Every whole record; a torn tail is skipped."""
+    from wandb.proto import wandb_internal_pb2
+
+    data = path.read_bytes()
+    assert data[:4] == b":W&B", data[:7]
+    position, parts = 7, []
+    while position + 7 <= len(data):
+        left = BLOCK - position % BLOCK
+        if left < 7:
+            position += left
+            continue
+        length, kind = int.from_bytes(data[position + 4:position + 6], "little"), data[position + 6]
+        if position + 7 + length > len(data) or kind == 0:
+            return
+        parts.append(data[position + 7:position + 7 + length])
+        position += 7 + length
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(b"".join(parts))
+            parts = []
+            yield record
+
+
+class RunFile:
+    def __init__(self, path):
+        self.rows, self.config, self.run_id, self.name, self.project, self.exit_code = [], {}, None, None, None, None
+        for record in records(path):
+            kind = record.WhichOneof("record_type")
+            if kind == "history":
+                self.rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                                  for item in record.history.item})
+            elif kind == "run":
+                self.run_id, self.name, self.project = record.run.run_id, record.run.display_name, record.run.project
+                self.config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+            elif kind == "config":
+                self.config |= {item.key: json.loads(item.value_json) for item in record.config.update}
+            elif kind == "exit":
+                self.exit_code = record.exit.exit_code
+
+
+def run_files(folder):
+    return [RunFile(path) for path in sorted((folder / "wandb").glob("offline-run-*/run-*.wandb"))]
