@@ -8,6 +8,7 @@ A checkpoint is what torch.save writes, an archive of tensors and plain values t
 """
 
 import contextlib
+import dataclasses
 import glob
 import hashlib
 import logging
@@ -99,6 +100,21 @@ def plan(cfg):
         raise UserError(f"--resume {cfg.resume}: {path} is there too; --overwrite rolls back to the file named, "
                         f"another --checkpoint-path branches off from it")
     return Path(cfg.resume)
+
+
+def run_identity(cfg, corpus, step_samples):
+    """What a resumed run must share with the run that it resumes: model, tokenizer, data, and the batch, by which the
+    position in the data is counted."""
+    model = dataclasses.asdict(cfg.model)
+    free = {"dropout", "use_activation_checkpoint", "vocab_size"}
+    if 0 < cfg.model.vocab_size < corpus.vocab_size:
+        raise UserError(f"--vocab-size {cfg.model.vocab_size} is below the {corpus.vocab_size} tokens of "
+                        f"--tokenizer-name {cfg.data.tokenizer_name}; leave it out")
+    vocab_size = corpus.vocab_size if cfg.data.tokenizer_name == "bpe" else max(cfg.model.vocab_size, corpus.vocab_size)
+    return {flag(name): value for name, value in model.items() if name not in free} | {
+        "--vocab-size": vocab_size, "--seq-len": corpus.seq_len, "--data-seed": corpus.seed,
+        "sequences in a step": step_samples, "the tokenizer": corpus.meta["tokenizer_hash"][:16],
+        "the training data": corpus.fingerprint["train"], "the validation data": corpus.fingerprint["val"]}
 
 
 def restore(path, cfg, identity, config):

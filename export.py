@@ -70,9 +70,10 @@ def hugging_face_config(cfg, eos=None):
     if cfg.arch == "gpt2":
         _require(cfg.kv_heads == cfg.n_heads and cfg.head_size * cfg.n_heads == cfg.d_model,
                  "GPT-2 has as many key/value heads as query heads, of d_model / n_heads each")
-        return transformers.GPT2Config(n_positions=cfg.max_position_embeddings, n_embd=cfg.d_model, n_layer=cfg.n_layers,
-                                       n_head=cfg.n_heads, n_inner=cfg.ff_size, resid_pdrop=cfg.dropout,
-                                       embd_pdrop=cfg.dropout, attn_pdrop=cfg.dropout, **common)
+        return transformers.GPT2Config(n_positions=cfg.max_position_embeddings, n_embd=cfg.d_model,
+                                       n_layer=cfg.n_layers, n_head=cfg.n_heads, n_inner=cfg.ff_size,
+                                       resid_pdrop=cfg.dropout, embd_pdrop=cfg.dropout, attn_pdrop=cfg.dropout,
+                                       **common)
     shape = dict(hidden_size=cfg.d_model, intermediate_size=cfg.ff_size, num_hidden_layers=cfg.n_layers,
                  num_attention_heads=cfg.n_heads, num_key_value_heads=cfg.kv_heads, head_dim=cfg.head_size,
                  max_position_embeddings=cfg.max_position_embeddings, rms_norm_eps=cfg.parts.norm_eps,

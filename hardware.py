@@ -90,7 +90,7 @@ def _cpu_multiplies_bf16():
 
 
 def configure(cfg, device):
-    """Process-wide switches of torch that the flags stand for."""
+    """Process-wide switches of torch that the flags stand for; returns the device."""
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32, on GPUs that have it
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -100,6 +100,7 @@ def configure(cfg, device):
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
+    return device
 
 
 def keep_freed_memory():
@@ -127,6 +128,12 @@ def peak_flops(device):
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def to_device(array, device):
+    """A NumPy array as a tensor on the device; to a GPU while the CPU goes on."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def synchronize(device):

@@ -226,8 +226,11 @@ class Tracker:
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind, error, _):
         self.bar.close()
+        if kind:
+            log.error("stopped by %s: %s", kind.__name__, error)
+            log.error("--resume goes on from the last checkpoint")
         for sink in self.sinks:
             sink.close(1 if kind else self.exit_code)
         if self.file:

@@ -16,10 +16,10 @@ import torch
 
 import checkpoint
 from checkpoint import CheckpointConfig, StopSignal
-from config import UserError, arg, flag, flatten, parse
+from config import UserError, arg, flatten, parse
 from data import Corpus, DataConfig
 from generate import sample_text
-from hardware import SpeedConfig, choose_device, choose_precision, configure, peak_flops, should_compile
+from hardware import SpeedConfig, choose_device, choose_precision, configure, peak_flops, should_compile, to_device
 from model import GPT, IGNORE, GPTConfig
 from optim import OptimConfig, lr_at, make_optimizer, set_lr
 from tracking import Meter, ReportConfig, Tracker, TrackingConfig, make_profiler, run_facts, setup_logging
@@ -77,8 +77,7 @@ class World:
     is_main = True  # global rank 0: the one that logs and saves
 
     def __init__(self, cfg):
-        self.device = choose_device(cfg.device, self.local_rank)
-        configure(cfg, self.device)
+        self.device = configure(cfg, choose_device(cfg.device, self.local_rank))
 
     def wrap(self, model):
         """The module whose backward pass averages gradients over the ranks."""
@@ -132,11 +131,6 @@ def seed_step(seed, step, rank):
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
 
-def to_device(array, device):
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
 @torch.no_grad()
 def evaluate(model, corpus, cfg, precision, world):
     """Loss over the validation windows in nats per token, and what follows from it. Each rank takes its share and the
@@ -155,51 +149,34 @@ def evaluate(model, corpus, cfg, precision, world):
             "val/bits_per_byte": loss / math.log(2) / corpus.val_bytes_per_token}
 
 
-def run_identity(cfg, corpus, step_samples):
-    """What a resumed run must share with the run that it resumes: model, tokenizer, data, and the batch, by which the
-    position in the data is counted."""
-    model = dataclasses.asdict(cfg.model)
-    free = {"dropout", "use_activation_checkpoint", "vocab_size"}
-    if 0 < cfg.model.vocab_size < corpus.vocab_size:
-        raise UserError(f"--vocab-size {cfg.model.vocab_size} is below the {corpus.vocab_size} tokens of "
-                        f"--tokenizer-name {cfg.data.tokenizer_name}; leave it out")
-    vocab_size = corpus.vocab_size if cfg.data.tokenizer_name == "bpe" else max(cfg.model.vocab_size, corpus.vocab_size)
-    return {flag(name): value for name, value in model.items() if name not in free} | {
-        "--vocab-size": vocab_size, "--seq-len": corpus.seq_len, "--data-seed": corpus.seed,
-        "sequences in a step": step_samples, "the tokenizer": corpus.meta["tokenizer_hash"][:16],
-        "the training data": corpus.fingerprint["train"], "the validation data": corpus.fingerprint["val"]}
-
-
 def train(cfg, world):
     """Train until `num_steps`, or until a signal. Returns the exit code: 0, or 128 + the signal's number."""
-    dry_run = cfg.batch.dry_run
+    dry_run, config, batch_size = cfg.batch.dry_run, flatten(cfg), cfg.batch.batch_size
     resume_from = None if dry_run else world.from_main(lambda: checkpoint.plan(cfg.checkpoint))
     corpus = Corpus(cfg.data, cfg.model.vocab_size, progress=world.local_rank == 0, scratch=dry_run)
     accum = cfg.batch.accum_steps(world.size, corpus.seq_len)
-    step_samples = cfg.batch.batch_size * accum * world.size
-    identity = run_identity(cfg, corpus, step_samples)
+    step_samples = batch_size * accum * world.size
+    epochs_per_step = step_samples / corpus.n_windows
+    identity = checkpoint.run_identity(cfg, corpus, step_samples)
     if world.max(identity != world.from_main(lambda: identity)):
         raise UserError("--train-data: the ranks see different data or flags; give every node the same files")
-    saved = resume_from and world.from_main(
-        lambda: checkpoint.restore(resume_from, cfg.checkpoint, identity, flatten(cfg)))
+    saved = resume_from and world.from_main(lambda: checkpoint.restore(resume_from, cfg.checkpoint, identity, config))
 
     precision = choose_precision(cfg.speed, world.device)
     torch.manual_seed(cfg.optim.seed)  # the same weights on every rank
     raw = GPT(dataclasses.replace(cfg.model, vocab_size=identity["--vocab-size"])).to(world.device)
     optimizer, scaler = make_optimizer(raw, cfg.optim, world.device), precision.scaler()
     meter = Meter(world, raw.flops_per_token(corpus.seq_len), peak_flops(world.device))
-    state = State()
+    parts, state = dict(model=raw, optimizer=optimizer, scaler=scaler, meter=meter), State()
     if saved:
-        raw.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
-        meter.load_state_dict(saved["meter"])
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
         state = State(**saved["state"])
         if not cfg.checkpoint.continues(resume_from):
             state.wandb_run_id = ""  # a branch of a run is a run of its own
         del saved
     fast = torch.compile(raw) if should_compile(cfg.speed, world.device) else raw
-    model = world.wrap(fast)
+    model = world.wrap(fast)  # for the training step; `fast` evaluates, `raw` is saved
     num_steps, eval_steps = cfg.optim.num_steps, cfg.report.eval_every(cfg.optim.num_steps)
     for line in run_facts(cfg, world, corpus, raw, precision, accum, state):
         log.info(line)
@@ -211,7 +188,7 @@ def train(cfg, world):
         set_lr(optimizer, lr_at(state.step, cfg.optim))
         losses = []
         for micro in range(accum):
-            x, y = corpus.batch(state.step, micro, accum, cfg.batch.batch_size, world.rank, world.size)
+            x, y = corpus.batch(state.step, micro, accum, batch_size, world.rank, world.size)
             x, y = to_device(x, world.device), to_device(y, world.device)  # (B, T) each
             with world.grad_sync(model, last=micro == accum - 1):
                 with precision.autocast():
@@ -231,9 +208,9 @@ def train(cfg, world):
 
     def payload():
         """All that a resumed run needs. Collective."""
-        return dict(format=checkpoint.FORMAT, model=raw.state_dict(), optimizer=optimizer.state_dict(),
-                    scaler=scaler.state_dict(), meter=meter.state_dict(), state=dataclasses.asdict(state),
-                    identity=identity, config=flatten(cfg), torch=str(torch.__version__))
+        return {name: part.state_dict() for name, part in parts.items()} | dict(
+            format=checkpoint.FORMAT, state=dataclasses.asdict(state), identity=identity, config=config,
+            torch=str(torch.__version__))
 
     def check_finite(finite):
         """Halt where loss or gradient are no numbers: the same decision on every rank, since both are reduced."""
@@ -241,7 +218,8 @@ def train(cfg, world):
             last, path = payload(), cfg.checkpoint.beside(".nonfinite.pt")
             if world.is_main:
                 checkpoint.save(path, last)
-            raise NonFinite(f"loss or gradient is not finite at step {state.step}; this state is in {path}")
+            raise NonFinite(f"loss or gradient is not finite at step {state.step}; this state is in {path}, and "
+                            f"--resume with a lower --lr goes on from the last good checkpoint")
 
     def save(latest, best):
         with meter.excluded("checkpoint"):
@@ -250,12 +228,10 @@ def train(cfg, world):
             if world.is_main:
                 checkpoint.save_run(cfg.checkpoint, now, state.step, latest, best)
 
+    evaluate_now = meter.excluded("eval")(lambda: evaluate(fast, corpus, cfg, precision, world))
+
     def due(every):
         return state.step == num_steps or (every and state.step % every == 0)
-
-    def evaluate_now():
-        with meter.excluded("eval"):
-            return evaluate(fast, corpus, cfg, precision, world)
 
     if dry_run:
         began, done = time.perf_counter(), train_step()
@@ -267,32 +243,31 @@ def train(cfg, world):
     if world.is_main:
         corpus.export_tokenizer(cfg.checkpoint.beside(".tokenizer"))
 
-    with (Tracker(cfg.tracking, cfg.checkpoint.beside, world, state, num_steps, precision.name, flatten(cfg)) as track,
+    facts = config | dict(world_size=world.size, n_params=raw.num_params(), accum_steps=accum)
+    with (Tracker(cfg.tracking, cfg.checkpoint.beside, world, state, num_steps, precision.name, facts) as track,
           make_profiler(cfg.tracking.use_profiler and world.is_main, cfg.checkpoint.beside(".trace.json")) as profiler,
           StopSignal(world) as stop):
         if state.step == 0:
-            track.report(state, step_samples / corpus.n_windows, evaluate_now())
+            track.report(state, epochs_per_step, evaluate_now())
         while state.step < num_steps:
             if (done := train_step()) is None:
                 continue
             state.step += 1
             state.tokens += step_samples * corpus.seq_len
-            meter.add(*done, tokens=cfg.batch.batch_size * accum * corpus.seq_len)
+            meter.add(*done, tokens=batch_size * accum * corpus.seq_len)
             profiler.step()
             track.bar.update()
-
             metrics, best, signal_number = {}, False, stop.agreed()
             if due(cfg.report.log_steps):
-                metrics = meter.report(ends_interval=state.step % cfg.report.log_steps == 0) | {"lr": optimizer.param_groups[0]["lr"]}
+                metrics = meter.report(ends_interval=state.step % cfg.report.log_steps == 0)
+                metrics["lr"] = lr_at(state.step - 1, cfg.optim)  # the rate of the step just taken
                 check_finite(math.isfinite(metrics["train/loss"] + metrics["train/grad_norm"]))
             if due(eval_steps):
                 metrics |= evaluate_now()
-                best = metrics["val/loss"] < state.best_val
-                state.best_val = min(metrics["val/loss"], state.best_val)
+                best, state.best_val = metrics["val/loss"] < state.best_val, min(metrics["val/loss"], state.best_val)
             if metrics:
-                track.report(state, step_samples / corpus.n_windows, metrics)
-            latest = bool(due(cfg.checkpoint.save_steps) or signal_number)
-            if latest or best:
+                track.report(state, epochs_per_step, metrics)
+            if (latest := due(cfg.checkpoint.save_steps) or signal_number) or best:
                 save(latest, best)
             if due(cfg.report.sample_steps):
                 with meter.excluded("sample"), precision.autocast():
@@ -307,24 +282,18 @@ def train(cfg, world):
 
 
 def main(world_type=World):
-    code = 1
     try:
         cfg = parse(Config)
         world = world_type(cfg.speed)
         setup_logging(world.is_main)
         try:
-            code = train(cfg, world)
+            sys.exit(train(cfg, world))
         finally:
             world.close()
-    except UserError as error:
-        code = 2
+    except (UserError, NonFinite) as error:
         if world_type.announces():
             print(f"error: {error}", file=sys.stderr)
-    except NonFinite as error:
-        if world_type.announces():
-            print(f"error: {error}; the last good checkpoint is {cfg.checkpoint.checkpoint_path}: go on from it with "
-                  f"--resume and a lower --lr", file=sys.stderr)
-    sys.exit(code)
+        sys.exit(2 if isinstance(error, UserError) else 1)
 
 
 if __name__ == "__main__":

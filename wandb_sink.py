@@ -68,14 +68,20 @@ class WandbSink:
                 run.log(row)
             run.finish(exit_code=row[0])
         except Exception as error:  # the SDK raises its own, pydantic's, protobuf's and the sockets' errors
-            log.warning("wandb: %s: %s; training goes on without it, metrics.jsonl has every row",
-                        type(error).__name__, (str(error).splitlines() or [""])[0])
+            log.warning("wandb: %s; training goes on without it, metrics.jsonl has every row",
+                        (str(error).splitlines() or [type(error).__name__])[0])
 
     def _init(self):
-        import wandb
+        try:
+            import wandb
 
-        run = wandb.init(project=self.cfg.wandb_project, name=self.cfg.wandb_run_name or None, id=self.run_id,
-                         resume="allow")
+            init = wandb.init  # a run folder of that name can be imported, too, and has none
+        except (ImportError, AttributeError):
+            raise RuntimeError("the wandb package is missing: pip install wandb") from None
+        # Rows reach the local file within a second: a kill leaves no W&B process behind to write what it had.
+        settings = wandb.Settings(x_transaction_log_flush_interval=1)
+        run = init(project=self.cfg.wandb_project, name=self.cfg.wandb_run_name or None, id=self.run_id, resume="allow",
+                   settings=settings)
         run.config.update(self.config, allow_val_change=True)
         # W&B's own step must grow, and so drops rows that a resumed run repeats: `step` is an axis of ours.
         run.define_metric("step")

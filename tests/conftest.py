@@ -32,7 +32,7 @@ def text(tmp_path_factory):
     import random
 
     rng = random.Random(7)
-    words = ["the", "a", "king", "sea", "of", "and", "runs", "sings", "night", "under", "stone", "bright", "old", "river"]
+    words = "the a king sea of and runs sings night under stone bright old river".split()
     lines = [" ".join(rng.choices(words, k=rng.randint(3, 12))).capitalize() + "." for _ in range(3200)]
     path = tmp_path_factory.mktemp("text") / "prose.txt"
     path.write_text("\n".join(lines))
@@ -71,7 +71,8 @@ class Run:
 def environment(**extra):
     kept = {name: value for name, value in os.environ.items()
             if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS") and not name.startswith("WANDB")}
-    return kept | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"} | extra
+    ours = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    return kept | ours | extra
 
 
 def command(script, ranks=None):
@@ -83,7 +84,7 @@ def command(script, ranks=None):
 
 @pytest.fixture
 def trainer(tmp_path, text, cache):
-    """`trainer(*flags, ranks=None, checkpoint="c.pt")` runs train.py, or train_ddp.py with so many ranks, to its end."""
+    """`trainer(*flags, ranks=None)` runs train.py, or train_ddp.py with so many ranks, to its end."""
     def run(*flags, ranks=None, checkpoint="c.pt", env=None, tiny=True, data=True, timeout=180):
         return Run(subprocess.run(arguments(flags, ranks, checkpoint, tiny, data), cwd=tmp_path, text=True,
                                   capture_output=True, env=environment(**(env or {})), timeout=timeout),

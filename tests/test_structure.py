@@ -53,4 +53,5 @@ def test_every_file_can_be_read_in_one_go():
 
 
 def test_the_loop_and_the_modes_have_no_second_loop():
-    assert "while " not in (ROOT / "train_ddp.py").read_text() and "backward()" not in (ROOT / "train_ddp.py").read_text()
+    source = (ROOT / "train_ddp.py").read_text()
+    assert "while " not in source and "backward()" not in source

@@ -36,9 +36,9 @@ def test_a_run_reports_what_is_documented_and_writes_what_it_says(trainer):
     assert run.rows[20]["val/ppl"] == pytest.approx(math.exp(run.rows[20]["val/loss"]))
     assert run.rows[20]["train/tokens"] == 20 * 4 * 32
     line = next(line for line in run.out.splitlines() if "step 10/20" in line)
-    assert re.fullmatch(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] epoch 1 step 10/20 \| lr \S+ \| step time \S+s \| tok/s \S+/rank "
-                        r"\S+ global \| train loss \S+ \| val loss \S+ \| val ppl \S+ \| grad norm \S+ \| "
-                        r"(mfu \S+%|\S+ TFLOP/s) \| dt \S+s \| eta \S+ \| amp \S+", line), line
+    assert re.fullmatch(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] epoch 1 step 10/20 \| lr \S+ \| step time "
+                        r"\S+s \| tok/s \S+/rank \S+ global \| train loss \S+ \| val loss \S+ \| val ppl \S+ \| "
+                        r"grad norm \S+ \| (mfu \S+%|\S+ TFLOP/s) \| dt \S+s \| eta \S+ \| amp \S+", line), line
     assert "\r" not in run.out + run.err, "a progress bar in a pipe"
     written = {path.name for path in run.checkpoint.parent.iterdir()}
     assert written == {"c.pt", "c.prev.pt", "c.best.pt", "c.log", "c.metrics.jsonl", "c.tokenizer", "c.tensorboard"}
@@ -186,7 +186,7 @@ def test_toy_data_is_learned_to_its_entropy(trainer, arch):
 def test_a_dry_run_says_the_size_takes_a_step_and_writes_nothing(trainer, text):
     run = trainer("--train-data", text, "--dry-run", "--grad-accum-steps", 3, data=False)
     assert run.code == 0, run.err
-    for fact in ("parameters", "FLOPs per token", "GB", "384 tokens = 4 sequences x 32 x 3 micro-batches", "one step: loss"):
+    for fact in ("parameters", "FLOPs per token", "GB", "384 tokens = 4 sequences x 32 x 3 micro-batches", "one step:"):
         assert fact in run.out, fact
     assert not list(trainer.folder.iterdir())
 

@@ -26,13 +26,17 @@ def test_a_run_is_tracked_with_all_its_config_and_rows(trainer):
 
 
 def test_a_killed_run_and_its_resume_are_one_run(trainer):
-    flags = ["--num-steps", 200, "--log-steps", 10, "--eval-steps", 0, "--save-steps", 40, *WANDB]
-    interrupt_after(trainer.arguments(flags), trainer.folder, r"step 70/200", signal.SIGKILL)
-    resumed = trainer(*flags, "--resume", "auto")
+    flags = ["--log-steps", 100, "--eval-steps", 0, "--save-steps", 200, "--lr-scheduler", "none", *WANDB]
+    interrupt_after(trainer.arguments([*flags, "--num-steps", 100000]), trainer.folder, r"step 2500/", signal.SIGKILL)
+    resumed = trainer(*flags, "--num-steps", 2800, "--resume", "auto")
     first, second = run_files(trainer.folder)
-    assert first.run_id == second.run_id and second.rows[0]["step"] <= 80
-    steps = {row["step"]: row["train/loss"] for part in (first, second) for row in part.rows if row["step"]}
-    assert steps == {step: row["train/loss"] for step, row in resumed.rows.items() if step}
+    assert first.run_id == second.run_id and second.rows[0]["step"] == 2500
+    for part in (first, second):
+        for row in part.rows:
+            assert not row["step"] or row["train/loss"] == resumed.rows[row["step"]]["train/loss"]
+    seen = {row["step"] for part in (first, second) for row in part.rows}
+    # Only what the last second before the kill brought may be missing, and metrics.jsonl has it.
+    assert seen <= resumed.rows.keys() and len(seen) > len(resumed.rows) / 2
 
 
 def test_a_run_killed_before_its_first_checkpoint_keeps_its_id(trainer):
@@ -80,7 +84,7 @@ def test_without_the_package_training_goes_on(trainer, tmp_path):
     arguments = trainer.arguments(["--num-steps", 6, *WANDB])
     arguments[1:2] = [str(tmp_path / "without.py"), str(ROOT)]
     run = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, env=environment(), timeout=120)
-    assert run.returncode == 0 and "No module named wandb" in run.stdout and "pip install wandb" in run.stdout, run.stderr
+    assert run.returncode == 0 and "pip install wandb" in run.stdout, run.stdout
 
 
 def test_nothing_of_wandb_is_imported_without_the_flag():
