@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from config import UserError, arg
 
 IGNORE = -1  # a target that carries no loss
+EXPLICIT_ATTENTION = 256  # the longest context for which plain bf16 products beat the CPU's fused kernel (LOG.md)
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,20 @@ def rotate(x, rope):
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).type_as(x)
 
 
+def attend(q, k, v, dropout=0.0):
+    """Causal attention: q (B, nh, T, hs), k and v (B, nkv, S, hs) → (B, nh, T, hs). T is S, or 1 with a cache."""
+    T, hs = q.shape[2:]
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T <= EXPLICIT_ATTENTION:
+        # The CPU's flash kernel runs its backward pass in fp32; plain matrix products stay in bf16.
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        scores = (q * hs**-0.5) @ k.transpose(-2, -1)  # (B, nh, T, T)
+        future = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1)
+        return F.dropout((scores + future).softmax(dim=-1), dropout) @ v
+    # One new token sees all that is cached, so only a longer input needs the causal mask.
+    return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=q.shape[1] != k.shape[1],
+                                          dropout_p=dropout)
+
+
 class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
@@ -145,9 +160,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if past is not None:
             k, v = past.append(k, v)
-        # One new token sees all that is cached, so only a longer input needs the causal mask.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=self.cfg.kv_heads != self.cfg.n_heads,
-                                           dropout_p=self.cfg.dropout if self.training else 0.0)
+        y = attend(q, k, v, self.cfg.dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, nh, T, hs) -> (B, T, nh * hs) -> (B, T, C)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from export import from_hugging_face, hugging_face_config, to_hugging_face
-from model import ARCHS, GPT, IGNORE, GPTConfig, KVCache, sample
+from model import ARCHS, GPT, IGNORE, GPTConfig, KVCache, attend, sample
 
 SMALL = dict(n_layers=2, n_heads=4, d_model=32, max_position_embeddings=48, vocab_size=97)
 
@@ -166,6 +166,19 @@ def test_autocast_loss_is_close_to_fp32(arch):
     with torch.autocast("cpu", torch.bfloat16):
         half = model(x, y)
     assert half.item() == pytest.approx(model(x, y).item(), abs=0.02)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2)])
+def test_explicit_attention_is_the_fused_kernel(heads, kv_heads):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, 64, 16) for n in (heads, kv_heads, kv_heads))
+    exact = attend(q, k, v)
+    explicit = attend(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    assert explicit.dtype == torch.bfloat16
+    assert torch.allclose(explicit.float(), exact, atol=0.03)
+    assert (explicit.float() - exact).abs().mean() < 0.003
+    dropped = attend(torch.zeros_like(q).bfloat16(), k.bfloat16(), torch.ones_like(v).bfloat16(), dropout=0.5)
+    assert dropped.float().mean().item() == pytest.approx(1.0, abs=0.1) and dropped.float().std() > 0.05
 
 
 def test_dropout_is_on_in_training_only():

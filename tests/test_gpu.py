@@ -1,0 +1,57 @@
+"""What only a CUDA device can show: `pytest -m gpu`."""
+
+import pytest
+import torch
+from test_train import same
+
+pytestmark = pytest.mark.gpu
+CUDA = ["--device", "cuda", "--log-steps", 5, "--eval-steps", 10]
+
+
+@pytest.mark.parametrize("flags", [["--no-amp"], ["--amp-dtype", "bf16"], ["--amp-dtype", "fp16"],
+                                   ["--use-activation-checkpoint"], ["--no-compile"], ["--grad-accum-steps", 4]],
+                         ids=" ".join)
+def test_training_on_the_gpu_is_training_on_the_cpu(trainer, flags):
+    exact = trainer("--num-steps", 20, "--log-steps", 5, "--eval-steps", 10, "--no-amp", *flags[1:] and
+                    (flags if flags[0] == "--grad-accum-steps" else []), checkpoint="cpu.pt")
+    run = trainer("--num-steps", 20, *CUDA, *flags, checkpoint="gpu.pt")
+    assert run.code == 0, run.err
+    for key, value in exact.losses().items():
+        assert run.losses()[key] == pytest.approx(value, abs=0.02), key
+    assert "gpu/peak_gb" in run.rows[20]
+
+
+@pytest.mark.parametrize("precision", [["--no-amp"], ["--amp-dtype", "bf16"], ["--amp-dtype", "fp16"]], ids=" ".join)
+def test_resume_is_bit_for_bit_under_deterministic(trainer, precision):
+    flags = [*CUDA, *precision, "--deterministic", "--dropout", 0.2, "--lr-scheduler", "none"]
+    straight = trainer(*flags, "--num-steps", 23, checkpoint="straight.pt")
+    first = trainer(*flags, "--num-steps", 17, checkpoint="resumed.pt")
+    second = trainer(*flags, "--num-steps", 23, "--resume", checkpoint="resumed.pt")
+    assert straight.code == first.code == second.code == 0, straight.err + first.err + second.err
+    assert same(second, straight)
+
+
+def test_nccl_with_one_rank_is_train_py(trainer):
+    flags = [*CUDA, "--num-steps", 10, "--no-amp", "--no-compile"]
+    alone, launched = trainer(*flags, checkpoint="a.pt"), trainer(*flags, ranks=1, checkpoint="b.pt")
+    assert launched.code == 0, launched.err
+    for key, value in alone.losses().items():
+        assert launched.losses()[key] == pytest.approx(value, abs=1e-3)
+
+
+def test_a_padded_vocabulary_changes_neither_loss_nor_gradient():
+    from model import GPT, GPTConfig
+
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layers=1, n_heads=2, d_model=64, vocab_size=97, max_position_embeddings=32))
+    x = torch.randint(0, 97, (4, 33))
+    losses, gradients = [], []
+    for device in ("cpu", "cuda"):
+        twin = GPT(model.cfg).to(device)
+        twin.load_state_dict(model.state_dict())
+        loss = twin(x[:, :-1].to(device), x[:, 1:].to(device))
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(twin.tok_emb.weight.grad.cpu())
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3)
+    assert torch.allclose(*gradients, atol=1e-3)
