@@ -27,6 +27,8 @@ from config import UserError, arg, flag
 
 COMMENT = b"sha256:"
 FORMAT = 1
+SUFFIXES = (".prev.pt", ".best.pt", ".nonfinite.pt", ".log", ".metrics.jsonl", ".tokenizer", ".tensorboard",
+            ".trace.json", ".wandb.json")
 
 log = logging.getLogger("mini_llm")
 
@@ -56,14 +58,18 @@ class CheckpointConfig:
         return path.with_name(path.stem + suffix)
 
     def files(self):
-        """The names of all that lies at the checkpoint path and beside it."""
-        path = Path(self.checkpoint_path)
-        beside = sorted(str(file) for file in path.parent.glob(glob.escape(path.stem) + ".*") if file != path)
-        return [str(path), *beside]
+        """The names of what a run writes: at the checkpoint path and beside it."""
+        return [str(file) for file in [Path(self.checkpoint_path), *map(self.beside, SUFFIXES), *self.numbered()]
+                if file.exists()]
+
+    def numbered(self):
+        """The checkpoints of --keep-last, oldest first."""
+        pattern = self.beside(".step-").name
+        return sorted(Path(self.checkpoint_path).parent.glob(glob.escape(pattern) + "*.pt"))
 
     def continues(self, resume_from):
         """Whether a run that resumes from that file goes on with the run of the checkpoint path, or branches off."""
-        return Path(resume_from) == Path(self.checkpoint_path) or self.overwrite
+        return self.overwrite or Path(resume_from).resolve() == Path(self.checkpoint_path).resolve()
 
 
 class DamagedCheckpoint(Exception):
@@ -75,14 +81,14 @@ def plan(cfg):
     go together or the folder cannot be written; writes nothing."""
     path = Path(cfg.checkpoint_path)
     folder = path.parent
-    while not folder.exists():
-        folder = folder.parent
     try:
+        while not folder.exists():
+            folder = folder.parent
         tempfile.TemporaryFile(dir=folder).close()  # asking for the permission is not enough: root has it everywhere
     except OSError as error:
         raise UserError(f"--checkpoint-path {path}: {folder} cannot be written ({error.strerror}); give a path in a "
                         f"folder of your own") from None
-    known = [file for file in (path, cfg.beside(".prev.pt")) if file.exists()]
+    known = [file for file in (path, cfg.beside(".prev.pt")) if file.exists()]  # the newest first
     if not cfg.resume:
         if known and not cfg.overwrite:
             raise UserError(f"--checkpoint-path {path}: there is a checkpoint already; add --resume to go on, "
@@ -110,7 +116,7 @@ def run_identity(cfg, corpus, step_samples):
     if 0 < cfg.model.vocab_size < corpus.vocab_size:
         raise UserError(f"--vocab-size {cfg.model.vocab_size} is below the {corpus.vocab_size} tokens of "
                         f"--tokenizer-name {cfg.data.tokenizer_name}; leave it out")
-    vocab_size = corpus.vocab_size if cfg.data.tokenizer_name == "bpe" else max(cfg.model.vocab_size, corpus.vocab_size)
+    vocab_size = max(cfg.model.vocab_size, corpus.vocab_size)
     return {flag(name): value for name, value in model.items() if name not in free} | {
         "--vocab-size": vocab_size, "--seq-len": corpus.seq_len, "--data-seed": corpus.seed,
         "sequences in a step": step_samples, "the tokenizer": corpus.meta["tokenizer_hash"][:16],
@@ -122,7 +128,7 @@ def restore(path, cfg, identity, config):
 
     `identity` is what must be equal, `config` all flags; those that differ are logged. Raises UserError.
     """
-    payload = load_latest(path, cfg)
+    payload, source = load_latest(path, cfg)
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         raise UserError(f"--resume: {path} is not a checkpoint of this version of mini-llm; --overwrite starts over")
     changed = [f"{name} was {payload['identity'].get(name)}, is {value}" for name, value in identity.items()
@@ -134,21 +140,39 @@ def restore(path, cfg, identity, config):
     for name, value in config.items():
         if name not in ignored and payload["config"].get(name) != value:
             log.info("resumed with another %s: was %s, is %s", flag(name), payload["config"].get(name), value)
+    if source != path:
+        _link(source, path)  # else the next save would move the damaged file over the good one
     return payload
 
 
+def begin(cfg, resume_from, step):
+    """Before the first step of a run with --overwrite: what is left of the run that it replaces must not be taken for
+    its own. A run that rolls back to `resume_from` has that as its newest checkpoint from the start."""
+    path = Path(cfg.checkpoint_path)
+    if resume_from is not None:
+        _link(Path(resume_from), path)
+    else:
+        path.unlink(missing_ok=True)
+    for file in (cfg.beside(".prev.pt"), cfg.beside(".best.pt"), cfg.beside(".nonfinite.pt")):
+        file.unlink(missing_ok=True)
+    for file in cfg.numbered():
+        if resume_from is None or int(file.stem.rpartition("-")[2]) > step:
+            file.unlink(missing_ok=True)
+
+
 def load_latest(path, cfg, map_location="cpu"):
-    """The checkpoint at `path`; where it is damaged, the one before it. Raises UserError where neither is whole."""
+    """The checkpoint at `path` and `path`; where it is damaged, the one before it and its path. Raises UserError where
+    neither is whole."""
     previous = cfg.beside(".prev.pt")
     try:
-        return load(path, map_location)
+        return load(path, map_location), path
     except DamagedCheckpoint as error:
-        if path != Path(cfg.checkpoint_path) or not previous.exists():
+        if path.resolve() != Path(cfg.checkpoint_path).resolve() or not previous.exists():
             raise UserError(f"--resume: {error}, and there is no {previous.name} to fall back to; "
                             f"--overwrite starts over") from None
         log.warning("%s; falling back to %s", error, previous)
     try:
-        return load(previous, map_location)
+        return load(previous, map_location), previous
     except DamagedCheckpoint as error:
         raise UserError(f"--resume: neither {path.name} nor {error}; --overwrite starts over") from None
 
@@ -208,7 +232,7 @@ def save_run(cfg, payload, step, latest, best):
         _link(path, cfg.beside(".best.pt"))
     if cfg.keep_last:
         _link(path, cfg.beside(f".step-{step:08d}.pt"))
-        for old in sorted(path.parent.glob(cfg.beside(".step-*.pt").name))[:-cfg.keep_last]:
+        for old in cfg.numbered()[:-cfg.keep_last]:
             old.unlink(missing_ok=True)
 
 
@@ -220,6 +244,7 @@ def _link(source, target):
     except OSError:  # a file system without hard links
         shutil.copyfile(source, draft)
     os.replace(draft, target)
+    draft.unlink(missing_ok=True)  # renaming a file onto another name of itself does nothing
 
 
 def _sync_folder(folder):

@@ -15,7 +15,7 @@ import types
 import typing
 from pathlib import Path
 
-REQUIRED_CHECKS = {
+BOUNDS = {
     "above": (lambda value, bound: value > bound, "greater than"),
     "low": (lambda value, bound: value >= bound, "at least"),
     "below": (lambda value, bound: value < bound, "less than"),
@@ -32,7 +32,7 @@ def arg(default, help, *, choices=(), const=None, metavar=None, **bounds):
 
     `bounds` are any of above, low, below, high. `const` is the value of a flag given without one (`--resume`).
     """
-    assert bounds.keys() <= REQUIRED_CHECKS.keys(), bounds
+    assert bounds.keys() <= BOUNDS.keys(), bounds
     metadata = dict(help=help, choices=choices, const=const, metavar=metavar, bounds=bounds)
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -137,17 +137,18 @@ def _coerce(label, declared, value):
     if base in (int, float) and not isinstance(value, bool) and isinstance(value, (str, int, float)):
         try:
             number = base(value)
-        except ValueError:
-            number = math.nan
-        if not math.isfinite(number) or (base is int and isinstance(value, float)):
+            usable = math.isfinite(number) and abs(number) < 2**63
+        except (ValueError, OverflowError):
+            usable = False
+        if not usable or (base is int and isinstance(value, float)):
             kinds = {int: "a whole number", float: "a finite number"}
             raise UserError(f"{label} {value}: expected {kinds[base]}{_example(field)}")
         for bound, limit in meta["bounds"].items():
-            holds, words = REQUIRED_CHECKS[bound]
+            holds, words = BOUNDS[bound]
             if not holds(number, limit):
                 raise UserError(f"{label} {value}: must be {words} {limit}{_example(field)}")
         return number
-    if not isinstance(value, base):
+    if not isinstance(value, base) or (isinstance(value, bool) and base is not bool):
         raise UserError(f"{label} {value!r}: expected {base.__name__}{_example(field)}")
     if meta["choices"] and value not in meta["choices"]:
         raise UserError(f"{label} {value}: not one of {', '.join(meta['choices'])}{_nearest(value, meta['choices'])}")

@@ -79,16 +79,18 @@ class ShardWriter:
         return bool(self.limit) and self.count >= self.limit
 
     def write(self, ids):
+        """Returns how many were written: fewer than given where the limit is reached."""
         ids = np.asarray(ids, dtype=np.int64)
         ids = ids[:self.limit - self.count] if self.limit else ids
         if not len(ids):
-            return
+            return 0
         if ids.min() < 0 or ids.max() >= self.vocab_size:
             raise UserError(f"--tokenizer-name: token id {ids.max()} is outside its vocabulary of {self.vocab_size}")
         block = ids.astype(self.dtype).tobytes()
         self.digest.update(block)
         self.file.write(block)
         self.count += len(ids)
+        return len(ids)
 
     def close(self):
         self.file.seek(0)
@@ -133,14 +135,17 @@ class Shard:
 # Preparation: text to shards, once
 
 
-def prepare(cfg, vocab_size=0, progress=False, scratch=False):
+def prepare(cfg, vocab_size=0, writes=True, scratch=False):
     """The folder with the token shards that `cfg` describes, made now if it is not there. Safe against other processes
     that want the same folder and against being killed: one process writes, under a lock that dies with it, into a
-    folder that gets its name only when it is whole.
+    folder that gets its name only when it is whole. Without `writes` it waits for another that writes.
 
     Raises UserError for text that cannot be used; nothing stays behind then.
     """
-    if len(cfg.train_data) == 1 and os.path.exists(os.path.join(cfg.train_data[0], "meta.json")):
+    if len(cfg.train_data) == 1 and os.path.exists(os.path.join(cfg.train_data[0], "train.bin")):
+        if cfg.val_data or cfg.max_tokens or cfg.tokenizer_name not in ("bpe", "byte", "char"):
+            raise UserError(f"--train-data {cfg.train_data[0]}: token shards are trained on as they are; leave out "
+                            f"--val-data, --max-tokens and --tokenizer-name")
         return Path(cfg.train_data[0])
     if cfg.use_toy_data:
         sources, val_sources = [], []
@@ -149,21 +154,27 @@ def prepare(cfg, vocab_size=0, progress=False, scratch=False):
         val_sources = find_sources(cfg.val_data, "--val-data")
     tokenizer = load_tokenizer(cfg.tokenizer_name)
     key = hashlib.blake2b(digest_size=12)
-    settings = [CODE_VERSION, FORMAT, cfg.use_toy_data, cfg.max_tokens, *([] if val_sources else [cfg.val_ratio]),
-                cfg.data_seed, cfg.tokenizer_name if tokenizer is None else tokenizer.to_str(),
+    settings = [CODE_VERSION, FORMAT, cfg.use_toy_data, cfg.max_tokens,
+                *([] if val_sources else [cfg.val_ratio, cfg.data_seed]),
+                cfg.tokenizer_name if tokenizer is None else tokenizer.to_str(),
                 vocab_size if cfg.tokenizer_name == "bpe" else 0]
     key.update(json.dumps(settings).encode())
+    n_bytes = sum(os.path.getsize(path) for source in [*sources, *val_sources] for path in source.files())
     for source in [*sources, None, *val_sources]:
-        key.update(_source_digest(source) if source else b"|")
+        key.update(_source_digest(source, whole=n_bytes <= 1 << 30) if source else b"|")
     folder = Path(cfg.cache_dir) / key.hexdigest()
     if scratch and not folder.exists():
         temporary = tempfile.mkdtemp(prefix="mini-llm-")
         atexit.register(shutil.rmtree, temporary, ignore_errors=True)
         folder = Path(temporary) / key.hexdigest()
     while not folder.exists():
+        if not (writes or scratch):
+            _wait(lambda: not folder.exists(), folder.with_name(folder.name + ".draft"))
+            continue
         with _locked_draft(folder) as draft:
             if draft is not None:
-                _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources, progress)
+                _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources)
+                (draft / ".lock").unlink()
                 os.replace(draft, folder)
     return folder
 
@@ -171,21 +182,29 @@ def prepare(cfg, vocab_size=0, progress=False, scratch=False):
 @contextlib.contextmanager
 def _locked_draft(folder):
     """An empty folder of this process's own, to be renamed to `folder` when it is whole; None where another process
-    has just finished that. The lock is on the draft itself, so a killed writer leaves a draft that nobody holds."""
+    has just finished that. The lock is in the draft itself, so a killed writer leaves a draft that nobody holds."""
     draft = folder.with_name(folder.name + ".draft")
     try:
         draft.mkdir(parents=True, exist_ok=True)
-        fd = os.open(draft, os.O_RDONLY)
+        # Opened for writing, without which a network file system gives no lock.
+        fd = os.open(draft / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        _wait(lambda: not _lock(fd), draft)
+    except FileNotFoundError:  # renamed or removed in this moment
+        yield None
+        return
     except OSError as error:
         raise UserError(f"--cache-dir {folder.parent}: {error.strerror}; give a folder that can be written") from None
     try:
-        _wait_for_lock(fd, draft)
-        ours = draft.exists() and os.path.samestat(os.fstat(fd), os.stat(draft))
-        if not ours or folder.exists():
+        if not (draft / ".lock").exists() or not os.path.samestat(os.fstat(fd), os.stat(draft / ".lock")):
+            yield None
+            return
+        if folder.exists():
+            shutil.rmtree(draft)
             yield None
             return
         for leftover in draft.iterdir():
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            if leftover.name != ".lock":
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         try:
             yield draft
         except BaseException:
@@ -197,33 +216,40 @@ def _locked_draft(folder):
         os.close(fd)
 
 
-def _wait_for_lock(fd, draft):
-    told = False
-    while True:
-        try:
-            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not told:
-                log.info("waiting for another process that prepares the same data in %s", draft)
-                told = True
-            with contextlib.suppress(OSError):
-                newest = max(file.stat().st_mtime for file in [draft, *draft.iterdir()])
-                if time.time() - newest > PREPARE_PATIENCE:
-                    raise UserError(f"{draft}: the process that prepares this data has written nothing for "
-                                    f"{PREPARE_PATIENCE} s; end it, remove the folder and start again") from None
-            time.sleep(0.1)
+def _lock(fd):
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
-def _source_digest(source):
-    """What a source's text is, without reading all of it: files up to 256 MB whole, of larger ones size, time and 16
-    samples."""
+def _wait(blocked, draft):
+    """Until not `blocked()`, as long as something happens in `draft`. Raises UserError where nothing does for long."""
+    begun, told = time.time(), False
+    while blocked():
+        if not told and time.time() - begun > 1:
+            log.info("waiting for the process that prepares this data in %s", draft)
+            told = True
+        newest = begun
+        with contextlib.suppress(OSError):
+            newest = max(newest, *(file.stat().st_mtime for file in [draft, *draft.iterdir()]))
+        if time.time() - newest > PREPARE_PATIENCE:
+            raise UserError(f"{draft}: the process that prepares this data has written nothing for "
+                            f"{PREPARE_PATIENCE} s; end it, remove the folder and start again")
+        time.sleep(0.1)
+
+
+def _source_digest(source, whole):
+    """What a source's text is: its bytes (`whole`), or of a corpus too large for that size, time and 16 samples of each
+    file."""
     if source.kind == "hub":
         return source.paths[0].encode()
     digest = hashlib.blake2b(source.kind.encode(), digest_size=16)
     for path in source.paths:
         size = os.path.getsize(path)
         with open(path, "rb") as file:
-            if size <= 1 << 28:
+            if whole:
                 digest.update(hashlib.file_digest(file, "blake2b").digest())
                 continue
             digest.update(f"{size} {os.stat(path).st_mtime_ns}".encode())
@@ -233,7 +259,7 @@ def _source_digest(source):
     return digest.digest()
 
 
-def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources, progress):
+def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
     def stream():
         if cfg.use_toy_data:
             return iter([Piece(text, split, False) for split, text in toy.text(cfg.data_seed)])
@@ -255,24 +281,22 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources, progr
     size = tokenizer.get_vocab_size(with_added_tokens=True)
     identity = hashlib.blake2b(tokenizer.to_str().encode(), digest_size=32).digest()
     limits = dict(train=cfg.max_tokens, val=0 if val_sources or not cfg.max_tokens else
-                  max(cfg.seq_len + 1, int(cfg.max_tokens * cfg.val_ratio)))
+                  max(1, int(cfg.max_tokens * cfg.val_ratio)))
     writers = {split: ShardWriter(draft / f"{split}.bin", size, -1 if eos is None else eos, identity, limit)
                for split, limit in limits.items()}
     n_bytes, started = dict(train=0, val=0), time.perf_counter()
     from tqdm import tqdm
 
-    total = sum(os.path.getsize(path) for source in [*sources, *val_sources] if source.kind != "hub"
-                for path in source.paths)
-    with tqdm(total=total or None, unit="B", unit_scale=True, desc="tokenizing", leave=False,
-              disable=None if progress else True) as bar:
-        source = stream()
-        while not all(writer.full for writer in writers.values()) and (batch := _take(source, BATCH)):
+    total = sum(os.path.getsize(path) for source in [*sources, *val_sources] for path in source.files())
+    with tqdm(total=total or None, unit="B", unit_scale=True, desc="tokenizing", leave=False, disable=None) as bar:
+        source = stream()  # --val-data comes first, and whole
+        while not (writers["train"].full and (val_sources or writers["val"].full)) and (batch := _take(source, BATCH)):
             wanted = [piece for piece in batch if not writers[piece.split].full]
             encoded = tokenizer.encode_batch_fast([piece.text for piece in wanted], add_special_tokens=False)
             for piece, encoding in zip(wanted, encoded, strict=True):
-                size_bytes = len(piece.text.encode("utf-8", "replace"))
-                n_bytes[piece.split] += size_bytes
-                writers[piece.split].write(encoding.ids)
+                written = writers[piece.split].write(encoding.ids)
+                n_bytes[piece.split] += round(len(piece.text.encode("utf-8", "replace")) * written
+                                              / max(1, len(encoding.ids)))
                 if piece.ends_document and eos is not None:
                     writers[piece.split].write([eos])
             bar.update(sum(len(piece.text) for piece in batch))
@@ -317,11 +341,14 @@ def _take(stream, characters):
 class Corpus:
     """Token shards with disjoint training and validation documents, and the order in which training reads them."""
 
-    def __init__(self, cfg, vocab_size=0, progress=False, scratch=False):
+    def __init__(self, cfg, vocab_size=0, writes=True, scratch=False):
         """`scratch`: leave nothing behind; shards that are not in the cache are made in a temporary folder."""
         self.seq_len, self.seed = cfg.seq_len, cfg.data_seed
-        self.folder = prepare(cfg, vocab_size, progress, scratch)
-        self.meta = json.loads((self.folder / "meta.json").read_text())
+        self.folder = prepare(cfg, vocab_size, writes, scratch)
+        try:
+            self.meta = json.loads((self.folder / "meta.json").read_text())
+        except (OSError, ValueError):
+            raise UserError(f"{self.folder}: no readable meta.json beside the shards; prepare them again") from None
         self.train, self.val = (Shard(self.folder / f"{split}.bin") for split in ("train", "val"))
         self.vocab_size, self.eos, self.fingerprint = self.train.vocab_size, self.train.eos, self.meta["fingerprint"]
         self.n_windows, self.n_val_windows = self.train.windows(self.seq_len), self.val.windows(self.seq_len)
@@ -332,8 +359,8 @@ class Corpus:
 
     def export_tokenizer(self, folder):
         """Copy the tokenizer to `folder`, for whoever uses the checkpoint without the data."""
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(self.folder / "tokenizer", folder, dirs_exist_ok=True)
+        if (self.folder / "tokenizer").is_dir():
+            shutil.copytree(self.folder / "tokenizer", folder, dirs_exist_ok=True)
 
     @property
     def val_bytes_per_token(self):

@@ -5,6 +5,7 @@ The folder loads with `transformers.AutoModelForCausalLM.from_pretrained(DIR)`, 
 """
 
 import dataclasses
+import re
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -149,7 +150,8 @@ def export(path, output):
     import transformers
 
     model, _ = load_model(path)
-    tokenizer = path.with_name(path.name.split(".")[0] + ".tokenizer")
+    run = re.sub(r"\.(best|prev|nonfinite|step-\d+)$", "", path.stem)
+    tokenizer = path.with_name(run + ".tokenizer")
     if not tokenizer.is_dir():
         raise UserError(f"--checkpoint-path {path}: its tokenizer, {tokenizer}, is missing; copy it there")
     eos = transformers.AutoTokenizer.from_pretrained(str(tokenizer)).eos_token_id

@@ -4,16 +4,19 @@ import contextlib
 import ctypes
 import os
 import platform
+import re
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from config import UserError, arg
 
-# Dense bf16 peak in FLOP/s, from the vendors' data sheets (without sparsity), by a part of the device's name.
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12,
-              "B200": 2250e12, "A100": 312e12, "A10G": 70e12, "L40S": 362e12, "L4": 121e12,
-              "RTX 4090": 165e12, "RTX 3090": 71e12}
+# Dense bf16 peak in FLOP/s, from the vendors' data sheets (without sparsity), by the device's whole name: an NVL, PCIe,
+# Ti or Laptop variant is another device.
+PEAK_FLOPS = {r"H100( SXM5)? \d+GB HBM3": 989e12, r"H100 PCIe": 756e12, r"H100 NVL": 835e12, r"H200": 989e12,
+              r"GH200 \d+GB": 989e12, r"B200": 2250e12, r"A100[- ].*": 312e12, r"A10G": 70e12, r"L40S": 362e12,
+              r"L40": 181e12, r"L4": 121e12, r"GeForce RTX 4090": 165e12, r"GeForce RTX 3090": 71e12}
 
 
 @dataclass
@@ -103,6 +106,11 @@ def configure(cfg, device):
     return device
 
 
+def seed_step(seed, step, rank):
+    """Dropout's randomness as a function of (seed, step, rank), so that a resumed run repeats it."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+
 def keep_freed_memory():
     """Have glibc keep the large blocks that each step frees and allocates again, instead of giving them back to the
     kernel, which zeroes every page anew. No effect with another C library."""
@@ -113,7 +121,10 @@ def keep_freed_memory():
 
 
 def should_compile(cfg, device):
-    return device.type == "cuda" if cfg.compile is None else cfg.compile
+    """Unset: on a GPU that Triton compiles for."""
+    if cfg.compile is None:
+        return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+    return cfg.compile
 
 
 def device_name(device):
@@ -124,16 +135,24 @@ def device_name(device):
 
 def peak_flops(device):
     """Dense bf16 FLOP/s of the device, or None where it is not known: better no MFU than a wrong one."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
-def to_device(array, device):
-    """A NumPy array as a tensor on the device; to a GPU while the CPU goes on."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+def peak_of(name):
+    """NVIDIA H200 → 989e12; None for a device that is not in the table."""
+    name = name.removeprefix("NVIDIA ")
+    return next((peak for pattern, peak in PEAK_FLOPS.items() if re.fullmatch(pattern, name)), None)
+
+
+def to_device(device, *arrays):
+    """NumPy arrays as tensors on the device; to a GPU while the CPU goes on."""
+    for array in arrays:
+        tensor = torch.from_numpy(array)
+        yield tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def usable_cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def synchronize(device):

@@ -58,4 +58,3 @@ def make_optimizer(model, cfg, device):
 def set_lr(optimizer, lr):
     for group in optimizer.param_groups:
         group["lr"] = lr
-    return lr

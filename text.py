@@ -25,12 +25,15 @@ class Source:
     kind: str
     paths: tuple[str, ...]
 
+    def files(self):
+        return () if self.kind == "hub" else self.paths
+
 
 def find_sources(paths, label="--train-data"):
     """Paths, globs, folders and dataset names → Sources. Raises UserError for whatever is not there or not text."""
     sources = []
     for path in paths:
-        if any(char in path for char in "*?["):
+        if any(char in path for char in "*?[") and not os.path.exists(path):
             files = [file for file in sorted(glob.glob(path, recursive=True)) if os.path.isfile(file)]
             if not files:
                 raise UserError(f"{label} {path}: no file matches; quote the pattern and check it with ls")

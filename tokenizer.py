@@ -89,17 +89,25 @@ def _pretrained(name):
             file = _hub_file(name, "tokenizer.json")
     if file is not None and os.path.exists(file):
         try:
-            return Tokenizer.from_file(file)
+            tokenizer = Tokenizer.from_file(file)
         except Exception as error:  # tokenizers raises bare Exception
             raise UserError(f"--tokenizer-name {name}: {file} is not a tokenizer: {error}") from None
+        return _unbounded(tokenizer)
     if os.path.isdir(name) or hub_reachable():
         tokenizer = _slow_pretrained(name)
         if tokenizer is not None:
-            return tokenizer
+            return _unbounded(tokenizer)
         why = "no tokenizer found there"
     else:
         why = "not in the local cache (HF_HOME), and the hub cannot be reached"
     raise UserError(f"--tokenizer-name {name}: {why}; offline choices: {', '.join(OWN)}, or a tokenizer's folder")
+
+
+def _unbounded(tokenizer):
+    """Some come with a truncation to the model they were made for."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _slow_pretrained(name):

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import importlib.util
 import json
 import logging
 import math
@@ -10,11 +11,12 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from logging.handlers import MemoryHandler
 
 import torch
 from tqdm import tqdm
 
-from config import arg, flatten
+from config import UserError, arg, flatten
 from hardware import device_name, memory_metrics, synchronize
 
 SMOOTHING = 0.1  # weight of the newest report in the smoothed/ metrics
@@ -50,10 +52,15 @@ class TrackingConfig:
     use_tensorboard: bool = arg(False, "write TensorBoard events beside the checkpoint")
     use_profiler: bool = arg(False, "trace a few steps with torch.profiler")
 
+    def validate(self):
+        if self.use_tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise UserError("--use-tensorboard: the tensorboard package is missing: pip install tensorboard")
+
 
 def setup_logging(is_main):
-    """Messages of all modules to stdout, from the main rank alone, around the progress bar."""
-    log.handlers, log.propagate = [_ConsoleHandler()], False
+    """Messages of all modules to stdout, from the main rank alone, around the progress bar. They are kept, too, for the
+    log file, which is opened once it is known that there is something to train."""
+    log.handlers, log.propagate = [_ConsoleHandler(), MemoryHandler(1000, flushLevel=logging.CRITICAL)], False
     log.setLevel(logging.INFO if is_main else logging.CRITICAL + 1)
 
 
@@ -66,8 +73,8 @@ class _ConsoleHandler(logging.Handler):
         sys.stdout.flush()
 
 
-def run_facts(cfg, world, corpus, raw, precision, accum, state):
-    """What is about to be trained, on what, in lines for a person."""
+def log_facts(cfg, world, corpus, raw, precision, accum, state):
+    """Say what is about to be trained, on what."""
     tokens, n_params, size = corpus.meta["tokens"], raw.num_params(), raw.cfg
     micro = cfg.batch.batch_size * corpus.seq_len
     step_tokens = micro * accum * world.size
@@ -76,20 +83,20 @@ def run_facts(cfg, world, corpus, raw, precision, accum, state):
     fixed = 16 * n_params
     per_token = 34 * size.d_model * (1 if size.use_activation_checkpoint else size.n_layers) + 10 * size.vocab_size
     activations = micro * per_token * (1 if precision.dtype else 2)
-    yield f"Using device: {world.device} ({device_name(world.device)}), {world.size} rank{'s'[:world.size > 1]}"
-    yield "Arguments: " + " ".join(f"{name}={value}" for name, value in flatten(cfg).items())
-    yield (f"total tokens: {tokens['train']:,} train, {tokens['val']:,} val ({corpus.folder}); "
-           f"vocabulary {size.vocab_size:,} ({corpus.meta['tokenizer']})")
-    yield (f"train dataset size: {corpus.n_windows:,}, val dataset size: {corpus.n_val_windows:,} sequences of "
-           f"{corpus.seq_len}; steps per epoch: {corpus.n_windows * corpus.seq_len / step_tokens:,.1f}")
+    log.info(f"Using device: {world.device} ({device_name(world.device)}), {world.size} rank{'s'[:world.size > 1]}")
+    log.info("Arguments: " + " ".join(f"{name}={value}" for name, value in flatten(cfg).items()))
+    log.info(f"total tokens: {tokens['train']:,} train, {tokens['val']:,} val ({corpus.folder}); "
+             f"vocabulary {size.vocab_size:,} ({corpus.meta['tokenizer']})")
+    log.info(f"train dataset size: {corpus.n_windows:,}, val dataset size: {corpus.n_val_windows:,} sequences of "
+             f"{corpus.seq_len}; steps per epoch: {corpus.n_windows * corpus.seq_len / step_tokens:,.1f}")
     if corpus.meta["entropy_rate"]:
-        yield f"toy data: no model can get below a loss of {corpus.meta['entropy_rate']:.4f} nats per token"
-    yield (f"model: {size.arch}, {n_params:,} parameters, {raw.flops_per_token(corpus.seq_len):.3g} FLOPs per token; "
-           f"about {(fixed + activations) / 1e9:.2f} GB ({fixed / 1e9:.2f} weights and optimizer, "
-           f"{activations / 1e9:.2f} activations)")
-    yield (f"step: {step_tokens:,} tokens = {cfg.batch.batch_size} sequences x {corpus.seq_len} x {accum} "
-           f"micro-batches x {world.size} ranks; amp {precision.name} ({precision.reason})")
-    yield f"Resumed at step {state.step}" if state.step else "Starting from scratch"
+        log.info(f"toy data: no model can get below a loss of {corpus.meta['entropy_rate']:.4f} nats per token")
+    log.info(f"model: {size.arch}, {n_params:,} parameters, {raw.flops_per_token(corpus.seq_len):.3g} FLOPs per token; "
+             f"about {(fixed + activations) / 1e9:.2f} GB ({fixed / 1e9:.2f} weights and optimizer, "
+             f"{activations / 1e9:.2f} activations)")
+    log.info(f"step: {step_tokens:,} tokens = {cfg.batch.batch_size} sequences x {corpus.seq_len} x {accum} "
+             f"micro-batches x {world.size} ranks; amp {precision.name} ({precision.reason})")
+    log.info(f"Resumed at step {state.step}" if state.step else "Starting from scratch")
 
 
 class Meter:
@@ -107,8 +114,8 @@ class Meter:
         self.norm_sum = torch.zeros_like(self.loss_sum)
         self.micro_batches = 0
         self.smoothed = {}
-        self.spent, self.tokens, self.steps = defaultdict(float), 0, 0
-        self.warm, self.started = False, time.perf_counter()
+        self.spent, self.tokens, self.steps, self.timed_steps = defaultdict(float), 0, 0, 0
+        self.warm, self.started, self.grad_norm = False, time.perf_counter(), 0.0
         self.reported = self.started
 
     def add(self, losses, grad_norm, tokens):
@@ -202,7 +209,7 @@ class Tracker:
 
     def __init__(self, cfg, beside, world, state, num_steps, amp, config):
         """`beside(suffix)` names this run's files, `state` is where it starts, `config` is what it is tracked with."""
-        self.num_steps, self.amp, self.exit_code = num_steps, amp, 0
+        self.num_steps, self.amp, self.checkpoint, self.exit_code = num_steps, amp, beside(".pt"), 0
         self.sinks, self.file = [], None
         if world.is_main:
             self._open(cfg, beside, state, config)
@@ -213,6 +220,10 @@ class Tracker:
         beside(".log").parent.mkdir(parents=True, exist_ok=True)
         self.file = logging.FileHandler(beside(".log"), mode="a" if state.step else "w")
         self.file.setFormatter(FORMATTER)
+        for early in [handler for handler in log.handlers if isinstance(handler, MemoryHandler)]:
+            early.setTarget(self.file)
+            early.flush()
+            log.removeHandler(early)
         log.addHandler(self.file)
         self.sinks.append(JsonlSink(beside(".metrics.jsonl"), state.step))
         if cfg.use_tensorboard:
@@ -230,7 +241,8 @@ class Tracker:
         self.bar.close()
         if kind:
             log.error("stopped by %s: %s", kind.__name__, error)
-            log.error("--resume goes on from the last checkpoint")
+            if self.checkpoint.exists():
+                log.error("the last checkpoint is %s: --resume goes on from it", self.checkpoint)
         for sink in self.sinks:
             sink.close(1 if kind else self.exit_code)
         if self.file:
@@ -246,8 +258,11 @@ class Tracker:
         for sink in self.sinks:
             sink.log(state.step, metrics)
 
-    def sample(self, step, text):
-        log.info("sample at step %d:\n%s", step, text)
+    def sample(self, step, make_text):
+        try:
+            log.info("sample at step %d:\n%s", step, make_text())
+        except Exception as error:  # worth less than the run: no tokenizers package here, say
+            log.warning("no sample: %s", error)
 
     def stopped(self, signal_number, step):
         log.info("stopped by %s at step %d, saved; go on with --resume", signal.Signals(signal_number).name, step)
@@ -297,7 +312,8 @@ class JsonlSink:
         self.file = open(path, "a")  # noqa: SIM115 - closed in close()
 
     def log(self, step, metrics):
-        self.file.write(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")
+        row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no infinity
+        self.file.write(json.dumps({"step": step, "time": time.time(), **row}) + "\n")
         self.file.flush()
 
     def close(self, exit_code):
@@ -315,7 +331,7 @@ class TensorboardSink:
     def __init__(self, folder, start_step):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
+        self.writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else 0)
 
     def log(self, step, metrics):
         for name, value in metrics.items():

@@ -11,18 +11,18 @@ import sys
 import time
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 import checkpoint
+import hardware
 from checkpoint import CheckpointConfig, StopSignal
 from config import UserError, arg, flatten, parse
 from data import Corpus, DataConfig
 from generate import sample_text
-from hardware import SpeedConfig, choose_device, choose_precision, configure, peak_flops, should_compile, to_device
+from hardware import SpeedConfig
 from model import GPT, IGNORE, GPTConfig
 from optim import OptimConfig, lr_at, make_optimizer, set_lr
-from tracking import Meter, ReportConfig, Tracker, TrackingConfig, make_profiler, run_facts, setup_logging
+from tracking import Meter, ReportConfig, Tracker, TrackingConfig, log_facts, make_profiler, setup_logging
 
 log = logging.getLogger("mini_llm")
 
@@ -77,7 +77,7 @@ class World:
     is_main = True  # global rank 0: the one that logs and saves
 
     def __init__(self, cfg):
-        self.device = configure(cfg, choose_device(cfg.device, self.local_rank))
+        self.device = hardware.configure(cfg, hardware.choose_device(cfg.device, self.local_rank))
 
     def wrap(self, model):
         """The module whose backward pass averages gradients over the ranks."""
@@ -126,24 +126,19 @@ class NonFinite(Exception):
     """The loss or the gradient is no number any more."""
 
 
-def seed_step(seed, step, rank):
-    """Dropout's randomness as a function of (seed, step, rank), so that a resumed run repeats it."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1)))
-
-
 @torch.no_grad()
 def evaluate(model, corpus, cfg, precision, world):
     """Loss over the validation windows in nats per token, and what follows from it. Each rank takes its share and the
     sums are reduced, so that the figure does not depend on the number of ranks. Collective."""
     model.eval()
-    nats, n_tokens = 0.0, 0
+    nats, n_tokens = [], 0
     for x, y, rows in corpus.val_batches(cfg.report.eval_tokens, cfg.batch.batch_size, world.rank, world.size):
         y[rows:] = IGNORE
         with precision.autocast():
-            nats += model(to_device(x, world.device), to_device(y, world.device), reduction="sum").double()
+            nats.append(model(*hardware.to_device(world.device, x, y), reduction="sum"))
         n_tokens += rows * corpus.seq_len
     model.train()
-    nats, n_tokens = world.sum([float(nats), n_tokens])
+    nats, n_tokens = world.sum([math.fsum(map(float, nats)), n_tokens])
     loss = nats / n_tokens
     return {"val/loss": loss, "val/ppl": math.exp(loss) if loss < 700 else math.inf,
             "val/bits_per_byte": loss / math.log(2) / corpus.val_bytes_per_token}
@@ -153,7 +148,7 @@ def train(cfg, world):
     """Train until `num_steps`, or until a signal. Returns the exit code: 0, or 128 + the signal's number."""
     dry_run, config, batch_size = cfg.batch.dry_run, flatten(cfg), cfg.batch.batch_size
     resume_from = None if dry_run else world.from_main(lambda: checkpoint.plan(cfg.checkpoint))
-    corpus = Corpus(cfg.data, cfg.model.vocab_size, progress=world.local_rank == 0, scratch=dry_run)
+    corpus = Corpus(cfg.data, cfg.model.vocab_size, writes=world.local_rank == 0, scratch=dry_run)
     accum = cfg.batch.accum_steps(world.size, corpus.seq_len)
     step_samples = batch_size * accum * world.size
     epochs_per_step = step_samples / corpus.n_windows
@@ -162,34 +157,36 @@ def train(cfg, world):
         raise UserError("--train-data: the ranks see different data or flags; give every node the same files")
     saved = resume_from and world.from_main(lambda: checkpoint.restore(resume_from, cfg.checkpoint, identity, config))
 
-    precision = choose_precision(cfg.speed, world.device)
+    precision = hardware.choose_precision(cfg.speed, world.device)
     torch.manual_seed(cfg.optim.seed)  # the same weights on every rank
     raw = GPT(dataclasses.replace(cfg.model, vocab_size=identity["--vocab-size"])).to(world.device)
     optimizer, scaler = make_optimizer(raw, cfg.optim, world.device), precision.scaler()
-    meter = Meter(world, raw.flops_per_token(corpus.seq_len), peak_flops(world.device))
+    meter = Meter(world, raw.flops_per_token(corpus.seq_len), hardware.peak_flops(world.device))
     parts, state = dict(model=raw, optimizer=optimizer, scaler=scaler, meter=meter), State()
     if saved:
+        # Decay and betas are the flags', not those of the run that is resumed.
+        saved["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]
         for name, part in parts.items():
-            part.load_state_dict(saved[name])
+            if saved[name]:  # a scaler is empty but in fp16
+                part.load_state_dict(saved[name])
         state = State(**saved["state"])
         if not cfg.checkpoint.continues(resume_from):
             state.wandb_run_id = ""  # a branch of a run is a run of its own
         del saved
-    fast = torch.compile(raw) if should_compile(cfg.speed, world.device) else raw
+    fast = torch.compile(raw) if hardware.should_compile(cfg.speed, world.device) else raw
     model = world.wrap(fast)  # for the training step; `fast` evaluates, `raw` is saved
     num_steps, eval_steps = cfg.optim.num_steps, cfg.report.eval_every(cfg.optim.num_steps)
-    for line in run_facts(cfg, world, corpus, raw, precision, accum, state):
-        log.info(line)
+    log_facts(cfg, world, corpus, raw, precision, accum, state)
 
     def train_step():
         """One optimizer step of all ranks → (losses of this rank's micro-batches, gradient norm), on the device; None
         where fp16 overflowed: then nothing has changed but the scale, and the step is to be repeated."""
-        seed_step(cfg.optim.seed, state.step, world.rank)
+        hardware.seed_step(cfg.optim.seed, state.step, world.rank)
         set_lr(optimizer, lr_at(state.step, cfg.optim))
         losses = []
         for micro in range(accum):
-            x, y = corpus.batch(state.step, micro, accum, batch_size, world.rank, world.size)
-            x, y = to_device(x, world.device), to_device(y, world.device)  # (B, T) each
+            batch = corpus.batch(state.step, micro, accum, batch_size, world.rank, world.size)
+            x, y = hardware.to_device(world.device, *batch)  # (B, T) each
             with world.grad_sync(model, last=micro == accum - 1):
                 with precision.autocast():
                     loss = model(x, y)
@@ -216,8 +213,7 @@ def train(cfg, world):
         """Halt where loss or gradient are no numbers: the same decision on every rank, since both are reduced."""
         if not finite:
             last, path = payload(), cfg.checkpoint.beside(".nonfinite.pt")
-            if world.is_main:
-                checkpoint.save(path, last)
+            world.from_main(lambda: checkpoint.save(path, last))
             raise NonFinite(f"loss or gradient is not finite at step {state.step}; this state is in {path}, and "
                             f"--resume with a lower --lr goes on from the last good checkpoint")
 
@@ -225,8 +221,8 @@ def train(cfg, world):
         with meter.excluded("checkpoint"):
             now = payload()
             check_finite(math.isfinite(now["meter"]["loss_sum"] + now["meter"]["norm_sum"]))
-            if world.is_main:
-                checkpoint.save_run(cfg.checkpoint, now, state.step, latest, best)
+            # The other ranks wait here, and not in the next step, where it would count as training.
+            world.from_main(lambda: checkpoint.save_run(cfg.checkpoint, now, state.step, latest, best))
 
     evaluate_now = meter.excluded("eval")(lambda: evaluate(fast, corpus, cfg, precision, world))
 
@@ -234,7 +230,9 @@ def train(cfg, world):
         return state.step == num_steps or (every and state.step % every == 0)
 
     if dry_run:
-        began, done = time.perf_counter(), train_step()
+        began = time.perf_counter()
+        while (done := train_step()) is None:
+            pass
         log.info("one step: loss %.4f in %.2f s; nothing written", done[0].mean(), time.perf_counter() - began)
         return 0
     if state.step >= num_steps:
@@ -242,6 +240,8 @@ def train(cfg, world):
         return 0
     if world.is_main:
         corpus.export_tokenizer(cfg.checkpoint.beside(".tokenizer"))
+        if cfg.checkpoint.overwrite:
+            checkpoint.begin(cfg.checkpoint, resume_from, state.step)
 
     facts = config | dict(world_size=world.size, n_params=raw.num_params(), accum_steps=accum)
     with (Tracker(cfg.tracking, cfg.checkpoint.beside, world, state, num_steps, precision.name, facts) as track,
@@ -264,15 +264,15 @@ def train(cfg, world):
                 check_finite(math.isfinite(metrics["train/loss"] + metrics["train/grad_norm"]))
             if due(eval_steps):
                 metrics |= evaluate_now()
-                best, state.best_val = metrics["val/loss"] < state.best_val, min(metrics["val/loss"], state.best_val)
+                best, state.best_val = metrics["val/loss"] < state.best_val, min(state.best_val, metrics["val/loss"])
             if metrics:
                 track.report(state, epochs_per_step, metrics)
             if (latest := due(cfg.checkpoint.save_steps) or signal_number) or best:
                 save(latest, best)
             if due(cfg.report.sample_steps):
                 with meter.excluded("sample"), precision.autocast():
-                    if world.is_main:
-                        track.sample(state.step, sample_text(raw, corpus.folder / "tokenizer", corpus.eos))
+                    world.from_main(lambda: track.sample(
+                        state.step, lambda: sample_text(raw, cfg.checkpoint.beside(".tokenizer"), corpus.eos)))
             if signal_number and state.step < num_steps:
                 track.stopped(signal_number, state.step)
                 break
@@ -286,13 +286,13 @@ def main(world_type=World):
         cfg = parse(Config)
         world = world_type(cfg.speed)
         setup_logging(world.is_main)
-        try:
-            sys.exit(train(cfg, world))
-        finally:
-            world.close()
+        code = train(cfg, world)
+        world.close()  # only now: where one rank has failed, waiting for the others could wait for ever
+        sys.exit(code)
     except (UserError, NonFinite) as error:
-        if world_type.announces():
-            print(f"error: {error}", file=sys.stderr)
+        if not world_type.announces():
+            time.sleep(5)  # the main rank says the same, and ends the others by leaving; if it does not, they say it
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
 
 

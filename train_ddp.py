@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
 from config import UserError
+from hardware import usable_cores
 from train import World, main
 
 TIMEOUT = datetime.timedelta(minutes=30)  # of a collective: longer than any node needs more than another to tokenize
@@ -32,14 +33,14 @@ class DDPWorld(World):
             raise UserError("--device mps: PyTorch has no collectives on Metal; use --device cpu, or python train.py")
         if self.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
             # torchrun's default leaves all cores but one a rank idle.
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.local_size))
+            torch.set_num_threads(max(1, usable_cores() // self.local_size))
         # Gradients go over NCCL on GPUs; numbers and flags live on the CPU, go over gloo, and never wait for a GPU.
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT)
 
     def wrap(self, model):
         devices = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     def grad_sync(self, model, last):
         return contextlib.nullcontext() if last else model.no_sync()

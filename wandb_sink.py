@@ -11,9 +11,11 @@ import queue
 import secrets
 import string
 import threading
+import time
 
 QUEUE_ROWS = 10_000  # reports waiting for W&B; when it is full the newest are dropped, and counted
 FINISH_TIMEOUT = 60  # seconds that the end of a run waits for W&B
+SIGNAL_TIMEOUT = 15  # the same after a signal: torchrun gives its ranks 30 s
 
 log = logging.getLogger("mini_llm")
 
@@ -54,10 +56,13 @@ class WandbSink:
     def close(self, exit_code):
         if self.thread is None:
             return
-        self.rows.put((exit_code,))
-        self.thread.join(FINISH_TIMEOUT)
+        deadline = time.monotonic() + (SIGNAL_TIMEOUT if exit_code > 128 else FINISH_TIMEOUT)
+        with contextlib.suppress(queue.Full):
+            # A thread that has failed empties its queue no more.
+            self.rows.put((exit_code,), timeout=deadline - time.monotonic() if self.thread.is_alive() else 0)
+        self.thread.join(max(0, deadline - time.monotonic()))
         if self.thread.is_alive():
-            log.warning("wandb: not finished after %d s, left behind; metrics.jsonl has every row", FINISH_TIMEOUT)
+            log.warning("wandb: not finished in time, left behind; metrics.jsonl has every row")
         elif self.dropped:
             log.warning("wandb: %d rows were dropped while it did not answer; metrics.jsonl has them", self.dropped)
 

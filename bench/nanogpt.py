@@ -38,8 +38,9 @@ def run(command, cwd):
 
 def nanogpt_command(checkout, config, steps):
     layers, heads, width, context, batch, *_ = config
-    return [sys.executable, checkout / "train.py", "config/train_shakespeare_char.py", "--device=cpu", "--compile=False",
-            "--eval_iters=1", "--eval_interval=1000000", "--log_interval=10", f"--block_size={context}",
+    return [sys.executable, checkout / "train.py", "config/train_shakespeare_char.py", "--device=cpu",
+            "--compile=False", "--eval_iters=1", "--eval_interval=1000000", "--log_interval=10",
+            f"--block_size={context}",
             f"--batch_size={batch}", f"--n_layer={layers}", f"--n_head={heads}", f"--n_embd={width}", "--dropout=0.0",
             f"--max_iters={steps}", f"--lr_decay_iters={steps}"]
 

@@ -82,9 +82,9 @@ def test_the_checkpoint_before_the_newest_is_kept_and_used_when_the_newest_is_da
         save_run(cfg, payload(step), step, latest=True, best=step == 2)
     assert [load(tmp_path / name)["step"] for name in ("c.pt", "c.prev.pt", "c.best.pt")] == [3, 2, 2]
     (tmp_path / "c.pt").write_bytes(b"")
-    assert load_latest(tmp_path / "c.pt", cfg)["step"] == 2
+    assert load_latest(tmp_path / "c.pt", cfg)[0]["step"] == 2
     (tmp_path / "c.pt").unlink()
-    assert load_latest(tmp_path / "c.pt", cfg)["step"] == 2
+    assert load_latest(tmp_path / "c.pt", cfg)[0]["step"] == 2
     (tmp_path / "c.prev.pt").write_bytes(b"")
     with pytest.raises(UserError, match="c.pt.*c.prev.pt"):
         load_latest(tmp_path / "c.pt", cfg)
@@ -152,3 +152,63 @@ def test_a_foreign_checkpoint_is_not_resumed(tmp_path):
 def test_a_large_tensor_written_in_one_block_is_hashed_right(tmp_path):
     save(tmp_path / "c.pt", {"w": torch.randn(3_000_001)})
     assert checkpoint.read_digest(tmp_path / "c.pt") == checkpoint.file_digest(tmp_path / "c.pt")
+
+
+def whole(step):
+    return payload(step) | {"format": checkpoint.FORMAT, "identity": {}, "config": {}}
+
+
+def test_a_fallback_mends_the_newest_so_that_a_kill_in_the_next_save_loses_nothing(tmp_path, monkeypatch):
+    cfg = config(tmp_path)
+    for step in (1, 2):
+        save_run(cfg, whole(step), step, latest=True, best=False)
+    (tmp_path / "c.pt").write_bytes(b"damaged")
+    assert checkpoint.restore(tmp_path / "c.pt", cfg, {}, {})["step"] == 1
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_run(cfg, whole(3), 3, latest=True, best=False)
+    assert load_latest(tmp_path / "c.pt", cfg)[0]["step"] == 1
+
+
+def test_starting_over_leaves_nothing_of_the_old_run_in_force(tmp_path):
+    cfg = config(tmp_path, keep_last=2)
+    for step in (900, 1000):
+        save_run(cfg, whole(step), step, latest=True, best=True)
+    checkpoint.begin(cfg, None, 0)
+    assert os.listdir(tmp_path) == []
+    assert plan(config(tmp_path, resume="auto")) is None
+
+
+def test_rolling_back_makes_the_file_the_newest_at_once(tmp_path):
+    cfg = config(tmp_path, keep_last=3)
+    for step in (10, 20, 30):
+        save_run(cfg, whole(step), step, latest=True, best=step == 30)
+    checkpoint.begin(cfg, tmp_path / "c.step-00000020.pt", 20)
+    assert load(tmp_path / "c.pt")["step"] == 20
+    assert sorted(os.listdir(tmp_path)) == ["c.pt", "c.step-00000010.pt", "c.step-00000020.pt"]
+
+
+def test_a_path_spelled_otherwise_is_the_same_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = CheckpointConfig(checkpoint_path="c.pt")
+    assert cfg.continues(tmp_path / "c.pt") and not cfg.continues(tmp_path / "other.pt")
+
+
+def test_only_what_a_run_writes_is_listed(tmp_path):
+    cfg = config(tmp_path)
+    save_run(cfg, payload(1), 1, latest=True, best=True)
+    (tmp_path / "c.sh").touch()
+    assert [os.path.basename(file) for file in cfg.files()] == ["c.pt", "c.best.pt"]
+
+
+def test_saving_again_leaves_no_draft_behind(tmp_path):
+    cfg = config(tmp_path)
+    for _ in range(3):
+        save_run(cfg, payload(1), 1, latest=True, best=True)
+        os.link(tmp_path / "c.pt", tmp_path / "same")
+        os.replace(tmp_path / "same", tmp_path / "c.prev.pt")
+    assert not list(tmp_path.glob("*.tmp"))

@@ -165,8 +165,44 @@ def test_max_tokens_takes_the_first_tokens_only(text, cache):
     assert np.array_equal(corpus.train.window(0, 4999), whole.train.window(0, 4999))
 
 
-def test_bits_per_byte_of_a_byte_tokenizer_is_the_loss_in_bits(text, cache):
-    assert Corpus(config(text, cache)).val_bytes_per_token == pytest.approx(1, abs=1e-3)
+@pytest.mark.parametrize("max_tokens", [0, 5000])
+def test_bits_per_byte_of_a_byte_tokenizer_is_the_loss_in_bits(text, cache, max_tokens):
+    corpus = Corpus(config(text, cache, max_tokens=max_tokens))
+    assert corpus.val_bytes_per_token == pytest.approx(1, abs=1e-3)
+
+
+def test_max_tokens_with_its_own_validation_text_reads_no_further(tmp_path, text, cache, monkeypatch):
+    big = tmp_path / "big.txt"
+    big.write_text(text.read_text() * 100)
+    read = []
+    monkeypatch.setattr(data, "pieces", lambda *args: (read.append(piece) or piece for piece in pieces(*args)))
+    corpus = Corpus(config(big, tmp_path / "cache", max_tokens=1000, val_data=[str(text)]))
+    assert corpus.train.count == 1000 and sum(len(piece.text) for piece in read) < 6_000_000
+
+
+def test_shards_are_trained_on_as_they_are(text, cache):
+    folder = prepare(config(text, cache))
+    with pytest.raises(UserError, match="leave out"):
+        prepare(config(folder, cache, val_data=["nowhere.txt"]))
+
+
+def test_a_rank_that_does_not_write_waits_for_the_one_that_does(text, tmp_path):
+    import threading
+
+    threading.Timer(1.0, lambda: prepare(config(text, tmp_path))).start()
+    begin = time.monotonic()
+    folder = prepare(config(text, tmp_path), writes=False)
+    assert folder.exists() and time.monotonic() - begin > 0.9
+
+
+def test_a_truncating_tokenizer_does_not_truncate_the_text(tmp_path, cache, text):
+    from tokenizer import save_tokenizer
+
+    tokenizer = train_tokenizer("bpe", [text.read_text()], 300)
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=8)
+    save_tokenizer(tokenizer, tmp_path / "short", "bpe")
+    assert len(load_tokenizer(str(tmp_path / "short")).encode(text.read_text()).ids) > 1000
 
 
 # Shards
@@ -262,14 +298,12 @@ def test_a_waiting_process_gives_up_on_one_that_hangs(tmp_path, text, monkeypatc
     folder = prepare(config(text, tmp_path))
     draft = folder.with_name(folder.name + ".draft")
     folder.rename(draft)
-    os.utime(draft, (0, 0))
-    for file in draft.iterdir():
-        os.utime(file, (0, 0))
-    fd = os.open(draft, os.O_RDONLY)
+    fd = os.open(draft / ".lock", os.O_RDWR | os.O_CREAT)
     fcntl.flock(fd, fcntl.LOCK_EX)
     monkeypatch.setattr(data, "PREPARE_PATIENCE", 1)
-    with pytest.raises(UserError, match="has written nothing"):
-        prepare(config(text, tmp_path))
+    for writes in (True, False):
+        with pytest.raises(UserError, match="has written nothing"):
+            prepare(config(text, tmp_path), writes=writes)
     os.close(fd)
 
 
@@ -279,6 +313,11 @@ def test_the_built_in_corpus_is_python_source():
     assert any(source.paths[0].endswith("argparse.py") for source in sources)
     total = sum(len(piece.text) for piece in pieces(sources, "train"))
     assert total > 5_000_000
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_a_file(tmp_path):
+    (tmp_path / "d[1].txt").write_text("text")
+    assert find_sources([str(tmp_path / "d[1].txt")])[0].kind == "text"
 
 
 # Tokenizers

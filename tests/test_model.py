@@ -1,4 +1,3 @@
-import dataclasses
 import math
 
 import pytest
@@ -193,9 +192,3 @@ def test_the_cache_holds_no_more_heads_than_keys_have():
     past = KVCache(model.cfg)
     model.hidden(tokens(1, 5), past)
     assert past.layers[0].buffer.shape == (2, 1, 2, 48, 8) and past.length == 5
-
-
-def test_state_dict_names_carry_no_wrapper():
-    names = build().state_dict().keys()
-    assert not [name for name in names if name.startswith(("module.", "_orig_mod."))]
-    assert dataclasses.asdict(build().cfg)["vocab_size"] == 97

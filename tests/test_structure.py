@@ -18,7 +18,7 @@ ALLOWED = {
     "wandb_sink": set(),
     "tracking": {"config", "hardware", "wandb_sink"},
     "train": {"config", "hardware", "model", "optim", "checkpoint", "data", "generate", "tracking"},
-    "train_ddp": {"config", "train"},
+    "train_ddp": {"config", "hardware", "train"},
     "export": {"config", "checkpoint", "model"},
 }
 LONGEST = {"train": 300, "train_ddp": 120, "model": 350}

@@ -43,7 +43,8 @@ def test_a_run_reports_what_is_documented_and_writes_what_it_says(trainer):
     written = {path.name for path in run.checkpoint.parent.iterdir()}
     assert written == {"c.pt", "c.prev.pt", "c.best.pt", "c.log", "c.metrics.jsonl", "c.tokenizer", "c.tensorboard"}
     assert all(name in run.out for name in written)
-    assert "step 20/20" in (run.checkpoint.parent / "c.log").read_text()
+    assert (run.checkpoint.parent / "c.log").read_text() in run.out, "the log file is what the console showed"
+    assert "Arguments: " in (run.checkpoint.parent / "c.log").read_text()
     assert "sample at step 20" in run.out
 
 
@@ -77,7 +78,7 @@ def test_the_loss_reported_is_the_loss_computed(trainer, text, cache):
     assert run.rows[3]["lr"] == pytest.approx(0.0075) and run.rows[6]["lr"] == pytest.approx(0.01)
 
 
-# The runs of the next test cross an epoch boundary (97 windows of 8 sequences) and stop at a multiple of no interval.
+# The runs of the next test cross an epoch boundary (99 windows, 8 a step) and stop at a multiple of no interval.
 RESUMED = ["--max-tokens", 3200, "--batch-size", 4, "--grad-accum-steps", 2, "--dropout", 0.2, "--log-steps", 5,
            "--eval-steps", 4, "--save-steps", 6, "--warmup-steps", 5, "--lr-scheduler", "none"]
 
@@ -144,6 +145,42 @@ def test_another_schedule_may_be_resumed_and_is_said(trainer):
     trainer("--num-steps", 5)
     again = trainer("--num-steps", 8, "--lr", 0.002, "--resume")
     assert again.code == 0 and "another --lr: was 0.001, is 0.002" in again.out
+
+
+def test_decay_and_betas_of_a_resumed_run_are_the_flags(trainer):
+    trainer("--num-steps", 5)
+    again = trainer("--num-steps", 6, "--resume", "--weight-decay", 0.5, "--beta2", 0.99)
+    group = torch.load(again.checkpoint, weights_only=True)["optimizer"]["param_groups"][0]
+    assert group["weight_decay"] == 0.5 and group["betas"] == (0.9, 0.99)
+
+
+def test_precision_may_change_on_the_way(trainer):
+    trainer("--num-steps", 5, "--amp-dtype", "bf16")
+    for steps, flags in ((8, ["--amp-dtype", "fp16"]), (11, ["--no-amp"])):
+        again = trainer("--num-steps", steps, "--resume", *flags)
+        assert again.code == 0, again.err
+
+
+def test_a_step_that_overflows_in_fp16_is_repeated_at_a_smaller_scale(trainer):
+    flags = ["--amp-dtype", "fp16", "--lr", 0.3, "--grad-clip-norm", 0, "--warmup-steps", 0, "--lr-scheduler", "none",
+             "--log-steps", 1, "--eval-steps", 0, "--arch", "gpt2"]
+    straight = trainer(*flags, "--num-steps", 30, checkpoint="straight.pt")
+    assert straight.code == 0, straight.err
+    saved = torch.load(straight.checkpoint, weights_only=True)
+    assert saved["scaler"]["scale"] < 65536, "nothing has overflowed: the test shows nothing"
+    assert sorted(straight.rows) == list(range(31)) and saved["state"]["tokens"] == 30 * 4 * 32
+    assert {row["lr"] for step, row in straight.rows.items() if step} == {0.3}
+    trainer(*flags, "--num-steps", 20, checkpoint="resumed.pt")
+    resumed = trainer(*flags, "--num-steps", 30, "--resume", checkpoint="resumed.pt")
+    assert same(resumed, straight)
+
+
+def test_an_overwritten_run_is_never_resumed_as_the_new_one(trainer):
+    trainer("--num-steps", 30, "--save-steps", 10)
+    flags = ["--log-steps", 10, "--eval-steps", 0, "--save-steps", 0, "--num-steps", 100000]
+    interrupt_after(trainer.arguments([*flags, "--overwrite"]), trainer.folder, "step 20/100000", signal.SIGKILL)
+    again = trainer("--num-steps", 5, "--resume", "auto")
+    assert again.code == 0 and "Starting from scratch" in again.out
 
 
 def test_a_branch_leaves_its_trunk_alone(trainer):

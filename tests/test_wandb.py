@@ -74,7 +74,7 @@ def test_a_wandb_that_fails_is_one_warning(trainer):
 
 def test_without_the_package_training_goes_on(trainer, tmp_path):
     (tmp_path / "wandb").mkdir()  # a run folder of that name is importable, too
-    code = ("import sys; sys.path.insert(0, sys.argv.pop(1)); sys.path[:] = [p for p in sys.path]\n"
+    code = ("import sys; sys.path.insert(0, sys.argv.pop(1))\n"
             "class Gone:\n"
             "    def find_spec(self, name, path=None, target=None):\n"
             "        if name == 'wandb': raise ModuleNotFoundError('No module named wandb', name='wandb')\n"

@@ -1,0 +1,13 @@
+import pytest
+
+from hardware import peak_of
+
+
+@pytest.mark.parametrize("name, peak", [
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12),
+    ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA A100 80GB PCIe", 312e12), ("NVIDIA L40", 181e12), ("NVIDIA L4", 121e12),
+    ("NVIDIA GeForce RTX 4090", 165e12), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA H200 NVL", None),
+    ("NVIDIA GeForce RTX 3090 Ti", None), ("Some Other GPU", None),
+])
+def test_a_peak_is_that_of_the_very_device_or_unknown(name, peak):
+    assert peak_of(name) == peak
