@@ -12,6 +12,7 @@ import dataclasses
 import glob
 import hashlib
 import logging
+import math
 import os
 import shutil
 import signal
@@ -70,6 +71,16 @@ class CheckpointConfig:
     def continues(self, resume_from):
         """Whether a run that resumes from that file goes on with the run of the checkpoint path, or branches off."""
         return self.overwrite or Path(resume_from).resolve() == Path(self.checkpoint_path).resolve()
+
+
+@dataclass
+class State:
+    """Where a run stands. All else that the loop needs is a function of it."""
+
+    step: int = 0  # optimizer steps done
+    tokens: int = 0
+    best_val: float = math.inf
+    wandb_run_id: str = ""
 
 
 class DamagedCheckpoint(Exception):

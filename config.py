@@ -137,7 +137,7 @@ def _coerce(label, declared, value):
     if base in (int, float) and not isinstance(value, bool) and isinstance(value, (str, int, float)):
         try:
             number = base(value)
-            usable = math.isfinite(number) and abs(number) < 2**63
+            usable = math.isfinite(number) and (base is float or abs(number) < 2**63)
         except (ValueError, OverflowError):
             usable = False
         if not usable or (base is int and isinstance(value, float)):

@@ -189,10 +189,10 @@ def _locked_draft(folder):
         # Opened for writing, without which a network file system gives no lock.
         fd = os.open(draft / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         _wait(lambda: not _lock(fd), draft)
-    except FileNotFoundError:  # renamed or removed in this moment
-        yield None
-        return
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and folder.parent.exists():  # the draft was renamed in this moment
+            yield None
+            return
         raise UserError(f"--cache-dir {folder.parent}: {error.strerror}; give a folder that can be written") from None
     try:
         if not (draft / ".lock").exists() or not os.path.samestat(os.fstat(fd), os.stat(draft / ".lock")):

@@ -15,7 +15,7 @@ import torch
 
 import checkpoint
 import hardware
-from checkpoint import CheckpointConfig, StopSignal
+from checkpoint import CheckpointConfig, State, StopSignal
 from config import UserError, arg, flatten, parse
 from data import Corpus, DataConfig
 from generate import sample_text
@@ -103,6 +103,11 @@ class World:
         """What `make()` returns, or raises, on the main rank: the same on every rank."""
         return make()
 
+    def require_same(self, value, what):
+        """Collective. Raises UserError on every rank where one has another `value` than the main rank."""
+        if self.max(value != self.from_main(lambda: value)):
+            raise UserError(f"the ranks have different {what}; start every node with the same command and files")
+
     @staticmethod
     def announces():
         """Whether this process is the one that tells the user of an error; asked before there is a world."""
@@ -110,16 +115,6 @@ class World:
 
     def close(self):
         pass
-
-
-@dataclass
-class State:
-    """Where a run stands. All else that the loop needs is a function of it."""
-
-    step: int = 0  # optimizer steps done
-    tokens: int = 0
-    best_val: float = math.inf
-    wandb_run_id: str = ""
 
 
 class NonFinite(Exception):
@@ -147,14 +142,14 @@ def evaluate(model, corpus, cfg, precision, world):
 def train(cfg, world):
     """Train until `num_steps`, or until a signal. Returns the exit code: 0, or 128 + the signal's number."""
     dry_run, config, batch_size = cfg.batch.dry_run, flatten(cfg), cfg.batch.batch_size
+    world.require_same(config, "flags")
     resume_from = None if dry_run else world.from_main(lambda: checkpoint.plan(cfg.checkpoint))
     corpus = Corpus(cfg.data, cfg.model.vocab_size, writes=world.local_rank == 0, scratch=dry_run)
     accum = cfg.batch.accum_steps(world.size, corpus.seq_len)
     step_samples = batch_size * accum * world.size
     epochs_per_step = step_samples / corpus.n_windows
     identity = checkpoint.run_identity(cfg, corpus, step_samples)
-    if world.max(identity != world.from_main(lambda: identity)):
-        raise UserError("--train-data: the ranks see different data or flags; give every node the same files")
+    world.require_same(identity, "data")
     saved = resume_from and world.from_main(lambda: checkpoint.restore(resume_from, cfg.checkpoint, identity, config))
 
     precision = hardware.choose_precision(cfg.speed, world.device)
