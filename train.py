@@ -109,9 +109,10 @@ class World:
             raise UserError(f"the ranks have different {what}; start every node with the same command and files")
 
     @staticmethod
-    def announces():
-        """Whether this process is the one that tells the user of an error; asked before there is a world."""
-        return True
+    def fail(error, code):
+        """Tell the user of an error and leave; there may be no world yet."""
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(code)
 
     def close(self):
         pass
@@ -285,10 +286,7 @@ def main(world_type=World):
         world.close()  # only now: where one rank has failed, waiting for the others could wait for ever
         sys.exit(code)
     except (UserError, NonFinite) as error:
-        if not world_type.announces():
-            time.sleep(5)  # the main rank says the same, and ends the others by leaving; if it does not, they say it
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
+        world_type.fail(error, 2 if isinstance(error, UserError) else 1)
 
 
 if __name__ == "__main__":

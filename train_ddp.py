@@ -7,6 +7,8 @@ model and its share of every batch, and gradients are averaged in the backward p
 import contextlib
 import datetime
 import os
+import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -84,8 +86,11 @@ class DDPWorld(World):
         return tree_map_only(torch.Tensor, share, value if self.is_main else skeleton)
 
     @staticmethod
-    def announces():
-        return os.environ.get("RANK", "0") == "0"
+    def fail(error, code):
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)  # the main rank says the same, and ends the others by leaving; if it does not, they say it
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(code)  # taking down a process group may abort, or wait for ranks that are gone
 
     def close(self):
         dist.destroy_process_group()

@@ -1,6 +1,7 @@
 from dataclasses import dataclass, field
 
 import pytest
+from conftest import ROOT
 
 from config import UserError, arg, flatten, parse
 
@@ -92,6 +93,15 @@ def test_mistakes_in_toml_are_named_too(tmp_path, toml, words):
     with pytest.raises(UserError) as caught:
         parse(Car, ["--config", str(file)])
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.toml")), ids=lambda file: file.name)
+def test_every_recipe_is_valid(file):
+    from train import Config
+
+    cfg = parse(Config, ["--config", str(file)])
+    assert cfg.checkpoint.checkpoint_path != Config().checkpoint.checkpoint_path, "a recipe keeps to its own files"
+    assert cfg.batch.accum_steps(8, cfg.data.seq_len) >= 1
 
 
 def test_one_flag_has_one_owner():

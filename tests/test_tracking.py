@@ -62,12 +62,12 @@ def test_speed_counts_training_time_only():
     with meter.excluded("checkpoint"):
         time.sleep(0.1)
     metrics = meter.report()
-    assert metrics["tokens_per_sec_per_rank"] == pytest.approx(200 / 0.1, rel=0.15)
-    assert metrics["train/step_time_sec"] == pytest.approx(0.05, rel=0.15)
+    assert metrics["tokens_per_sec_per_rank"] == pytest.approx(200 / 0.1, rel=0.3)
+    assert metrics["train/step_time_sec"] == pytest.approx(0.05, rel=0.3)
     assert metrics["train/mfu"] == pytest.approx(metrics["tokens_per_sec_per_rank"] * 1e9 / 1e12)
-    assert metrics["time/eval_sec"] == pytest.approx(0.2, rel=0.15)
-    assert metrics["time/checkpoint_sec"] == pytest.approx(0.1, rel=0.15)
-    assert metrics["time/dt_sec"] == pytest.approx(0.4, rel=0.15)
+    assert metrics["time/eval_sec"] == pytest.approx(0.2, rel=0.3)
+    assert metrics["time/checkpoint_sec"] == pytest.approx(0.1, rel=0.3)
+    assert metrics["time/dt_sec"] == pytest.approx(0.4, rel=0.3)
 
 
 def test_global_speed_is_all_tokens_over_the_slowest_ranks_time():
