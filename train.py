@@ -287,6 +287,8 @@ def main(world_type=World):
         sys.exit(code)
     except (UserError, NonFinite) as error:
         world_type.fail(error, 2 if isinstance(error, UserError) else 1)
+    except KeyboardInterrupt:  # before there was anything to save
+        sys.exit(130)
 
 
 if __name__ == "__main__":
