@@ -27,8 +27,8 @@ from text import Piece, builtin_sources, find_sources, pieces
 from tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 
 CODE_VERSION = 1  # raise it when the same text would give other tokens: old caches are then left alone
-BATCH = 1 << 22  # characters tokenized in parallel: bounds the memory of tokenization
-BPE_SAMPLE = 1 << 26  # characters that a bpe tokenizer is trained on, at most
+BATCH = 1 << 21  # characters tokenized in parallel: bounds the memory of tokenization
+BPE_SAMPLE = 1 << 25  # characters that a bpe tokenizer is trained on, at most
 PREPARE_PATIENCE = 900  # seconds without progress after which a process stops waiting for the one that tokenizes
 
 log = logging.getLogger("mini_llm")
@@ -250,7 +250,7 @@ def _source_digest(source, whole):
         size = os.path.getsize(path)
         with open(path, "rb") as file:
             if whole:
-                digest.update(hashlib.file_digest(file, "blake2b").digest())
+                digest.update(hashlib.file_digest(file, "sha256").digest())
                 continue
             digest.update(f"{size} {os.stat(path).st_mtime_ns}".encode())
             for part in range(16):

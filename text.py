@@ -13,7 +13,7 @@ from pathlib import Path
 from config import UserError
 from tokenizer import END_OF_TEXT, hub_reachable
 
-PIECE = 1 << 16  # characters given to the tokenizer at once
+PIECE = 1 << 15  # characters given to the tokenizer at once
 TEXT_SUFFIXES = {".txt", ".text", ".md"}
 TABLE_SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
