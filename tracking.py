@@ -33,7 +33,7 @@ class ReportConfig:
     log_steps: int = arg(10, "steps between reports", low=1)
     eval_steps: int | None = arg(None, "steps between evaluations; 0: only the first and the last; unset: 20 a run, "
                                        "but not more often than reports", low=0)
-    eval_tokens: int = arg(32768, "validation tokens of one evaluation, spread evenly over the set; 0: all", low=0)
+    eval_tokens: int = arg(16384, "validation tokens of one evaluation, spread evenly over the set; 0: all", low=0)
     sample_steps: int = arg(0, "steps between samples of generated text; 0: only at the end", low=0)
 
     def eval_every(self, num_steps):
