@@ -171,30 +171,30 @@ def begin(cfg, resume_from, step):
             file.unlink(missing_ok=True)
 
 
-def load_latest(path, cfg, map_location="cpu"):
+def load_latest(path, cfg):
     """The checkpoint at `path` and `path`; where it is damaged, the one before it and its path. Raises UserError where
     neither is whole."""
     previous = cfg.beside(".prev.pt")
     try:
-        return load(path, map_location), path
+        return load(path), path
     except DamagedCheckpoint as error:
         if path.resolve() != Path(cfg.checkpoint_path).resolve() or not previous.exists():
             raise UserError(f"--resume: {error}, and there is no {previous.name} to fall back to; "
                             f"--overwrite starts over") from None
         log.warning("%s; falling back to %s", error, previous)
     try:
-        return load(previous, map_location), previous
+        return load(previous), previous
     except DamagedCheckpoint as error:
         raise UserError(f"--resume: neither {path.name} nor {error}; --overwrite starts over") from None
 
 
-def load(path, map_location="cpu"):
-    """A verified checkpoint. Raises DamagedCheckpoint, naming the file and what is wrong with it."""
+def load(path):
+    """A verified checkpoint, its tensors on the CPU. Raises DamagedCheckpoint, naming the file and what is wrong."""
     try:
         stated, actual = read_digest(path), file_digest(path)
         if stated != actual:
             raise DamagedCheckpoint(f"{path} is damaged (its SHA-256 is not the one it was written with)")
-        return torch.load(path, map_location=map_location, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{path} is missing") from None
     except DamagedCheckpoint:
