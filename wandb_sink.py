@@ -1,98 +1,146 @@
-"""Everything that speaks to Weights & Biases. Imported only with --use-wandb, on the rank that reports.
+"""Everything that speaks to Weights & Biases during a run, in a process of its own.
 
-A thread of its own does init, log and finish: a W&B that is slow, down or frozen never holds up a training step, and
-whatever it raises becomes one warning. metrics.jsonl has every row in any case.
+The trainer writes its rows to metrics.jsonl anyway. `WandbSink` starts a second process, wandb_follower.py, that reads
+them from there and passes them on. So the file is the queue: it drops nothing and costs the trainer nothing; a W&B that
+is slow, down, frozen or killed holds up only the other process; and a trainer that is killed leaves one behind that
+still delivers what was written. The two are tied by a pipe: its end tells the second that the first is done, or gone.
 """
 
 import contextlib
+import dataclasses
+import glob
 import json
 import logging
-import queue
-import secrets
-import string
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
 import threading
-import time
+from pathlib import Path
 
-QUEUE_ROWS = 10_000  # reports waiting for W&B; when it is full the newest are dropped, and counted
-FINISH_TIMEOUT = 60  # seconds that the end of a run waits for W&B
-SIGNAL_TIMEOUT = 15  # the same after a signal: torchrun gives its ranks 30 s
+from processes import child_processes
+from wandb_runs import Job, only_one, remember
 
-log = logging.getLogger("mini_llm")
+FOLLOWER = Path(__file__).with_name("wandb_follower.py")
+FAILURE_TIMEOUT = 15  # seconds for uploads, at most, after a signal or an error: other ranks may be waiting
+UPLOADS = 4  # checkpoints that may wait for upload, each a second name of a file that may otherwise be gone
 
-
-def stored_run_id(path, known, resumes):
-    """This run's id: the checkpoint's (`known`), else for a run that resumes the one kept in `path`, else a new one.
-
-    It is kept in `path` before the first step, so that not even a kill before the first checkpoint makes a second
-    chart of the same run.
-    """
-    run_id = known
-    if not run_id and resumes and path.exists():
-        with contextlib.suppress(ValueError, KeyError):
-            run_id = json.loads(path.read_text())["run_id"]
-    run_id = run_id or "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(json.dumps(dict(run_id=run_id)))
-    draft.replace(path)
-    return run_id
+log = logging.getLogger("mini_llm.wandb")
+log.setLevel(logging.INFO)  # also on ranks whose other messages are not shown
 
 
 class WandbSink:
-    """`log` and `close` return at once, but for `close`'s bounded wait."""
+    """The trainer's end: starts the process at the first report, tells it when to finish, and waits so long and no
+    longer. Nothing here waits for W&B but `close`, which is bounded."""
 
-    def __init__(self, cfg, run_id, config):
-        self.cfg, self.run_id, self.config = cfg, run_id, config
-        self.rows, self.dropped, self.thread = queue.Queue(QUEUE_ROWS), 0, None
+    def __init__(self, cfg, plan, beside, tag, config, rows, console, toml):
+        """`cfg` is a WandbConfig with the environment in it, `plan` this process's part (RunPlan); `beside(suffix)`
+        names files of this run, `tag` sets this rank's apart; `config` is what is logged as such, `toml` the same as a
+        file; `rows` and `console` are (file, offset) of what to read."""
+        base = config["wandb_run_id"]
+        init = dict(project=cfg.wandb_project, entity=cfg.wandb_entity or None, id=plan.run_id,
+                    name=cfg.wandb_run_name and cfg.wandb_run_name + plan.run_id[len(base):] or None,
+                    group=cfg.wandb_group or plan.group or None, job_type=cfg.wandb_job_type or None,
+                    tags=cfg.wandb_tags or None, notes=cfg.wandb_notes or None, dir=cfg.wandb_dir or None)
+        tool = os.path.relpath(FOLLOWER.with_name("wandb_tools.py"))
+        self.job = Job(init, config, cfg.wandb_mode, plan.shared, plan.primary, plan.label, cfg.wandb_init_timeout,
+                       cfg.wandb_finish_timeout, {beside(".config.toml").name: toml}, cfg.wandb_log_checkpoints, rows,
+                       console, str(beside(f"{tag}.wandb.lock")),
+                       f"python {shlex.quote(tool)} sync {shlex.quote(str(beside('.pt')))}")
+        self.beside, self.tag, self.process = beside, tag, None
+        self.closing = self.given_up = False
+        remember(beside(f"{tag}.wandb.json"), base, self.job)
+        with only_one(self.job.lock) as alone:
+            if alone:  # else the process of a life that was killed is still uploading them
+                self._forget_links()
 
-    def log(self, step, metrics):
-        if self.thread is None:  # nothing is imported, and no network touched, before the first report
-            self.thread = threading.Thread(target=self._work, daemon=True, name="wandb")
-            self.thread.start()
+    def _links(self):
+        """This rank's own: other ranks may share the folder."""
+        prefix = self.beside(f"{self.tag}.upload-")
+        return sorted(prefix.parent.glob(glob.escape(prefix.name) + "*.pt"))
+
+    def _forget_links(self):
+        for link in self._links():
+            link.unlink(missing_ok=True)
+
+    def log(self, step, record):
+        """`record` is in the file already."""
+        if self.process is None and "event" not in record:
+            self.process = self._start()  # at the first report, and not before
+
+    def _start(self):
+        # Another's wandb-core must not be ours, and the warnings are to be heard, if only by the follower.
+        unwanted = ("WANDB_SERVICE", "WANDB_SILENT", "WANDB_QUIET")
+        environment = {name: value for name, value in os.environ.items() if name not in unwanted}
+        environment.setdefault("WANDB_ERROR_REPORTING", "false")  # else 12 s more at exit when the server hangs
+        environment.setdefault("WANDB_X_DISABLE_VIEWER", "true")  # and 10 s at the start, to learn the user's name
         try:
-            self.rows.put_nowait({"step": step, **metrics})
-        except queue.Full:
-            self.dropped += 1
+            process = subprocess.Popen([sys.executable, str(FOLLOWER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                       stderr=subprocess.DEVNULL, env=environment, text=True,
+                                       start_new_session=True)  # Ctrl-C and torchrun's signals are for the trainer
+            process.stdin.write(json.dumps(dataclasses.asdict(self.job)) + "\n")
+            process.stdin.flush()
+        except OSError as error:
+            self._say(logging.WARNING, f"cannot start its process ({error}); send the run later: {self.job.sync}")
+            return False
+        self.listener = threading.Thread(target=self._listen, args=(process,), daemon=True, name="wandb")
+        self.listener.start()
+        return process
+
+    def _listen(self, process):
+        for line in process.stdout:
+            level, _, text = line.rstrip("\n").partition(" ")
+            if level == "STOP" and not self.closing:
+                os.kill(os.getpid(), signal.SIGTERM)  # save and leave, all ranks together
+            self._say(logging.getLevelNamesMapping().get(level, logging.INFO), text)
+        if process.wait() and not self.given_up:
+            self._say(logging.WARNING, f"its process ended with code {process.returncode}; send the rest later: "
+                                       f"{self.job.sync}")
+
+    def _say(self, level, text):
+        log.log(level, "wandb%s: %s", "" if self.job.label == "rank-0" else f" {self.job.label}", text)
+
+    def checkpoint_to_upload(self, path, step, best):
+        """A second name for a checkpoint that is to be uploaded while the first moves on to the next one, or None."""
+        latest = path != self.beside(".best.pt")
+        wanted = {"none": False, "best": best, "last": latest, "all": True}[self.job.policy]
+        if not wanted or not self.process or self.process.poll() is not None:
+            return None
+        waiting = self._links()
+        while len(waiting) >= UPLOADS:
+            waiting.pop(1).unlink(missing_ok=True)  # the first may be under way
+        link = self.beside(f"{self.tag}.upload-{step:08d}.pt")
+        try:
+            link.unlink(missing_ok=True)
+            try:
+                os.link(path, link)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, link)
+        except OSError as error:
+            self._say(logging.WARNING, f"checkpoint of step {step} not uploaded: {error}")
+            return None
+        return str(link)
 
     def close(self, exit_code):
-        if self.thread is None:
+        if not self.process:
             return
-        deadline = time.monotonic() + (SIGNAL_TIMEOUT if exit_code > 128 else FINISH_TIMEOUT)
-        with contextlib.suppress(queue.Full):
-            # A thread that has failed empties its queue no more.
-            self.rows.put((exit_code,), timeout=deadline - time.monotonic() if self.thread.is_alive() else 0)
-        self.thread.join(max(0, deadline - time.monotonic()))
-        if self.thread.is_alive():
-            log.warning("wandb: not finished in time, left behind; metrics.jsonl has every row")
-        elif self.dropped:
-            log.warning("wandb: %d rows were dropped while it did not answer; metrics.jsonl has them", self.dropped)
-
-    def _work(self):
+        self.closing = True
+        seconds = min(self.job.finish_timeout, FAILURE_TIMEOUT) if exit_code else self.job.finish_timeout
+        with contextlib.suppress(OSError, ValueError):
+            self.process.stdin.write(json.dumps([exit_code, seconds]) + "\n")
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        # The process bounds itself; one that is frozen cannot, and is ended here.
         try:
-            run = self._init()
-            while isinstance(row := self.rows.get(), dict):
-                run.log(row)
-            run.finish(exit_code=row[0])
-        except Exception as error:  # the SDK raises its own, pydantic's, protobuf's and the sockets' errors
-            log.warning("wandb: %s; training goes on without it, metrics.jsonl has every row",
-                        (str(error).splitlines() or [type(error).__name__])[0])
-
-    def _init(self):
-        try:
-            import wandb
-
-            init = wandb.init  # a run folder of that name can be imported, too, and has none
-        except (ImportError, AttributeError):
-            raise RuntimeError("the wandb package is missing: pip install wandb") from None
-        # Rows reach the local file within a second: a kill leaves no W&B process behind to write what it had.
-        settings = wandb.Settings(x_transaction_log_flush_interval=1)
-        run = init(project=self.cfg.wandb_project, name=self.cfg.wandb_run_name or None, id=self.run_id, resume="allow",
-                   settings=settings)
-        run.config.update(self.config, allow_val_change=True)
-        # W&B's own step must grow, and so drops rows that a resumed run repeats: `step` is an axis of ours.
-        run.define_metric("step")
-        run.define_metric("*", step_metric="step")
-        if run.url:
-            log.info("wandb: run %s at %s", run.id, run.url)
-        else:
-            log.info("wandb: run %s offline in %s; send it later with wandb sync", run.id, run.dir)
-        return run
+            self.process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            self.given_up = True
+            for pid in [self.process.pid, *child_processes(self.process.pid)]:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+            self._say(logging.WARNING, f"not finished within {seconds:g} s, ended; send the rest later: "
+                                       f"{self.job.sync}")
+        self.listener.join(1)
+        self._forget_links()

@@ -30,15 +30,20 @@ def records(path):
 
 
 class RunFile:
+    """What one local run holds: `rows` of reports, and apart from them the rows of the samples' table."""
+
     def __init__(self, path):
-        self.rows, self.config, self.run_id, self.name, self.project, self.exit_code = [], {}, None, None, None, None
+        self.folder, self.rows, self.samples, self.config = path.parent, [], [], {}
+        self.run_id = self.name = self.project = self.group = self.exit_code = None
         for record in records(path):
             kind = record.WhichOneof("record_type")
             if kind == "history":
-                self.rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json)
-                                  for item in record.history.item})
+                row = {item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                       for item in record.history.item}
+                (self.samples if "samples/_type" in row else self.rows).append(row)
             elif kind == "run":
                 self.run_id, self.name, self.project = record.run.run_id, record.run.display_name, record.run.project
+                self.group = record.run.run_group
                 self.config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
             elif kind == "config":
                 self.config |= {item.key: json.loads(item.value_json) for item in record.config.update}

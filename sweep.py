@@ -1,0 +1,126 @@
+"""Hyperparameter sweeps with Weights & Biases.
+
+python sweep.py create configs/sweep-lr.yaml             make the sweep; prints its id
+python sweep.py agent SWEEP_ID --count 4                 run trials of it, one after another
+python sweep.py agent SWEEP_ID --nproc-per-node 2        each trial under torchrun, where the sweep is of train_ddp.py
+
+`wandb sweep` and `wandb agent` do the same. The parameters of a trial reach every process of it as flags; a trial is a
+run of its own, with its own checkpoint (checkpoints/minigpt.RUN_ID.pt). Agents are started in this folder, where the
+programs of a sweep are.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+from config import Parser, UserError, positive
+from wandb_follower import import_wandb, reason
+from wandb_runs import WandbConfig, with_environment
+from wandb_tools import run
+
+MOST_AGENTS = 20
+FLAGS = ["${program}", "--use-wandb", "--resume", "auto", "${args}"]  # a trial that was preempted is taken up again
+COMMANDS = {"train.py": ["${env}", "${interpreter}", *FLAGS],
+            "train_ddp.py": ["${env}", "torchrun", "--standalone", *FLAGS]}
+
+
+def read_sweep(path):
+    """A sweep's configuration from TOML or YAML, in W&B's own words, its command filled in. Raises UserError."""
+    try:
+        text = Path(path).read_text()
+        if Path(path).suffix == ".toml":
+            sweep = tomllib.loads(text)
+        else:
+            import yaml  # comes with wandb
+
+            sweep = yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{path}: not readable as TOML or YAML: {reason(error)}") from None
+    except Exception as error:  # yaml.YAMLError, which may not be importable
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    parameters = sweep.get("parameters") if isinstance(sweep, dict) else None
+    specs = parameters.values() if isinstance(parameters, dict) else []
+    if not specs or not all(isinstance(spec, dict) for spec in specs) or "method" not in sweep:
+        raise UserError(f"{path}: a sweep has a method (grid, random, bayes) and parameters, each with value, values, "
+                        f"or min and max; see configs/sweep-lr.yaml")
+    program = str(sweep.setdefault("program", "train.py"))
+    if "command" not in sweep and program not in COMMANDS:
+        raise UserError(f"{path}: program {program}: train.py or train_ddp.py, or give a command of your own")
+    sweep.setdefault("command", COMMANDS.get(program))
+    return sweep
+
+
+def create(args):
+    sweep, wandb = read_sweep(args.sweep), import_wandb()
+    os.environ["WANDB_SILENT"] = "true"  # what matters is printed all the same
+    settings = with_environment(WandbConfig(wandb_project=args.project or sweep.get("project", ""),
+                                            wandb_entity=args.entity or sweep.get("entity", "")))
+    entity = settings.wandb_entity or wandb.Api(timeout=30).default_entity
+    sweep_id = wandb.sweep(sweep, project=settings.wandb_project, entity=entity)
+    print(f"python sweep.py agent {entity}/{settings.wandb_project}/{sweep_id}")
+    return 0
+
+
+def agent(args):
+    if args.agents > MOST_AGENTS:
+        raise UserError(f"--agents {args.agents}: at most {MOST_AGENTS}")
+    wandb = import_wandb()
+    environment = dict(os.environ)
+    # The agent looks up `python` and `torchrun`: these are to be the ones of this environment.
+    environment["PATH"] = os.path.dirname(sys.executable) + os.pathsep + environment.get("PATH", "")
+    if args.nproc_per_node:
+        if "torchrun" not in wandb.Api(timeout=30).sweep(args.sweep).config.get("command", []):
+            raise UserError(f"--nproc-per-node {args.nproc_per_node}: the trials of {args.sweep} are not started by "
+                            f"torchrun; create the sweep with program: train_ddp.py")
+        environment["PET_NPROC_PER_NODE"] = str(args.nproc_per_node)  # torchrun's own variable for its flag
+    count = ["--count", str(args.count)] if args.count else []
+    # A signal ends the trial, which saves, before it ends the agent: else both would be gone before it has.
+    command = [sys.executable, "-m", "wandb", "agent", "--forward-signals", *count, args.sweep]
+    agents = [subprocess.Popen(command, env=environment, preexec_fn=_end_with_this_process)
+              for _ in range(args.agents)]
+    received = []
+
+    def forward(number, frame):
+        received.append(number)
+        if number == signal.SIGTERM:  # SIGINT the terminal has sent to the agents as well
+            for one in agents:
+                one.terminate()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, forward)
+    codes = [code if code >= 0 else 128 - code for code in [one.wait() for one in agents]]  # -9: ended by signal 9
+    return 128 + received[0] if received else max(codes)
+
+
+def _end_with_this_process():
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG, on Linux
+
+
+def main():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="create|agent")
+    command = commands.add_parser("create", help="make a sweep from a TOML or YAML file")
+    command.add_argument("sweep", metavar="FILE")
+    command.add_argument("--wandb-project", dest="project", default="", help="WANDB_PROJECT; else mini-llm")
+    command.add_argument("--wandb-entity", dest="entity", default="", help="WANDB_ENTITY; else the key's own")
+    command.set_defaults(run_command=create)
+    command = commands.add_parser("agent", help="run trials of a sweep")
+    command.add_argument("sweep", metavar="SWEEP_ID", help="ENTITY/PROJECT/ID, as create prints it")
+    command.add_argument("--count", type=positive, help="trials of each agent; else until the sweep is done")
+    command.add_argument("--agents", type=positive, default=1, help=f"agents side by side, at most {MOST_AGENTS}")
+    command.add_argument("--nproc-per-node", type=positive, help="processes of each trial, under torchrun")
+    command.set_defaults(run_command=agent)
+    run(parser)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Children and parents, whatever they are called."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, eventually
+
+from processes import child_processes, parent_of
+
+pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="processes are looked up in /proc")
+
+
+def test_a_child_is_found_whatever_bytes_its_name_has():
+    code = "import ctypes, sys, time; ctypes.CDLL(None).prctl(15, b') \\xff 7 8'); print(flush=True); time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    try:
+        child.stdout.readline()
+        assert child.pid in child_processes(os.getpid()) and parent_of(child.pid) == os.getpid()
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_an_orphan_is_asked_to_stop_and_a_process_with_its_parents_is_not(tmp_path):
+    orphan = ("import signal, sys, time; sys.path.insert(0, sys.argv[1])\n"
+              "from processes import stop_when_orphaned\n"
+              "signal.signal(signal.SIGTERM, lambda *_: (open(sys.argv[2], 'w').close(), sys.exit(0)))\n"
+              "stop_when_orphaned(2); print(flush=True); time.sleep(60)")
+    middle = ("import subprocess, sys\n"
+              "child = subprocess.Popen([sys.executable, '-c', *sys.argv[1:]], stdout=subprocess.PIPE)\n"
+              "child.stdout.readline(); print(child.pid, flush=True); child.wait()")
+    top = ("import subprocess, sys, time\n"
+           "child = subprocess.Popen([sys.executable, '-c', *sys.argv[1:]], stdout=subprocess.PIPE)\n"
+           "print(child.stdout.readline().decode(), flush=True); time.sleep(60)")
+    told = tmp_path / "told"
+    process = subprocess.Popen([sys.executable, "-c", top, middle, orphan, str(ROOT), str(told)],
+                               stdout=subprocess.PIPE, text=True)
+    pid = int(process.stdout.readline())
+    with pytest.raises(AssertionError):
+        eventually(told.exists, 2.5)  # all are there
+    process.kill()  # the grandparent
+    process.wait()
+    eventually(told.exists, 10)
+    eventually(lambda: not parent_of(pid), 10)

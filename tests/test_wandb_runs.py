@@ -1,0 +1,129 @@
+"""Who writes which W&B run, and where its settings come from: pure functions, on every row of their tables."""
+
+import pytest
+
+from config import UserError
+from wandb_runs import (
+    Job,
+    WandbConfig,
+    base_run_id,
+    distributed_info,
+    in_sweep,
+    only_one,
+    plan_run,
+    remember,
+    with_environment,
+)
+
+
+def ranks(nodes, per_node):
+    """The distributed_info of every rank."""
+    class World:
+        size, local_size = nodes * per_node, per_node
+
+    for rank in range(nodes * per_node):
+        World.rank, World.local_rank, World.node_rank = rank, rank % per_node, rank // per_node
+        yield distributed_info(World)
+
+
+def test_the_distributed_info_of_a_rank_is_what_torchrun_says():
+    assert list(ranks(2, 2))[3] == dict(rank=3, world_size=4, local_rank=1, local_world_size=2, worker_index=1,
+                                        num_workers=2)
+
+
+#   nodes, mode, scope → of four ranks: (run id, group, primary) or None
+SINGLE = {
+    ("auto", "global"): [("b", "", True), None, None, None],
+    ("auto", "worker"): [("b", "", True), None, None, None],
+    ("shared", "global"): [("b", "", True), ("b", "", False), ("b", "", False), ("b", "", False)],
+    ("shared", "worker"): [("b", "", True), ("b", "", False), ("b", "", False), ("b", "", False)],
+    ("new", "global"): [(f"b-rank-{rank}", "b", True) for rank in range(4)],
+    ("new", "worker"): [(f"b-rank-{rank}", "b", True) for rank in range(4)],
+}
+MULTI = {
+    ("auto", "global"): [("b", "", True), None, None, None],
+    ("auto", "worker"): [("b-worker-0", "", True), None, ("b-worker-1", "", True), None],
+    ("shared", "global"): [("b", "", True), ("b", "", False), ("b", "", False), ("b", "", False)],
+    ("shared", "worker"): [("b-worker-0", "", True), ("b-worker-0", "", False), ("b-worker-1", "", True),
+                           ("b-worker-1", "", False)],
+    ("new", "global"): [(f"b-rank-{rank}", "b", True) for rank in range(4)],
+    ("new", "worker"): [("b-worker-0-rank-0", "b-worker-0", True), ("b-worker-0-rank-1", "b-worker-0", True),
+                        ("b-worker-1-rank-0", "b-worker-1", True), ("b-worker-1-rank-1", "b-worker-1", True)],
+}
+
+
+@pytest.mark.parametrize("nodes, table", [(1, SINGLE), (2, MULTI)], ids=["one node", "two nodes"])
+def test_every_cell_of_run_modes_and_rank_scopes(nodes, table):
+    for (mode, scope), expected in table.items():
+        plans = [plan_run(mode, scope, "b", info) for info in ranks(nodes, 4 // nodes)]
+        assert [plan and (plan.run_id, plan.group, plan.primary) for plan in plans] == expected, (mode, scope)
+        assert all(plan.shared == (mode == "shared") for plan in plans if plan)
+
+
+def test_ranks_log_their_own_figures_where_more_than_one_writes():
+    suffixes = {(mode, scope): [plan and plan.suffix for plan in (plan_run(mode, scope, "b", info)
+                                                                  for info in ranks(2, 1))]
+                for mode, scope in MULTI}
+    assert suffixes == {("auto", "global"): [None, None], ("auto", "worker"): ["", ""], ("shared", "global"):
+                        ["/0", "/1"], ("shared", "worker"): ["/0", "/1"], ("new", "global"): ["", ""],
+                        ("new", "worker"): ["", ""]}
+
+
+def test_a_flag_wins_over_the_environment_and_that_over_the_default():
+    environ = {"WANDB_PROJECT": "theirs", "WANDB_TAGS": "a, b,", "WANDB_MODE": "dryrun", "WANDB_INIT_TIMEOUT": "7",
+               "WANDB_RUN_ID": "id-1", "WANDB_RUN_GROUP": "group", "WANDB_DIR": "/scratch"}
+    found = with_environment(WandbConfig(), environ)
+    assert (found.wandb_project, found.wandb_tags, found.wandb_mode, found.wandb_init_timeout, found.wandb_run_id,
+            found.wandb_group, found.wandb_dir) == ("theirs", ["a", "b"], "offline", 7.0, "id-1", "group", "/scratch")
+    assert found.wandb_finish_timeout == 60 and found.wandb_entity == ""
+    given = WandbConfig(wandb_project="mine", wandb_tags=["c"], wandb_mode="online", wandb_init_timeout=3.0)
+    found = with_environment(given, environ)
+    assert (found.wandb_project, found.wandb_tags, found.wandb_mode, found.wandb_init_timeout) == (
+        "mine", ["c"], "online", 3.0)
+    assert with_environment(WandbConfig(), {}).wandb_project == "mini-llm"
+
+
+@pytest.mark.parametrize("environ", [{"WANDB_MODE": "bogus"}, *({"WANDB_FINISH_TIMEOUT": seconds} for seconds in
+                                                               ("soon", "0", "-5", "nan", "inf"))])
+def test_an_environment_that_makes_no_sense_is_named(environ):
+    with pytest.raises(UserError, match=next(iter(environ))):
+        with_environment(WandbConfig(), environ)
+
+
+@pytest.mark.parametrize("wrong", [dict(wandb_run_mode="shared", wandb_mode="offline"), dict(wandb_run_id="a/b"),
+                                   dict(wandb_project="a/b"), dict(wandb_tags=["x" * 65])])
+def test_settings_that_wandb_would_refuse_are_refused_at_once(wrong):
+    WandbConfig(**wrong).validate()  # but not where W&B is off
+    with pytest.raises(UserError, match="--wandb-"):
+        WandbConfig(use_wandb=True, **wrong).validate()
+
+
+def test_the_run_id_is_given_else_known_else_remembered_else_new(tmp_path):
+    path = tmp_path / "c.wandb.json"
+    remember(path, "kept", Job(init={}, config={}))
+    assert base_run_id("given", "known", path, True) == "given"
+    assert base_run_id("", "known", path, True) == "known"
+    assert base_run_id("", "", path, True) == "kept"
+    assert base_run_id("", "", path, False) not in ("", "kept")
+    path.write_text("torn")
+    assert len(base_run_id("", "", path, True)) == 8
+
+
+def test_one_process_sends_a_run(tmp_path):
+    with only_one(tmp_path / "lock") as first, only_one(tmp_path / "lock", patience=0.3) as second:
+        assert first and not second
+    with only_one(tmp_path / "lock") as again:
+        assert again
+
+
+def test_a_trial_of_a_sweep_is_one_run(monkeypatch):
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s")
+    monkeypatch.setenv("WANDB_RUN_ID", "r")
+    WandbConfig(use_wandb=True).validate()
+    with pytest.raises(UserError, match="a trial of a sweep is one run"):
+        WandbConfig(use_wandb=True, wandb_run_mode="new").validate()
+
+
+def test_a_trial_of_a_sweep_is_known_by_the_agents_environment():
+    assert in_sweep({"WANDB_SWEEP_ID": "s", "WANDB_RUN_ID": "r"}) == "r"
+    assert in_sweep({"WANDB_RUN_ID": "r"}) == ""

@@ -1,0 +1,76 @@
+"""The trainer's end of W&B: what it leaves on disk, without starting anything."""
+
+import json
+
+import pytest
+
+from wandb_runs import WandbConfig, plan_run, with_environment
+from wandb_sink import UPLOADS, WandbSink
+
+
+class Running:
+    """A process that is there."""
+
+    returncode = None
+
+    def poll(self):
+        return None
+
+
+@pytest.fixture
+def sink(tmp_path):
+    def make(rank=0, policy="last"):
+        info = dict(rank=rank, local_rank=rank, worker_index=0, num_workers=1)
+        cfg = with_environment(WandbConfig(wandb_log_checkpoints=policy), {})
+        made = WandbSink(cfg, plan_run("new", "global", "b", info), lambda suffix: tmp_path / f"c{suffix}",
+                         f".rank{rank}" if rank else "", dict(wandb_run_id="b", seed=1), ("", 0), None, "")
+        made.process = Running()
+        return made
+
+    (tmp_path / "c.pt").write_bytes(b"newest")
+    return make
+
+
+def links(folder):
+    return sorted(path.name for path in folder.glob("*upload-*"))
+
+
+def test_a_rank_leaves_the_checkpoints_alone_that_another_uploads(sink, tmp_path):
+    main = sink()
+    assert main.checkpoint_to_upload(tmp_path / "c.pt", 10, False) == str(tmp_path / "c.upload-00000010.pt")
+    other = sink(rank=1)
+    other._forget_links()
+    assert links(tmp_path) == ["c.upload-00000010.pt"]
+
+
+def test_the_next_life_of_a_run_forgets_what_the_last_could_not_upload(sink, tmp_path):
+    sink().checkpoint_to_upload(tmp_path / "c.pt", 10, False)
+    sink()
+    assert links(tmp_path) == []
+
+
+def test_waiting_uploads_take_a_bounded_space_and_the_newest_is_among_them(sink, tmp_path):
+    main = sink(policy="all")
+    for step in range(1, 10):
+        main.checkpoint_to_upload(tmp_path / "c.pt", step, False)
+    assert len(links(tmp_path)) == UPLOADS
+    assert links(tmp_path)[0] == "c.upload-00000001.pt", "the one that may be under way"
+    assert links(tmp_path)[-1] == "c.upload-00000009.pt"
+
+
+@pytest.mark.parametrize("policy, best, name, wanted", [
+    ("none", True, ".pt", False), ("last", False, ".pt", True), ("last", True, ".best.pt", False),
+    ("best", False, ".pt", False), ("best", True, ".best.pt", True), ("all", False, ".pt", True)])
+def test_the_policy_says_which_checkpoints_are_uploaded(sink, tmp_path, policy, best, name, wanted):
+    (tmp_path / "c.best.pt").write_bytes(b"best")
+    assert bool(sink(policy=policy).checkpoint_to_upload(tmp_path / f"c{name}", 3, best)) == wanted
+
+
+def test_a_checkpoint_that_cannot_be_linked_or_copied_costs_a_warning(sink, tmp_path):
+    assert sink().checkpoint_to_upload(tmp_path / "missing.pt", 3, False) is None
+
+
+def test_which_run_it_is_is_kept_before_anything_starts(sink, tmp_path):
+    sink(rank=1)
+    facts = json.loads((tmp_path / "c.rank1.wandb.json").read_text())
+    assert facts["base"] == "b" and facts["init"]["id"] == "b-rank-1" and facts["init"]["group"] == "b"

@@ -1,0 +1,230 @@
+"""`wandb_tools.py` against a server on loopback: check, sync, download."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import QUICK, ROOT, environment, eventually, processes_with
+from wandb_server import ServerSweep, WandbServer
+
+TOOLS = [sys.executable, str(ROOT / "wandb_tools.py")]
+FAILING = {  # what fails, and how → the step that says so, and what to do
+    "no key": ("login", "wandb login, or WANDB_API_KEY"),
+    "all 401": ("login", "wandb login, or WANDB_API_KEY"),
+    "all gone": ("login", "check the network and WANDB_BASE_URL"),
+    "upsert 403": ("write", "check --wandb-entity and --wandb-project"),
+    "filestream 404": ("read", "check the network and WANDB_BASE_URL"),
+}
+
+
+def surroundings(server, home, **extra):
+    """The environment of a person who has no W&B files at home and is told all that W&B says."""
+    own = dict(HOME=str(home), WANDB_CACHE_DIR=str(home / "cache"))
+    env = environment(**server.environment | QUICK | own | extra)
+    return {name: value for name, value in env.items() if value and name != "WANDB_SILENT"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def failing_checks(tmp_path_factory):
+    """Started at once, and before anything else: where nobody answers, it takes its half minute to say so."""
+    started = {}
+    for case in FAILING:
+        folder, server = tmp_path_factory.mktemp("check"), WandbServer()
+        endpoint, how = case.split()
+        if how == "gone":
+            server.stop()
+        elif how.isdecimal():
+            server.fail(endpoint, int(how))
+        env = surroundings(server, folder, **({"WANDB_API_KEY": ""} if case == "no key" else {}))
+        started[case] = server, subprocess.Popen([*TOOLS, "check"], cwd=folder, env=env, text=True,
+                                                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                                 stderr=subprocess.PIPE)
+    yield {case: process for case, (_, process) in started.items()}
+    for server, process in started.values():
+        process.kill()
+        process.communicate()
+        server.stop()
+
+
+@pytest.fixture
+def tool(server, tmp_path):
+    """`tool(*words)` → exit code, stdout, stderr of wandb_tools.py."""
+    def tool(*words, **env):
+        done = subprocess.run([*TOOLS, *map(str, words)], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+                              env=surroundings(server, tmp_path, **env))
+        return done.returncode, done.stdout, done.stderr
+
+    return tool
+
+
+def reports(path):
+    """The reports of a metrics.jsonl by step, of one that may have been killed."""
+    lines = path.read_text().splitlines()
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    return {row["step"]: row for row in rows if "train/tokens" in row}
+
+
+def assert_same_rows(run, rows):
+    """The server's rows of a run are those of its metrics.jsonl, each once."""
+    stored = [row for row in run.history if "train/tokens" in row]
+    assert [row["step"] for row in stored] == list(rows) and rows
+    for row in stored:
+        mine = {name: value for name, value in row.items() if not name.startswith("_")}
+        assert mine == {name: value for name, value in rows[row["step"]].items() if name != "time"}
+        assert row["_timestamp"] == pytest.approx(rows[row["step"]]["time"])
+
+
+def only_run(server):
+    (run,) = server.runs.values()
+    return run
+
+
+def test_check_goes_through_every_step_and_leaves_nothing(server, tool, tmp_path):
+    code, out, err = tool("check")
+    assert (code, err) == (0, ""), out
+    assert [line.split()[:2] for line in out.splitlines()[:-1]] == [
+        [step, "ok"] for step in ("package", "login", "server", "write", "read")]
+    assert "deleted" in out and not server.runs and not (tmp_path / "wandb").exists()
+
+
+def test_check_without_the_package_says_how_to_get_it(server, tmp_path):
+    (tmp_path / "wandb").mkdir()  # a run folder of that name is importable, too
+    (tmp_path / "without.py").write_text(
+        "import sys; sys.path.insert(0, sys.argv.pop(1))\n"
+        "class Gone:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'wandb': raise ModuleNotFoundError('No module named wandb', name='wandb')\n"
+        "sys.meta_path.insert(0, Gone())\n"
+        "from wandb_tools import main; main()\n")
+    done = subprocess.run([sys.executable, "without.py", ROOT, "check"], cwd=tmp_path, capture_output=True, text=True,
+                          env=surroundings(server, tmp_path), timeout=60)
+    step, advice = done.stdout.splitlines()
+    assert done.returncode == 1 and step.startswith("package  FAIL") and advice.strip() == "pip install wandb"
+
+
+def test_sync_completes_a_run_whose_uploads_had_failed(server, trainer, tool):
+    server.fail("filestream", 404)
+    run = trainer("--num-steps", 20, "--log-steps", 5, "--sample-steps", 10, "--use-wandb",
+                  env=server.environment | QUICK | dict(WANDB_SILENT="false"))
+    assert run.code == 0 and "wandb_tools.py sync c.pt" in run.out and only_run(server).history == []
+    server.heal()
+    code, out, err = tool("sync", "c.pt")
+    assert (code, err) == (0, "") and "7 rows sent" in out
+    stored, rows = only_run(server), reports(trainer.folder / "c.metrics.jsonl")
+    assert_same_rows(stored, rows)
+    assert [row["step"] for row in stored.history if "samples" in row] == [10, 20]
+    assert (stored.state, stored.exit_code) == ("finished", 0) and stored.config["d_model"] == 32
+    known = len(server.requests)
+    code, out, err = tool("sync", "c.pt")
+    assert (code, err) == (0, "") and "has every row" in out
+    assert not {"filestream", "upsert"} & {kind for _, kind, _ in server.requests[known:]}
+
+
+def test_sync_sends_a_run_that_was_offline(server, trainer, tool):
+    assert trainer("--num-steps", 10, "--log-steps", 5, "--use-wandb", "--wandb-mode", "offline").code == 0
+    assert not server.runs
+    code, out, err = tool("sync", "c.pt", WANDB_MODE="offline")  # as it may still be set
+    assert (code, err) == (0, ""), out
+    assert_same_rows(only_run(server), reports(trainer.folder / "c.metrics.jsonl"))
+
+
+def test_sync_waits_for_the_end_of_a_run_and_completes_a_killed_one(server, trainer, tool):
+    server.fail("filestream", 404)
+    process = subprocess.Popen(trainer.arguments(["--num-steps", 1000000, "--log-steps", 50, "--use-wandb"]),
+                               cwd=trainer.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env=environment(**server.environment | QUICK))
+    try:
+        eventually(lambda: "filestream" in [kind for _, kind, _ in server.requests], 60)
+        code, out, err = tool("sync", "c.pt")
+        assert (code, out, err.count("\n")) == (2, "", 1) and "still being sent" in err
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    eventually(lambda: not processes_with(f"WANDB_BASE_URL={server.url}"))
+    server.heal()
+    code, out, err = tool("sync", "c.pt")
+    assert (code, err) == (0, ""), out
+    assert_same_rows(only_run(server), reports(trainer.folder / "c.metrics.jsonl"))
+    assert (only_run(server).state, only_run(server).exit_code) == ("failed", 137)
+
+
+def leave(folder, stem, run_id, rows, shared=False, label="rank-0"):
+    """What a tracked run leaves beside its checkpoint, to be sent."""
+    init = dict(project="p", entity=None, id=run_id)
+    facts = dict(base=run_id, init=init, shared=shared, primary=label == "rank-0", label=label)
+    (folder / f"{stem}.wandb.json").write_text(json.dumps(facts))
+    lines = [json.dumps(dict(step=step, time=1.8e9) | row) for step, row in enumerate(rows)]
+    (folder / f"{stem}.metrics.jsonl").write_text("\n".join(lines))
+
+
+def test_sync_sends_every_rank_of_a_shared_run_and_no_neighbour(server, tool, tmp_path):
+    leave(tmp_path, "c", "one", [{"loss": 3.0}, {"loss": 2.0}], shared=True)
+    leave(tmp_path, "c.rank1", "one", [{"rank/1": 3.5}, {"rank/1": 2.5}], shared=True, label="rank-1")
+    leave(tmp_path, "c2", "other", [{"loss": 1.0}])
+    leave(tmp_path, "c.sweep0run0", "trial", [{"loss": 1.0}])
+    code, out, err = tool("sync", "c.pt")
+    assert (code, err) == (0, ""), out
+    assert [key[2] for key in server.runs] == ["one"]
+    values = [(row["step"], name, row[name]) for row in only_run(server).history for name in ("loss", "rank/1")
+              if name in row]
+    assert sorted(values) == [(0, "loss", 3), (0, "rank/1", 3.5), (1, "loss", 2), (1, "rank/1", 2.5)]
+
+
+def test_sync_says_so_where_rows_do_not_arrive_or_cannot_be_compared(server, tool, tmp_path):
+    leave(tmp_path, "c", "one", [{"loss": 3.0}, {"loss": 2.0}])
+    server.fail("filestream", 404)
+    code, out, err = tool("sync", "c.pt")
+    assert (code, err.count("\n")) == (1, 1) and "2 of 2 rows did not arrive" in err
+    server.heal()
+    assert tool("sync", "c.pt")[0] == 0
+    server.fail("HistoryPage", 403)
+    leave(tmp_path, "c", "one", [{"loss": 3.0}, {"loss": 2.0}, {"loss": 1.0}])
+    code, out, err = tool("sync", "c.pt")
+    assert (code, out, err.count("\n")) == (1, "", 1), "what is there is not known, so that nothing may be sent twice"
+    assert [row["loss"] for row in only_run(server).history] == [3, 2]
+
+
+def test_sync_of_no_tracked_run_is_one_line(tool):
+    code, out, err = tool("sync", "c.pt")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "--use-wandb" in err
+
+
+def test_download_brings_all_of_a_run(server, trainer, tool):
+    run = trainer("--num-steps", 10, "--log-steps", 5, "--use-wandb", "--wandb-log-checkpoints", "last",
+                  env=server.environment | QUICK)
+    assert run.code == 0, run.out
+    stored = only_run(server)
+    stored.sweep, server.sweeps["s"] = "s", ServerSweep("s", "loopback", "mini-llm")
+    link = f"{server.url}/loopback/mini-llm/runs/{stored.run_id}"
+    names = [stored.run_id, f"mini-llm/{stored.run_id}", f"{link}/workspace?nw=x", "mini-llm/sweeps/s"]
+    for number, name in enumerate(names):
+        code, out, err = tool("download", name, f"to{number}")
+        assert (code, err) == (0, ""), (name, err)
+        folder = trainer.folder / f"to{number}" / stored.run_id
+        history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+        assert history == stored.history, name
+    assert json.loads((folder / "config.json").read_text()) == stored.config
+    assert json.loads((folder / "summary.json").read_text()) == stored.summary
+    for file, content in stored.files.items():
+        assert (folder / "files" / file).read_bytes() == content
+    (table,) = folder.glob("files/media/table/samples*.json")
+    assert [row[0] for row in json.loads(table.read_text())["data"]] == [10]
+    assert (folder / "artifacts" / f"model-{stored.run_id}-v0" / "model.pt").read_bytes() == (
+        run.checkpoint.read_bytes())
+
+
+def test_download_of_a_missing_run_is_one_line(tool):
+    code, out, err = tool("download", "mini-llm/missing")
+    assert (code, out, err.count("\n")) == (1, "", 1) and "missing" in err and "--wandb-entity" in err
+
+
+@pytest.mark.parametrize("case", FAILING)
+def test_check_names_the_step_that_fails_and_what_to_do(failing_checks, case):
+    step, words = FAILING[case]
+    out, err = failing_checks[case].communicate(timeout=60)
+    *_, failure, advice = out.splitlines()
+    assert failing_checks[case].returncode == 1 and err == ""
+    assert failure.startswith(f"{step:8} FAIL  ") and advice.strip().startswith(words), out
+    assert all(" ok " in line for line in out.splitlines()[:-2])

@@ -1,0 +1,400 @@
+"""The process that speaks to W&B during a run: reads the records of metrics.jsonl and passes them on.
+
+Started by `WandbSink`, which ends its standard input when the run is over. Everything here may wait, fail or be killed:
+the trainer does not notice.
+"""
+
+import contextlib
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from processes import child_processes
+from wandb_runs import Job, only_one
+
+SOURCE = Path(__file__).resolve().parent
+POLL = 1.0  # seconds between two looks at the file; each takes time from a core that training may want
+DIFF_CHARACTERS = 1 << 20  # of uncommitted changes that are kept with a run
+LOST_CODE = 137  # told to W&B where the trainer has vanished without a word: as after a SIGKILL
+
+
+class Tail:
+    """The whole lines that a file has grown by since the last look."""
+
+    def __init__(self, path, offset=0):
+        self.file, self.rest = open(path, "rb"), b""
+        self.file.seek(offset)
+
+    def lines(self):
+        *whole, self.rest = (self.rest + self.file.read()).split(b"\n")
+        return [line.decode("utf-8", "replace") for line in whole]
+
+
+class Follower:
+    """Reads the records of a run and passes them on to W&B until the trainer is done."""
+
+    def __init__(self, job, say):
+        self.job, self.say, self.ended, self.stopped = job, say, threading.Event(), False
+        self.exit_code, self.seconds = LOST_CODE, job.finish_timeout
+
+    def await_trainer(self, control):
+        """On a thread: what the trainer says at its end; then this process has so long and no longer."""
+        with contextlib.suppress(ValueError):  # no word: it was killed
+            self.exit_code, self.seconds = json.loads(control.readline())
+        self.ended.set()
+        time.sleep(max(self.seconds / 2, self.seconds - 1))  # a little less: the trainer is to be out by then
+        end_children()
+        self.say("WARNING", f"not finished within {self.seconds:g} s, ended; send the rest later: {self.job.sync}")
+        os._exit(0)
+
+    def stop(self):
+        """Someone has pressed Stop on the run's page."""
+        self.stopped = True
+        self.say("STOP", "stopped on the run's page")
+
+    def run(self):
+        rows, console = Tail(*self.job.rows), Tail(*self.job.console) if self.job.console else None
+        # A run that was killed and started again may still have the process of its first life at work.
+        with only_one(self.job.lock, self.job.finish_timeout):
+            with self._patience():
+                run = open_run(self.job, self.say, stop=lambda: self.stop())  # the SDK copies it: not with its self
+            publisher = Publisher(run, self.job, self.say, samples_before(*self.job.rows))
+            delivery, last = Delivery(run, self.job, self.say), False
+            while not last:
+                last = self.ended.wait(POLL)  # before looking: all that was written by then is read now
+                for line in console.lines() if console else ():
+                    print(line)  # W&B keeps what this process prints as the run's log
+                publisher.publish(rows.lines(), last)
+                delivery.check()
+            # A sweep would take up again what its agent has ended, or someone has stopped.
+            if self.exit_code == 128 + signal.SIGTERM and not self.stopped and not os.environ.get("WANDB_SWEEP_ID"):
+                run.mark_preempting()
+            run.finish(exit_code=self.exit_code)
+            delivery.check()
+
+    @contextlib.contextmanager
+    def _patience(self):
+        """Say so once where W&B neither comes up nor fails."""
+        limit = self.job.init_timeout + 30
+        timer = threading.Timer(limit, self.say, ["WARNING", f"not up after {limit:g} s; training goes on, its rows "
+                                                             f"are kept: {self.job.sync}"])
+        timer.daemon = True
+        timer.start()
+        yield
+        timer.cancel()
+
+
+def end_children():
+    """Also a frozen wandb-core, which would stay for ever."""
+    for child in child_processes(os.getpid()):
+        with contextlib.suppress(OSError):
+            os.kill(child, signal.SIGKILL)
+
+
+def import_wandb():
+    """The wandb package. Raises RuntimeError where it is missing: a run folder of that name can be imported, too."""
+    try:
+        import wandb
+
+        wandb.init  # noqa: B018
+    except (ImportError, AttributeError):
+        raise RuntimeError("the wandb package is missing: pip install wandb") from None
+    return wandb
+
+
+def open_run(job, say, may_go_offline=True, stop=None):
+    """The W&B run that `job` describes; where W&B cannot be reached an offline run, unless it may not. Raises where
+    that fails, too."""
+    wandb, init = import_wandb(), job.init
+    if os.environ.get("WANDB_SWEEP_ID"):  # which has said where the trial belongs
+        init = {name: value for name, value in init.items() if name not in ("project", "entity", "id")}
+    # Ranks end together, so whoever ends last may say that the run has: the primary one need not be that.
+    shared = dict(mode="shared", x_primary=job.primary, x_label=job.label,
+                  x_update_finish_state=True) if job.shared else dict(mode=job.mode)
+
+    if init.get("dir"):
+        os.makedirs(init["dir"], exist_ok=True)  # else the SDK goes to a temporary folder
+
+    def start(**mode):
+        # The local file is written every second: a kill leaves no W&B process behind to write what it had.
+        settings = wandb.Settings(x_transaction_log_flush_interval=1, init_timeout=job.init_timeout,
+                                  finish_timeout=job.finish_timeout, console="wrap",
+                                  x_stats_pid=job.pid, git_root=str(SOURCE), program=job.program, stop_fn=stop,
+                                  **mode)
+        return wandb.init(settings=settings, resume="allow", **init)
+
+    try:
+        if job.shared and not job.primary:
+            await_run(job)
+        run = start(**shared)
+    except Exception as error:  # the SDK raises its own, pydantic's, protobuf's and the sockets' errors
+        if not may_go_offline or job.shared or job.mode == "offline":
+            raise
+        wandb.teardown()  # else the id counts as in use
+        run = start(mode="offline")
+        say("WARNING", f"{reason(error)}; {advice(error)}. Recorded offline meanwhile: "
+                       f"wandb sync {shlex.quote(offline_folder(run))}, or {job.sync}")
+    else:
+        place = f"offline in {offline_folder(run)}; send it later with wandb sync" if run.offline else f"at {run.url}"
+        say("INFO", f"run {run.id} {place}")
+    # W&B's own step must grow, and so drops rows that a resumed run repeats: `step` is an axis of ours.
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    if job.primary:
+        try:
+            describe(run, job)
+        except Exception as error:  # worth less than the rows
+            say("WARNING", f"configuration or files not logged: {reason(error)}")
+    return run
+
+
+def describe(run, job):
+    """Log the configuration, with what this code and machine are, and the files of the run."""
+    facts = job.config | provenance()
+    if os.environ.get("WANDB_SWEEP_ID"):  # what the sweep sets is locked, and comes with the run
+        facts = {name: value for name, value in facts.items() if name not in dict(run.config)}
+    run.config.update(facts, allow_val_change=True)
+    diff = git("diff", "HEAD")[:DIFF_CHARACTERS]
+    for name, text in (job.files | ({"diff.patch": diff + "\n"} if diff else {})).items():
+        path = Path(run.dir, name)
+        path.write_text(text)
+        run.save(str(path), base_path=run.dir, policy="now")
+
+
+def offline_folder(run):
+    return os.path.dirname(run.dir)
+
+
+def await_run(job):
+    """In shared mode the primary process opens the run and the others come after it. Raises TimeoutError."""
+    import wandb
+
+    deadline = time.monotonic() + job.init_timeout
+    api = wandb.Api(timeout=10)
+    path = "/".join([job.init["entity"] or api.default_entity, job.init["project"], job.init["id"]])
+    while True:
+        with contextlib.suppress(Exception):  # not there yet, or the server cannot be reached: the same patience
+            api.flush()
+            return api.run(path)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the first process has not opened {path}")
+        time.sleep(1)
+
+
+def git(*words):
+    """What git says about this code; "" where it is no repository, or there is no git."""
+    try:
+        return subprocess.run(["git", "-C", str(SOURCE), *words], capture_output=True, text=True, timeout=10,
+                              check=True, errors="replace").stdout.rstrip("\n")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def provenance():
+    """Commit and state of this code, and the versions of what it runs on."""
+    from importlib import metadata
+
+    commit = git("rev-parse", "HEAD")
+    facts = dict(git_commit=commit, git_dirty=bool(git("status", "--porcelain"))) if commit else {}
+    for package in ("torch", "numpy", "transformers", "tokenizers", "datasets", "wandb"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            facts[f"version/{package}"] = metadata.version(package)
+    return facts | {"version/python": sys.version.split()[0]}
+
+
+def samples_before(path, offset):
+    """The records of samples in the first `offset` bytes of a metrics.jsonl."""
+    with open(path, "rb") as file:
+        records = map(json.loads, file.read(offset).splitlines())
+        return [record for record in records if record.get("event") == "sample"]
+
+
+class Publisher:
+    """One record of metrics.jsonl → what W&B shows of it."""
+
+    def __init__(self, run, job, say, samples=()):
+        """`samples` are records that the table begins with: those of the run before it was resumed."""
+        self.run, self.job, self.say, self.waiting, self.uploading = run, job, say, [], None
+        self.samples = [[record["step"], record["text"]] for record in samples]
+
+    def publish(self, lines, last=False):
+        """Pass on the records in `lines`, of JSON; with the `last` of them also wait for uploads."""
+        for line in lines:
+            self._pass_on(json.loads(line))
+        self._upload_waiting(last)
+
+    def _pass_on(self, record):
+        step, at = record.pop("step"), record.pop("time")
+        match record.pop("event", None):
+            case None:
+                self.run.log({"step": step, "_timestamp": at} | {name: _plain(name, value)
+                                                                 for name, value in record.items()})
+            case "sample":
+                self._sample(step, record["text"])
+            case "checkpoint":
+                self.waiting.append(record | {"step": step})
+            case "alert":
+                self.run.alert(**record)
+
+    def _sample(self, step, text):
+        import wandb
+
+        self.samples = sorted([*self.samples, [step, text]])[-100:]
+        self.run.log({"step": step, "samples": wandb.Table(columns=["step", "text"], data=self.samples)})
+
+    def _upload_waiting(self, last):
+        """Upload the checkpoints that wait, one at a time and of all but `all` only the newest, then forget the file.
+        Offline they are kept with the run, since `wandb sync` reads them later: but for `all` only its last."""
+        if self.job.policy != "all":
+            for superseded in self.waiting[:-1]:
+                Path(superseded["path"]).unlink(missing_ok=True)
+            self.waiting = self.waiting[-1:]
+            if self.run.offline and not last:
+                return
+        while self.waiting and (last or not self.uploading or not self.uploading.is_alive()):
+            if self.uploading:
+                self.uploading.join()
+            self.uploading = threading.Thread(target=self._upload, args=(self.waiting.pop(0),), daemon=True)
+            self.uploading.start()
+        if last and self.uploading:
+            self.uploading.join()
+
+    def _upload(self, record):
+        import wandb
+
+        path = Path(record.pop("path"))
+        if not path.exists():
+            self.say("WARNING", f"checkpoint of step {record['step']} not uploaded: newer ones came before its turn")
+            return
+        try:
+            if self.run.offline:
+                kept = Path(offline_folder(self.run)) / "checkpoints" / path.name
+                kept.parent.mkdir(exist_ok=True)
+                path = Path(shutil.move(path, kept))
+            best, config = record.pop("best"), self.job.config
+            artifact = wandb.Artifact(f"model-{self.run.id}", type="model",
+                                      metadata=record | dict(seed=config["seed"], config=config))
+            # Immutable: read where it lies, not copied to a cache first.
+            artifact.add_file(str(path), name="model.pt", policy="immutable", skip_cache=True)
+            logged = self.run.log_artifact(artifact, aliases=["latest", f"step-{record['step']}"] + ["best"] * best)
+            if not self.run.offline:
+                logged.wait()
+        except Exception as error:  # worth less than the rows that follow
+            self.say("WARNING", f"checkpoint of step {record['step']} not uploaded: {reason(error)}")
+        if not self.run.offline:
+            path.unlink(missing_ok=True)
+
+
+def _plain(name, value):
+    """metrics.jsonl has null for what JSON has no number for; a histogram is its counts and edges."""
+    if isinstance(value, dict):
+        import wandb
+
+        return wandb.Histogram(np_histogram=(value["counts"], value["edges"]))
+    if value is None:
+        return math.inf if name.endswith("ppl") else math.nan
+    return value
+
+
+def reason(error):
+    """The first line of an error, without the server's answer in it."""
+    return re.sub(r":? *\{.*", "", (str(error).splitlines() or [""])[0])[:200].strip() or type(error).__name__
+
+
+ADVICE = [  # in what W&B says → what to do
+    (r"package is missing", "pip install wandb"),
+    (r"api[ _]key|\blogin\b|\b401\b|authenticat|logged in|no-tty", "wandb login, or WANDB_API_KEY"),
+    (r"no space left|read-only|not a directory|file exists|\[errno 13\]|disk quota",
+     "name a folder of your own with room: --wandb-dir"),
+    (r"\b(403|404)\b|permission|not found|could not find|\bentity\b",
+     "check --wandb-entity and --wandb-project, or the key's rights"),
+    (r"\b429\b|rate limit|quota|storage", "W&B limits this account: fewer reports (--log-steps), or wait"),
+    (r"", "check the network and WANDB_BASE_URL, or take --wandb-mode offline"),
+]
+
+
+def advice(error):
+    """What a person can do about an error of W&B's."""
+    return next(words for pattern, words in ADVICE if re.search(pattern, str(error), re.IGNORECASE))
+
+
+class Delivery:
+    """Whether the SDK's second process still gets rows through. Where the server refuses them for good, or a page of
+    some network stands in for the server, it goes on as if nothing were; its log alone tells."""
+
+    def __init__(self, run, job, say):
+        self.say, self.sync, self.log = say, job.sync, None
+        with contextlib.suppress(OSError):
+            self.log = Tail(run.settings.log_internal)
+
+    def check(self):
+        for line in self.log.lines() if self.log else ():
+            found = re.search(r"filestream: (fatal error: filestream: )?(failed to upload|json decode error): ([^{}]*)",
+                              line)
+            if found:
+                why = found[3].partition(" url=")[0].strip(' "')
+                self.say("WARNING", f"the server takes no more rows ({why}); training goes on. Send the rest later: "
+                                    f"{self.sync}")
+                self.log = None
+                return
+
+
+class Relay:
+    """Stands in for stderr: what the SDK warns of there is said once, at most ten times; the rest is left out."""
+
+    KNOWN = re.compile("is experimental|Fatal error while uploading")  # the latter is told better by Delivery
+
+    def __init__(self, say):
+        self.say, self.told, self.buffer = say, set(), ""
+
+    def write(self, text):
+        *lines, self.buffer = (self.buffer + text).split("\n")
+        for line in lines:
+            found = re.match(r"wandb: (WARNING|ERROR) (.*)", re.sub(r"\x1b\[[0-9;]*m", "", line))
+            if found and found[2] not in self.told and len(self.told) < 10 and not self.KNOWN.search(found[2]):
+                self.told.add(found[2])
+                self.say("WARNING", found[2])
+        return len(text)
+
+    def flush(self):
+        pass
+
+    def isatty(self):
+        return False
+
+
+def main():
+    out, control = os.fdopen(os.dup(1), "w"), sys.stdin
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the way to the trainer is for `say` alone
+    job = Job(**json.loads(control.readline()))
+
+    def say(level, text):
+        with contextlib.suppress(OSError):  # nobody may be left to listen
+            print(level, " ".join(text.split()), file=out, flush=True)
+
+    sys.stdout, sys.stderr = open(os.devnull, "w"), Relay(say)  # noqa: SIM115 - to the end of the process
+    with contextlib.suppress(OSError):
+        os.nice(10)  # where cores are few, training has them first
+    follower = Follower(job, say)
+    threading.Thread(target=follower.await_trainer, args=(control,), daemon=True).start()
+    try:
+        follower.run()
+    except Exception as error:
+        say("WARNING", f"{reason(error)}; {advice(error)}. Training goes on without it; send the run later: "
+                       f"{job.sync}")
+    # The SDK's own goodbye waits for its second process, and for ever where that is frozen.
+    end_children()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

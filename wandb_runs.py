@@ -1,0 +1,207 @@
+"""Which W&B run a process writes to, under which id, and how it is set up. Flags, environment and rules: no network,
+and nothing of the wandb package, so that a run without W&B pays nothing for it."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import re
+import secrets
+import string
+import sys
+import time
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from config import UserError, arg, flag
+
+MODES = ("online", "offline", "disabled")
+OLD_MODES = {"run": "online", "dryrun": "offline"}  # what W&B itself still takes in WANDB_MODE
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases"""
+
+    use_wandb: bool = arg(False, "report to Weights & Biases; flags win over the WANDB_* variables named below")
+    wandb_project: str = arg("", "project (WANDB_PROJECT; else mini-llm)", metavar="NAME")
+    wandb_entity: str = arg("", "team or user (WANDB_ENTITY; else the key's own)", metavar="NAME")
+    wandb_run_name: str = arg("", "the run's name in the charts (WANDB_NAME; else W&B makes one up)", metavar="NAME")
+    wandb_run_id: str = arg("", "the run's id (WANDB_RUN_ID; else a new one, kept beside the checkpoint)", metavar="ID")
+    wandb_group: str = arg("", "group of runs (WANDB_RUN_GROUP; else as --wandb-run-mode new needs it)", metavar="NAME")
+    wandb_job_type: str = arg("", "kind of run (WANDB_JOB_TYPE)", metavar="NAME")
+    wandb_tags: list[str] = arg([], "tags (WANDB_TAGS, with commas)", metavar="TAG")
+    wandb_notes: str = arg("", "notes (WANDB_NOTES)")
+    wandb_dir: str = arg("", "where W&B keeps its local files, in a folder wandb (WANDB_DIR; else here)", metavar="DIR")
+    wandb_mode: str = arg("", "offline keeps the run here for `wandb sync` (WANDB_MODE; else online)", choices=MODES)
+    wandb_run_mode: str = arg("auto", "auto: one process writes; shared: every rank writes to the same run; new: "
+                                      "every rank has a run, and they are grouped", choices=("auto", "shared", "new"))
+    wandb_rank_scope: str = arg("global", "that is so for all nodes together, or for each node (worker) by itself",
+                                choices=("global", "worker"))
+    wandb_log_checkpoints: str = arg("none", "checkpoints to upload as artifacts", choices=("none", "best", "last",
+                                                                                           "all"))
+    wandb_watch: str = arg("none", "histograms to log at every report",
+                           choices=("none", "gradients", "parameters", "all"))
+    wandb_init_timeout: float | None = arg(None, "seconds after which W&B goes on offline if it cannot be reached "
+                                                 "(WANDB_INIT_TIMEOUT; else 90); training waits for none of them",
+                                           above=0)
+    wandb_finish_timeout: float | None = arg(None, "seconds that the end of a run waits for uploads at most "
+                                                   "(WANDB_FINISH_TIMEOUT; else 60)", above=0)
+
+    def validate(self):
+        if not self.use_wandb:
+            return
+        final = with_environment(self)
+        if in_sweep() and (final.wandb_run_mode, final.wandb_rank_scope) != ("auto", "global"):
+            raise UserError(f"--wandb-run-mode {final.wandb_run_mode} --wandb-rank-scope {final.wandb_rank_scope}: a "
+                            f"trial of a sweep is one run; leave them out")
+        if final.wandb_run_mode == "shared" and final.wandb_mode == "offline":
+            raise UserError("--wandb-run-mode shared: W&B can share a run online only; offline take --wandb-run-mode "
+                            "new, whose runs are synced one by one, or auto")
+        if not re.fullmatch(r"[\w.-]{0,64}", final.wandb_run_id):
+            raise UserError(f"--wandb-run-id {final.wandb_run_id}: letters, digits, _ . and -, 64 at most")
+        if not re.fullmatch(r"[^/\\#?%:]{1,128}", final.wandb_project):
+            raise UserError(f"--wandb-project {final.wandb_project}: 128 characters at most, and none of / \\ # ? % :")
+        for tag in final.wandb_tags:
+            if not 0 < len(tag) <= 64:
+                raise UserError(f"--wandb-tags {tag!r}: a tag has 1 to 64 characters")
+
+
+ENVIRONMENT = dict(wandb_project="WANDB_PROJECT", wandb_entity="WANDB_ENTITY", wandb_run_name="WANDB_NAME",
+                   wandb_run_id="WANDB_RUN_ID", wandb_group="WANDB_RUN_GROUP", wandb_job_type="WANDB_JOB_TYPE",
+                   wandb_tags="WANDB_TAGS", wandb_notes="WANDB_NOTES", wandb_dir="WANDB_DIR", wandb_mode="WANDB_MODE",
+                   wandb_init_timeout="WANDB_INIT_TIMEOUT", wandb_finish_timeout="WANDB_FINISH_TIMEOUT")
+DEFAULTS = dict(wandb_project="mini-llm", wandb_mode="online", wandb_init_timeout=90.0, wandb_finish_timeout=60.0)
+
+
+def with_environment(cfg, environ=os.environ):
+    """`cfg` with what it leaves open filled in: from the WANDB_* variables, else from DEFAULTS. Raises UserError."""
+    filled = {}
+    for name, variable in ENVIRONMENT.items():
+        text = environ.get(variable, "").strip()
+        if getattr(cfg, name) not in ("", [], None):
+            continue
+        if not text:
+            filled |= {name: DEFAULTS[name]} if name in DEFAULTS else {}
+        elif name == "wandb_tags":
+            filled[name] = [tag.strip() for tag in text.split(",") if tag.strip()]
+        elif name == "wandb_mode":
+            filled[name] = OLD_MODES.get(text, text)
+            if filled[name] not in MODES:
+                raise UserError(f"{variable}={text}: not one of {', '.join(MODES)}; {flag(name)} would win over it")
+        elif name.endswith("_timeout"):
+            if not re.fullmatch(r"\d*\.?\d+", text) or float(text) == 0:
+                raise UserError(f"{variable}={text}: expected seconds, above 0; {flag(name)} would win over it")
+            filled[name] = float(text)
+        else:
+            filled[name] = text
+    return dataclasses.replace(cfg, **filled)
+
+
+def distributed_info(world):
+    """Where this process stands among those that train together, for logs and for `plan_run`. A worker is a node."""
+    return dict(rank=world.rank, world_size=world.size, local_rank=world.local_rank, local_world_size=world.local_size,
+                worker_index=world.node_rank, num_workers=-(-world.size // world.local_size))
+
+
+class RunPlan(NamedTuple):
+    """What one process does about W&B."""
+
+    run_id: str
+    group: str  # "": none
+    primary: bool  # opens its run first, and logs there what is common to all ranks
+    shared: bool  # other processes write to this run, too
+    label: str  # this process's name among them
+    suffix: str | None  # of the names of its own figures, rank/...; None: it logs none of its own
+
+
+#  run mode, rank scope  → which ranks write; id of the run; group
+RUNS = {
+    ("auto", "global"): ("rank", "{base}", ""),
+    ("auto", "worker"): ("local_rank", "{base}-worker-{worker_index}", ""),
+    ("shared", "global"): (None, "{base}", ""),
+    ("shared", "worker"): (None, "{base}-worker-{worker_index}", ""),
+    ("new", "global"): (None, "{base}-rank-{rank}", "{base}"),
+    ("new", "worker"): (None, "{base}-worker-{worker_index}-rank-{local_rank}", "{base}-worker-{worker_index}"),
+}
+
+
+def plan_run(run_mode, rank_scope, base, info):
+    """The RunPlan of the process that `info` (distributed_info) describes, or None where it does not write. `base` is
+    the id of the whole. On one node the scopes are the same."""
+    scope = rank_scope if info["num_workers"] > 1 else "global"
+    only_first, run_id, group = RUNS[run_mode, scope]
+    if only_first and info[only_first] != 0:
+        return None
+    first = info["local_rank" if scope == "worker" else "rank"] == 0
+    shared, alone = run_mode == "shared", only_first == "rank"
+    return RunPlan(run_id.format(base=base, **info), group.format(base=base, **info), first or run_mode == "new",
+                   shared, f"rank-{info['rank']}", None if alone else f"/{info['rank']}" if shared else "")
+
+
+def in_sweep(environ=os.environ):
+    """The id that `wandb agent` gives this trial, or ""."""
+    return environ.get("WANDB_RUN_ID", "") if environ.get("WANDB_SWEEP_ID") else ""
+
+
+def base_run_id(given, known, path, resumes):
+    """The id of a run: the one given (flag or environment; in a sweep the agent gives it), else the checkpoint's
+    (`known`), else for a run that resumes the one that `path` remembers, else a new one."""
+    remembered = ""
+    if resumes:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            remembered = json.loads(path.read_text())["base"]
+    return given or known or remembered or "".join(secrets.choice(string.ascii_lowercase + string.digits)
+                                                   for _ in range(8))
+
+
+def remember(path, base, job):
+    """Keep in `path` which run this is, for a resume after a kill and for `wandb_tools.py sync`."""
+    facts = dict(base=base, init=job.init, shared=job.shared, primary=job.primary, label=job.label)
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text(json.dumps(facts))
+    draft.replace(path)
+
+
+@dataclass
+class Job:
+    """What the process that speaks to W&B has to know: it gets it as JSON."""
+
+    init: dict  # for wandb.init: project, entity, id, name, group, …
+    config: dict
+    mode: str = "online"
+    shared: bool = False
+    primary: bool = True
+    label: str = ""
+    init_timeout: float = 30  # seconds, both
+    finish_timeout: float = 600
+    files: dict = dataclasses.field(default_factory=dict)  # name → text, for the Files tab
+    policy: str = "none"  # --wandb-log-checkpoints
+    rows: tuple = ("", 0)  # metrics.jsonl, and the byte from which this run writes in it
+    console: tuple | None = None  # the same of the log file
+    lock: str = ""  # a file
+    sync: str = ""  # the command that sends later what is missing
+    pid: int = dataclasses.field(default_factory=os.getpid)  # whose system metrics are taken
+    program: str = dataclasses.field(default_factory=lambda: os.path.abspath(sys.argv[0]))
+
+
+@contextlib.contextmanager
+def only_one(path, patience=0):
+    """Holds the lock that keeps two processes from sending the same run → whether it got it within `patience` seconds.
+    Where the file system knows no locks, it is taken to be free."""
+    deadline = time.monotonic() + patience
+    with open(path, "a") as file:  # for writing, without which NFS gives no lock
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() < deadline:
+                    time.sleep(0.1)
+                    continue
+                yield False
+            except OSError:
+                yield True
+            else:
+                yield True
+            return

@@ -1,0 +1,222 @@
+"""W&B from the command line: is it set up, send what a run could not, fetch a run back.
+
+python wandb_tools.py check                              package, key, server, project; a row written and read back
+python wandb_tools.py sync checkpoints/minigpt.pt        send from metrics.jsonl what the server lacks of a run
+python wandb_tools.py download PROJECT/RUN_ID [DIR]      files, history and artifacts of a run, or of a sweep's runs
+"""
+
+import argparse
+import contextlib
+import glob
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path, PurePosixPath
+
+from config import Parser, UserError
+from wandb_follower import LOST_CODE, Publisher, advice, end_children, import_wandb, open_run, reason
+from wandb_runs import Job, WandbConfig, only_one, with_environment
+
+TIMEOUT = 30  # seconds for one request
+ARRIVAL = 10  # seconds until what was sent can be read
+
+
+def check(args):
+    """Each step that a tracked run takes, and how to mend the one that fails."""
+    settings = with_environment(WandbConfig(use_wandb=True, wandb_project=args.project, wandb_entity=args.entity))
+    folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    facts = {}
+
+    def package():
+        return f"wandb {import_wandb().__version__}"
+
+    def key():
+        wandb = import_wandb()
+        facts["api"] = wandb.Api(timeout=TIMEOUT)
+        if not facts["api"].api_key:
+            raise RuntimeError("no API key: not logged in")
+        return f"a key for {facts['api'].settings['base_url']}"
+
+    def server():
+        return f"logged in as {facts['api'].viewer.username}, entity {facts['api'].default_entity}"
+
+    def write():
+        init = dict(project=settings.wandb_project, entity=settings.wandb_entity or None, job_type="check",
+                    name="check", id=None, dir=folder.name)
+        facts["run"] = run = open_run(Job(init, {}, finish_timeout=TIMEOUT), lambda *_: None, may_go_offline=False)
+        run.log({"step": 0, "check": 1.0})
+        run.finish()
+        return f"a row written to {run.entity}/{run.project}, run {run.id}"
+
+    def read():
+        target = f"{facts['run'].entity}/{facts['run'].project}/{facts['run'].id}"
+        rows = awaited(lambda: rows_of(facts["api"], target), bool)
+        if [row.get("check") for row in rows] != [1.0]:
+            raise RuntimeError(f"the row did not arrive: the server has {rows}")
+        try:
+            facts["api"].run(target).delete()
+        except Exception as error:  # not every key may delete
+            return f"the row read back; the run stays there: {reason(error)}"
+        return "the row read back, and the run deleted"
+
+    for name, step in dict(package=package, login=key, server=server, write=write, read=read).items():
+        try:
+            print(f"{name:8} ok    {step()}", flush=True)
+        except Exception as error:
+            print(f"{name:8} FAIL  {reason(error)}\n{'':14} {advice(error)}", flush=True)
+            return 1
+    print("W&B is ready: add --use-wandb")
+    return 0
+
+
+def awaited(look, arrived):
+    """What `look()` finds, as soon as it has `arrived`, or after a while: the server may need its time."""
+    deadline = time.monotonic() + ARRIVAL
+    while not arrived(found := look()) and time.monotonic() < deadline:
+        time.sleep(1)
+    return found
+
+
+def rows_of(api, target):
+    """The rows that the server holds of a run; none where there is no such run. Raises what else may go wrong."""
+    api.flush()
+    try:
+        return list(api.run(target).scan_history())
+    except Exception as error:
+        if "could not find run" in str(error).lower():
+            return []
+        raise
+
+
+def sync(args):
+    """Send what the server lacks of a run, row by row, from the files beside its checkpoint."""
+    path = Path(args.run)
+    stem = path.name.removesuffix(".metrics.jsonl").removesuffix(".pt")
+    ours = re.compile(re.escape(stem) + r"(\.rank\d+)?\.wandb\.json")
+    memories = [memory for memory in path.parent.glob(glob.escape(stem) + "*") if ours.fullmatch(memory.name)]
+    if not memories:
+        raise UserError(f"{path}: no {stem}.wandb.json beside it: not a run that was started with --use-wandb")
+    # By length: the first rank, without a tag, opens the run that others may share.
+    for memory in sorted(memories, key=lambda memory: (len(memory.name), memory.name)):
+        facts = json.loads(memory.read_text())
+        with only_one(memory.with_suffix(".lock")) as alone:
+            if not alone:
+                raise UserError(f"{memory}: this run is still being sent; wait for it to end")
+            rows = memory.with_name(memory.name.replace(".wandb.json", ".metrics.jsonl"))
+            print(f"{rows}: {send(facts, rows)}", flush=True)
+    return 0
+
+
+def send(facts, path):
+    """Bring the server's run up to `path`, a metrics.jsonl → what was done, in words."""
+    wandb, records = import_wandb(), []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):  # the torn last line of a killed run
+            records.append(json.loads(line))
+    config = next((record["config"] for record in reversed(records) if record.get("event") == "config"), {})
+    code = next((record["code"] for record in reversed(records) if record.get("event") == "exit"), LOST_CODE)
+    job = Job(facts["init"] | dict(dir=None), config, **{name: facts[name] for name in ("shared", "primary", "label")})
+    api = wandb.Api(timeout=TIMEOUT)
+    target = "/".join([facts["init"]["entity"] or api.default_entity, facts["init"]["project"], facts["init"]["id"]])
+    missing = lacking(records, rows_of(api, target))
+    if not missing:
+        return f"{target} has every row"
+    run = open_run(job, lambda level, text: print(text, flush=True), may_go_offline=False)
+    publisher = Publisher(run, job, print, [record for record in records if record.get("event") == "sample"
+                                            and record not in missing])
+    publisher.publish(map(json.dumps, missing))
+    run.finish(exit_code=code)
+    # The SDK does not say where an upload has failed for good.
+    if lost := awaited(lambda: lacking(missing, rows_of(api, target)), lambda lost: not lost):
+        raise RuntimeError(f"{len(lost)} of {len(missing)} rows did not arrive at {target}")
+    return f"{len(missing)} rows sent to {target}"
+
+
+def lacking(records, stored):
+    """Of a metrics.jsonl's records, the reports and samples that the server's rows do not hold."""
+    names = defaultdict(set)
+    for row in stored:
+        names[row.get("step")] |= {name for name, value in row.items() if value is not None}
+    wanted = [(record, {"samples"} if "event" in record else record.keys() - {"step", "time"}) for record in records
+              if record.get("event", "sample") == "sample"]
+    return [record for record, needs in wanted if not needs <= names[record["step"]]]
+
+
+def download(args):
+    """A run's, or a sweep's runs', configuration, summary, history, files and artifacts as a folder each."""
+    wandb = import_wandb()
+    api, path = wandb.Api(timeout=TIMEOUT), args.run.removesuffix("/")
+    if "//" in path:  # a link: https://wandb.ai/ENTITY/PROJECT/runs/ID
+        path = path.partition("//")[2].partition("/")[2]
+        path = re.split("[?#]", path)[0]
+    parts = [part for part in path.split("/") if part]
+    kind = "sweeps" if "sweeps" in parts else "runs"
+    if kind in parts:  # a link may go on after the id: /workspace, /overview
+        parts = parts[:parts.index(kind)] + parts[parts.index(kind) + 1:][:1]
+    *where, name = parts
+    project = where[-1] if where else with_environment(WandbConfig()).wandb_project
+    target = "/".join([*(where[:-1] or [api.default_entity]), project, name])
+    for run in api.sweep(target).runs if kind == "sweeps" else [api.run(target)]:
+        folder = Path(args.folder or ".") / run.id
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(run.config, indent=1))
+        (folder / "summary.json").write_text(json.dumps(dict(run.summary), indent=1, default=dict))
+        with open(folder / "history.jsonl", "w") as file:
+            rows = [file.write(json.dumps(row) + "\n") for row in run.scan_history()]
+        files = [file for file in run.files() if _stays_inside(file.name)]
+        for file in files:
+            file.download(root=str(folder / "files"), replace=True)
+        artifacts = list(run.logged_artifacts())
+        for artifact in artifacts:
+            artifact.download(root=str(folder / "artifacts" / artifact.name.replace(":", "-")))
+        print(f"{folder}: {len(rows)} rows, {len(files)} files, {len(artifacts)} artifacts", flush=True)
+    return 0
+
+
+def _stays_inside(name):
+    """Whether a file of that name, which the server chose, lands in the folder that it is put in."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
+
+
+def run(parser):
+    """Run the command that the user chose; what goes wrong is one line, with what to do about it."""
+    try:
+        args = parser.parse_args()
+        code = args.run_command(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except Exception as error:
+        print(f"error: {reason(error)}; {advice(error)}", file=sys.stderr)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    end_children()
+    os._exit(code or 0)  # the SDK's exit handler may wait for ever for a wandb-core that found no server
+
+
+def main():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="check|sync|download")
+    command = commands.add_parser("check", help="go through what a tracked run needs, and say how to mend it")
+    command.add_argument("--wandb-project", dest="project", default="", help="WANDB_PROJECT; else mini-llm")
+    command.add_argument("--wandb-entity", dest="entity", default="", help="WANDB_ENTITY; else the key's own")
+    command.set_defaults(run_command=check)
+    command = commands.add_parser("sync", help="send what the server lacks of a run")
+    command.add_argument("run", metavar="RUN", help="its checkpoint path")
+    command.set_defaults(run_command=sync)
+    command = commands.add_parser("download", help="fetch a run, or the runs of a sweep")
+    command.add_argument("run", metavar="RUN", help="[[ENTITY/]PROJECT/]RUN_ID, …/sweeps/SWEEP_ID, or a link")
+    command.add_argument("folder", metavar="DIR", nargs="?", help="where to; a folder of the run's id is made there")
+    command.set_defaults(run_command=download)
+    os.environ |= dict(WANDB_MODE="online", WANDB_SILENT="true")  # what matters is said here
+    run(parser)
+
+
+if __name__ == "__main__":
+    main()
