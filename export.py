@@ -1,10 +1,10 @@
 """A checkpoint as a Hugging Face folder: `python export.py --checkpoint-path checkpoints/minigpt.pt --output DIR`.
 
 The folder loads with `transformers.AutoModelForCausalLM.from_pretrained(DIR)`, with nothing of ours installed.
-`to_hugging_face` and `from_hugging_face` carry weights both ways for all three architectures, with equal logits.
 """
 
-import dataclasses
+import json
+import math
 import re
 import shutil
 import sys
@@ -13,32 +13,14 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
 from config import UserError, arg, parse
-from model import GPT, GPTConfig
+from pretrained import beside_run, hugging_face_config, load_model, to_hugging_face, tokenizer_folder
+from tokenizer import open_tokenizer
 
-# Our parameter names → theirs; {i} is the block's number. Our merged qkv is GPT-2's c_attn, and the others' q, k, v.
-LLAMA_NAMES = {
-    "tok_emb": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",
-    "blocks.{i}.attn_norm": "model.layers.{i}.input_layernorm",
-    "blocks.{i}.attn.proj": "model.layers.{i}.self_attn.o_proj",
-    "blocks.{i}.attn.q_norm": "model.layers.{i}.self_attn.q_norm",
-    "blocks.{i}.attn.k_norm": "model.layers.{i}.self_attn.k_norm",
-    "blocks.{i}.mlp_norm": "model.layers.{i}.post_attention_layernorm",
-}
-NAMES = {
-    "gpt2": {
-        "tok_emb": "transformer.wte", "pos_emb": "transformer.wpe", "norm": "transformer.ln_f", "head": "lm_head",
-        "blocks.{i}.attn_norm": "transformer.h.{i}.ln_1", "blocks.{i}.attn.qkv": "transformer.h.{i}.attn.c_attn",
-        "blocks.{i}.attn.proj": "transformer.h.{i}.attn.c_proj", "blocks.{i}.mlp_norm": "transformer.h.{i}.ln_2",
-        "blocks.{i}.mlp.up": "transformer.h.{i}.mlp.c_fc", "blocks.{i}.mlp.down": "transformer.h.{i}.mlp.c_proj",
-    },
-    "qwen3": LLAMA_NAMES | {"blocks.{i}.mlp.up": "model.layers.{i}.mlp.up_proj",
-                            "blocks.{i}.mlp.gate": "model.layers.{i}.mlp.gate_proj",
-                            "blocks.{i}.mlp.down": "model.layers.{i}.mlp.down_proj"},
-    "nanochat": LLAMA_NAMES | {"blocks.{i}.mlp.up": "model.layers.{i}.mlp.fc1",
-                               "blocks.{i}.mlp.down": "model.layers.{i}.mlp.fc2"},
-}
+SAMPLING = dict(do_sample=True, temperature=0.8, top_k=50)  # as train.py's own samples are drawn
+# Flags that say nothing of what was trained.
+NO_SETTINGS = {"resume", "overwrite", "dry_run", "device", "log_steps", "save_steps", "sample_steps", "keep_last"}
+SPARE_IDS = 4096  # the most ids without a token that generation_config.json lists as never to be drawn
 
 
 @dataclass
@@ -47,6 +29,7 @@ class OutputConfig:
 
     checkpoint_path: str = arg("checkpoints/minigpt.pt", "the checkpoint to export", metavar="FILE.pt")
     output: str = arg("", "the folder to write", metavar="DIR")
+    dtype: str = arg("float32", "type of the weights; bfloat16 halves the file", choices=("float32", "bfloat16"))
     overwrite: bool = arg(False, "write into a folder that is there already")
 
     def validate(self):
@@ -54,6 +37,8 @@ class OutputConfig:
             raise UserError("--output is missing: name the folder to write, such as --output export/minigpt")
         if Path(self.output).exists() and not self.overwrite:
             raise UserError(f"--output {self.output}: there already; add --overwrite, or name another folder")
+        if Path(self.output).is_file():
+            raise UserError(f"--output {self.output}: is a file; name a folder")
 
 
 @dataclass
@@ -63,111 +48,123 @@ class ExportConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
 
 
-def hugging_face_config(cfg, eos=None):
-    """The transformers configuration that is this GPTConfig."""
+def export(path, output, dtype="float32"):
+    """Write the Hugging Face folder of the checkpoint at `path`: configuration, safetensors, tokenizer, sampling
+    defaults and model card. Raises UserError."""
     import transformers
 
-    common = dict(vocab_size=cfg.vocab_size, bos_token_id=eos, eos_token_id=eos, tie_word_embeddings=cfg.tied)
-    if cfg.arch == "gpt2":
-        _require(cfg.kv_heads == cfg.n_heads and cfg.head_size * cfg.n_heads == cfg.d_model,
-                 "GPT-2 has as many key/value heads as query heads, of d_model / n_heads each")
-        return transformers.GPT2Config(n_positions=cfg.max_position_embeddings, n_embd=cfg.d_model,
-                                       n_layer=cfg.n_layers, n_head=cfg.n_heads, n_inner=cfg.ff_size,
-                                       resid_pdrop=cfg.dropout, embd_pdrop=cfg.dropout, attn_pdrop=cfg.dropout,
-                                       **common)
-    shape = dict(hidden_size=cfg.d_model, intermediate_size=cfg.ff_size, num_hidden_layers=cfg.n_layers,
-                 num_attention_heads=cfg.n_heads, num_key_value_heads=cfg.kv_heads, head_dim=cfg.head_size,
-                 max_position_embeddings=cfg.max_position_embeddings, rms_norm_eps=cfg.parts.norm_eps,
-                 rope_parameters={"rope_type": "default", "rope_theta": cfg.parts.rope_theta},
-                 attention_dropout=cfg.dropout)
-    if cfg.arch == "qwen3":
-        return transformers.Qwen3Config(use_sliding_window=False, **shape, **common)
-    return transformers.NanoChatConfig(final_logit_softcapping=cfg.parts.softcap, pad_token_id=None, **shape, **common)
-
-
-def to_hugging_face(cfg, state):
-    """Our state dict → theirs."""
-    theirs = {}
-    for name, tensor in state.items():
-        layer, stem, kind = _split(name)
-        if stem.endswith("attn.qkv") and cfg.arch != "gpt2":
-            sizes = [n * cfg.head_size for n in (cfg.n_heads, cfg.kv_heads, cfg.kv_heads)]
-            for letter, part in zip("qkv", tensor.split(sizes), strict=True):
-                theirs[f"model.layers.{layer}.self_attn.{letter}_proj.{kind}"] = part.contiguous()
-            continue
-        theirs[f"{NAMES[cfg.arch][stem]}.{kind}".replace("{i}", layer)] = _oriented(cfg, stem, tensor)
-    return theirs
-
-
-def from_hugging_face(cfg, theirs):
-    """Their state dict → ours, for a GPT of `cfg`."""
-    ours = {}
-    for name, tensor in GPT(cfg).state_dict().items():
-        layer, stem, kind = _split(name)
-        if stem.endswith("attn.qkv") and cfg.arch != "gpt2":
-            ours[name] = torch.cat([theirs[f"model.layers.{layer}.self_attn.{letter}_proj.{kind}"] for letter in "qkv"])
-            continue
-        ours[name] = _oriented(cfg, stem, theirs[f"{NAMES[cfg.arch][stem]}.{kind}".replace("{i}", layer)])
-        assert ours[name].shape == tensor.shape, (name, ours[name].shape, tensor.shape)
-    return ours
-
-
-def _split(name):
-    """blocks.3.attn.qkv.weight → 3, blocks.{i}.attn.qkv, weight"""
-    stem, _, kind = name.rpartition(".")
-    parts = stem.split(".")
-    if parts[0] != "blocks":
-        return "", stem, kind
-    return parts[1], ".".join(["blocks", "{i}", *parts[2:]]), kind
-
-
-def _oriented(cfg, stem, tensor):
-    """GPT-2's layers within a block are Conv1D, (in, out); ours are Linear, (out, in)."""
-    conv1d = cfg.arch == "gpt2" and stem.startswith("blocks") and tensor.ndim == 2
-    return tensor.T.contiguous() if conv1d else tensor.contiguous()
-
-
-def _require(condition, message):
-    if not condition:
-        raise UserError(f"--arch: {message}; transformers' class cannot hold this model")
-
-
-def load_model(path):
-    """The model of a checkpoint, in evaluation mode, and the checkpoint. Raises UserError."""
-    try:
-        saved = checkpoint.load(path)
-    except checkpoint.DamagedCheckpoint as error:
-        raise UserError(f"--checkpoint-path: {error}") from None
-    names = {item.name for item in dataclasses.fields(GPTConfig)}
-    known = {name: value for name, value in saved["config"].items() if name in names}
-    model = GPT(GPTConfig(**known | {"vocab_size": saved["identity"]["--vocab-size"]}))
-    model.load_state_dict(saved["model"])
-    return model.eval(), saved
-
-
-def export(path, output):
-    """Write the Hugging Face folder of the checkpoint at `path`: config, safetensors, tokenizer."""
-    import transformers
-
-    model, _ = load_model(path)
-    run = re.sub(r"\.(best|prev|nonfinite|step-\d+)$", "", path.stem)
-    tokenizer = path.with_name(run + ".tokenizer")
-    if not tokenizer.is_dir():
-        raise UserError(f"--checkpoint-path {path}: its tokenizer, {tokenizer}, is missing; copy it there")
+    transformers.utils.logging.disable_progress_bar()
+    model, saved = load_model(path)
+    tokenizer = tokenizer_folder(path)
     eos = transformers.AutoTokenizer.from_pretrained(str(tokenizer)).eos_token_id
     twin = transformers.AutoModelForCausalLM.from_config(hugging_face_config(model.cfg, eos))
     missing, unexpected = twin.load_state_dict(to_hugging_face(model.cfg, model.state_dict()), strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
     twin.tie_weights()
-    twin.save_pretrained(output)
-    for file in tokenizer.iterdir():
-        shutil.copy(file, output)
+    n_tokens = open_tokenizer(tokenizer).get_vocab_size()
+    spare = list(range(n_tokens, model.cfg.vocab_size))  # of a model that is wider than its tokenizer
+    twin.generation_config = transformers.GenerationConfig(
+        bos_token_id=eos, eos_token_id=eos, pad_token_id=eos,
+        suppress_tokens=spare if 0 < len(spare) <= SPARE_IDS else None, **SAMPLING)
+    try:
+        twin.to(getattr(torch, dtype)).save_pretrained(output)
+        for file in tokenizer.iterdir():
+            shutil.copy(file, output)
+        _complete_tokenizer(Path(output) / "tokenizer_config.json", model.cfg.max_position_embeddings)
+        (Path(output) / "README.md").write_text(model_card(path, model, saved, n_tokens, dtype))
+    except OSError as error:
+        raise UserError(f"--output {output}: {error.strerror or error}; name a folder that can be written") from None
+
+
+def _complete_tokenizer(path, length):
+    settings = json.loads(path.read_text())
+    settings["model_max_length"] = length
+    if settings.get("eos_token"):  # CTranslate2 wants an unknown token, and GPT-2's own tokenizer has this one
+        settings.setdefault("unk_token", settings["eos_token"])
+    path.write_text(json.dumps(settings, indent=1))
+
+
+def model_card(path, model, saved, n_tokens, dtype):
+    """README.md of the folder: what the checkpoint and the files beside it know of the run."""
+    cfg, config, identity, state = model.cfg, saved["config"], saved["identity"], saved["state"]
+    rows = _rows(beside_run(path, ".metrics.jsonl"), state["step"])
+    facts = next((row["config"] for row in reversed(rows) if row.get("event") == "config"), {})
+    counts = facts.get("corpus_tokens", {})
+
+    def last(name):
+        return next(((row[name], row["step"]) for row in reversed(rows) if row.get(name) is not None), None)
+
+    def loss(value, step):
+        return f"{value:.4f} nats per token (perplexity {math.exp(min(value, 700)):.2f}) at step {step:,}"
+
+    def data(split, files, fingerprint):
+        tokens = f"{counts[split]:,}" if split in counts else "unknown"
+        return f"| {split} | {', '.join(f'`{file}`' for file in files)} | {tokens} | `{fingerprint}` |"
+
+    built_in = "a Markov chain" if config["use_toy_data"] else "Python's standard library"
+    val_files = config["val_data"] or [f"{config['val_ratio']:.3g} of the documents above"]
+    best = min(((row["val/loss"], row["step"]) for row in rows if row.get("val/loss") is not None), default=None)
+    losses = [("training loss", last("train/loss")), ("validation loss", last("val/loss")),
+              ("best validation loss so far", best)]
+    if best is None and math.isfinite(state["best_val"]):
+        losses.append(("best validation loss so far", (state["best_val"], state["step"])))
+    settings = {name: value for name, value in config.items() if value not in (None, "", [])
+                and not name.startswith(("wandb_", "use_")) and not name.endswith(("_dir", "_path", "_data"))
+                and name not in NO_SETTINGS}
+    link = _wandb_link(path)
+    spare = f", and {cfg.vocab_size - n_tokens:,} ids without meaning" if cfg.vocab_size > n_tokens else ""
+    return "\n".join([
+        "---", "library_name: transformers", "pipeline_tag: text-generation", f"tags:\n- mini-llm\n- {cfg.arch}", "---",
+        f"\n# {beside_run(path, '').name}\n",
+        "A base model: it goes on with the text that it is given, in the manner of its training data. It has not been "
+        "taught to follow instructions, to converse, or to withhold anything; nobody has checked what it says.\n",
+        "## Model\n", "| | |", "|---|---|", f"| architecture | {cfg.arch} |",
+        f"| parameters | {model.num_params():,} ({dtype}) |", f"| layers | {cfg.n_layers} |",
+        f"| heads | {cfg.n_heads} of {cfg.head_size}, {cfg.kv_heads} for keys and values |",
+        f"| width | {cfg.d_model}, {cfg.ff_size} in the MLP |",
+        f"| context | {cfg.max_position_embeddings:,} tokens; trained on sequences of {identity['--seq-len']:,} |",
+        f"| vocabulary | {n_tokens:,} tokens{spare} (`{config['tokenizer_name']}`) |",
+        f"| embeddings | {'shared by input and output' if cfg.tied else 'input and output apart'} |",
+        *([f"| started from | `{config['init_from']}` |"] if config.get("init_from") else []),
+        "\n## Data\n", "| | files | tokens | fingerprint |", "|---|---|---|---|",
+        data("train", config["train_data"] or [built_in], identity["the training data"]),
+        data("val", val_files, identity["the validation data"]),
+        "\n## Training\n",
+        f"{state['step']:,} steps of {identity['sequences in a step']:,} sequences: {state['tokens']:,} tokens.\n",
+        *(f"- {name}: {loss(*found)}" for name, found in losses if found),
+        *([f"- Weights & Biases: {link}"] if link else []),
+        "\n```toml", *(f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in settings.items()), "```",
+        "\n## Use\n", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer\n",
+        'folder = "."  # this one', "model = AutoModelForCausalLM.from_pretrained(folder)",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)", 'inputs = tokenizer("Once", return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))", "```", ""])
+
+
+def _rows(path, step):
+    """The records of metrics.jsonl up to that step; [] where there is none."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # the torn last line of a killed run
+            continue
+    return [row for row in rows if row["step"] <= step]
+
+
+def _wandb_link(path):
+    """Where the run is on W&B, as its log says; else which run of which project it is; "" without W&B."""
+    memory, log = beside_run(path, ".wandb.json"), beside_run(path, ".log")
+    if not memory.exists():
+        return ""
+    found = re.findall(r"wandb.*: run \S+ at (https?://\S+)", log.read_text() if log.exists() else "")
+    run = json.loads(memory.read_text())["init"]
+    return found[-1] if found else f"run {run['id']} of project {run['project']}"
 
 
 def main():
     try:
         cfg = parse(ExportConfig).output
-        export(Path(cfg.checkpoint_path), cfg.output)
+        export(Path(cfg.checkpoint_path), cfg.output, cfg.dtype)
         print(f"wrote {cfg.output}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

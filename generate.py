@@ -1,15 +1,258 @@
-"""What a model writes."""
+"""What a model writes: `python generate.py --checkpoint-path checkpoints/minigpt.pt --prompt "def main"`.
 
+A base model continues its prompt, and nothing more: an empty one is continued from the end-of-text token.
+"""
+
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
 import torch
 
+import hardware
+from config import UserError, arg, parse
+from model import KVCache
+from pretrained import load_run
 from tokenizer import open_tokenizer
+
+RULE = "-" * 15  # between two texts
+COLD = 1e-6  # a temperature by which logits cannot be divided
+
+
+@dataclass
+class GenerateConfig:
+    """Generate"""
+
+    checkpoint_path: str = arg("checkpoints/minigpt.pt", "the checkpoint that writes", metavar="FILE.pt")
+    prompt: list[str] = arg([], "texts to continue, which may be empty; none: one empty text")
+    prompt_file: str = arg("", "more texts to continue, one a line; -: standard input", metavar="FILE|-")
+    num_samples: int = arg(1, "continuations of each prompt", low=1)
+    max_new_tokens: int = arg(256, "tokens of a continuation, at most; the end-of-text token ends it sooner", low=1)
+    temperature: float = arg(0.8, "below 1: likelier tokens more often; 0: always the likeliest", low=0)
+    top_k: int = arg(50, "choose among the so many likeliest tokens; 0: among all", low=0)
+    top_p: float = arg(1.0, "choose among the fewest tokens whose probability reaches this", above=0, high=1)
+    seed: int = arg(1337, "of the choices; each continuation's are its own, whatever is generated beside it", low=0)
+    stop: list[str] = arg([], "texts that end a continuation, and are left out of it")
+    batch_size: int = arg(32, "continuations computed at once, at most", low=1)
+    device: str = arg("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cuda", "cpu", "mps"))
+
+    def validate(self):
+        if "" in self.stop:
+            raise UserError("--stop '': an empty text is everywhere; leave it out")
+
+    def prompts(self):
+        """All prompts, in order. Raises UserError where the file cannot be read."""
+        if not self.prompt_file:
+            return self.prompt or [""]
+        try:
+            with open(0 if self.prompt_file == "-" else self.prompt_file, encoding="utf-8") as file:
+                lines = [line.removesuffix("\n") for line in file]
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise UserError(f"--prompt-file {self.prompt_file}: {reason}; give text, one prompt a line") from None
+        if not lines:
+            raise UserError(f"--prompt-file {self.prompt_file}: no prompt in it; an empty line is an empty prompt")
+        return self.prompt + lines
+
+
+@dataclass
+class Config:
+    """Continue texts with a trained model."""
+
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seeds=None, vocab_size=None):
+    """Continue `prompts`, B lists of at least one id each. Yields, step by step, a list of B ids, with None for a row
+    whose prompt is still being read or which has its `max_new_tokens`. Ids are below `vocab_size`, where that is given.
+
+    All rows stand at the same position in every step, so that nothing is padded or masked: the ends of longer prompts
+    are read token by token. Row i draws from `seeds[i]` (anything numpy's default_rng takes), so that it does not
+    depend on the others. A context that has outgrown the positions is cut to its last half.
+    """
+    device, limit, training = next(model.parameters()).device, model.cfg.max_position_embeddings, model.training
+    prompts = [prompt[-limit:] for prompt in prompts]
+    lengths = [len(prompt) for prompt in prompts]
+    shortest, total = min(lengths), max(lengths) + max_new_tokens
+    ragged, greedy = max(lengths) > shortest, temperature < COLD
+    tokens = torch.zeros(len(prompts), total, dtype=torch.long)
+    noise = torch.zeros(len(prompts), total)
+    for row, prompt in enumerate(prompts):
+        tokens[row, :len(prompt)] = torch.tensor(prompt)
+        if not greedy:
+            draws = np.random.default_rng(seeds[row]).random(max_new_tokens, dtype=np.float32)
+            noise[row, len(prompt):len(prompt) + max_new_tokens] = torch.from_numpy(draws)
+    tokens, noise, starts = tokens.to(device), noise.to(device), torch.tensor(lengths, device=device)
+    model.eval()
+    try:
+        past, fresh = KVCache(model.cfg, min(limit, total)), tokens[:, :shortest]
+        for position in range(shortest, total):
+            if past.length + fresh.shape[1] > limit:
+                past, fresh = KVCache(model.cfg, limit), tokens[:, position - (limit // 2 or 1):position]
+            logits = model.logits(model.hidden(fresh, past)[:, -1])[:, :vocab_size].float()  # (B, V)
+            fresh = choose(logits, noise[:, position:position + 1], temperature, top_k, top_p)  # (B, 1)
+            if ragged:
+                fresh = torch.where(starts[:, None] > position, tokens[:, position:position + 1], fresh)
+            tokens[:, position:position + 1] = fresh
+            yield [token if 0 <= position - start < max_new_tokens else None
+                   for token, start in zip(fresh[:, 0].tolist(), lengths, strict=True)]
+    finally:
+        model.train(training)
+
+
+def choose(logits, noise, temperature=1.0, top_k=0, top_p=1.0):
+    """(B, V) logits and (B, 1) uniform numbers in [0, 1) → (B, 1) token ids: inverse transform sampling.
+
+    top_k keeps the k likeliest tokens (0: all), top_p the smallest set of tokens whose probability reaches p (Holtzman
+    et al. 2019).
+    """
+    if temperature < COLD:
+        return logits.argmax(dim=-1, keepdim=True)
+    order = None
+    if 0 < top_k < logits.shape[-1] or top_p < 1:
+        logits, order = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))  # likeliest first
+    probs = (logits / temperature).softmax(dim=-1)
+    if top_p < 1:
+        probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0)  # the token that reaches p stays
+    reached = probs.cumsum(dim=-1)
+    chosen = torch.searchsorted(reached, noise * reached[:, -1:], right=True)
+    return chosen if order is None else order.gather(-1, chosen)
+
+
+class Continuation:
+    """The text of one row as it grows. What `add` and `finish` return, joined, is the text: whole characters only, up
+    to the end-of-text token or the first of `stops`, which may begin in one token and end in another."""
+
+    def __init__(self, tokenizer, eos, prompt=(), stops=()):
+        self.tokenizer, self.eos, self.stops, self.done = tokenizer, eos, stops, False
+        self.ids = list(prompt[-1:])  # decoded together: some tokenizers write a space only after another token
+        self.shown = len(self._decode())
+        self.held = ""  # what may be the beginning of a stop text
+
+    def add(self, token):
+        if token == self.eos:
+            return self.finish()
+        self.ids.append(token)
+        text = self._decode()
+        whole = text.rstrip("\ufffd")  # as which a character shows whose bytes have not all come
+        new, self.shown = whole[self.shown:], max(self.shown, len(whole))
+        if whole == text:
+            self.ids = self.ids[-1:]
+            self.shown = len(self._decode())
+        return self._before_stop(new) if self.stops else new
+
+    def finish(self):
+        """What was held back, at the end of the row."""
+        if self.done:
+            return ""
+        text = self._before_stop(self._decode()[self.shown:]) + self.held  # nothing is held where a stop was found
+        self.done = True
+        return text
+
+    def _before_stop(self, new):
+        text = self.held + new
+        found = [at for at in map(text.find, self.stops) if at >= 0]
+        if found:
+            self.done, self.held = True, ""
+            return text[:min(found)]
+        n = max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        self.held = text[len(text) - n:]
+        return text[:len(text) - n]
+
+    def _decode(self):
+        return self.tokenizer.decode(self.ids)
+
+
+def batches(lengths, batch_size, max_new_tokens):
+    """Rows of prompts of these lengths → lists of rows to compute together. Reading the end of a longer prompt costs a
+    step a token, and another batch `max_new_tokens` steps: so many tokens may lengths differ."""
+    found = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if not found or len(found[-1]) == batch_size or lengths[row] - lengths[found[-1][0]] > max_new_tokens:
+            found.append([])
+        found[-1].append(row)
+    return found
+
+
+def encode(tokenizer, eos, prompt):
+    """The ids of a prompt: of an empty one the end-of-text token, or where there is none token 0."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--prompt {prompt!r}: not UTF-8 text") from None
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    if prompt and not ids:
+        raise UserError(f"--prompt {prompt!r}: the tokenizer knows none of these characters; give another")
+    return ids or [eos or 0]
+
+
+def write_texts(model, tokenizer, eos, cfg, out):
+    """Generate what `cfg` asks for and write it to `out`: one text as it comes, of several each when it and those
+    before it are done. Returns how many tokens were generated."""
+    texts = [text for text in cfg.prompts() for _ in range(cfg.num_samples)]
+    ids = [encode(tokenizer, eos, text) for text in texts]
+    seeds = [[cfg.seed, *divmod(row, cfg.num_samples)] for row in range(len(texts))]
+    finished, n_tokens, n_written = {}, 0, 0
+
+    def emit(row, new):
+        finished[row] += new
+        if len(texts) == 1 and new:
+            print(new, end="", file=out, flush=True)
+
+    for rows in batches([len(one) for one in ids], cfg.batch_size, cfg.max_new_tokens):
+        growing = {row: Continuation(tokenizer, eos, ids[row] if texts[row] else [], cfg.stop) for row in rows}
+        for row in rows:
+            finished[row] = ""
+            emit(row, texts[row])
+        for step in generate(model, [ids[row] for row in rows], cfg.max_new_tokens, cfg.temperature, cfg.top_k,
+                             cfg.top_p, [seeds[row] for row in rows], tokenizer.get_vocab_size()):
+            for (row, one), token in zip(growing.items(), step, strict=True):
+                if token is not None and not one.done:
+                    emit(row, one.add(token))
+                    n_tokens += 1
+            if all(one.done for one in growing.values()):
+                break
+        for row, one in growing.items():
+            emit(row, one.finish())
+        while len(texts) > 1 and n_written in finished:
+            print(*([RULE] if n_written else []), finished.pop(n_written), sep="\n", file=out, flush=True)
+            n_written += 1
+    if len(texts) == 1:
+        print(file=out, flush=True)
+    return n_tokens
 
 
 def sample_text(model, tokenizer_folder, eos, max_new_tokens=128, temperature=0.8, top_k=50, seed=1337):
     """Text that `model` continues from nothing: from the end-of-text token, or where there is none from token 0."""
-    device = next(model.parameters()).device
-    tokenizer, generator = open_tokenizer(tokenizer_folder), torch.Generator(device).manual_seed(seed)
-    start = torch.tensor([[eos or 0]], device=device)  # (1, 1)
-    tokens = model.generate(start, max_new_tokens, temperature, top_k, generator=generator)[0, 1:].tolist()
-    # A model may be wider than its tokenizer (--vocab-size), and its spare ids mean nothing.
-    return tokenizer.decode([token for token in tokens if token < tokenizer.get_vocab_size()])
+    tokenizer = open_tokenizer(tokenizer_folder)
+    steps = generate(model, [[eos or 0]], max_new_tokens, temperature, top_k, seeds=[seed],
+                     # A model may be wider than its tokenizer (--vocab-size), and its spare ids mean nothing.
+                     vocab_size=tokenizer.get_vocab_size())
+    return tokenizer.decode([token for token, in steps])
+
+
+def main():
+    try:
+        cfg = parse(Config).generate
+        device = hardware.choose_device(cfg.device)
+        sys.stdout.reconfigure(errors="replace")
+        model, tokenizer, eos, _ = load_run(cfg.checkpoint_path)
+        began = time.perf_counter()
+        n_tokens = write_texts(model.to(device), tokenizer, eos, cfg, sys.stdout)
+        seconds = time.perf_counter() - began
+        print(f"{n_tokens:,} tokens in {seconds:.2f} s: {n_tokens / seconds:,.0f} tokens/s on {device.type}",
+              file=sys.stderr)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # such as `| head`: whoever reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,24 +1,163 @@
+import json
+import re
+import shutil
 import subprocess
 import sys
 
+import numpy as np
+import pytest
 import torch
 from conftest import ROOT, environment
 
-from export import load_model
+import export
+from generate import generate
+from model import ARCHS
+from pretrained import load_model
+
+PROMPT = "The king sings"
 
 
-def test_the_command_writes_a_folder_that_transformers_loads_with_equal_logits(trainer, text):
-    run = trainer("--num-steps", 4, checkpoint="lr-0.5.pt")
-    command = [sys.executable, str(ROOT / "export.py"), "--checkpoint-path", "lr-0.5.best.pt", "--output", "folder"]
-    first, again = (subprocess.run(command, cwd=trainer.folder, capture_output=True, text=True, env=environment())
-                    for _ in range(2))
-    assert run.code == first.returncode == 0, run.err + first.stderr
-    assert again.returncode == 2 and "--overwrite" in again.stderr and len(again.stderr.strip().splitlines()) == 1
-    import transformers
+def greedy_ids(model, prompt):
+    """The 32 ids that continue the prompt."""
+    return [token for token, in generate(model, [prompt], 32, temperature=0)]
 
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(trainer.folder / "folder").eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(trainer.folder / "folder")
-    ours, _ = load_model(trainer.folder / "lr-0.5.best.pt")
-    x = torch.tensor([tokenizer(text.read_text()[:60])["input_ids"]])
+
+# Runs where nothing of ours can be imported: loads folders with transformers, and notes what it computes.
+STRANGER = """
+import importlib.util, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+for name in ("checkpoint", "model", "pretrained", "tokenizer", "train"):
+    assert importlib.util.find_spec(name) is None, name
+windows, prompt, found, *folders = sys.argv[1:]
+windows, results = torch.load(windows), {}
+for folder in folders:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(prompt, return_tensors="pt")
     with torch.no_grad():
-        assert torch.allclose(ours(x), theirs(x).logits, atol=1e-4)
+        logits = model(windows[:, :-1]).logits
+        greedy = model.generate(**ids, do_sample=False, max_new_tokens=32)[0]
+        drawn = model.generate(**ids, max_new_tokens=8)
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+    results[folder] = dict(logits=logits[:4].clone(), loss=loss.item(), greedy=greedy, text=tokenizer.decode(greedy),
+                           sampling=[model.generation_config.temperature, model.generation_config.top_k],
+                           eos=[model.generation_config.eos_token_id, tokenizer.eos_token_id])
+torch.save(results, found)
+"""
+
+
+def command(*flags, cwd):
+    return subprocess.run([sys.executable, str(ROOT / "export.py"), *map(str, flags)], cwd=cwd, capture_output=True,
+                          text=True, env=environment())
+
+
+@pytest.fixture(scope="module")
+def exported(tuned, tmp_path_factory):
+    """arch → (folder that export.py wrote, checkpoint): gpt2's by the command, the others by its function."""
+    parent, found = tmp_path_factory.mktemp("exported"), {}
+    for arch, (_, run) in tuned.items():
+        found[arch] = parent / arch, run.checkpoint
+        if arch != "gpt2":
+            export.export(run.checkpoint, str(parent / arch))
+            continue
+        done = command("--checkpoint-path", run.checkpoint, "--output", parent / arch, cwd=parent)
+        assert done.returncode == 0 and done.stdout == f"wrote {parent / arch}\n" and not done.stderr, done.stderr
+    return found
+
+
+@pytest.fixture(scope="module")
+def stranger(exported, val_windows, tmp_path_factory):
+    """arch → what a process without our modules computes from its folder."""
+    folder = tmp_path_factory.mktemp("stranger")
+    torch.save(val_windows, folder / "windows.pt")
+    (folder / "stranger.py").write_text(STRANGER)
+    done = subprocess.run([sys.executable, "-I", "stranger.py", "windows.pt", PROMPT, "found.pt",
+                           *(str(output) for output, _ in exported.values())], cwd=folder, capture_output=True,
+                          text=True, env=environment(OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr
+    results = torch.load(folder / "found.pt")
+    return {arch: results[str(output)] for arch, (output, _) in exported.items()}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_process_without_our_modules_computes_the_same(stranger, exported, tuned, val_windows, arch):
+    from tokenizers import Tokenizer
+
+    theirs, (folder, checkpoint) = stranger[arch], exported[arch]
+    ours, _ = load_model(checkpoint)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    with torch.no_grad():
+        assert torch.allclose(ours(val_windows[:4, :-1]), theirs["logits"], atol=1e-4)
+    # The perplexity is the one that the run itself reported at its end, over its whole validation set.
+    reported = tuned[arch][1].rows[40]["val/loss"]
+    assert torch.tensor(theirs["loss"]).exp().item() == pytest.approx(torch.tensor(reported).exp().item(), rel=1e-4)
+    prompt = tokenizer.encode(PROMPT).ids
+    greedy = prompt + greedy_ids(ours, prompt)
+    assert greedy == theirs["greedy"].tolist() and tokenizer.decode(greedy) == theirs["text"]
+    assert theirs["text"].startswith(PROMPT) and len(theirs["text"]) > len(PROMPT) + 20
+    assert theirs["sampling"] == [0.8, 50] and theirs["eos"] == [256, 256]
+
+
+def test_ids_without_a_token_are_never_drawn(exported):
+    qwen3, gpt2 = (json.loads((exported[arch][0] / "generation_config.json").read_text()) for arch in ("qwen3", "gpt2"))
+    assert qwen3["suppress_tokens"] == [257, 258, 259] and "suppress_tokens" not in gpt2
+
+
+def test_the_card_says_what_was_trained_on_what(exported, tuned, text, tmp_path):
+    card = (exported["qwen3"][0] / "README.md").read_text()
+    run = tuned["qwen3"][1]
+    assert card.startswith("---\nlibrary_name: transformers\n") and "\n---\n\n# qwen3\n" in card
+    saved = torch.load(run.checkpoint, weights_only=True)
+    tokens = re.search(r"total tokens: (\S+) train, (\S+) val", run.out)
+    for word in (f"`{text}` | {tokens[1]} | `{saved['identity']['the training data']}`", tokens[2], "base model",
+                 f"{saved['state']['tokens']:,} tokens", "257 tokens, and 3 ids without meaning", "lr = 0.01",
+                 f"training loss: {run.rows[40]['train/loss']:.4f}", f"validation loss: {run.rows[40]['val/loss']:.4f}",
+                 f"started from | `{tuned['qwen3'][0]}`"):
+        assert word in card, word
+    assert "Weights & Biases" not in card
+    for file in run.checkpoint.parent.glob("qwen3.*"):  # without metrics the checkpoint says what it knows
+        if file.suffix != ".jsonl":
+            (shutil.copytree if file.is_dir() else shutil.copy)(file, tmp_path / file.name)
+    (tmp_path / "qwen3.wandb.json").write_text(json.dumps(dict(init=dict(id="abc", project="p"))))
+    with open(tmp_path / "qwen3.log", "a") as log:
+        log.write("[2026-01-01 00:00:00] wandb: run abc at https://wandb.ai/me/p/runs/abc\n")
+    export.export(tmp_path / "qwen3.pt", str(tmp_path / "out"), "bfloat16")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"best validation loss so far: {saved['state']['best_val']:.4f}" in card and "(bfloat16)" in card
+    assert "https://wandb.ai/me/p/runs/abc" in card
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--output", "there"], ["--output there", "--overwrite"]), ([], ["--output is missing"]),
+    (["--output", "file", "--overwrite"], ["--output file", "is a file"]),
+    (["--output", "/proc/no"], ["--output /proc/no", "can be written"]),
+    (["--output", "out", "--checkpoint-path", "nowhere.pt"], ["nowhere.pt is missing"]),
+    (["--output", "out", "--dtype", "float8"], ["--dtype float8", "bfloat16"])])
+def test_wrong_input_gets_one_line_that_names_it(tuned, tmp_path, monkeypatch, capsys, flags, words):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["export.py", "--checkpoint-path", str(tuned["gpt2"][1].checkpoint), *flags])
+    with pytest.raises(SystemExit) as end:
+        export.main()
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and len(error.strip().splitlines()) == 1, error
+    assert all(word in error for word in words), error
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+def test_ctranslate2_computes_the_same(exported, tmp_path, arch):
+    ctranslate2 = pytest.importorskip("ctranslate2", reason="pip install ctranslate2: an engine of its own")
+    from tokenizers import Tokenizer
+
+    folder, checkpoint = exported[arch]
+    ctranslate2.converters.TransformersConverter(str(folder)).convert(str(tmp_path / arch))
+    engine = ctranslate2.Generator(str(tmp_path / arch), device="cpu", compute_type="float32")
+    prompt, (ours, _) = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(PROMPT), load_model(checkpoint)
+    with torch.no_grad():
+        expected = ours(torch.tensor([prompt.ids]))
+    logits = torch.tensor(np.array(engine.forward_batch([prompt.tokens])))
+    assert torch.allclose(logits, expected, atol=1e-4)
+    greedy = engine.generate_batch([prompt.tokens], max_length=32, sampling_topk=1, include_prompt_in_result=False)
+    assert greedy[0].sequences_ids[0] == greedy_ids(ours, prompt.ids)

@@ -1,0 +1,249 @@
+"""The loss of a model on a text: `python evaluate.py --checkpoint-path checkpoints/minigpt.pt --data book.txt`.
+
+`evaluate` is the trainer's; the command shares its windows and its sums. Without --stride windows do not overlap, as in
+training, so that the command repeats a run's own `val/loss`.
+"""
+
+import json
+import math
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import hardware
+from config import UserError, arg, parse
+from data import Shard, ShardWriter, spread_windows
+from model import IGNORE
+from pretrained import load_run
+from text import find_sources, pieces, source_names
+
+FEW = 20  # documents: with fewer, the confidence interval takes windows for what is independent
+
+
+def token_nats(model, x, y, precision, device):
+    """Inputs and targets, (B, T) int64 arrays → the loss of every target, (B, T) float32, 0 where it is IGNORE."""
+    with precision.autocast():
+        return model(*hardware.to_device(device, x, y), reduction="none").view(y.shape)
+
+
+def figures(nats, n_tokens, bytes_per_token):
+    """What is reported of a sum of losses in nats over so many tokens."""
+    loss = nats / n_tokens
+    return {"loss": loss, "ppl": math.exp(loss) if loss < 700 else math.inf,
+            "bits_per_byte": loss / math.log(2) / bytes_per_token}
+
+
+@torch.no_grad()
+def evaluate(model, corpus, cfg, precision, world):
+    """Loss over the validation windows in nats per token, also of each of several sources, and what follows from it.
+    Each rank takes its share and the sums are reduced, so that no figure depends on their number. Collective."""
+    model.eval()
+    nats, n_tokens = {name: [] for name in corpus.val_sources}, dict.fromkeys(corpus.val_sources, 0)
+    for name, x, y, rows in corpus.val_batches(cfg.report.eval_tokens, cfg.batch.batch_size, world.rank, world.size):
+        y[rows:] = IGNORE
+        nats[name].append(token_nats(model, x, y, precision, world.device).sum(-1))
+        n_tokens[name] += rows * corpus.seq_len
+    model.train()
+    sums = world.sum([*(math.fsum(x for batch in part for x in batch.tolist()) for part in nats.values()),
+                      *n_tokens.values()])
+    nats, n_tokens = sums[:len(nats)], sums[len(nats):]
+    found = figures(sum(nats), sum(n_tokens), corpus.val_bytes_per_token)
+    return {f"val/{name}": value for name, value in found.items()} | {
+        f"val/loss/{name}": nats[i] / n_tokens[i] for i, name in enumerate(corpus.val_sources) if name}
+
+
+@dataclass
+class EvaluateConfig:
+    """Evaluate"""
+
+    checkpoint_path: str = arg("checkpoints/minigpt.pt", "the checkpoint to evaluate", metavar="FILE.pt")
+    data: list[str] = arg([], "text: whatever --train-data takes, several with a loss each, or a folder of token "
+                              "shards, for its validation set; nothing: the run's own, if its --cache-dir is there",
+                          metavar="PATH")
+    seq_len: int = arg(0, "tokens in a window; 0: the run's --seq-len", low=0)
+    stride: int = arg(0, "tokens between windows that overlap: each token but the first is predicted from at least "
+                         "--seq-len - --stride before it, if there are; 0: windows that do not overlap, as in training",
+                      low=0)
+    eval_tokens: int = arg(0, "take windows of so many tokens, spread evenly, as a run's --eval-tokens does; 0: all",
+                           low=0)
+    batch_size: int = arg(8, "windows computed at once", low=1)
+    precision: str = arg("auto", "auto: as in training, bf16 where the device does it fast",
+                         choices=("auto", "fp32", "bf16", "fp16"))
+    device: str = arg("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cuda", "cpu", "mps"))
+    json: bool = arg(False, "print one JSON object instead")
+
+    def validate(self):
+        if self.stride and self.eval_tokens:
+            raise UserError("--stride takes the whole text: leave out --eval-tokens")
+
+
+@dataclass
+class Config:
+    """Loss, perplexity and bits per byte of a model on a text."""
+
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+def own_validation_set(saved):
+    """The folder of the token shards that the checkpoint's run was validated on. Raises UserError."""
+    config = saved["config"]
+    for file in Path(config["cache_dir"]).glob("*/meta.json"):
+        if json.loads(file.read_text())["fingerprint"]["val"] == saved["identity"]["the validation data"]:
+            return str(file.parent)
+    was = config["val_data"] or config["train_data"]
+    named = f", such as the run's {' '.join(was)}" if was else ""
+    raise UserError(f"--data is missing, and the run's own validation set is not in {config['cache_dir']}: name "
+                    f"text to evaluate on{named}")
+
+
+def open_data(paths, tokenizer, eos, saved, folder):
+    """{name: Shard} of the data, and bytes of text per token. Text is tokenized into `folder`. Raises UserError."""
+    prepared = Path(paths[0])
+    if len(paths) == 1 and (prepared / "val.bin").is_file():
+        meta, shard = json.loads((prepared / "meta.json").read_text()), prepared / "val.bin"
+        if meta["tokenizer_hash"][:16] != saved["identity"]["the tokenizer"]:
+            raise UserError(f"--data {paths[0]}: shards of another tokenizer than the checkpoint's; give the "
+                            f"text itself")
+        spans = meta.get("val_sources") or {"": []}
+        return ({name: Shard(shard, *span) for name, span in spans.items()},
+                meta["bytes"]["val"] / meta["tokens"]["val"])
+    sources, n_bytes, shards = find_sources(paths, "--data"), 0, {}
+    for number, name in enumerate(source_names(paths) or [""]):
+        file = Path(folder) / f"{number}.bin"
+        writer = ShardWriter(file, tokenizer.get_vocab_size(), -1 if eos is None else eos, bytes(32))
+        for piece in pieces([source for source in sources if source.argument == number], "val"):
+            writer.write(tokenizer.encode(piece.text, add_special_tokens=False).ids)
+            n_bytes += len(piece.text.encode("utf-8", "replace"))
+            if piece.ends_document and eos is not None:
+                writer.write([eos])
+        writer.close()
+        shards[name] = Shard(file)
+    return shards, n_bytes / max(1, sum(shard.count for shard in shards.values()))
+
+
+def sliding_windows(n_targets, seq_len, stride):
+    """(first input token, how many of its last targets count) of windows that cover each target once."""
+    done = min(seq_len, n_targets)
+    found = [(0, done)]
+    while done < n_targets:
+        new = min(stride, n_targets - done)
+        done += new
+        found.append((done - seq_len, new))
+    return found
+
+
+def window_batches(shards, seq_len, stride, max_tokens, batch_size):
+    """Batches of windows: name, first input tokens (B,), inputs and targets (B, T), those that do not count IGNORE."""
+    spread = {} if stride else spread_windows(shards, seq_len, max_tokens)
+    for name, shard in shards.items():
+        T = min(seq_len, shard.count - 1)
+        windows = (sliding_windows(shard.count - 1, T, stride) if stride else
+                   [(index * seq_len, seq_len) for index in spread[name]])
+        for i in range(0, len(windows), batch_size):
+            firsts, counted = zip(*windows[i:i + batch_size], strict=True)
+            tokens = np.stack([shard.read(first, T + 1) for first in firsts]).astype(np.int64)  # (B, T + 1)
+            y = tokens[:, 1:].copy()
+            y[np.arange(T) < T - np.array(counted)[:, None]] = IGNORE
+            yield name, np.array(firsts), tokens[:, :-1].copy(), y
+
+
+class Clusters:
+    """Sums of losses and of tokens by cluster, and from them how far the mean is known."""
+
+    def __init__(self):
+        self.sums = {}  # key → [nats, tokens]
+
+    def add(self, keys, nats, counted):
+        """keys, losses and 0 or 1, (B, T) each."""
+        values, inverse = np.unique(keys, return_inverse=True)
+        sums = (np.bincount(inverse.ravel(), weights.ravel()) for weights in (nats.astype(np.float64), counted))
+        for key, *new in zip(values.tolist(), *sums, strict=True):
+            old = self.sums.setdefault(key, [0.0, 0.0])
+            old[:] = old[0] + new[0], old[1] + new[1]
+
+    def interval(self):
+        """The loss's 95 % confidence interval, or None of fewer than two clusters: the standard error of a ratio of
+        sums over independent clusters (Cochran 1977, section 6.4), times 1.96."""
+        nats, tokens = np.array([pair for pair in self.sums.values() if pair[1]]).T
+        if len(nats) < 2:
+            return None
+        loss = nats.sum() / tokens.sum()
+        error = math.sqrt(len(nats) / (len(nats) - 1) * np.square(nats - loss * tokens).sum()) / tokens.sum()
+        return [loss - 1.96 * error, loss + 1.96 * error]
+
+
+def document_starts(shard, block=1 << 20):
+    """Positions after the end-of-text tokens of a shard, ascending."""
+    if shard.eos is None:
+        return np.array([], dtype=np.int64)
+    return np.concatenate([first + 1 + np.flatnonzero(shard.read(first, min(block, shard.count - first)) == shard.eos)
+                           for first in range(0, shard.count, block)])
+
+
+@torch.no_grad()
+def evaluate_text(model, shards, bytes_per_token, cfg, seq_len, precision, device):
+    """All that the command reports, as a dict."""
+    nats, n_tokens = dict.fromkeys(shards, 0.0), dict.fromkeys(shards, 0)
+    documents, windows = Clusters(), Clusters()
+    order = {name: i << 48 for i, name in enumerate(shards)}  # keeps their clusters apart
+    starts = {name: document_starts(shard) for name, shard in shards.items()}
+    for name, firsts, x, y in window_batches(shards, seq_len, cfg.stride, cfg.eval_tokens, cfg.batch_size):
+        losses, counted = token_nats(model, x, y, precision, device).cpu().numpy(), y != IGNORE
+        nats[name] += losses.sum(dtype=np.float64)
+        n_tokens[name] += int(counted.sum())
+        targets = firsts[:, None] + 1 + np.arange(y.shape[1])  # (B, T) positions
+        documents.add(order[name] + np.searchsorted(starts[name], targets, side="right"), losses, counted)
+        windows.add(order[name] + np.broadcast_to(firsts[:, None], y.shape), losses, counted)
+    kind, clusters = ("documents", documents) if len(documents.sums) >= FEW else ("windows", windows)
+    return figures(sum(nats.values()), sum(n_tokens.values()), bytes_per_token) | {
+        "ci95": clusters.interval(), "clusters": f"{len(clusters.sums)} {kind}", "tokens": sum(n_tokens.values()),
+        "seq_len": seq_len, "stride": cfg.stride, "precision": precision.name,
+        "losses": {name: nats[name] / n_tokens[name] for name in shards if name}}
+
+
+def report(found):
+    """The figures in words."""
+    interval = "{:.4f} to {:.4f}".format(*found["ci95"]) if found["ci95"] else "unknown"
+    lines = [f"loss {found['loss']:.4f} nats per token (95 %: {interval}, standard error over {found['clusters']})",
+             f"perplexity {found['ppl']:.2f}, {found['bits_per_byte']:.4f} bits per byte",
+             f"{found['tokens']:,} tokens in windows of {found['seq_len']}"
+             + (f", {found['stride']} apart" if found["stride"] else "")
+             + f", amp {found['precision']}; {found['checkpoint']}, step {found['step']}"]
+    return "\n".join(lines + [f"loss {loss:.4f} on {name}" for name, loss in found["losses"].items()])
+
+
+def main():
+    try:
+        cfg = parse(Config).evaluate
+        speed = hardware.SpeedConfig(amp=cfg.precision != "fp32", amp_dtype=cfg.precision.replace("fp32", "auto"))
+        device = hardware.configure(speed, hardware.choose_device(cfg.device))
+        model, tokenizer, eos, saved = load_run(cfg.checkpoint_path)
+        seq_len = cfg.seq_len or saved["config"]["seq_len"]
+        if seq_len > model.cfg.max_position_embeddings:
+            raise UserError(f"--seq-len {seq_len} is above the model's {model.cfg.max_position_embeddings} positions")
+        if cfg.stride > seq_len:
+            raise UserError(f"--stride {cfg.stride} is above --seq-len {seq_len}: windows would leave tokens out")
+        with tempfile.TemporaryDirectory() as folder:
+            shards, bytes_per_token = open_data(cfg.data or [own_validation_set(saved)], tokenizer, eos, saved, folder)
+            for name, shard in shards.items():
+                if shard.count < (2 if cfg.stride else seq_len + 1):
+                    raise UserError(f"--data {name or ' '.join(cfg.data)}: {shard.count} tokens are fewer than one "
+                                    f"window of --seq-len {seq_len} + 1; give more text, or --stride {seq_len}, which "
+                                    f"takes shorter ones, too")
+            precision = hardware.choose_precision(speed, device)
+            found = evaluate_text(model.to(device), shards, bytes_per_token, cfg, seq_len, precision, device)
+        found |= {"checkpoint": cfg.checkpoint_path, "step": saved["state"]["step"]}
+        print(json.dumps(found) if cfg.json else report(found))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+"""Curves of runs: as matplotlib figures, and as text for a terminal.
+
+A run here is anything with a `name` and with `series(metric, x)` → (xs, ys), two lists of finite numbers.
+"""
+
+import math
+import statistics
+from dataclasses import dataclass
+
+COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000"]  # Okabe and Ito
+ANSI = [94, 91, 92, 95, 93, 96, 37, 90]
+LINES = ["solid", "dashed", "dotted"]  # eight runs each; CSS knows them by the same names
+MARKS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of runs, where a terminal has no colours
+
+
+@dataclass
+class Panel:
+    """One plot: of `line` all values, faint, under their mean over a window; of `points` each, marked."""
+
+    name: str
+    title: str
+    unit: str
+    line: str = ""
+    points: str = ""
+    band: tuple = ()  # metrics of its lower and upper edge
+    band_label: str = ""
+    line_label: str = "train"
+    log_above: float = math.inf  # log scale where the greatest value is so many times the median
+    from_zero: bool = False
+    smooth: bool = True
+
+    def metrics(self):
+        return [metric for metric in (self.line, self.points) if metric]
+
+    def is_log(self, values):
+        return min(values) > 0 and max(values) > self.log_above * statistics.median(values)
+
+
+PANELS = [
+    Panel("loss", "Loss", "nats per token", "train/loss", "val/loss", log_above=20),
+    Panel("perplexity", "Validation perplexity", "exp(loss)", points="val/ppl", log_above=3),
+    Panel("lr", "Learning rate", "AdamW's rate", "lr", smooth=False),
+    Panel("grad_norm", "Gradient norm before clipping", "L2 norm", "train/grad_norm", line_label="norm", log_above=20),
+    Panel("speed", "Speed per rank", "tokens per second", "tokens_per_sec_per_rank", line_label="tokens per second",
+          band=("tokens_per_sec_per_rank/min", "tokens_per_sec_per_rank/max"), band_label="slowest to fastest rank",
+          from_zero=True),
+    Panel("memory", "GPU memory", "GB", "gpu/peak_gb", line_label="peak", smooth=False, from_zero=True,
+          band=("gpu/allocated_gb", "gpu/reserved_gb"), band_label="allocated to reserved"),
+]
+
+
+def panels_of(runs, sources, x="step"):
+    """The panels for which a run has values over `x`; each of the validation `sources` has its own."""
+    own = [Panel("val_" + "".join(c if c.isalnum() else "_" for c in source), f"Validation loss: {source}",
+                 "nats per token", points=f"val/loss/{source}") for source in sources]
+    return [panel for panel in PANELS + own
+            if any(run.series(metric, x)[0] for run in runs for metric in panel.metrics())]
+
+
+def short(value, like=None):
+    """12,345,678 → 12.3M: for tables, and for ticks, where the greatest, `like`, has the unit for all."""
+    for bound, unit, sign in (1e12, 1e12, "T"), (1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k"):
+        if value and abs(like or value) >= bound:
+            return f"{value / unit:.3g}{sign}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def smoothed(values, window):
+    """At each value the mean of the `window` values around it. Near the ends, where the window is cut off, the line of
+    least squares through it, which neither lags nor hooks, within the range of its values."""
+    half, out, sums = window // 2, [], [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    for i in range(len(values)):
+        low, high = max(0, i - half), min(len(values), i + half + 1)
+        n, center = high - low, (low + high - 1) / 2
+        at = (sums[high] - sums[low]) / n
+        if i != center:
+            near = values[low:high]
+            slope = sum((j - center) * value for j, value in enumerate(near, low)) / (n * (n * n - 1) / 12)
+            at = min(max(at + slope * (i - center), min(near)), max(near))
+        out.append(at)
+    return out
+
+
+def window_of(values, smooth):
+    """`smooth`, or by default a 25th of the run, at most 100. Odd, so that it reaches as far to either side."""
+    return (smooth or min(100, len(values) // 25)) | 1
+
+
+def looks(i):
+    """Colour and line style of the i-th run."""
+    return COLORS[i % len(COLORS)], LINES[i // len(COLORS) % len(LINES)]
+
+
+def axis(runs, x):
+    """The label of the x axis, and what its values are divided by."""
+    if x != "time":
+        return x, 1
+    longest = max((run.series(metric, x)[0][-1] for run in runs for metric in ("train/loss", "val/loss")
+                   if run.series(metric, x)[0]), default=0)
+    unit, seconds = ("s", 1) if longest < 180 else ("min", 60) if longest < 3 * 3600 else ("h", 3600)
+    return f"time of the run ({unit})", seconds
+
+
+def figure(panel, runs, x="step", smooth=0, size=(7.2, 3.4)):
+    """A matplotlib Figure of `panel` for all `runs`. `smooth`: reports of a mean; 0: see window_of."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({"font.size": 10, "axes.edgecolor": "#999999", "axes.labelcolor": "#333333",
+                     "xtick.color": "#555555", "ytick.color": "#555555"}):
+        fig = Figure(size, layout="constrained")
+        ax = fig.add_subplot()
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(color="#e8e8e8", linewidth=0.8)
+        ax.set_axisbelow(True)
+        label, scale = axis(runs, x)
+        handles = [handle for i, run in enumerate(runs)
+                   for handle in _draw(ax, panel, run, i, len(runs) > 1, x, scale, smooth)]
+        _axes(ax, panel, runs, label)
+        fig.suptitle(panel.title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+        handles += _key(panel, runs, smooth) if len(runs) > 1 else []
+        if len(handles) > 1 or "mean" in handles[0].get_label():
+            inches = 0.6 + 0.07 * max(len(handle.get_label()) for handle in handles)  # of a column, about
+            columns = max(1, int(size[0] / inches))
+            fig.set_figheight(size[1] + 0.17 * ((len(handles) - 1) // columns))  # rows must not flatten the curves
+            ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(-0.01, 1), fontsize=9, frameon=False,
+                      ncols=columns, borderaxespad=0.2, handlelength=1.6, columnspacing=1.4)
+        return fig
+
+
+def _draw(ax, panel, run, i, several, x, scale, smooth):
+    """Draw one run → the handles of the legend: one for each of several runs, one for each curve of a single run."""
+    (color, style), handles = looks(i), []
+    if band := _band(panel, run, x):
+        xs, low, high = band
+        handles.append(ax.fill_between([at / scale for at in xs], low, high, color=color, alpha=0.18, linewidth=0,
+                                       label=panel.band_label))
+    xs, ys = run.series(panel.line, x)
+    if xs:
+        xs, window = [at / scale for at in xs], window_of(ys, smooth) if panel.smooth else 1
+        if window > 1:
+            ax.plot(xs, ys, color=color, linewidth=0.8, alpha=0.3)
+        text = f"{panel.line_label}, mean of {window:,} reports" if window > 1 else panel.line_label
+        handles += ax.plot(xs, smoothed(ys, window), linestyle=style, color=color, linewidth=1.7, label=text,
+                           marker="o" if len(xs) == 1 else None, markersize=4)
+    xs, ys = run.series(panel.points, x)
+    if xs:
+        beside = panel.line and not several  # the line of the same run, which has the first colour
+        handles += ax.plot([at / scale for at in xs], ys, linestyle=style, linewidth=0.9,
+                           color=COLORS[1] if beside else color, marker="o", markersize=5, markeredgecolor="white",
+                           markeredgewidth=0.8, markevery=max(1, len(xs) // 40), label="validation", zorder=3)
+    return [_swatch(run.name, color, style)] if several and handles else handles
+
+
+def _band(panel, run, x):
+    """(xs, lower edge, upper edge), or None where there is no band, as with a single rank."""
+    if not panel.band:
+        return None
+    (xs, low), (_, high) = (run.series(metric, x) for metric in panel.band)
+    return (xs, low, high) if low != high and len(low) == len(high) else None
+
+
+def _swatch(label, color, style="solid", **more):
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=color, linestyle=style, label=label, linewidth=1.7, **more)
+
+
+def _key(panel, runs, smooth):
+    """What line, points and band mean, where the colours stand for runs."""
+    from matplotlib.patches import Patch
+
+    longest = max((run.series(panel.line, "step")[1] for run in runs), key=len)
+    mean = ", smoothed" * (panel.smooth and window_of(longest, smooth) > 1)
+    found = [_swatch(panel.line_label + mean, "#777777")] if panel.line else []
+    if panel.points:
+        found.append(_swatch("validation", "#777777", marker="o", markersize=5, markeredgecolor="white"))
+    if panel.band and any(_band(panel, run, "step") for run in runs):
+        found.append(Patch(facecolor="#777777", alpha=0.25, label=panel.band_label))
+    return found if len(found) > 1 or mean else []
+
+
+def _axes(ax, panel, runs, label):
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    values = [value for run in runs for metric in (*panel.metrics(), *panel.band)
+              for value in run.series(metric, "step")[1]]
+    ax.set_xlabel(label)
+    ax.set_ylabel(panel.unit)
+    if panel.is_log(values):
+        ax.set_yscale("log")
+        decades = math.log10(max(values) / min(values))
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7) if decades < 1.5 else (1, 2, 5) if decades < 3
+                                              else (1,)))
+        ax.set_ylabel(panel.unit + ", log scale")
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    elif panel.from_zero:
+        ax.set_ylim(0, 1.1 * max(values))
+    ax.margins(x=0.015)
+    for direction, greatest in (ax.xaxis, ax.get_xlim()[1]), (ax.yaxis, 0 if panel.is_log(values) else max(values)):
+        direction.set_major_formatter(FuncFormatter(lambda value, _, like=greatest: short(value, like)))
+
+
+def terminal_plot(panel, runs, x="step", smooth=0, width=80, height=12, color=False):
+    """The lines of a text plot of `width` characters. Curves are braille; points are ● for one run and the run's
+    letter for several, which also ends its line."""
+    label, scale = axis(runs, x)
+    curves = []  # (run, is a line, xs, ys)
+    for i, run in enumerate(runs):
+        for metric in panel.metrics():
+            xs, ys = run.series(metric, x)
+            if xs:
+                is_line = metric == panel.line
+                ys = smoothed(ys, window_of(ys, smooth)) if is_line and panel.smooth else ys
+                curves.append((i, is_line, [at / scale for at in xs], ys))
+    values = [value for *_, ys in curves for value in ys]
+    log = panel.is_log(values)
+    left, right = min(xs[0] for *_, xs, _ in curves), max(xs[-1] for *_, xs, _ in curves)
+    bottom, top = 0 if panel.from_zero else min(values), max(values)
+    ticks = {0: short(top), height - 1: short(bottom)}
+    margin = max(map(len, ticks.values())) + 2
+    columns = width - margin
+
+    def place(at, value):
+        """→ the dot, counted from the upper left."""
+        y = (math.log(value / bottom) / math.log(top / bottom) if log else (value - bottom) / ((top - bottom) or 1))
+        return (round((at - left) / ((right - left) or 1) * (2 * columns - 1)), round((1 - y) * (4 * height - 1)))
+
+    canvas = _Canvas(columns, height)
+    for i, is_line, xs, ys in sorted(curves, key=lambda curve: not curve[1]):  # points over lines
+        dots = [place(at, value) for at, value in zip(xs, ys, strict=True)]
+        if is_line:
+            canvas.line(dots, i)
+        for column, row in dots if not is_line else dots[-1:] if len(runs) > 1 else []:
+            canvas.mark(column, row, MARKS[i % len(MARKS)] if len(runs) > 1 else "●", i + (len(runs) == 1))
+    key = f"   {'⠒ ' + panel.line_label if panel.line else ''}{'   ● validation' if panel.points else ''}"
+    out = [f"{panel.title} ({panel.unit})" + (key if len(runs) == 1 and panel.line and panel.points else "")]
+    for row, text in enumerate(canvas.rows(color)):
+        out.append(f"{ticks.get(row, ''):>{margin - 2}} {'┤' if row in ticks else '│'}{text}")
+    ends = f"{short(left):<{(columns - len(label)) // 2}}{label}"
+    return [*out, f"{'':{margin - 1}}└{'─' * columns}", f"{'':{margin}}{ends}{short(right):>{columns - len(ends)}}"]
+
+
+class _Canvas:
+    """Characters of 2 × 4 braille dots, or a mark that stands over them."""
+
+    BITS = [[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]]  # of the dot at [row % 4][column % 2]
+
+    def __init__(self, columns, rows):
+        self.columns, self.n_rows = columns, rows
+        self.dots, self.marks, self.owner = {}, {}, {}  # (row, column) of a character → bits, mark, run
+
+    def line(self, dots, run):
+        for (x0, y0), (x1, y1) in zip(dots, dots[1:] or dots, strict=False):
+            steps = max(abs(x1 - x0), abs(y1 - y0), 1)
+            for i in range(steps + 1):
+                x, y = round(x0 + (x1 - x0) * i / steps), round(y0 + (y1 - y0) * i / steps)
+                cell = y // 4, x // 2
+                self.dots[cell] = self.dots.get(cell, 0) | self.BITS[y % 4][x % 2]
+                self.owner[cell] = run
+
+    def mark(self, x, y, text, run):
+        self.marks[y // 4, x // 2], self.owner[y // 4, x // 2] = text, run
+
+    def rows(self, color):
+        for row in range(self.n_rows):
+            cells = [(row, column) for column in range(self.columns)]
+            yield "".join(self._paint(self._text(cell), self.owner.get(cell), color) for cell in cells).rstrip()
+
+    def _text(self, cell):
+        return self.marks.get(cell) or (chr(0x2800 + self.dots[cell]) if cell in self.dots else " ")
+
+    def _paint(self, text, run, color):
+        return f"\033[{ANSI[run % len(ANSI)]}m{text}\033[0m" if color and run is not None else text

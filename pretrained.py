@@ -1,0 +1,338 @@
+"""Trained weights, from wherever they lie: our checkpoints, and Hugging Face folders of GPT-2, Qwen3 and NanoChat.
+
+`--init-from` starts a run from them: `settle` gives it their sizes, `load_initial` the weights themselves.
+
+`to_hugging_face` and `from_hugging_face` carry weights both ways for all three architectures, with equal logits.
+"""
+
+import dataclasses
+import logging
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import checkpoint
+from config import UserError, arg, flag
+from model import ARCHS, GPT, GPTConfig
+from tokenizer import end_of_text, hub_reachable, open_tokenizer
+
+# Our parameter names → theirs; {i} is the block's number. Our merged qkv is GPT-2's c_attn, and the others' q, k, v.
+LLAMA_NAMES = {
+    "tok_emb": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",
+    "blocks.{i}.attn_norm": "model.layers.{i}.input_layernorm",
+    "blocks.{i}.attn.proj": "model.layers.{i}.self_attn.o_proj",
+    "blocks.{i}.attn.q_norm": "model.layers.{i}.self_attn.q_norm",
+    "blocks.{i}.attn.k_norm": "model.layers.{i}.self_attn.k_norm",
+    "blocks.{i}.mlp_norm": "model.layers.{i}.post_attention_layernorm",
+}
+NAMES = {
+    "gpt2": {
+        "tok_emb": "transformer.wte", "pos_emb": "transformer.wpe", "norm": "transformer.ln_f", "head": "lm_head",
+        "blocks.{i}.attn_norm": "transformer.h.{i}.ln_1", "blocks.{i}.attn.qkv": "transformer.h.{i}.attn.c_attn",
+        "blocks.{i}.attn.proj": "transformer.h.{i}.attn.c_proj", "blocks.{i}.mlp_norm": "transformer.h.{i}.ln_2",
+        "blocks.{i}.mlp.up": "transformer.h.{i}.mlp.c_fc", "blocks.{i}.mlp.down": "transformer.h.{i}.mlp.c_proj",
+    },
+    "qwen3": LLAMA_NAMES | {"blocks.{i}.mlp.up": "model.layers.{i}.mlp.up_proj",
+                            "blocks.{i}.mlp.gate": "model.layers.{i}.mlp.gate_proj",
+                            "blocks.{i}.mlp.down": "model.layers.{i}.mlp.down_proj"},
+    "nanochat": LLAMA_NAMES | {"blocks.{i}.mlp.up": "model.layers.{i}.mlp.fc1",
+                               "blocks.{i}.mlp.down": "model.layers.{i}.mlp.fc2"},
+}
+
+# Fields of transformers' configurations that change no logit, or that GPTConfig has under names of its own.
+NO_MATTER = re.compile(r"_name_or_path|architectures|\w*dtype|transformers_version|\w+_token_id|\w*p?drop(out)?|"
+                       r"initializer_range|use_cache|id2label|label2id|problem_type|return_dict|output_\w+|summary_\w+|"
+                       r"chunk_size_feed_forward|reorder_and_upcast_attn|max_window_layers|n_inner")
+# The flags that weights decide; dropout and recomputation are the run's own.
+SIZES = ("arch", "n_layers", "n_heads", "n_kv_heads", "d_model", "d_ff", "head_dim", "max_position_embeddings",
+         "vocab_size", "tie_embeddings")
+
+log = logging.getLogger("mini_llm")
+
+
+@dataclass
+class InitConfig:
+    """Weights to start from"""
+
+    init_from: str = arg("", "start from trained weights, which decide the model's sizes: a Hugging Face folder or "
+                             "name (GPT-2, Qwen3, NanoChat), or a checkpoint", metavar="DIR|NAME|FILE.pt")
+
+    @property
+    def known_later(self):
+        """The groups of flags that are complete only when the weights have been looked at."""
+        return {"model"} if self.init_from else set()
+
+
+def settle(cfg, resume_from):
+    """What `cfg.model` and `cfg.init` come to, for the main rank: the sizes of --init-from's weights, or of the
+    checkpoint of a run that began so; then --init-from is not read again. Raises UserError."""
+    model, init = cfg.model, cfg.init
+    stated = {name: value for name in SIZES if name in cfg.given
+              and (value := getattr(model, name)) is not None and (value or value is False)}  # 0 is: not stated
+    saved = _saved_config(resume_from, cfg.checkpoint) if resume_from else {}
+    if saved and (init.init_from or saved.get("init_from")):
+        if init.init_from:
+            log.info("--init-from %s is not read: the weights are those of %s", init.init_from, resume_from)
+        model = dataclasses.replace(model, **{name: saved[name] for name in SIZES if name not in stated})
+        init = InitConfig(saved.get("init_from", ""))
+    elif init.init_from:
+        sizes = _sizes(_source_config(init.init_from))
+        for name, value in stated.items():
+            if value != sizes[name]:
+                raise UserError(f"{flag(name)} {value}: the weights of --init-from {init.init_from} have "
+                                f"{sizes[name]}; leave it out")
+        model = dataclasses.replace(model, **sizes)
+    model.validate()
+    if cfg.data.seq_len > model.max_position_embeddings:
+        advice = "lower it" if init.init_from else "raise the latter or lower the former"
+        raise UserError(f"--seq-len {cfg.data.seq_len} is above --max-position-embeddings "
+                        f"{model.max_position_embeddings}{init.init_from and ' of --init-from'}; {advice}")
+    learned = cfg.data.tokenizer_name in ("bpe", "char") and not (cfg.data.is_shards or cfg.data.use_toy_data)
+    if init.init_from and learned:
+        own = beside_run(init.init_from, ".tokenizer") if os.path.isfile(init.init_from) else init.init_from
+        raise UserError(f"--init-from {init.init_from}: its weights know the tokens of their own tokenizer only; add "
+                        f"--tokenizer-name {own}")
+    return model, init
+
+
+def load_initial(raw, init, world):
+    """Put the weights that --init-from names into `raw`: the main rank reads them, for all. Collective."""
+    if init.init_from:
+        raw.load_state_dict(world.from_main(lambda: _source_weights(init.init_from, raw.cfg)))
+
+
+def _saved_config(path, cfg):
+    """All flags of the run whose checkpoint is at `path`, without reading its tensors; {} where it is damaged, which is
+    for `checkpoint.restore` to say."""
+    for file in (path, cfg.beside(".prev.pt")):
+        try:
+            return torch.load(file, map_location="cpu", mmap=True, weights_only=True)["config"]
+        except Exception:  # torch.load raises many types, from pickle's to zip's
+            continue
+    return {}
+
+
+def beside_run(path, suffix):
+    """checkpoints/minigpt.best.pt, `.tokenizer` → checkpoints/minigpt.tokenizer"""
+    path = Path(path)
+    return path.with_name(re.sub(r"\.(best|prev|nonfinite|step-\d+)$", "", path.stem) + suffix)
+
+
+def _source_config(source):
+    """The GPTConfig of --init-from's weights."""
+    if os.path.isfile(source):
+        return model_config(_checkpoint(source, "--init-from"))
+    return gpt_config(_hugging_face("AutoConfig", source), source)
+
+
+def _source_weights(source, cfg):
+    """The state dict, ours, of --init-from's weights."""
+    if os.path.isfile(source):
+        return _checkpoint(source, "--init-from")["model"]
+    theirs, found = _hugging_face("AutoModelForCausalLM", source, dtype=torch.float32, output_loading_info=True)
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(f"--init-from {source}: {len(missing)} tensors are missing, such as {missing[0]}; the weights "
+                        f"are not complete, or of another model than config.json says")
+    return from_hugging_face(cfg, theirs.state_dict())
+
+
+def _hugging_face(auto, source, **options):
+    """What transformers' class of that name loads from a folder, or a name on the hub. Raises UserError."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    folder = _folder(source)
+    try:
+        return getattr(transformers, auto).from_pretrained(folder, local_files_only=True, trust_remote_code=False,
+                                                           **options)
+    except Exception as error:  # of many types: huggingface_hub's, safetensors', bare RuntimeError
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"--init-from {source}: {why}") from None
+
+
+def _folder(source):
+    """The folder with the configuration and the weights of that name: itself, or its copy in the local cache, fetched
+    now if the hub answers. Raises UserError within seconds where there is none."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    def whole(folder):
+        return (Path(folder) / "config.json").exists() and any(Path(folder).glob("*.safetensors"))
+
+    def snapshot(**options):
+        wanted = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+        try:
+            return snapshot_download(source, allow_patterns=wanted, **options)
+        except (OSError, ValueError, HfHubHTTPError, HFValidationError):
+            return source  # which is no folder
+
+    folder, reachable = source, True
+    if not os.path.isdir(source) and not whole(folder := snapshot(local_files_only=True)):
+        reachable = hub_reachable()
+        folder = snapshot() if reachable else folder
+    if not whole(folder):
+        why = ("no config.json with *.safetensors there" if reachable else
+               "no such folder, not whole in the local cache (HF_HOME), and the hub cannot be reached")
+        raise UserError(f"--init-from {source}: {why}; give a folder that transformers' save_pretrained has written, "
+                        f"or a checkpoint")
+    return folder
+
+
+def _sizes(cfg):
+    """The flags of SIZES, with what is derived spelled out."""
+    return {name: getattr(cfg, name) for name in SIZES} | dict(
+        n_kv_heads=cfg.kv_heads, d_ff=cfg.ff_size, head_dim=cfg.head_size, tie_embeddings=cfg.tied)
+
+
+def gpt_config(theirs, source):
+    """transformers' configuration → GPTConfig. Raises UserError, naming the field, where it says what GPT cannot be."""
+    if theirs.model_type not in ARCHS:
+        raise UserError(f"--init-from {source}: model_type {theirs.model_type} is none of {', '.join(ARCHS)}")
+
+    def first(*names, default=None):
+        return next((value for name in names if (value := getattr(theirs, name, None)) is not None), default)
+
+    width, heads = theirs.hidden_size, theirs.num_attention_heads
+    cfg = GPTConfig(arch=theirs.model_type, n_layers=theirs.num_hidden_layers, n_heads=heads, d_model=width,
+                    n_kv_heads=first("num_key_value_heads", default=heads),
+                    d_ff=first("intermediate_size", "n_inner", default=4 * width),
+                    head_dim=first("head_dim", default=width // heads), vocab_size=theirs.vocab_size,
+                    max_position_embeddings=theirs.max_position_embeddings, tie_embeddings=theirs.tie_word_embeddings)
+    cfg.validate()
+    # Whatever else it says must be what the configuration of our own model says, be it a field that we do not know.
+    stated, ours = _flat(theirs.to_dict()), _flat(hugging_face_config(cfg).to_dict())
+    for name, value in stated.items():
+        if not NO_MATTER.fullmatch(name) and value != ours.get(name, value if "." not in name else None):
+            raise UserError(f"--init-from {source}: {name} is {value}, and {cfg.arch} here has {ours.get(name)}")
+    if "quantization_config" in stated:
+        raise UserError(f"--init-from {source}: quantization_config is set; give weights that are not quantized")
+    return cfg
+
+
+def _flat(fields):
+    """{"rope_parameters": {"rope_theta": 1e4}} → {"rope_parameters.rope_theta": 1e4}"""
+    flat = {}
+    for name, value in fields.items():
+        nested = isinstance(value, dict) and name == "rope_parameters"
+        flat |= {f"{name}.{key}": item for key, item in value.items()} if nested else {name: value}
+    return flat
+
+
+def hugging_face_config(cfg, eos=None):
+    """The transformers configuration that is this GPTConfig."""
+    import transformers
+
+    common = dict(vocab_size=cfg.vocab_size, bos_token_id=eos, eos_token_id=eos, tie_word_embeddings=cfg.tied)
+    if cfg.arch == "gpt2":
+        _require(cfg.kv_heads == cfg.n_heads and cfg.head_size * cfg.n_heads == cfg.d_model,
+                 "GPT-2 has as many key/value heads as query heads, of d_model / n_heads each")
+        return transformers.GPT2Config(n_positions=cfg.max_position_embeddings, n_embd=cfg.d_model,
+                                       n_layer=cfg.n_layers, n_head=cfg.n_heads, n_inner=cfg.ff_size,
+                                       resid_pdrop=cfg.dropout, embd_pdrop=cfg.dropout, attn_pdrop=cfg.dropout,
+                                       **common)
+    shape = dict(hidden_size=cfg.d_model, intermediate_size=cfg.ff_size, num_hidden_layers=cfg.n_layers,
+                 num_attention_heads=cfg.n_heads, num_key_value_heads=cfg.kv_heads, head_dim=cfg.head_size,
+                 max_position_embeddings=cfg.max_position_embeddings, rms_norm_eps=cfg.parts.norm_eps,
+                 rope_parameters={"rope_type": "default", "rope_theta": cfg.parts.rope_theta},
+                 attention_dropout=cfg.dropout)
+    if cfg.arch == "qwen3":
+        return transformers.Qwen3Config(use_sliding_window=False, **shape, **common)
+    return transformers.NanoChatConfig(final_logit_softcapping=cfg.parts.softcap, pad_token_id=None, **shape, **common)
+
+
+def to_hugging_face(cfg, state):
+    """Our state dict → theirs."""
+    theirs = {}
+    for name, tensor in state.items():
+        layer, stem, kind = _split(name)
+        if stem.endswith("attn.qkv") and cfg.arch != "gpt2":
+            sizes = [n * cfg.head_size for n in (cfg.n_heads, cfg.kv_heads, cfg.kv_heads)]
+            for letter, part in zip("qkv", tensor.split(sizes), strict=True):
+                theirs[f"model.layers.{layer}.self_attn.{letter}_proj.{kind}"] = part.contiguous()
+            continue
+        theirs[f"{NAMES[cfg.arch][stem]}.{kind}".replace("{i}", layer)] = _oriented(cfg, stem, tensor)
+    return theirs
+
+
+def from_hugging_face(cfg, theirs):
+    """Their state dict → ours, for a GPT of `cfg`."""
+    ours = {}
+    with torch.device("meta"):
+        shapes = GPT(cfg).state_dict()
+    for name, tensor in shapes.items():
+        layer, stem, kind = _split(name)
+        if stem.endswith("attn.qkv") and cfg.arch != "gpt2":
+            ours[name] = torch.cat([theirs[f"model.layers.{layer}.self_attn.{letter}_proj.{kind}"] for letter in "qkv"])
+            continue
+        ours[name] = _oriented(cfg, stem, theirs[f"{NAMES[cfg.arch][stem]}.{kind}".replace("{i}", layer)])
+        assert ours[name].shape == tensor.shape, (name, ours[name].shape, tensor.shape)
+    return ours
+
+
+def _split(name):
+    """blocks.3.attn.qkv.weight → 3, blocks.{i}.attn.qkv, weight"""
+    stem, _, kind = name.rpartition(".")
+    parts = stem.split(".")
+    if parts[0] != "blocks":
+        return "", stem, kind
+    return parts[1], ".".join(["blocks", "{i}", *parts[2:]]), kind
+
+
+def _oriented(cfg, stem, tensor):
+    """GPT-2's layers within a block are Conv1D, (in, out); ours are Linear, (out, in)."""
+    conv1d = cfg.arch == "gpt2" and stem.startswith("blocks") and tensor.ndim == 2
+    return tensor.T.contiguous() if conv1d else tensor.contiguous()
+
+
+def _require(condition, message):
+    if not condition:
+        raise UserError(f"--arch: {message}; transformers' class cannot hold this model")
+
+
+def load_model(path):
+    """The model of a checkpoint, in evaluation mode, and the checkpoint. Raises UserError."""
+    saved = _checkpoint(path, "--checkpoint-path")
+    model = GPT(model_config(saved))
+    model.load_state_dict(saved["model"])
+    return model.eval(), saved
+
+
+def tokenizer_folder(path):
+    """The tokenizer beside a checkpoint, which all checkpoints of a run share. Raises UserError where it is missing."""
+    folder = beside_run(path, ".tokenizer")
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"--checkpoint-path {path}: its tokenizer, {folder}, is missing; copy it there")
+    return folder
+
+
+def load_run(path):
+    """A checkpoint's model in evaluation mode, its tokenizer, the id of the end-of-text token or None, and the
+    checkpoint. Raises UserError."""
+    model, saved = load_model(path)
+    folder = tokenizer_folder(path)
+    tokenizer = open_tokenizer(folder)
+    if tokenizer.get_vocab_size() > model.cfg.vocab_size:
+        raise UserError(f"--checkpoint-path {path}: {folder} has {tokenizer.get_vocab_size()} tokens, the model "
+                        f"{model.cfg.vocab_size}; copy the one that it was trained with")
+    return model, tokenizer, end_of_text(tokenizer, folder), saved
+
+
+def model_config(saved):
+    """The GPTConfig of a checkpoint's model."""
+    names = {item.name for item in dataclasses.fields(GPTConfig)}
+    known = {name: value for name, value in saved["config"].items() if name in names}
+    return GPTConfig(**known | {"vocab_size": saved["identity"]["--vocab-size"]})
+
+
+def _checkpoint(path, named_by):
+    try:
+        saved = checkpoint.load(path)
+    except checkpoint.DamagedCheckpoint as error:
+        raise UserError(f"{named_by}: {error}") from None
+    if not isinstance(saved, dict) or saved.get("format") != checkpoint.FORMAT:
+        raise UserError(f"{named_by} {path}: not a checkpoint of this version of mini-llm")
+    return saved

@@ -1,0 +1,378 @@
+"""Look at runs, from their metrics.jsonl alone: curves, a comparison, samples.
+
+python report.py                                        checkpoints/minigpt.pt → checkpoints/minigpt.report/index.html
+python report.py checkpoints/a.pt checkpoints/b.pt      two runs in the same plots, and the flags that differ
+python report.py checkpoints/minigpt.pt --terminal      the same as text, over ssh
+"""
+
+import argparse
+import base64
+import datetime
+import html
+import io
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from config import Parser, UserError, positive
+from plots import MARKS, figure, looks, panels_of, short, terminal_plot
+
+ROWS = ".metrics.jsonl"
+DEFAULT = "checkpoints/minigpt.pt"
+NOT_COMPARED = ("command", "checkpoint_path", "cache_dir", "resume", "overwrite", "n_params")  # nor wandb_…
+EMPTY = "(nothing: the model ended the text at once)"
+X_METRICS = {"step": "step", "tokens": "train/tokens"}
+
+
+class Run:
+    """What a metrics.jsonl says of a run, even one that is still going."""
+
+    def __init__(self, path):
+        self.path, self.name, self.rows, self.samples, self.alerts = path, path.name.removesuffix(ROWS), [], [], []
+        self.config, self.code, self.starts = {}, None, []
+        for record in _records(path):
+            event, step = record.get("event"), record["step"]
+            if event == "config":  # one each time that the run was started or resumed
+                self.config, self.code = record["config"], None
+                self.starts.append(step)
+            elif event == "sample":
+                self.samples.append((step, record["text"]))
+            elif event == "alert":
+                self.alerts.append(f"{record['title']}: {record['text']} (step {step:,})")
+            elif event == "exit":
+                self.code = record["code"]
+            elif event is None and ("train/loss" in record or "val/loss" in record):
+                self.rows.append(record)
+        if not self.rows:
+            raise UserError(f"{path}: no report in it yet; a run writes its first after the evaluation at step 0")
+        elapsed = 0
+        for row in self.rows:  # not the clock's time, which goes on while a killed run waits to be resumed
+            elapsed += row.get("time/dt_sec") or 0
+            row["elapsed"] = elapsed
+
+    def series(self, metric, x="step"):
+        """(xs, ys) of what is a finite number; x: step, tokens seen, or time, in seconds."""
+        where = X_METRICS.get(x, "elapsed")
+        pairs = [(row[where], row[metric]) for row in self.rows if _is_number(row.get(metric)) and where in row]
+        return [at for at, _ in pairs], [value for _, value in pairs]
+
+    def last(self, metric):
+        """The last value of what was ever measured, or None; inf where it has overflowed."""
+        values = [row[metric] for row in self.rows if metric in row]
+        return (math.inf if values[-1] is None else values[-1]) if values else None
+
+    def best(self):
+        """(least validation loss, its step), or None."""
+        steps, losses = self.series("val/loss")
+        return min(zip(losses, steps, strict=True)) if losses else None
+
+    def facts(self):
+        """What is compared: title → text."""
+        speeds, best = self.series("global_tokens_per_sec")[1], self.best()
+        step, steps = self.rows[-1]["step"], self.config.get("num_steps", 0)
+        return {
+            "steps": f"{step:,}" + f" of {steps:,}" * (step < steps),
+            "tokens": _text(self.last("train/tokens"), short),
+            "parameters": _text(self.config.get("n_params"), short),
+            "train loss": _text(self.last("train/loss"), "{:.4f}".format),
+            "val loss": _text(self.last("val/loss"), "{:.4f}".format),
+            "best val loss": f"{best[0]:.4f} at {best[1]:,}" if best else "–",
+            "val ppl": _text(self.last("val/ppl"), "{:,.2f}".format),
+            "bits per byte": _text(self.last("val/bits_per_byte"), "{:.4f}".format),
+            "tokens/s": short(statistics.median(speeds)) if speeds else "–",
+            "time": str(datetime.timedelta(seconds=round(self.rows[-1]["elapsed"]))),
+            "exit": self.ending(),
+        }
+
+    def ending(self):
+        if self.code is None:
+            return "none yet"
+        try:
+            return f"{self.code} ({signal.Signals(self.code - 128).name})"
+        except ValueError:
+            return str(self.code)
+
+    def story(self):
+        """Where it ran, and what a row of the comparison has no place for."""
+        ranks, started = self.config.get("world_size"), datetime.datetime.fromtimestamp(self.rows[0]["time"])
+        parts = [str(self.path), self.config.get("arch"), self.config.get("device"),
+                 f"{ranks} rank{'s'[:ranks > 1]}" if ranks else "", f"first report {started:%Y-%m-%d %H:%M}"]
+        if resumed := self.starts[1:]:
+            parts.append("resumed at step " + ", ".join(f"{step:,}" for step in resumed))
+        if self.code is None:
+            ago = datetime.timedelta(seconds=round(max(0, time.time() - self.rows[-1]["time"])))
+            parts.append(f"running, or killed: last report {ago} ago")
+        return " · ".join(filter(None, parts))
+
+
+def _records(path):
+    with open(path, errors="replace") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+                record["step"], record["time"]  # noqa: B018
+                yield record
+            except (ValueError, KeyError, TypeError):  # the torn last line of a killed run, or of one being written
+                continue
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _text(value, form):
+    return "–" if value is None else "∞" if value == math.inf else form(value)
+
+
+def find(word):
+    """A checkpoint, or a metrics.jsonl → the metrics.jsonl."""
+    path = Path(word)
+    if path.is_dir():
+        raise UserError(f"{word}: is a folder; name a run{_known(path)}")
+    stem = path.name.removesuffix(ROWS) if path.name.endswith(ROWS) else path.stem
+    for name in stem, re.sub(r"\.(best|prev|nonfinite|step-\d+)$", "", stem):
+        if (rows := path.with_name(name + ROWS)).is_file():
+            return rows
+    raise UserError(f"{word}: there is no {path.with_name(stem + ROWS)}{_known(path.parent)}")
+
+
+def _known(folder):
+    names = [str(rows.with_name(rows.name.removesuffix(ROWS) + ".pt")) for rows in sorted(folder.glob("*" + ROWS))]
+    return "; there: " + ", ".join(names[:5]) if names else f"; {folder} has no run: python train.py makes one"
+
+
+def load(words):
+    """The runs, each once, under names that tell them apart."""
+    paths = {path.resolve(): path for path in map(find, words)}
+    runs = [Run(path) for path in paths.values()]
+    for depth in range(1, max(len(path.parts) for path in paths)):
+        names = [run.name for run in runs]
+        for run in runs:
+            if names.count(run.name) > 1:  # checkpoints/a/c.pt and checkpoints/b/c.pt: a/c and b/c
+                run.name = "/".join((*run.path.resolve().parts[-depth - 1:-1], run.path.name.removesuffix(ROWS)))
+    return runs
+
+
+def differences(runs):
+    """flag → its value in each run, of the flags whose values differ."""
+    names = dict.fromkeys(name for run in runs for name in run.config)
+    return {name: [run.config.get(name) for run in runs] for name in names
+            if name not in NOT_COMPARED and not name.startswith("wandb_")
+            and any(run.config.get(name) != runs[0].config.get(name) for run in runs)}
+
+
+def show(value):
+    return "–" if value in (None, "", []) else " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 1240px; margin: 2rem auto;
+       padding: 0 1.5rem; color-scheme: light }
+h1 { font-size: 1.6rem; margin: 0 } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem } .faint { color: #666 }
+.alert { color: #a40000 } .wide { overflow-x: auto } table { border-collapse: collapse; font-size: .88rem }
+th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid #e6e6e6; white-space: nowrap }
+th { color: #555; font-weight: 600 } th:first-child, td:first-child { text-align: left; padding-left: 0 }
+td { font-variant-numeric: tabular-nums } .best { font-weight: 700 }
+.swatch { display: inline-block; width: 1.5rem; margin-right: .6rem; vertical-align: middle }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 1.4rem 1.6rem }
+.plots img { width: 100%; height: auto; display: block } .plots :first-child { grid-column: 1 / -1 }
+.config { columns: 3 300px; column-gap: 2rem } .config table { width: 100% }
+.config td { white-space: normal; overflow-wrap: anywhere; break-inside: avoid; padding-right: 0 }
+pre { background: #f6f6f6; padding: .8rem 1rem; margin: .3rem 0 1rem; white-space: pre-wrap; overflow-wrap: anywhere;
+      font-size: .85rem } summary { cursor: pointer; padding: .2rem 0 }
+"""
+# Nothing is loaded, and nothing in a sample can run.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def page(runs, images):
+    """The whole page. `images`: (title, PNG bytes) of each plot."""
+    title = ", ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
+    parts = [f"<h1>{_escape(title)}</h1>", *map(_heading, runs), "<h2>Comparison</h2>" if len(runs) > 1 else
+             "<h2>Figures</h2>", _comparison(runs), "<h2>Curves</h2>", '<div class="plots">']
+    parts += [f'<img alt="{_escape(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+              for name, png in images]
+    parts += ["</div>", "<h2>Samples</h2>" if any(run.samples for run in runs) else ""]
+    for run in runs:
+        for step, text in reversed(run.samples):
+            is_open = " open" * (step == run.samples[-1][0])
+            parts.append(f"<details{is_open}><summary>{_escape(run.name)}, step {step:,}</summary>"
+                         f"<pre>\n{_escape(text or EMPTY)}</pre></details>")
+    parts.append("<h2>Configuration</h2>")
+    for run in runs:
+        rows = "".join(f"<tr><td>{_escape(name)}</td><td>{_escape(show(value))}</td></tr>"
+                       for name, value in run.config.items() if name != "command"
+                       and (run.config.get("use_wandb") or not name.startswith("wandb_")))
+        parts.append(f"<details><summary>{_escape(run.name)}</summary><pre>{_escape(run.config.get('command', ''))}"
+                     f'</pre><div class="config"><table>{rows}</table></div></details>')
+    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_escape(title)}</title>\n'
+            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+            f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>\n<body>\n'
+            + "\n".join(parts) + "\n</body></html>\n")
+
+
+def _heading(run):
+    return (f'<div class="faint">{_escape(run.story())}</div>'
+            + "".join(f'<div class="alert">{_escape(alert)}</div>' for alert in run.alerts))
+
+
+def _comparison(runs):
+    """The table of all runs, and of the flags that differ."""
+    facts = [run.facts() for run in runs]
+    best = min((run.best() for run in runs if run.best()), default=None)
+    cells = [[f"<td{' class=best' * (name == 'best val loss' and run.best() == best and len(runs) > 1)}>"
+              f"{_escape(text)}</td>" for name, text in mine.items()] for run, mine in zip(runs, facts, strict=True)]
+    parts = [_table(runs, facts[0], cells)]
+    if flags := differences(runs):
+        cells = [[f"<td>{_escape(show(values[i]))}</td>" for values in flags.values()] for i in range(len(runs))]
+        parts += ["<h2>Flags that differ</h2>", _table(runs, flags, cells)]
+    return "\n".join(parts)
+
+
+def _table(runs, titles, cells):
+    head = "".join(f"<th>{_escape(title)}</th>" for title in ("run", *titles))
+    rows = []
+    for i, run in enumerate(runs):
+        color, line = looks(i)
+        swatch = f'<span class="swatch" style="border-top: 3px {line} {color}"></span>' if len(runs) > 1 else ""
+        rows.append(f"<tr><td>{swatch}{_escape(run.name)}</td>{''.join(cells[i])}</tr>")
+    return f'<div class="wide"><table><tr>{head}</tr>\n' + "\n".join(rows) + "\n</table></div>"
+
+
+def _escape(text):
+    return html.escape(str(text))
+
+
+def write_page(runs, folder, x, smooth):
+    """The plots as PNG files and index.html in `folder` → the names of what was written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    images = []
+    for panel in panels(runs, x):
+        first = not images  # as wide as the page
+        png = io.BytesIO()
+        figure(panel, runs, x, smooth, size=(10, 4) if first else (6.4, 3.4)).savefig(png, dpi=150)
+        (folder / f"{panel.name}.png").write_bytes(png.getvalue())
+        images.append((panel, png.getvalue()))
+    text = page(runs, [(panel.title, png) for panel, png in images])
+    (folder / "index.html").write_bytes(text.encode(errors="backslashreplace"))  # a sample may hold half a character
+    return [f"{panel.name}.png" for panel, _ in images]
+
+
+def panels(runs, x="step"):
+    sources = dict.fromkeys(metric.removeprefix("val/loss/") for run in runs for row in run.rows for metric in row
+                            if metric.startswith("val/loss/"))
+    return panels_of(runs, sources, x)
+
+
+def print_text(runs, x, smooth):
+    """The plots, the comparison and the last sample of each run, for a terminal."""
+    size, color = shutil.get_terminal_size(), sys.stdout.isatty()
+    for panel in panels(runs, x):
+        if panel.name == "perplexity":  # in so few lines no more than the loss
+            continue
+        height = 12 if panel.name == "loss" else 5
+        print("\n".join(terminal_plot(panel, runs, x, smooth, min(size.columns, 100), height, color)) + "\n")
+    columns = [run.facts() | {name: show(values[i]) for name, values in differences(runs).items()}
+               for i, run in enumerate(runs)]
+    letters = [f"{MARKS[i % len(MARKS)]}  " if len(runs) > 1 else "" for i in range(len(runs))]
+    table = [["run", *(letter + run.name for letter, run in zip(letters, runs, strict=True))],
+             *([name, *(column[name] for column in columns)] for name in columns[0])]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    for run in runs:
+        print("\n" + "\n".join([run.story(), *run.alerts]))
+        for step, text in run.samples[-1:]:
+            # A model may write anything, a terminal's control codes too.
+            printable = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text or EMPTY)
+            print(f"\n{run.name}, sample at step {step:,}:\n{printable}")
+
+
+BEGIN, END = "<!-- run:begin -->", "<!-- run:end -->"
+
+
+def write_readme(run, readme):
+    """Rewrite what is between the markers of `readme` with the run's log, shortened, and its curve."""
+    text = readme.read_text()
+    marked = re.search(f"^{BEGIN}\n.*?^{END}$", text, re.MULTILINE | re.DOTALL)
+    if not marked:
+        raise UserError(f"{readme}: no line {BEGIN} and after it {END}; put both where the run shall be shown")
+    log = run.path.with_name(run.path.name.removesuffix(ROWS) + ".log")
+    if not log.is_file():
+        raise UserError(f"{log}: not there, and the console's lines are in it")
+    lines = excerpt(log.read_text())
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", lines)), default=0))
+    plot = readme.parent / "docs" / "loss.svg"
+    plot.parent.mkdir(exist_ok=True)
+    from matplotlib import rc_context
+
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "mini-llm"}):  # small, and equal for equal runs
+        figure(panels([run])[0], [run]).savefig(plot, metadata={"Date": None})
+    shown = f"{fence}\n{lines}\n{fence}\n\n![training and validation loss over steps](docs/loss.svg)"
+    readme.write_text(f"{text[:marked.start()]}{BEGIN}\n{shown}\n{END}{text[marked.end():]}")
+    return [str(readme), str(plot)]
+
+
+def excerpt(log):
+    """Of a log, all but the flags and most reports: the first two, the middle one and the last are shown."""
+    entries = re.split(r"\n(?=\[\d{4}-)", log.rstrip("\n"))
+    reports = [entry for entry in entries if re.match(r"\[[^]]*\] epoch \d+ step ", entry)]
+    kept = {*reports[:2], reports[len(reports) // 2], reports[-1]}
+    lines = []
+    for entry in entries:
+        if re.match(r"\[[^]]*\] Arguments: ", entry):
+            continue
+        if entry not in reports or entry in kept:
+            lines.append(entry)
+        elif lines[-1] != "…":
+            lines.append("…")
+    return "\n".join(lines)
+
+
+def main():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", metavar="RUN", nargs="*", default=[DEFAULT],
+                        help=f"checkpoint path, or metrics.jsonl (default: {DEFAULT})")
+    parser.add_argument("--output", metavar="DIR", help="the folder to write (default: beside the first run, .report)")
+    parser.add_argument("--x", choices=("step", "tokens", "time"), default="step", help="the x axis (default: step)")
+    parser.add_argument("--smooth", metavar="N", type=positive, default=0,
+                        help="reports that the bold curves average; 1: none (default: a 25th of the run, at most 100)")
+    parser.add_argument("--terminal", action="store_true", help="print text plots, and write nothing")
+    parser.add_argument("--readme", metavar="FILE", nargs="?", const="README.md",
+                        help=f"rewrite FILE (README.md) between {BEGIN} and {END}, and docs/loss.svg beside it")
+    try:
+        args = parser.parse_args()
+        runs = load(args.runs)
+        if args.terminal:
+            sys.stdout.reconfigure(errors="replace")
+            return print_text(runs, args.x, args.smooth)
+        if args.readme:
+            if len(runs) > 1:
+                raise UserError("--readme shows one run: name one")
+            return print("wrote " + ", ".join(write_readme(runs[0], Path(args.readme))))
+        folder = Path(args.output) if args.output else runs[0].path.with_name(
+            runs[0].path.name.removesuffix(ROWS) + ".report")
+        images = write_page(runs, folder, args.x, args.smooth)
+        return print(f"wrote {folder / 'index.html'}, and beside it {', '.join(images)}")
+    except ModuleNotFoundError as error:
+        message = f"the {error.name} package is missing: pip install {error.name}, or look with --terminal"
+    except BrokenPipeError:  # of --terminal | head, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}"
+    except UserError as error:
+        message = error
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

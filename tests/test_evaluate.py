@@ -1,0 +1,189 @@
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, environment
+from test_generate import command, refused, shown
+
+from data import Shard, ShardWriter
+from evaluate import Clusters, main, sliding_windows, window_batches
+from export import export
+from model import IGNORE
+from pretrained import load_run
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory, text):
+    """A run in fp32 with two validation texts, a.txt of short documents and b.txt of one, evaluated whole."""
+    folder = tmp_path_factory.mktemp("run")
+    lines = text.read_text().splitlines()
+    (folder / "a.txt").write_text("<|endoftext|>".join(lines[:60]))
+    (folder / "b.txt").write_text("\n".join(lines[60:90]) + "\nnaïve é")
+    made = subprocess.run([sys.executable, str(ROOT / "train.py"), *TINY, "--train-data", str(text), "--val-data",
+                           "a.txt", "b.txt", "--cache-dir", "cache", "--num-steps", "20", "--eval-steps", "0",
+                           "--eval-tokens", "0", "--no-amp", "--checkpoint-path", "c.pt"],
+                          cwd=folder, capture_output=True, text=True, env=environment(OMP_NUM_THREADS="1"))
+    assert made.returncode == 0, made.stderr
+    return folder
+
+
+def evaluate(folder, *flags):
+    return json.loads(shown(main, folder, "--checkpoint-path", "c.pt", "--precision", "fp32", "--json", *flags))
+
+
+def encoded(folder, name):
+    """The ids of a text as training has them: its documents, each with an end-of-text token after it."""
+    _, tokenizer, eos, _ = load_run(folder / "c.pt")
+    documents = (folder / name).read_text().split("<|endoftext|>")
+    return [token for one in documents for token in [*tokenizer.encode(one).ids, eos]]
+
+
+@torch.no_grad()
+def brute_force(folder, ids, seq_len, stride):
+    """(position, nats) of every token but the first, each predicted alone from all that its window has before it."""
+    model, losses, end = load_run(folder / "c.pt")[0], {}, 0
+    for begin in range(0, len(ids), stride):
+        for at in range(end + 1, min(begin + seq_len, len(ids) - 1) + 1):
+            # The last window is shifted back to be whole.
+            context = ids[max(0, min(begin, len(ids) - 1 - seq_len)):at]
+            losses[at] = -model(torch.tensor([context]))[0, -1].log_softmax(-1)[ids[at]].item()
+        end = min(begin + seq_len, len(ids) - 1)
+    return losses
+
+
+def test_the_command_repeats_the_runs_own_validation_loss(run_folder):
+    rows = map(json.loads, (run_folder / "c.metrics.jsonl").read_text().splitlines())
+    row = [row for row in rows if "val/loss" in row][-1]
+    own, named = evaluate(run_folder), evaluate(run_folder, "--data", "a.txt", "b.txt", "--batch-size", 3)
+    for found in (own, named):
+        for name, value in (("loss", found["loss"]), ("ppl", found["ppl"]), ("bits_per_byte", found["bits_per_byte"]),
+                            ("loss/a", found["losses"]["a"]), ("loss/b", found["losses"]["b"])):
+            assert value == pytest.approx(row[f"val/{name}"], rel=1e-6), name
+    assert own["step"] == 20 and own["seq_len"] == 32 and own["clusters"] == "60 documents"
+    assert own["ci95"][0] < own["loss"] < own["ci95"][1]
+
+
+@pytest.mark.parametrize("stride", [7, 32])
+def test_stride_equals_a_loop_over_single_tokens(run_folder, stride):
+    ids = encoded(run_folder, "b.txt")
+    expected = brute_force(run_folder, ids, 32, stride)
+    found = evaluate(run_folder, "--data", "b.txt", "--stride", stride)
+    assert found["tokens"] == len(expected) == len(ids) - 1
+    assert found["loss"] == pytest.approx(sum(expected.values()) / len(expected), rel=1e-5)
+    n_bytes = len((run_folder / "b.txt").read_bytes())
+    assert found["bits_per_byte"] == pytest.approx(found["loss"] / math.log(2) * len(ids) / n_bytes, rel=1e-9)
+
+
+def test_perplexity_equals_that_of_transformers_on_the_same_windows(run_folder):
+    import transformers
+
+    export(run_folder / "c.pt", run_folder / "hf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(run_folder / "hf").eval()
+    ids = torch.tensor(encoded(run_folder, "b.txt"))
+    with torch.no_grad():
+        losses = [theirs(ids[None, i:i + 49], labels=ids[None, i:i + 49]).loss.item()
+                  for i in range(0, len(ids) - 48, 48)]
+    found = evaluate(run_folder, "--data", "b.txt", "--seq-len", 48)
+    assert found["ppl"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-5) and found["tokens"] == 48 * len(losses)
+
+
+def test_sliding_windows_cover_each_target_once_with_the_context_promised(tmp_path):
+    writer = ShardWriter(tmp_path / "s.bin", 1000, -1, bytes(32))
+    writer.write(range(1000))
+    writer.close()
+    shard = Shard(tmp_path / "s.bin")
+    for seq_len, stride in ((64, 64), (64, 13), (64, 1), (2000, 5)):
+        seen = []
+        for _, firsts, x, y in window_batches({"": shard}, seq_len, stride, 0, 8):
+            assert np.array_equal(x[:, 0], firsts)
+            row, column = np.nonzero(y != IGNORE)
+            assert np.array_equal(y[row, column], x[row, column] + 1)
+            seen += y[row, column].tolist()
+            assert all(column[row == i].min() >= seq_len - stride for i in range(len(x)) if firsts[i])
+        assert seen == list(range(1, 1000))
+    assert sliding_windows(10, 4, 3) == [(0, 4), (3, 3), (6, 3)]
+
+
+def test_the_interval_holds_the_truth_19_times_in_20():
+    """Clusters of 1 to 40 tokens, the tokens of one alike: 300 draws of 200 clusters around a mean of 3."""
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(300):
+        sizes, clusters = rng.integers(1, 40, 200), Clusters()
+        keys = np.repeat(np.arange(200), sizes)
+        clusters.add(keys, np.repeat(rng.normal(3, 1, 200), sizes), np.ones(len(keys)))
+        low, high = clusters.interval()
+        hits += low < 3 < high
+    assert 0.91 < hits / 300 < 0.98
+
+
+def test_one_cluster_has_no_interval():
+    clusters = Clusters()
+    clusters.add(np.zeros((2, 3)), np.ones((2, 3)), np.ones((2, 3)))
+    assert clusters.interval() is None
+
+
+def test_the_report_in_words(run_folder):
+    done = command(run_folder, "--checkpoint-path", "c.pt", "--data", "a.txt", "--precision", "fp32",
+                   script="evaluate.py")
+    found = evaluate(run_folder, "--data", "a.txt")
+    assert f"loss {found['loss']:.4f} nats per token (95 %: " in done.stdout
+    assert f"over {found['clusters']})" in done.stdout
+    assert f"perplexity {found['ppl']:.2f}, {found['bits_per_byte']:.4f} bits per byte" in done.stdout
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--data", "none.txt"], "--data none.txt: no such file"),
+    (["--data", "empty.txt"], "--data empty.txt: the file is empty"),
+    (["--data", "short.txt"], "6 tokens are fewer than one window of --seq-len 32 + 1"),
+    (["--data", "a.txt", "--seq-len", "65"], "--seq-len 65 is above the model's 64 positions"),
+    (["--data", "a.txt", "--stride", "33"], "--stride 33 is above --seq-len 32"),
+    (["--data", "a.txt", "--strid", "3"], "did you mean --stride?"),
+    (["--data", "shards"], "shards of another tokenizer"),
+    (["--checkpoint-path", "moved.pt"], "--data is missing")])
+def test_a_mistake_gets_one_line(run_folder, flags, words, monkeypatch, capsys):
+    (run_folder / "empty.txt").write_text("")
+    (run_folder / "short.txt").write_text("short")
+    if flags[-1] == "shards" and not (run_folder / "shards").exists():
+        shutil.copytree(next((run_folder / "cache").iterdir()), run_folder / "shards")
+        meta = json.loads((run_folder / "shards" / "meta.json").read_text())
+        (run_folder / "shards" / "meta.json").write_text(json.dumps(meta | {"tokenizer_hash": "0" * 64}))
+    if flags[-1] == "moved.pt":  # a checkpoint without its cache
+        from checkpoint import save
+
+        saved = load_run(run_folder / "c.pt")[3]
+        save(run_folder / "moved.pt", saved | {"config": saved["config"] | {"cache_dir": "elsewhere"}})
+        shutil.copytree(run_folder / "c.tokenizer", run_folder / "moved.tokenizer")
+    path = [] if flags[0] == "--checkpoint-path" else ["--checkpoint-path", "c.pt"]
+    monkeypatch.chdir(run_folder)
+    assert words in refused(main, [*path, *flags], monkeypatch, capsys)
+
+
+@pytest.mark.full
+def test_lm_eval_scores_the_exported_folder_with_a_local_task(run_folder):
+    """EleutherAI's harness, where it is installed: its log-likelihoods are ours."""
+    pytest.importorskip("lm_eval", reason="pip install lm-eval")
+    export(run_folder / "c.pt", run_folder / "lm")
+    tasks = ROOT / "tests" / "lm_eval_task"
+    shutil.copy(tasks / "next_word.jsonl", run_folder)
+    done = subprocess.run([sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args",
+                           "pretrained=lm,dtype=float32", "--tasks", "next_word", "--include_path", str(tasks),
+                           "--device", "cpu", "--output_path", "out", "--log_samples"], cwd=run_folder,
+                          capture_output=True, text=True,
+                          env=environment(OMP_NUM_THREADS="1", HF_DATASETS_CACHE=str(run_folder / "datasets")))
+    assert done.returncode == 0, done.stderr
+    model, tokenizer, _, _ = load_run(run_folder / "c.pt")
+    samples = [json.loads(line) for file in run_folder.glob("out/**/samples_*.jsonl") for line in open(file)]
+    assert len(samples) == 3
+    for sample in samples:
+        for choice, theirs in zip(sample["doc"]["choices"], sample["filtered_resps"], strict=True):
+            context, whole = (tokenizer.encode(text).ids for text in (sample["doc"]["text"],
+                                                                      f"{sample['doc']['text']} {choice}"))
+            with torch.no_grad():
+                logs = model(torch.tensor([whole[:-1]]))[0].log_softmax(-1)
+            ours = sum(logs[at - 1, whole[at]].item() for at in range(len(context), len(whole)))
+            assert float(theirs[0]) == pytest.approx(ours, abs=1e-3)

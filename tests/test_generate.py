@@ -1,0 +1,252 @@
+import contextlib
+import io
+import json
+import subprocess
+import sys
+import time
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, environment
+from test_model import build, randomized
+
+from config import UserError
+from data import DataConfig, prepare
+from export import export
+from generate import Continuation, GenerateConfig, batches, choose, generate, main
+from model import ARCHS
+from pretrained import load_run
+from tokenizer import load_tokenizer, open_tokenizer
+
+
+def continued(model, prompts, n, **options):
+    """The ids that each prompt is continued with."""
+    found = [[] for _ in prompts]
+    for step in generate(model, prompts, n, **options):
+        for row, token in zip(found, step, strict=True):
+            row += [] if token is None else [token]
+    return found
+
+
+def prompts_of(*lengths, seed=1):
+    return [row[:n].tolist() for row, n in zip(np.random.default_rng(seed).integers(0, 97, (len(lengths), 99)), lengths,
+                                               strict=True)]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_greedy_with_the_cache_equals_whole_forward_passes(arch):
+    model = randomized(build(arch)).eval()
+    prompt, = prompts_of(7)
+    x = torch.tensor([prompt])
+    with torch.no_grad():
+        for _ in range(30):
+            x = torch.cat([x, model(x)[:, -1].argmax(-1, keepdim=True)], dim=1)
+    assert continued(model, [prompt], 30, temperature=0)[0] == x[0, 7:].tolist()
+
+
+@pytest.mark.parametrize("options", [dict(temperature=0), dict(top_k=20), dict(top_p=0.9)])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_prompt_among_others_is_continued_as_it_is_alone(arch, options):
+    """Prompts of all lengths, also longer than the 48 positions, and past the last of them."""
+    model, prompts = randomized(build(arch)), prompts_of(3, 60, 1, 11, 3)
+    together = continued(model, prompts, 60, seeds=range(5), **options)
+    assert together == [continued(model, [prompt], 60, seeds=[i], **options)[0] for i, prompt in enumerate(prompts)]
+    assert [len(row) for row in together] == [60] * 5 and model.training
+
+
+def test_seeds_decide_and_ids_stay_below_the_tokenizers():
+    model = randomized(build())
+    first, again, other = (continued(model, prompts_of(4), 40, seeds=[seed])[0] for seed in (1, 1, 2))
+    assert first == again != other
+    assert max(continued(model, prompts_of(4), 200, temperature=9.0, seeds=[0], vocab_size=31)[0]) == 30
+
+
+def test_choose_draws_from_the_distribution_that_top_k_and_top_p_leave():
+    logits = torch.log(torch.tensor([[0.15, 0.5, 0.05, 0.3]])).repeat(4000, 1)
+    noise = torch.rand(4000, 1, generator=torch.Generator().manual_seed(0))
+    noise[0], noise[1] = 0, 1 - 2**-24
+
+    def shares(**options):
+        return torch.bincount(choose(logits, noise, **options).flatten(), minlength=4).div(4000).tolist()
+
+    def near(*expected):
+        return pytest.approx(list(expected), abs=0.03)
+
+    assert shares() == near(0.15, 0.5, 0.05, 0.3)
+    assert shares(top_k=2) == near(0, 0.625, 0, 0.375) and shares(top_k=99) == shares()
+    assert shares(top_p=0.7) == near(0, 0.625, 0, 0.375)
+    assert shares(top_p=0.81) == near(0.158, 0.526, 0, 0.316)
+    assert shares(temperature=0) == shares(temperature=1e-30) == [0, 1, 0, 0]
+    assert shares(temperature=0.5) == near(0.0616, 0.684, 0.0068, 0.2466)
+
+
+def test_batches_hold_every_row_once_and_lengths_that_are_near():
+    lengths = [5, 900, 7, 5, 30, 899]
+    assert batches(lengths, 8, 10) == [[0, 3, 2], [4], [5, 1]]
+    assert batches(lengths, 2, 10) == [[0, 3], [2], [4], [5, 1]]
+
+
+@pytest.fixture(scope="module")
+def bpe(text, cache):
+    return open_tokenizer(prepare(DataConfig(train_data=[str(text)], cache_dir=str(cache)), 300) / "tokenizer")
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe"])
+def test_characters_come_whole_and_add_up_to_the_text(kind, bpe):
+    tokenizer = load_tokenizer("byte") if kind == "byte" else bpe
+    text = "naïve 🦜🦜 日本語\n é"
+    ids = tokenizer.encode(text).ids
+    one = Continuation(tokenizer, None, ids[:1])
+    parts = [one.add(token) for token in ids[1:]]
+    assert not any("\ufffd" in part for part in parts) and one.finish() == ""
+    assert text[:1] + "".join(parts) == text
+    cut = Continuation(tokenizer, None)  # an end amid the first parrot's four bytes
+    assert "".join([*map(cut.add, ids[:ids.index(tokenizer.encode("🦜").ids[0]) + 2]), cut.finish()]) == "naïve \ufffd"
+
+
+def test_bytes_that_are_no_characters_add_up_to_what_the_tokenizer_makes_of_them():
+    tokenizer, rng = load_tokenizer("byte"), np.random.default_rng(0)
+    for _ in range(200):
+        ids = rng.integers(0, 256, 30).tolist()
+        one = Continuation(tokenizer, None)
+        assert "".join([*map(one.add, ids), one.finish()]) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("stops, expected", [(["cd"], "ab"), (["d", "bcd"], "a"), (["ef!"], "abcdef"), (["abcdef"], ""),
+                                             (["é"], "abcdef")])
+def test_a_stop_text_ends_the_text_wherever_its_tokens_part(stops, expected):
+    tokenizer = load_tokenizer("byte")
+    one, shown = Continuation(tokenizer, 256, stops=stops), ""
+    for token in tokenizer.encode("abcdef").ids:
+        if not one.done:
+            shown += one.add(token)
+        assert expected.startswith(shown)  # nothing is shown that has to be taken back
+    assert shown + one.finish() == expected
+    ended = Continuation(tokenizer, 256, stops=["cd"])
+    assert [ended.add(tokenizer.encode("c").ids[0]), ended.add(256), ended.done] == ["", "c", True]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory, text, cache):
+    """A trained checkpoint, c.pt, of a byte tokenizer."""
+    from conftest import TINY
+
+    folder = tmp_path_factory.mktemp("run")
+    made = subprocess.run([sys.executable, str(ROOT / "train.py"), *TINY, "--train-data", str(text), "--cache-dir",
+                           str(cache), "--num-steps", "30", "--eval-steps", "0", "--checkpoint-path", "c.pt"],
+                          cwd=folder, capture_output=True, text=True, env=environment(OMP_NUM_THREADS="1"))
+    assert made.returncode == 0, made.stderr
+    return folder
+
+
+def command(folder, *flags, script="generate.py", stdin=None):
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], cwd=folder, input=stdin, text=True,
+                          capture_output=True, env=environment(OMP_NUM_THREADS="1"))
+
+
+def shown(main, folder, *flags):
+    """What a command's main prints on stdout: as `command`, without the start of a process."""
+    with (contextlib.chdir(folder), contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8")) as out,
+          mock.patch("sys.argv", ["command", *map(str, flags)])):
+        main()
+    out.seek(0)
+    return out.read()
+
+
+def refused(main, flags, monkeypatch, capsys):
+    """The one line with which the command's main refuses flags."""
+    monkeypatch.setattr(sys, "argv", ["command", *flags])
+    with pytest.raises(SystemExit) as left:
+        main()
+    shown = capsys.readouterr()
+    assert left.value.code == 2 and shown.out == "" and shown.err.count("\n") == 1, shown
+    assert shown.err.startswith("error: ")
+    return shown.err
+
+
+def test_the_command_continues_prompts_as_transformers_does_on_the_exported_folder(run_folder):
+    import transformers
+
+    prompts = ["The old", "king and the bright", ""]
+    ours = command(run_folder, "--checkpoint-path", "c.best.pt", "--prompt", *prompts[:1], "--prompt-file", "-",
+                   "--temperature", 0, "--max-new-tokens", 20, stdin="\n".join(prompts[1:]) + "\n")
+    assert ours.returncode == 0, ours.stderr
+    export(run_folder / "c.best.pt", run_folder / "hf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(run_folder / "hf").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run_folder / "hf")
+    texts = []
+    for prompt in prompts:
+        ids = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt")["input_ids"]
+        out = theirs.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0)
+        texts.append(tokenizer.decode(out[0], skip_special_tokens=True))
+    assert ours.stdout == "\n---------------\n".join(texts) + "\n"
+    assert "60 tokens in" in ours.stderr and "tokens/s on cpu" in ours.stderr
+
+
+def test_samples_repeat_and_do_not_depend_on_their_number(run_folder):
+    flags = ["--checkpoint-path", "c.pt", "--prompt", "The", "--max-new-tokens", 24]
+    one, four, other = (shown(main, run_folder, *flags, *more) for more in (
+        [], ["--num-samples", 4, "--batch-size", 3], ["--seed", 5]))
+    texts = four.split("\n---------------\n")
+    assert texts[0] + "\n" == one != other and len(set(texts)) == 4
+
+
+def test_one_text_comes_as_it_is_written(run_folder):
+    """The first characters arrive while the rest is still being computed."""
+    process = subprocess.Popen([sys.executable, str(ROOT / "generate.py"), "--checkpoint-path", "c.pt", "--prompt", "é",
+                                "--max-new-tokens", "3000"], cwd=run_folder, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, env=environment(OMP_NUM_THREADS="1"))
+    head, began = process.stdout.read(12), time.perf_counter()
+    rest = process.stdout.read()
+    assert process.wait() == 0 and time.perf_counter() - began > 0.2
+    assert head.startswith("é".encode()) and len(rest) > 1000
+
+
+def test_the_command_stops_where_it_is_told(run_folder):
+    flags = ["--checkpoint-path", "c.pt", "--prompt", "The", "--max-new-tokens", 40]
+    whole = shown(main, run_folder, *flags)
+    stop = whole[12:15]
+    assert shown(main, run_folder, *flags, "--stop", stop) == whole[:whole.index(stop, 3)] + "\n"
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--checkpoint-path", "none.pt"], "none.pt is missing"),
+    (["--checkpoint-path", "damaged.pt"], "damaged.pt is damaged"),
+    (["--checkpoint-path", "alone.pt"], "alone.tokenizer, is missing"),
+    (["--top-p", "0"], "--top-p 0: must be greater than 0"),
+    (["--topk", "3"], "--topk is not known; did you mean --top-k?"),
+    (["--prompt-file", "none.txt"], "--prompt-file none.txt: No such file"),
+    (["--stop", ""], "--stop '': an empty text")])
+def test_a_mistake_gets_one_line(run_folder, flags, words, monkeypatch, capsys):
+    whole = (run_folder / "c.pt").read_bytes()
+    (run_folder / "damaged.pt").write_bytes(whole[:5000] + b"x" + whole[5001:])
+    (run_folder / "alone.pt").write_bytes(whole)
+    monkeypatch.chdir(run_folder)
+    path = [] if flags[0] == "--checkpoint-path" else ["--checkpoint-path", "c.pt"]
+    assert words in refused(main, [*path, *flags], monkeypatch, capsys)
+
+
+def test_a_tokenizer_of_another_model_is_refused(run_folder, tmp_path):
+    (tmp_path / "c.pt").write_bytes((run_folder / "c.pt").read_bytes())
+    (tmp_path / "c.tokenizer").mkdir()
+    theirs = json.loads((run_folder / "c.tokenizer" / "tokenizer.json").read_text())
+    theirs["model"]["vocab"] |= {f"more{i}": 300 + i for i in range(9)}
+    for content, words in (("{", "not a tokenizer"), (json.dumps(theirs), "266 tokens, the model 257")):
+        (tmp_path / "c.tokenizer" / "tokenizer.json").write_text(content)
+        with pytest.raises(UserError, match=words):
+            load_run(tmp_path / "c.pt")
+
+
+def test_prompts_come_from_flags_and_files(tmp_path):
+    (tmp_path / "p.txt").write_text("a b\n\nc")
+    assert GenerateConfig(prompt=["x"], prompt_file=str(tmp_path / "p.txt")).prompts() == ["x", "a b", "", "c"]
+    assert GenerateConfig().prompts() == [""]
+    (tmp_path / "p.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="not UTF-8"):
+        GenerateConfig(prompt_file=str(tmp_path / "p.txt")).prompts()

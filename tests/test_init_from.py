@@ -1,0 +1,149 @@
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import TUNED
+
+from config import UserError, parse
+from model import ARCHS, GPT
+from pretrained import SIZES, gpt_config, hugging_face_config, load_initial, settle
+from train import Config, World
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_first_loss_is_that_of_transformers_on_the_same_windows(tuned, val_windows, arch):
+    import transformers
+
+    folder, run = tuned[arch]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        logits = theirs(val_windows[:, :-1]).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), val_windows[:, 1:].flatten()).item()
+    assert run.rows[0]["val/loss"] == pytest.approx(loss, abs=1e-4)
+    assert run.rows[40]["val/loss"] < loss - 0.5  # and it is these weights that are trained
+
+
+def test_the_resolved_configuration_has_the_sizes_of_the_weights(tuned):
+    folder, run = tuned["qwen3"]
+    resolved = run.checkpoint.with_name("qwen3.config.toml").read_text()
+    logged = next(record for record in run.records if record.get("event") == "config")["config"]
+    sizes = dict(arch="qwen3", n_layers=2, n_heads=4, n_kv_heads=2, d_model=32, d_ff=56, head_dim=16,
+                 max_position_embeddings=64, vocab_size=260, tie_embeddings=False, init_from=str(folder))
+    for name, value in sizes.items():
+        assert f"{name} = {json.dumps(value)}\n" in resolved and logged[name] == value
+
+
+def test_a_resumed_run_needs_the_folder_no_more(trainer, tuned):
+    for file in tuned["gpt2"][1].checkpoint.parent.glob("gpt2.*"):
+        (shutil.copytree if file.is_dir() else shutil.copy)(file, trainer.folder / file.name)
+    config, gone = trainer.folder / "gpt2.config.toml", {"init_from", *SIZES}
+    config.write_text("\n".join(line for line in config.read_text().splitlines() if line.split(" =")[0] not in gone))
+    flags = ["--config", config, "--checkpoint-path", trainer.folder / "gpt2.pt", "--resume"]  # all but the model's
+    without = parse(Config, list(map(str, flags)))
+    model, init = settle(without, without.checkpoint.checkpoint_path)
+    assert (model.n_heads, model.d_model) == (4, 32) and init.init_from == str(tuned["gpt2"][0])
+    run = trainer(*flags, "--num-steps", 42, "--init-from", "gone", checkpoint="gpt2.pt", tiny=False, data=False,
+                  env=dict(OMP_NUM_THREADS="1"))
+    assert run.code == 0 and "Resumed at step 40" in run.out and run.rows[42], run.out + run.err
+    assert f'init_from = "{tuned["gpt2"][0]}"' in config.read_text() and "n_heads = 4\n" in config.read_text()
+
+
+WRONG = {
+    "layers": (["--n-layers", "3"], ["--n-layers 3", "have 2"]),
+    "architecture": (["--arch", "qwen3"], ["--arch qwen3", "have gpt2"]),
+    "heads alone": (["--n-heads", "6"], ["--n-heads 6", "have 4"]),
+    "tied": (["--no-tie-embeddings"], ["--tie-embeddings False", "have True"]),
+    "vocabulary": (["--vocab-size", "512"], ["--vocab-size 512", "have 257"]),
+    "window above positions": (["--seq-len", "65"], ["--seq-len 65", "64 of --init-from"]),
+    "tokenizer of the text": (["--tokenizer-name", "bpe"], ["--tokenizer-name", "own tokenizer"]),
+    "no weights": (["--init-from", "{empty}"], ["{empty}", "no config.json with *.safetensors"]),
+    "unknown name offline": (["--init-from", "no/such"], ["no/such", "cannot be reached"]),
+    "other model": (["--init-from", "{other}"], ["{other}", "model_type llama"]),
+    "no checkpoint": (["--init-from", "{file}"], ["--init-from", "{file}", "damaged"]),
+}
+
+
+@pytest.fixture
+def argv(tuned, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    names = {name: str(tmp_path / name) for name in ("empty", "other", "file")}
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(tuned["gpt2"][0], names["other"])
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "file").write_bytes(b"no checkpoint")
+    base = ["--init-from", str(tuned["gpt2"][0]), "--tokenizer-name", "byte", "--seq-len", "32"]
+    return lambda *flags: [*base, *(flag.format(**names) for flag in flags)], names
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_does_not_go_with_the_weights_is_refused_by_name(argv, case):
+    (make, names), (flags, words) = argv, WRONG[case]
+    cfg = parse(Config, make(*flags))
+    with pytest.raises(UserError) as error:
+        settle(cfg, None)
+    assert all(word.format(**names) in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_flags_that_agree_with_the_weights_are_fine(argv):
+    make, _ = argv
+    cfg = parse(Config, make("--arch", "gpt2", "--n-heads", "4", "--d-ff", "0", "--tie-embeddings", "--dropout", "0.1"))
+    model, init = settle(cfg, None)
+    assert (model.d_model, model.d_ff, model.vocab_size, model.dropout) == (32, 128, 257, 0.1) and init == cfg.init
+
+
+@pytest.mark.parametrize("arch, field, value", [
+    ("qwen3", "rms_norm_eps", 1e-5), ("qwen3", "hidden_act", "gelu"), ("qwen3", "attention_bias", True),
+    ("qwen3", "rope_parameters.rope_theta", 1e4), ("qwen3", "rope_parameters.rope_type", "yarn"),
+    ("qwen3", "sliding_window", 32), ("nanochat", "final_logit_softcapping", 30.0),
+    ("nanochat", "rope_parameters.factor", 2.0), ("gpt2", "activation_function", "relu"),
+    ("gpt2", "layer_norm_epsilon", 1e-6), ("gpt2", "scale_attn_by_inverse_layer_idx", True),
+    ("gpt2", "add_cross_attention", True), ("gpt2", "quantization_config", {"quant_method": "gptq"})])
+def test_what_our_architecture_is_not_is_refused_by_its_field(arch, field, value):
+    theirs = hugging_face_config(dataclasses.replace(Config().model, arch=arch, vocab_size=300))
+    assert gpt_config(theirs, "DIR").vocab_size == 300
+    name, _, key = field.partition(".")
+    setattr(theirs, name, theirs.rope_parameters | {key: value} if key else value)
+    with pytest.raises(UserError, match=f"--init-from DIR: {field} "):
+        gpt_config(theirs, "DIR")
+
+
+def test_one_of_our_own_checkpoints_will_do_too(tuned):
+    run = tuned["nanochat"][1]
+    cfg = parse(Config, ["--init-from", str(run.checkpoint), "--tokenizer-name", "byte", "--seq-len", "32"])
+    model, _ = settle(cfg, None)
+    assert (model.arch, model.d_ff, model.n_kv_heads, model.vocab_size) == ("nanochat", 56, 2, TUNED["nanochat"])
+    raw = GPT(model)
+    load_initial(raw, cfg.init, World(cfg.speed))
+    assert all(torch.equal(tensor, raw.state_dict()[name]) for name, tensor in run.weights().items())
+
+
+def test_weights_that_are_not_whole_are_refused(tuned, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "part"
+    shutil.copytree(tuned["gpt2"][0], folder)
+    cfg = parse(Config, ["--init-from", str(folder), "--tokenizer-name", "byte"])
+    raw = GPT(gpt_config(hugging_face_config(dataclasses.replace(Config().model, vocab_size=257)), "DIR"))
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: tensor for name, tensor in tensors.items() if "h.1.mlp.c_fc.bias" not in name},
+              folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"1 tensors are missing, such as transformer.h.1.mlp.c_fc.bias"):
+        load_initial(raw, cfg.init, World(cfg.speed))
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(UserError, match="^--init-from [^\n]+$"):
+        load_initial(raw, cfg.init, World(cfg.speed))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused_in_one_line(trainer, tuned, tmp_path):
+    from tokenizers import Tokenizer
+
+    wide = Tokenizer.from_file(str(tuned["gpt2"][1].checkpoint.with_name("gpt2.tokenizer") / "tokenizer.json"))
+    wide.add_tokens(["one", "more"])
+    (tmp_path / "wide").mkdir()
+    wide.save(str(tmp_path / "wide" / "tokenizer.json"))
+    run = trainer("--init-from", tuned["gpt2"][0], "--tokenizer-name", "wide", "--seq-len", 32, tiny=False,
+                  env=dict(OMP_NUM_THREADS="1"))
+    assert run.code == 2 and len(run.err.strip().splitlines()) == 1, run.err
+    assert all(word in run.err for word in ("error: --init-from", "257 tokens", "259 tokens", "wide"))

@@ -1,0 +1,217 @@
+"""report.py: what it shows of a run is what the run's rows say."""
+
+import html.parser
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, environment
+
+import report
+from plots import PANELS, figure, panels_of, smoothed
+
+NASTY = "Once <script>alert('x')</script> & <img src=http://example.com/x.png>\n\x1b[31m```red \ud83d"
+
+
+def write_run(path, steps=40, lr=1e-3, code=0, extra=()):
+    """A metrics.jsonl as the tracker writes it, of a run of two ranks on a GPU, killed and resumed at step 20."""
+    config = dict(arch="gpt2", lr=lr, num_steps=40, train_data=["a.txt", "b.txt"], command="python <train.py>",
+                  checkpoint_path=str(path), world_size=2, n_params=4_470_272)
+    records = [dict(step=0, time=0.0, event="config", config=config),
+               {"step": 0, "time": 0.0, "val/loss": 800.0, "val/ppl": None, "train/tokens": 0}]
+    for step in range(2, steps + 1, 2):
+        loss = 2 + 6 * math.exp(-step / 9) + 0.1 * (step % 3)
+        row = {"step": step, "time": 1000.0 * step, "train/loss": loss, "train/grad_norm": 1.0, "lr": lr,
+               "time/dt_sec": 60.0, "train/tokens": step * 2048, "global_tokens_per_sec": 20_000 + step,
+               "tokens_per_sec_per_rank": 1e4, "tokens_per_sec_per_rank/min": 9e3, "tokens_per_sec_per_rank/max": 11e3,
+               "gpu/allocated_gb": 2.0, "gpu/peak_gb": 5.0, "gpu/reserved_gb": 6.0}
+        if step % 10 == 0:
+            row |= {"val/loss": loss + 0.1, "val/ppl": math.exp(loss + 0.1), "val/bits_per_byte": loss / 3,
+                    "val/loss/books": loss}
+        records.append(row)
+        if step == 20:
+            records.append(dict(step=step, time=2e4, event="config", config=config))
+    records += [dict(step=steps, time=1.0, event="sample", text=NASTY), *extra]
+    records += [] if code is None else [dict(step=steps, time=1.0, event="exit", code=code)]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(map(json.dumps, records)) + "\n")
+    return path
+
+
+def run_report(*args, cwd, start=(str(ROOT / "report.py"),)):
+    return subprocess.run([sys.executable, *start, *map(str, args)], cwd=cwd, capture_output=True, text=True,
+                          env=environment(), timeout=60)
+
+
+def in_process(monkeypatch, capsys, *args):
+    """(exit code, stdout, stderr) of the command, without the seconds that matplotlib's import takes."""
+    monkeypatch.setattr(sys, "argv", ["report.py", *map(str, args)])
+    code = 0
+    try:
+        report.main()
+    except SystemExit as leave:
+        code = leave.code
+    return code, *capsys.readouterr()
+
+
+class Page(html.parser.HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.links, self.texts = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href", "srcset", "data", "action")]
+
+    def handle_data(self, text):
+        self.texts.append(text)
+
+
+def test_a_page_of_two_runs_shows_what_their_rows_say(trainer):
+    flags = ["--num-steps", 20, "--log-steps", 2, "--eval-steps", 10]
+    runs = [trainer(*flags, "--lr", lr, checkpoint=f"{lr}.pt") for lr in ("1e-3", "9e-3")]
+    shown = run_report("1e-3.pt", "9e-3.best.pt", "9e-3.pt", cwd=trainer.folder)
+    assert shown.returncode == 0, shown.stderr
+    folder = trainer.folder / "1e-3.report"
+    assert shown.stdout.startswith("wrote 1e-3.report/index.html") and (folder / "loss.png").stat().st_size > 10_000
+    page = Page((folder / "index.html").read_bytes().decode())  # a sample may have carriage returns
+    for run in runs:
+        last, best = run.rows[20], min((row["val/loss"], step) for step, row in run.rows.items() if "val/loss" in row)
+        for text in (f"{last['train/loss']:.4f}", f"{last['val/loss']:.4f}", f"{last['val/ppl']:,.2f}",
+                     f"{last['val/bits_per_byte']:.4f}", f"{best[0]:.4f} at {best[1]}", run.checkpoint.stem):
+            assert text in page.texts, text
+        sample = next(record["text"] for record in run.records if record.get("event") == "sample")
+        assert any(sample in shown for shown in page.texts), sample
+    loaded = report.load([trainer.folder / "1e-3.pt", trainer.folder / "9e-3.pt"])
+    assert report.differences(loaded) == {"lr": [1e-3, 9e-3]}
+    fig = figure(panels_of(loaded, [])[0], loaded)
+    drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in fig.axes[0].lines]
+    for run in runs:
+        points = [(step, row["val/loss"]) for step, row in run.rows.items() if "val/loss" in row]
+        assert tuple(map(list, zip(*points, strict=True))) in drawn
+    assert [text.get_text() for text in fig.axes[0].get_legend().texts][:2] == ["1e-3", "9e-3"]
+
+
+def test_the_page_loads_nothing_and_shows_a_sample_as_text(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "c.metrics.jsonl")
+    code, out, _ = in_process(monkeypatch, capsys, tmp_path / "c.metrics.jsonl", "--output", tmp_path / "o")
+    assert code == 0 and all((tmp_path / "o" / f"{panel.name}.png").exists() for panel in PANELS), out
+    text = (tmp_path / "o" / "index.html").read_text()
+    page = Page(text)
+    assert "script" not in page.tags and "link" not in page.tags and "default-src 'none'" in text
+    assert page.links and all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert any("<script>alert('x')</script> &" in shown for shown in page.texts)
+    assert {"python <train.py>", "a.txt b.txt", "40", "4.47M", "20k", "0:20:00"} <= set(page.texts)
+
+
+def test_a_browser_shows_the_page(tmp_path):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not browser:
+        pytest.skip("no Chromium here")
+    from matplotlib.image import imread
+
+    write_run(tmp_path / "c.metrics.jsonl")
+    report.write_page(report.load([tmp_path / "c.pt"]), tmp_path / "o", "step", 0)
+    shot = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+                           f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1300,1800",
+                           f"--screenshot={tmp_path / 'shot.png'}", (tmp_path / "o" / "index.html").as_uri()],
+                          capture_output=True, text=True, timeout=120)
+    assert (tmp_path / "shot.png").exists(), shot.stderr
+    assert "CONSOLE" not in shot.stderr, shot.stderr
+    pixels = (imread(tmp_path / "shot.png")[:, :, :3] * 255).round().astype(int)  # (height, width, 3)
+    for name, color in ("train", (0x00, 0x72, 0xb2)), ("validation", (0xd5, 0x5e, 0x00)), ("text", (0x22,) * 3):
+        assert (abs(pixels - color).max(2) < 12).sum() > 100, f"{name} is not to be seen"
+
+
+def test_the_terminal_needs_no_matplotlib(tmp_path):
+    write_run(tmp_path / "a" / "c.metrics.jsonl")
+    write_run(tmp_path / "b" / "c.metrics.jsonl", lr=2e-3, steps=30, code=143)
+    without = ("-c", f"import sys; sys.modules['matplotlib'] = None; sys.path.insert(0, {str(ROOT)!r}); "
+                     "import report; report.main()")
+    shown = run_report("a/c.pt", "b/c.pt", "--terminal", cwd=tmp_path, start=without)
+    assert shown.returncode == 0, shown.stderr
+    assert any("\u2800" < c <= "\u28ff" for c in shown.stdout) and "\x1b" not in shown.stdout
+    table = {line.split("  ")[0]: line.split("  ", 1)[1].split() for line in shown.stdout.splitlines() if "  " in line}
+    assert table["run"] == ["A", "a/c", "B", "b/c"] and table["lr"] == ["0.001", "0.002"]
+    assert table["exit"] == ["0", "143", "(SIGTERM)"] and table["steps"] == ["40", "30", "of", "40"]
+    refused = run_report("a/c.pt", cwd=tmp_path, start=without)
+    assert refused.returncode == 2 and "pip install matplotlib" in refused.stderr and "--terminal" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+
+
+def test_a_run_that_was_resumed_and_is_still_going(tmp_path):
+    path = write_run(tmp_path / "c.metrics.jsonl", code=None)
+    path.write_text(path.read_text() + '{"step": 42, "time": 17')
+    run = report.Run(path)
+    assert run.ending() == "none yet" and "resumed at step 20" in run.story() and "last report" in run.story()
+    assert run.rows[-1]["step"] == 40 and run.series("train/loss")[0] == list(range(2, 41, 2))
+    assert run.series("val/ppl")[0] == [10, 20, 30, 40]  # at step 0 it has overflowed
+    assert run.series("lr", "time")[0][-1] == 20 * 60  # not the hours in which nothing ran
+    assert run.series("lr", "tokens")[0][-1] == 40 * 2048
+
+
+def test_a_run_of_one_row(tmp_path, monkeypatch, capsys):
+    path = write_run(tmp_path / "c.metrics.jsonl", steps=0)
+    code, out, _ = in_process(monkeypatch, capsys, path)
+    assert code == 0 and out.rstrip().endswith("beside it loss.png")
+    code, out, _ = in_process(monkeypatch, capsys, path, "--terminal", "--x", "time")
+    assert code == 0 and "∞" in out and "800.0000 at 0" in out
+
+
+def test_names_tell_runs_apart_and_a_run_named_twice_is_shown_once(tmp_path):
+    paths = [write_run(tmp_path / folder / f"{name}.metrics.jsonl") for folder, name in ("ac", "bc", "bd")]
+    (tmp_path / "b" / "d.best.pt").touch()
+    runs = report.load([*paths, tmp_path / "b" / "d.best.pt", tmp_path / "b" / "d.step-20.pt"])
+    assert [run.name for run in runs] == ["a/c", "b/c", "d"]
+
+
+@pytest.mark.parametrize("args, says", [
+    (["nope.pt"], "nope.pt: there is no nope.metrics.jsonl; there: c.pt, empty.pt"),
+    (["none/x.pt"], "none has no run: python train.py makes one"),
+    ([], "checkpoints/minigpt.pt: there is no"),
+    (["."], ".: is a folder; name a run; there: c.pt"),
+    (["empty.pt"], "empty.metrics.jsonl: no report in it yet"),
+    (["c.pt", "--smooth", "0"], "--smooth: 0: expected a whole number"),
+    (["c.pt", "--x", "steps"], "--x: invalid choice: 'steps'"),
+    (["c.pt", "--output", "empty.metrics.jsonl"], "empty.metrics.jsonl: File exists"),
+    (["c.pt", "--readme"], "README.md: No such file"),
+    (["c.pt", "--readme", "c.metrics.jsonl"], "<!-- run:begin -->"),
+    (["c.pt", "d.pt", "--readme"], "d.pt: there is no"),
+], ids=str)
+def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, args, says):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "c.metrics.jsonl")
+    (tmp_path / "empty.metrics.jsonl").write_text('{"step": 0, "time": 1, "event": "config", "config": {}}\n[1]\n7\n')
+    code, _, err = in_process(monkeypatch, capsys, *args)
+    assert code == 2 and err.startswith("error: ") and says in err and len(err.splitlines()) == 1
+
+
+def test_the_readme_changes_between_the_markers_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "c.metrics.jsonl")
+    stamp = "[2026-01-31 11:11:42] "
+    reports = [f"{stamp}epoch 1 step {step}/40 | val loss 3.0" for step in range(0, 41, 2)]
+    log = [stamp + "model: gpt2", stamp + "Arguments: lr=1", *reports, f"{stamp}sample at step 40:\na ``` in it\nend",
+           stamp + "Training finished."]
+    (tmp_path / "c.log").write_text("\n".join(log) + "\n")
+    after = "after `<!-- run:begin -->` and `<!-- run:end -->`"
+    (tmp_path / "README.md").write_text(f"before\n<!-- run:begin -->\nold\n<!-- run:end -->\n{after}\n")
+    for _ in range(2):
+        assert in_process(monkeypatch, capsys, "c.pt", "--readme")[0] == 0
+        shown = [log[0], reports[0], reports[1], "…", reports[10], "…", reports[20], *log[-2:]]
+        assert (tmp_path / "README.md").read_text() == "\n".join([
+            "before", "<!-- run:begin -->", "````", *shown, "````", "",
+            "![training and validation loss over steps](docs/loss.svg)", "<!-- run:end -->", after, ""])
+    svg = (tmp_path / "docs" / "loss.svg").read_text()
+    assert "nats per token" in svg and len(svg) < 60_000
+
+
+def test_smoothing_keeps_a_line_and_averages_noise():
+    line = [3.0 * i + 1 for i in range(9)]
+    assert smoothed(line, 5) == pytest.approx(line) and smoothed([4.0], 5) == [4.0]
+    assert smoothed([0.0, 3, 0, 3, 0, 3, 0], 3)[1:-1] == pytest.approx([1, 2, 1, 2, 1])
+    assert min(smoothed([1.0, 1, 1, 900, 1, 1], 5)) >= 1  # or it had no place on a log scale
