@@ -1,0 +1,49 @@
+"""Scaling: torchrun with N ranks against one process, the same global batch, on the CPU's cores or on N GPUs.
+
+    python bench/ddp.py --size A --ranks 2
+
+On a CPU each of N ranks has its share of the cores that the one process has. Speed is a long run less a short one, in
+turn, as in bench/speed.py.
+"""
+
+import argparse
+import tempfile
+
+from peers import ROOT, SIZES, Bench, machine, run, spread
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="A")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    size = SIZES[options.size]
+    if size.batch % options.ranks:
+        parser.error(f"--ranks {options.ranks} does not divide the batch of {size.batch}")
+
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(folder, size, device=options.device)
+
+        def one(steps):
+            return bench.ours(steps)
+
+        def many(steps):
+            where, (python, _, *flags) = bench.ours(steps, "--batch-size", size.batch // options.ranks)
+            return where, [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.ranks}",
+                           ROOT / "train_ddp.py", *flags]
+
+        rates = {one: [], many: []}
+        for number in range(options.rounds + 1):
+            for make, found in rates.items():
+                short, long = (run(*make(steps))[0] for steps in (size.short, size.long))
+                if number:  # the first round warms up
+                    found.append((size.long - size.short) * size.tokens / (long - short))
+    print(f"size {options.size}, global batch {size.batch} x {size.context} tokens, {machine(options.device)}")
+    print(f"one process: {spread(rates[one])} tokens/s; {options.ranks} ranks: {spread(rates[many])}; ratio "
+          f"{spread([b / a for a, b in zip(rates[one], rates[many], strict=True)], '.3f')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The programs that the benchmarks compare, on the same tokens: ours, nanoGPT's own unmodified train.py, and the
+Hugging Face Trainer (hf_trainer.py)."""
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@dataclass
+class Size:
+    """A model and its batch, and the steps of a short and of a long run: speed is their difference."""
+
+    layers: int
+    heads: int
+    width: int
+    context: int
+    batch: int
+    short: int
+    long: int
+    vocab: int = 0  # 0: the tokenizer's own
+
+    @property
+    def tokens(self):
+        return self.batch * self.context  # in one step
+
+
+SIZES = {
+    "A": Size(4, 4, 128, 64, 12, 60, 460),
+    "B": Size(6, 6, 384, 256, 16, 4, 24),
+    "124m": Size(12, 12, 768, 1024, 32, 30, 130, vocab=50304),
+    "350m": Size(24, 16, 1024, 1024, 16, 20, 80, vocab=50304),
+    "1.5b": Size(48, 25, 1600, 1024, 8, 10, 40, vocab=50304),
+}
+
+
+class Bench:
+    """A folder in which every program finds the same tokens: by character from `text`, or with a tokenizer learned
+    from Python's standard library where there is none."""
+
+    def __init__(self, folder, size, text=None, nanogpt=None, device="cpu"):
+        from data import Corpus, DataConfig
+
+        self.folder, self.size, self.device = Path(folder), size, device
+        self.data = ["--cache-dir", self.folder / "cache", *(
+            ["--train-data", text.resolve(), "--tokenizer-name", "char"] if text else [])]
+        cfg = DataConfig(train_data=[str(text.resolve())] if text else [], tokenizer_name="char" if text else "bpe",
+                         seq_len=size.context, cache_dir=str(self.folder / "cache"))
+        self.corpus = Corpus(cfg)
+        self.vocab = size.vocab or self.corpus.vocab_size
+        self.tokens = self.folder / "tokens"  # as nanoGPT has them: ids alone, two bytes each
+        self.tokens.mkdir(exist_ok=True)
+        for split, shard in (("train", self.corpus.train), ("val", self.corpus.val)):
+            ids = np.fromfile(shard.path, shard.dtype)[-shard.count:]
+            ids.astype(np.uint16).tofile(self.tokens / f"{split}.bin")
+        (self.tokens / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": self.vocab}))
+        if nanogpt:
+            self.nanogpt = self.folder / "nanoGPT"
+            shutil.copytree(nanogpt, self.nanogpt, ignore=shutil.ignore_patterns(".git", "out*"), dirs_exist_ok=True)
+            shutil.copytree(self.tokens, self.nanogpt / "data" / "same", dirs_exist_ok=True)
+
+    def ours(self, steps, *flags):
+        size = self.size
+        vocab = ["--vocab-size", size.vocab] if size.vocab else []
+        return self.folder, [sys.executable, ROOT / "train.py", *self.data, "--device", self.device, *vocab,
+                             "--seq-len", size.context, "--max-position-embeddings", size.context,
+                             "--batch-size", size.batch, "--n-layers", size.layers, "--n-heads", size.heads,
+                             "--d-model", size.width, "--num-steps", steps, "--beta2", 0.99, "--eval-steps", 0,
+                             "--eval-tokens", size.context, "--checkpoint-path", self.folder / "c.pt", "--overwrite",
+                             *flags]
+
+    def nano(self, steps, compiled, *flags):
+        size = self.size
+        return self.nanogpt, [sys.executable, "train.py", "--dataset=same", f"--device={self.device}",
+                              f"--compile={compiled}", "--eval_iters=1", "--eval_interval=1000000",
+                              "--log_interval=10", "--gradient_accumulation_steps=1", f"--block_size={size.context}",
+                              f"--batch_size={size.batch}", f"--n_layer={size.layers}", f"--n_head={size.heads}",
+                              f"--n_embd={size.width}", "--dropout=0.0", "--bias=True", "--beta2=0.99",
+                              "--learning_rate=1e-3", "--min_lr=1e-4", "--warmup_iters=100", f"--max_iters={steps}",
+                              f"--lr_decay_iters={steps}", "--always_save_checkpoint=False", *flags]
+
+    def trainer(self, steps, *flags):
+        size = self.size
+        return self.folder, [sys.executable, Path(__file__).with_name("hf_trainer.py"), "--tokens", self.tokens,
+                             "--device", self.device, "--vocab", self.vocab, "--layers", size.layers, "--heads",
+                             size.heads, "--width", size.width, "--context", size.context, "--batch", size.batch,
+                             "--steps", steps, *flags]
+
+
+def run(where, command, on_line=None, seconds=None):
+    """Run one command, which must succeed → wall seconds, peak resident MB, its output. `on_line(line, seconds so
+    far)` is called on every line; after `seconds` the command is ended, which then counts as success."""
+    began, lines, ended = time.perf_counter(), [], False
+    process = subprocess.Popen(list(map(str, command)), cwd=where, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, env=os.environ | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"})
+    for line in process.stdout:
+        lines.append(line)
+        now = time.perf_counter() - began
+        if on_line:
+            on_line(line, now)
+        if seconds and now > seconds and not ended:
+            process.terminate()
+            ended = True
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if status and not ended:
+        sys.exit(f"{' '.join(map(str, command))} failed:\n{''.join(lines)[-2000:]}")
+    return time.perf_counter() - began, usage.ru_maxrss / 1024, "".join(lines)
+
+
+def spread(values, form=",.0f"):
+    """Median (least–largest)."""
+    import statistics
+
+    return f"{statistics.median(values):{form}} ({min(values):{form}}–{max(values):{form}})"
+
+
+def machine(device):
+    import platform
+
+    import torch
+    import transformers
+
+    name = (torch.cuda.get_device_name() if device == "cuda" else
+            f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
+    return (f"{name}; torch {torch.__version__}, transformers {transformers.__version__}, "
+            f"Python {platform.python_version()}")

@@ -1,0 +1,123 @@
+"""Tokens per second, ours and the peers', run in turn: the same model, tokens, batch and device, AdamW, no dropout.
+
+    python bench/speed.py --nanogpt PATH/TO/nanoGPT --text tinyshakespeare.txt --size A
+
+Speed is taken from outside: the wall time of a long run less that of a short one, over the steps between them, so that
+imports, compilation (cached by a first round, which does not count) and the last save cancel. Our own reports must
+agree with it. Each round runs every program once, and ratios are taken within a round.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from peers import SIZES, Bench, machine, run, spread
+
+
+def programs(bench, options):
+    """Name → (steps → (folder, command)). The first is what ratios are taken against."""
+    found = {}
+    cpu = options.device == "cpu"
+    if options.nanogpt:
+        if cpu:
+            found["nanoGPT, eager fp32"] = lambda steps: bench.nano(steps, False)
+        found["nanoGPT, compile " + ("fp32" if cpu else "bf16")] = lambda steps: bench.nano(steps, True)
+    if not options.no_trainer:
+        if cpu:
+            found["HF Trainer, fp32"] = lambda steps: bench.trainer(steps)
+        found["HF Trainer, bf16 + compile"] = lambda steps: bench.trainer(steps, "--bf16", "--compile")
+    if cpu:
+        found["mini-llm, --no-amp"] = lambda steps: bench.ours(steps, "--no-amp")
+    found["mini-llm, default"] = lambda steps: bench.ours(steps)
+    return {name: make for name, make in found.items() if not options.only or any(o in name for o in options.only)}
+
+
+def reported(folder, size):
+    """Tokens a second between the short and the long run's last step, as our reports have it."""
+    rows = [json.loads(line) for line in open(folder / "c.metrics.jsonl")]
+    rows = [row for row in rows if row.get("step", 0) > size.short and "global_tokens_per_sec" in row]
+    return statistics.harmonic_mean([row["global_tokens_per_sec"] for row in rows])
+
+
+def matmul_peak(device, dtype):
+    """FLOP/s of a large product, the best of ten."""
+    n = 2048 if device == "cpu" else 8192
+    a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
+    best = 0
+    for _ in range(10):
+        began = time.perf_counter()
+        for _ in range(1 if device == "cpu" else 20):
+            a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, (1 if device == "cpu" else 20) * 2 * n**3 / (time.perf_counter() - began))
+    return best
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="A")
+    parser.add_argument("--text", type=Path, help="the text, by characters; none: Python's standard library, by BPE")
+    parser.add_argument("--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT")
+    parser.add_argument("--no-trainer", action="store_true", help="leave out the Hugging Face Trainer")
+    parser.add_argument("--only", nargs="*", help="only programs whose names contain one of these")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--batch", type=int, help="sequences in a step, in place of the size's own")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--limit", type=float, help="seconds after which no other round is begun")
+    options = parser.parse_args()
+    began = time.perf_counter()
+    size = SIZES[options.size]
+    size.batch = options.batch or size.batch
+
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(folder, size, options.text, options.nanogpt, options.device)
+        from hardware import peak_flops
+        from model import GPT, GPTConfig
+
+        flops = GPT(GPTConfig(n_layers=size.layers, n_heads=size.heads, d_model=size.width, vocab_size=bench.vocab,
+                              max_position_embeddings=size.context)).flops_per_token(size.context)
+        makers, speed, memory, agreement = programs(bench, options), {}, {}, []
+        peaks = {torch.float32: [], torch.bfloat16: []}
+        for number in range(options.rounds + 1):
+            elapsed = time.perf_counter() - began
+            if speed and options.limit and elapsed * (number + 1) / number > options.limit:
+                break
+            for dtype, found in peaks.items():
+                found.append(matmul_peak(options.device, dtype))
+            for name, make in makers.items():
+                wall, peak, _ = zip(*(run(*make(steps)) for steps in (size.short, size.long)), strict=True)
+                if not number:  # caches warm up
+                    continue
+                speed.setdefault(name, []).append((size.long - size.short) * size.tokens / (wall[1] - wall[0]))
+                memory.setdefault(name, []).append(peak[1])
+                if name == "mini-llm, default":
+                    agreement.append(reported(Path(folder), size) / speed[name][-1])
+
+    first, *_ = speed
+    ours = speed.get("mini-llm, default")
+    print(f"size {options.size}: {size.layers} layers, {size.heads} heads, d {size.width}, T {size.context}, batch "
+          f"{size.batch}, vocabulary {bench.vocab}; {options.rounds} rounds; {machine(options.device)}")
+    print("matrix products, best of each round, TFLOP/s: "
+          + "; ".join(f"{str(dtype)[6:]} {spread([p / 1e12 for p in found], '.3g')}" for dtype, found in peaks.items()))
+    if agreement:
+        print(f"our reports ÷ measured from outside: {spread(agreement, '.3f')}")
+    if options.device == "cuda" and (sheet := peak_flops(torch.device("cuda"))) and ours:
+        print(f"MFU of mini-llm over the data sheet's {sheet / 1e12:.0f} TFLOP/s: "
+              + spread([rate * flops / sheet for rate in ours], ".1%"))
+    print(f"\n| program | tokens/s, median (least–largest) | ÷ {first} | share of the matrix products' peak "
+          "| ours ÷ it | peak RSS, MB |\n|---|---|---|---|---|---|")
+    for name, rates in speed.items():
+        peak = max(peaks[torch.bfloat16 if "bf16" in name or "default" in name else torch.float32])
+        against = spread([a / b for a, b in zip(ours, rates, strict=True)], ".2f") if ours else ""
+        relative = spread([a / b for a, b in zip(rates, speed[first], strict=True)], ".2f")
+        print(f"| {name} | {spread(rates)} | {relative} "
+              f"| {statistics.median(rates) * flops / peak:.0%} | {against} | {statistics.median(memory[name]):,.0f} |")
+
+
+if __name__ == "__main__":
+    main()
