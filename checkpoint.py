@@ -14,6 +14,7 @@ import hashlib
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import struct
@@ -28,8 +29,10 @@ from config import UserError, arg, flag
 
 COMMENT = b"sha256:"
 FORMAT = 1
-SUFFIXES = (".prev.pt", ".best.pt", ".nonfinite.pt", ".log", ".metrics.jsonl", ".tokenizer", ".tensorboard",
-            ".trace.json", ".wandb.json")
+SUFFIXES = (".prev.pt", ".best.pt", ".nonfinite.pt", ".log", ".metrics.jsonl", ".config.toml", ".tokenizer",
+            ".tensorboard", ".trace.json", ".wandb.json")
+
+STARTED = time.monotonic()  # of the process: --time-limit counts from here
 
 log = logging.getLogger("mini_llm")
 
@@ -45,6 +48,7 @@ class CheckpointConfig:
     overwrite: bool = arg(False, "start over where a checkpoint is")
     save_steps: int = arg(250, "steps between checkpoints; 0: only the last step's", low=0)
     keep_last: int = arg(0, "older checkpoints to keep besides, as FILE.step-N.pt", low=0)
+    time_limit: float = arg(0.0, "minutes after which the run saves and leaves, with exit code 142; 0: none", low=0)
 
     def validate(self):
         if self.overwrite and self.resume in ("latest", "auto"):
@@ -69,8 +73,11 @@ class CheckpointConfig:
         return sorted(Path(self.checkpoint_path).parent.glob(glob.escape(pattern) + "*.pt"))
 
     def continues(self, resume_from):
-        """Whether a run that resumes from that file goes on with the run of the checkpoint path, or branches off."""
-        return self.overwrite or Path(resume_from).resolve() == Path(self.checkpoint_path).resolve()
+        """Whether a run that resumes from that file goes on with the run of the checkpoint path, be it from an earlier
+        of its files, or branches off."""
+        file, path = Path(resume_from).resolve(), Path(self.checkpoint_path).resolve()
+        ours = re.escape(path.stem) + r"(\.(prev|best|nonfinite|step-\d+))?\.pt"
+        return file == path or file.parent == path.parent and bool(re.fullmatch(ours, file.name))
 
 
 @dataclass
@@ -85,6 +92,10 @@ class State:
 
 class DamagedCheckpoint(Exception):
     pass
+
+
+class NotSaved(Exception):
+    """The last checkpoint of a run could not be written."""
 
 
 def plan(cfg):
@@ -120,17 +131,22 @@ def plan(cfg):
 
 
 def run_identity(cfg, corpus, step_samples):
-    """What a resumed run must share with the run that it resumes: model, tokenizer, data, and the batch, by which the
-    position in the data is counted."""
+    """What a resumed run must share with the run that it resumes: model, optimizer, tokenizer, data, and the batch, by
+    which the position in the data is counted."""
     model = dataclasses.asdict(cfg.model)
     free = {"dropout", "use_activation_checkpoint", "vocab_size"}
     if 0 < cfg.model.vocab_size < corpus.vocab_size:
-        raise UserError(f"--vocab-size {cfg.model.vocab_size} is below the {corpus.vocab_size} tokens of "
-                        f"--tokenizer-name {cfg.data.tokenizer_name}; leave it out")
+        whose, advice = f"--vocab-size {cfg.model.vocab_size}", "leave it out"
+        if cfg.init.init_from:
+            whose = f"--init-from {cfg.init.init_from}: an embedding of {cfg.model.vocab_size} tokens"
+            advice = "give the tokenizer of these weights"
+        raise UserError(f"{whose} is below the {corpus.vocab_size} tokens of --tokenizer-name "
+                        f"{cfg.data.tokenizer_name}; {advice}")
     vocab_size = max(cfg.model.vocab_size, corpus.vocab_size)
     return {flag(name): value for name, value in model.items() if name not in free} | {
         "--vocab-size": vocab_size, "--seq-len": corpus.seq_len, "--data-seed": corpus.seed,
-        "sequences in a step": step_samples, "the tokenizer": corpus.meta["tokenizer_hash"][:16],
+        "--optimizer": cfg.optim.optimizer, "sequences in a step": step_samples,
+        "the tokenizer": corpus.meta["tokenizer_hash"][:16],
         "the training data": corpus.fingerprint["train"], "the validation data": corpus.fingerprint["val"]}
 
 
@@ -142,18 +158,29 @@ def restore(path, cfg, identity, config):
     payload, source = load_latest(path, cfg)
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         raise UserError(f"--resume: {path} is not a checkpoint of this version of mini-llm; --overwrite starts over")
-    changed = [f"{name} was {payload['identity'].get(name)}, is {value}" for name, value in identity.items()
-               if payload["identity"].get(name) != value]
+    was = {"--optimizer": "adamw"} | payload["identity"]  # before there was a choice
+    changed = [f"{name} was {was.get(name)}, is {value}" for name, value in identity.items() if was.get(name) != value]
     if changed:
         raise UserError(f"--resume: {path} is of another run: {'; '.join(changed)}; give the flags and data that "
                         f"it was started with, or start anew with another --checkpoint-path")
-    ignored = {"resume", "overwrite", "checkpoint_path", "cache_dir"}
+    ignored = {"resume", "overwrite", "checkpoint_path", "cache_dir", "init_from"}
     for name, value in config.items():
-        if name not in ignored and payload["config"].get(name) != value:
-            log.info("resumed with another %s: was %s, is %s", flag(name), payload["config"].get(name), value)
+        if name not in ignored and payload["config"].get(name, value) != value:
+            log.info("resumed with another %s: was %s, is %s", flag(name), payload["config"][name], value)
     if source != path:
         _link(source, path)  # else the next save would move the damaged file over the good one
     return payload
+
+
+def apply(payload, parts, continues):
+    """Put a restored payload into the parts of a run (name → what has load_state_dict) → its State."""
+    # Decay and betas are the flags', not those of the run that is resumed.
+    payload["optimizer"]["param_groups"] = parts["optimizer"].state_dict()["param_groups"]
+    for name, part in parts.items():
+        if payload[name]:  # a scaler is empty but in fp16
+            part.load_state_dict(payload[name])
+    state = State(**payload["state"])
+    return state if continues else dataclasses.replace(state, wandb_run_id="")  # a branch is a run of its own
 
 
 def begin(cfg, resume_from, step):
@@ -166,9 +193,27 @@ def begin(cfg, resume_from, step):
         path.unlink(missing_ok=True)
     for file in (cfg.beside(".prev.pt"), cfg.beside(".best.pt"), cfg.beside(".nonfinite.pt")):
         file.unlink(missing_ok=True)
+    if resume_from is None or not cfg.continues(resume_from):
+        leftovers = glob.escape(cfg.beside("").name)
+        for pattern in (".wandb.json", ".rank*.wandb.json", ".rank*.metrics.jsonl"):
+            for file in path.parent.glob(leftovers + pattern):
+                file.unlink()
     for file in cfg.numbered():
         if resume_from is None or int(file.stem.rpartition("-")[2]) > step:
             file.unlink(missing_ok=True)
+
+
+def require_space(cfg, n_bytes):
+    """Raises UserError where the disk cannot hold the checkpoints of a run, of about `n_bytes` each: the newest, the
+    one before, the best, those of --keep-last, and the one being written."""
+    folder, wanted = Path(cfg.checkpoint_path).absolute().parent, 4 + cfg.keep_last
+    while not folder.exists():
+        folder = folder.parent
+    ours = {file.stat().st_ino: file.stat().st_size for file in map(Path, cfg.files()) if file.suffix == ".pt"}
+    missing = wanted * n_bytes - sum(ours.values()) - shutil.disk_usage(folder).free
+    if missing > 0:
+        raise UserError(f"--checkpoint-path {cfg.checkpoint_path}: {wanted} checkpoints of {n_bytes / 1e9:.2g} GB need "
+                        f"{missing / 1e9:.2g} GB more than is free; make room, or name a path on another disk")
 
 
 def load_latest(path, cfg):
@@ -204,21 +249,26 @@ def load(path):
                                 f"({(str(error).splitlines() or [type(error).__name__])[0][:100]})") from None
 
 
-def save(path, payload):
+def save(path, payload, keep=None):
     """Write `payload`, tensors and plain values, as `path`: to a temporary file, to the disk, under its name. A kill at
-    any moment leaves the old file or the new one."""
+    any moment leaves the old file or the new one. The old one stays as `keep`, once the new one is whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".tmp")
     try:
         with open(draft, "wb") as file:
             writer = _HashingFile(file)
-            torch.save(payload, writer)
+            try:
+                torch.save(payload, writer)
+            except RuntimeError as error:  # torch's own, where its writer was refused a write
+                raise writer.error or error from None
             file.seek(-2, os.SEEK_END)
             comment = COMMENT + writer.digest_without_tail().encode()
             file.write(struct.pack("<H", len(comment)) + comment)
             file.flush()
             os.fsync(file.fileno())
+        if keep and path.exists():
+            _link(path, keep)
         os.replace(draft, path)
     except BaseException:
         draft.unlink(missing_ok=True)
@@ -227,7 +277,7 @@ def save(path, payload):
 
 
 def save_run(cfg, payload, step, latest, best):
-    """Save at the checkpoint path (`latest`), as `.best.pt` (`best`), or both, written once.
+    """Save at the checkpoint path (`latest`), as `.best.pt` (`best`), or both, written once. Returns the file's path.
 
     The checkpoint that was there stays as `.prev.pt`, and with --keep-last the new one gets a name with its step, too:
     second names of the same file, which cost no writing and leave a whole one under some name at every moment.
@@ -235,16 +285,15 @@ def save_run(cfg, payload, step, latest, best):
     path = Path(cfg.checkpoint_path)
     if not latest:
         save(cfg.beside(".best.pt"), payload)
-        return
-    if path.exists():
-        _link(path, cfg.beside(".prev.pt"))
-    save(path, payload)
+        return cfg.beside(".best.pt")
+    save(path, payload, keep=cfg.beside(".prev.pt"))
     if best:
         _link(path, cfg.beside(".best.pt"))
     if cfg.keep_last:
         _link(path, cfg.beside(f".step-{step:08d}.pt"))
         for old in cfg.numbered()[:-cfg.keep_last]:
             old.unlink(missing_ok=True)
+    return path
 
 
 def _link(source, target):
@@ -269,11 +318,15 @@ class _HashingFile:
     """A file opened for writing that hashes what passes, but for the last two bytes, which the digest replaces."""
 
     def __init__(self, file):
-        self.file, self.hash, self.tail = file, hashlib.sha256(), b""
+        self.file, self.hash, self.tail, self.error = file, hashlib.sha256(), b"", None
 
     def write(self, block):
         view = memoryview(block).cast("B")
-        self.file.write(view)
+        try:
+            self.file.write(view)
+        except OSError as error:
+            self.error = error
+            raise
         if len(view) < 2:
             view = memoryview(self.tail + bytes(view))
         else:
@@ -310,21 +363,34 @@ def file_digest(path):
 
 
 class StopSignal:
-    """SIGTERM and SIGINT as a request that the loop reads between two steps. A second Ctrl-C, seconds after the first,
-    interrupts at once."""
+    """Signals as requests that the loop reads between two steps: SIGTERM, SIGINT, SIGHUP and the end of --time-limit
+    (SIGALRM) to save and leave, SIGUSR1 to save and go on. A second Ctrl-C, seconds after the first, interrupts at
+    once."""
 
-    def __init__(self, world):
-        self.world, self.received, self.since = world, 0, 0.0
+    STOPS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM
+
+    def __init__(self, world, time_limit=0.0):
+        self.world, self.minutes, self.received, self.save, self.since = world, time_limit, 0, False, 0.0
 
     def __enter__(self):
-        self.previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = {*self.STOPS, signal.SIGUSR1}
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup
+            numbers.remove(signal.SIGHUP)
+        self.previous = {number: signal.signal(number, self._on_signal) for number in numbers}
+        if self.minutes:
+            left = self.minutes * 60 - (time.monotonic() - STARTED)
+            signal.setitimer(signal.ITIMER_REAL, max(left, 1e-3))
         return self
 
     def __exit__(self, *_):
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
     def _on_signal(self, number, frame):
+        if number == signal.SIGUSR1:
+            self.save = True
+            return
         # torchrun passes on the Ctrl-C that the terminal has already sent to every process.
         if number == signal.SIGINT and self.received and time.monotonic() - self.since > 2:
             raise KeyboardInterrupt
@@ -332,5 +398,7 @@ class StopSignal:
             self.received, self.since = number, time.monotonic()
 
     def agreed(self):
-        """The signal that any rank has received, the same on every rank; 0 if none."""
-        return self.world.max(self.received)
+        """The signal to stop by (0: none) and whether to save now: what any rank has received, the same on each."""
+        asked, self.save = self.save, False
+        number, asked = divmod(self.world.max(2 * self.received + asked), 2)
+        return number, bool(asked)

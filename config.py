@@ -8,6 +8,7 @@ is not declared is refused with the nearest name that is.
 import argparse
 import dataclasses
 import difflib
+import json
 import math
 import sys
 import tomllib
@@ -49,7 +50,7 @@ def parse(cls, argv=None):
     Raises UserError for anything unknown, of the wrong type, out of bounds, or refused by a group's `validate()`.
     """
     fields = flag_fields(cls)
-    parser = _Parser(prog=Path(sys.argv[0]).name, description=cls.__doc__, allow_abbrev=False,
+    parser = Parser(prog=Path(sys.argv[0]).name, description=cls.__doc__, allow_abbrev=False,
                      formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=118))
     parser.add_argument("--config", metavar="FILE.toml", help="defaults for the flags below, which win over it")
     for group in dataclasses.fields(cls):
@@ -58,7 +59,7 @@ def parse(cls, argv=None):
             if field in dataclasses.fields(group.type):
                 _add_flag(section, name, field, kind)
 
-    argv = [_kebab(word) for word in (sys.argv[1:] if argv is None else argv)]
+    argv = [_plain_flag(word, fields) for word in (sys.argv[1:] if argv is None else argv)]
     given, unknown = parser.parse_known_args(argv)
     given = vars(given)
     if unknown:
@@ -73,7 +74,10 @@ def parse(cls, argv=None):
         own = {name: value for name, value in values.items() if fields[name][0] == group.name}
         groups[group.name] = group.type(**own)
     config = cls(**groups)
-    for part in [*groups.values(), config]:
+    config.given = frozenset(values)  # as opposed to left at their defaults
+    # What a group says is known later is validated by whoever completes it.
+    later = {name for part in groups.values() for name in getattr(part, "known_later", ())}
+    for part in [*(part for name, part in groups.items() if name not in later), config]:
         if hasattr(part, "validate"):
             part.validate()
     return config
@@ -95,7 +99,26 @@ def flatten(config):
     return {name: getattr(getattr(config, group), name) for name, (group, _, _) in flag_fields(type(config)).items()}
 
 
-class _Parser(argparse.ArgumentParser):
+def to_toml(config, without=()):
+    """The filled dataclass of dataclasses as TOML that `--config` takes: without what is not set, or named."""
+    lines = []
+    for group in dataclasses.fields(config):
+        values = dataclasses.asdict(getattr(config, group.name))
+        # JSON's strings, numbers, booleans and lists are TOML's, too.
+        lines += [f"[{group.name}]", *(f"{name} = {json.dumps(value, ensure_ascii=False)}"
+                                       for name, value in values.items()
+                                       if value not in (None, "") and name not in without), ""]
+    return "\n".join(lines)
+
+
+def positive(text):
+    """An argparse type: a whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number, at least 1")
+    return int(text)
+
+
+class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (see --help)")
 
@@ -196,9 +219,13 @@ def _nearest(word, known):
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _kebab(word):
-    """--batch_size=4 → --batch-size=4; values are left alone."""
+def _plain_flag(word, fields):
+    """--batch_size=4 → --batch-size=4, and as a sweep writes switches, --compile=False → --no-compile. Values are left
+    alone."""
     if not word.startswith("--"):
         return word
     name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value
+    declared = fields.get(name[2:].replace("-", "_"))
+    if declared and _base_type(declared[2]) is bool and value.lower() in ("true", "false"):
+        return flag(name[2:] if value.lower() == "true" else "no-" + name[2:])
+    return flag(name[2:]) + equals + value

@@ -15,6 +15,7 @@ import shutil
 import struct
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -23,7 +24,7 @@ import numpy as np
 
 import toy
 from config import UserError, arg
-from text import Piece, builtin_sources, find_sources, pieces
+from text import Piece, builtin_sources, find_sources, pieces, source_names
 from tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 
 CODE_VERSION = 1  # raise it when the same text would give other tokens: old caches are then left alone
@@ -41,7 +42,8 @@ class DataConfig:
     train_data: list[str] = arg([], "text to train on: .txt, .jsonl or .parquet files, globs, folders, a Hugging Face "
                                     "dataset, or a folder of token shards; nothing: Python's own standard library",
                                 metavar="PATH")
-    val_data: list[str] = arg([], "text to validate on; nothing: a share of the training text", metavar="PATH")
+    val_data: list[str] = arg([], "text to validate on; several also get a loss each; nothing: a share of the "
+                                  "training text", metavar="PATH")
     val_ratio: float = arg(0.1, "share of the training text kept for validation where there is no --val-data",
                            above=0, below=1)
     tokenizer_name: str = arg("bpe", "bpe (trained on the text), byte, char, or a Hugging Face tokenizer's name or "
@@ -56,9 +58,13 @@ class DataConfig:
         if self.use_toy_data and (self.train_data or self.val_data):
             raise UserError("--use-toy-data makes its own text: leave out --train-data and --val-data")
 
+    @property
+    def is_shards(self):
+        """Whether the training data are token shards already."""
+        return len(self.train_data) == 1 and os.path.exists(os.path.join(self.train_data[0], "train.bin"))
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Token shards
+
+# --- Token shards
 
 HEADER = struct.Struct("<8sIIQIi32s")
 MAGIC, FORMAT = b"MINILLM\0", 1
@@ -102,11 +108,11 @@ class ShardWriter:
 
 
 class Shard:
-    """A token file, read window by window. `pread` rather than a memory map: no page of the file ever counts as this
-    process's memory, and nothing is copied but the window."""
+    """A token file, or `count` tokens of it from `start` on, read window by window. `pread` rather than a memory map:
+    no page of the file ever counts as this process's memory, and nothing is copied but the window."""
 
-    def __init__(self, path):
-        self.path = path
+    def __init__(self, path, start=0, count=None):
+        self.path, self.start = path, start
         try:
             self.fd = os.open(path, os.O_RDONLY)
         except OSError as error:
@@ -117,6 +123,7 @@ class Shard:
         _, version, itemsize, self.count, self.vocab_size, eos, self.tokenizer_hash = HEADER.unpack(header)
         if version != FORMAT or os.fstat(self.fd).st_size != HEADER.size + self.count * itemsize:
             raise UserError(f"{path}: version {version} or size is not what its header says; prepare it again")
+        self.count = self.count if count is None else count
         self.eos = None if eos < 0 else eos
         self.dtype = np.dtype({2: np.uint16, 4: np.uint32}[itemsize])
 
@@ -124,15 +131,13 @@ class Shard:
         """How many windows of seq_len + 1 tokens there are that share no target."""
         return max(0, self.count - 1) // seq_len
 
-    def window(self, index, seq_len):
-        """The tokens of window `index`: seq_len inputs and one more, so that every one of its targets is its own."""
-        size = self.dtype.itemsize
-        data = os.pread(self.fd, (seq_len + 1) * size, HEADER.size + int(index) * seq_len * size)
-        return np.frombuffer(data, self.dtype)
+    def read(self, first, n):
+        """Tokens first to first + n - 1, (n,)."""
+        at, size = HEADER.size + (self.start + first) * self.dtype.itemsize, n * self.dtype.itemsize
+        return np.frombuffer(os.pread(self.fd, size, at), self.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Preparation: text to shards, once
+# --- Preparation: text to shards, once
 
 
 def prepare(cfg, vocab_size=0, writes=True, scratch=False):
@@ -142,7 +147,7 @@ def prepare(cfg, vocab_size=0, writes=True, scratch=False):
 
     Raises UserError for text that cannot be used; nothing stays behind then.
     """
-    if len(cfg.train_data) == 1 and os.path.exists(os.path.join(cfg.train_data[0], "train.bin")):
+    if cfg.is_shards:
         if cfg.val_data or cfg.max_tokens or cfg.tokenizer_name not in ("bpe", "byte", "char"):
             raise UserError(f"--train-data {cfg.train_data[0]}: token shards are trained on as they are; leave out "
                             f"--val-data, --max-tokens and --tokenizer-name")
@@ -157,7 +162,8 @@ def prepare(cfg, vocab_size=0, writes=True, scratch=False):
     settings = [CODE_VERSION, FORMAT, cfg.use_toy_data, cfg.max_tokens,
                 *([] if val_sources else [cfg.val_ratio, cfg.data_seed]),
                 cfg.tokenizer_name if tokenizer is None else tokenizer.to_str(),
-                vocab_size if cfg.tokenizer_name == "bpe" else 0]
+                vocab_size if cfg.tokenizer_name == "bpe" else 0,
+                *source_names(cfg.val_data), *(source.argument for source in val_sources if source.argument)]
     key.update(json.dumps(settings).encode())
     n_bytes = sum(os.path.getsize(path) for source in [*sources, *val_sources] for path in source.files())
     for source in [*sources, None, *val_sources]:
@@ -284,7 +290,7 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
                   max(1, int(cfg.max_tokens * cfg.val_ratio)))
     writers = {split: ShardWriter(draft / f"{split}.bin", size, -1 if eos is None else eos, identity, limit)
                for split, limit in limits.items()}
-    n_bytes, started = dict(train=0, val=0), time.perf_counter()
+    n_bytes, n_tokens, started = dict(train=0, val=0), Counter(), time.perf_counter()
     from tqdm import tqdm
 
     total = sum(os.path.getsize(path) for source in [*sources, *val_sources] for path in source.files())
@@ -298,14 +304,18 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
                 n_bytes[piece.split] += round(len(piece.text.encode("utf-8", "replace")) * written
                                               / max(1, len(encoding.ids)))
                 if piece.ends_document and eos is not None:
-                    writers[piece.split].write([eos])
+                    written += writers[piece.split].write([eos])
+                n_tokens[piece.split, piece.argument] += written
             bar.update(sum(len(piece.text) for piece in batch))
-    for split, writer in writers.items():
+    for writer in writers.values():
         writer.close()
-        if writer.count < cfg.seq_len + 1:
-            where = "--val-data" if split == "val" and val_sources else "--train-data"
-            raise UserError(f"{where}: {writer.count:,} {split} tokens are fewer than one sequence of --seq-len "
-                            f"{cfg.seq_len} + 1; give more text, a smaller --seq-len, or --val-data")
+    parts = [n_tokens["val", argument] for argument in range(len(cfg.val_data))]
+    found = [(f"--val-data {path}", "val", count) for path, count in zip(cfg.val_data, parts, strict=True)]
+    found = found or [("--train-data", "val", writers["val"].count)]
+    for where, split, count in [("--train-data", "train", writers["train"].count), *found]:
+        if count < cfg.seq_len + 1:
+            raise UserError(f"{where}: {count:,} {split} tokens are fewer than one sequence of --seq-len "
+                            f"{cfg.seq_len} + 1; give more text, a smaller --seq-len, or another --val-data")
     seconds = time.perf_counter() - started
     tokens = sum(writer.count for writer in writers.values())
     log.info("tokenized %.1f MB into %s tokens in %.1f s (%.1f MB/s)", sum(n_bytes.values()) / 1e6, f"{tokens:,}",
@@ -313,6 +323,7 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
     meta = dict(tokens={split: writer.count for split, writer in writers.items()}, bytes=n_bytes, vocab_size=size,
                 eos=eos, tokenizer=cfg.tokenizer_name if not cfg.use_toy_data else "char",
                 tokenizer_hash=identity.hex(), entropy_rate=entropy,
+                val_sources={name: [sum(parts[:i]), parts[i]] for i, name in enumerate(source_names(cfg.val_data))},
                 fingerprint={split: writer.digest.hexdigest() for split, writer in writers.items()})
     (draft / "meta.json").write_text(json.dumps(meta, indent=1))
 
@@ -334,8 +345,7 @@ def _take(stream, characters):
     return batch
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches
+# --- Batches
 
 
 class Corpus:
@@ -351,11 +361,14 @@ class Corpus:
             raise UserError(f"{self.folder}: no readable meta.json beside the shards; prepare them again") from None
         self.train, self.val = (Shard(self.folder / f"{split}.bin") for split in ("train", "val"))
         self.vocab_size, self.eos, self.fingerprint = self.train.vocab_size, self.train.eos, self.meta["fingerprint"]
-        self.n_windows, self.n_val_windows = self.train.windows(self.seq_len), self.val.windows(self.seq_len)
-        for shard, count in ((self.train, self.n_windows), (self.val, self.n_val_windows)):
-            if not count:
-                raise UserError(f"--seq-len {self.seq_len}: {shard.path} holds {shard.count:,} tokens, less than one "
-                                f"sequence; give more text or a smaller --seq-len")
+        spans = self.meta.get("val_sources") or {"": []}  # a validation text alone has no name, and is the whole shard
+        self.val_sources = {name: Shard(self.val.path, *span) for name, span in spans.items()}
+        self.n_windows = self.train.windows(self.seq_len)
+        self.n_val_windows = sum(shard.windows(self.seq_len) for shard in self.val_sources.values())
+        for name, shard in [("", self.train), *self.val_sources.items()]:
+            if not shard.windows(self.seq_len):
+                raise UserError(f"--seq-len {self.seq_len}: {shard.path}{name and f' ({name})'} holds {shard.count:,} "
+                                f"tokens, less than one sequence; give more text or a smaller --seq-len")
 
     def export_tokenizer(self, folder):
         """Copy the tokenizer to `folder`, for whoever uses the checkpoint without the data."""
@@ -387,18 +400,28 @@ class Corpus:
         return split_windows(self.train, order[start:start + batch_size], self.seq_len)
 
     def val_batches(self, max_tokens, batch_size, rank=0, size=1):
-        """This rank's share of the validation windows as (inputs, targets, number of real rows), (B, T) int64 each.
-        `max_tokens` > 0 takes windows spread evenly over the set. The last batch repeats a row to keep its shape."""
-        n = min(self.n_val_windows, max_tokens // self.seq_len or 1) if max_tokens else self.n_val_windows
-        chosen = iter([i * self.n_val_windows // n for i in range(rank, n, size)])
-        while rows := list(islice(chosen, batch_size)):
-            filler = [rows[-1]] * (batch_size - len(rows))
-            yield *split_windows(self.val, rows + filler, self.seq_len), len(rows)
+        """This rank's share of the validation windows as (source, inputs, targets, number of real rows), (B, T) int64
+        each. `max_tokens` > 0 takes windows spread evenly over the set, at least one of each source. The last batch of
+        a source repeats a row to keep its shape."""
+        for name, indices in spread_windows(self.val_sources, self.seq_len, max_tokens).items():
+            chosen = iter(indices[rank::size])
+            rank = (rank - len(indices)) % size  # the dealing goes on where it stopped
+            while rows := list(islice(chosen, batch_size)):
+                filler = [rows[-1]] * (batch_size - len(rows))
+                yield name, *split_windows(self.val_sources[name], rows + filler, self.seq_len), len(rows)
+
+
+def spread_windows(shards, seq_len, max_tokens=0):
+    """Indices of windows of `max_tokens` in all (0: every one), spread evenly: {name: shard} → {name: indices}."""
+    counts = {name: shard.windows(seq_len) for name, shard in shards.items()}
+    total = min(sum(counts.values()), max_tokens // seq_len or 1) if max_tokens else sum(counts.values())
+    wanted = {name: max(1, round(total * count / sum(counts.values()))) for name, count in counts.items()}
+    return {name: [i * counts[name] // n for i in range(n)] for name, n in wanted.items()}
 
 
 def split_windows(shard, indices, seq_len):
-    """Windows → (inputs, targets), (B, T) int64 each; targets are the inputs one token on."""
-    windows = np.stack([shard.window(index, seq_len) for index in indices])  # (B, T + 1)
+    """Windows → (inputs, targets), (B, T) int64 each; targets are the inputs one token on, and each in one window."""
+    windows = np.stack([shard.read(int(index) * seq_len, seq_len + 1) for index in indices])  # (B, T + 1)
     # Two arrays of their own: whoever masks a target must not change the input before it.
     return windows[:, :-1].astype(np.int64), windows[:, 1:].astype(np.int64)
 

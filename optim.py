@@ -1,19 +1,27 @@
-"""The optimizer and its schedule: parameter groups, AdamW, and the learning rate as a pure function of the step."""
+"""The optimizer and its schedule: AdamW, Muon, and the learning rate as a pure function of the step."""
 
+import inspect
 import math
 from dataclasses import dataclass
 
 import torch
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
 
 from config import UserError, arg
+
+MOMENTUM = 0.95  # Muon's, as in modded-nanogpt and nanochat
 
 
 @dataclass
 class OptimConfig:
     """Optimization"""
 
+    optimizer: str = arg("adamw", "muon: Muon for the matrices inside the blocks, AdamW for all else",
+                         choices=("adamw", "muon"))
     num_steps: int = arg(1000, "optimizer steps in all", low=1)
     lr: float = arg(1e-3, "peak learning rate", above=0)
+    muon_lr: float = arg(0.02, "Muon's peak learning rate; rises and falls with the schedule of --lr", above=0)
     min_lr: float | None = arg(None, "learning rate at the end of the schedule; unset: lr / 10", low=0)
     lr_scheduler: str = arg("cosine", "shape after the warm-up; wsd: constant, then linear over the last fifth",
                             choices=("cosine", "wsd", "linear", "none"))
@@ -22,6 +30,8 @@ class OptimConfig:
     beta1: float = arg(0.9, "AdamW's decay of the first moment", low=0, below=1)
     beta2: float = arg(0.95, "AdamW's decay of the second moment", low=0, below=1)
     grad_clip_norm: float = arg(1.0, "largest norm of the gradient; 0: no clipping", low=0)
+    max_bad_steps: int = arg(10, "steps in a row with a loss or gradient that is no number, which are left out, until "
+                                 "the run halts", low=1)
     seed: int = arg(1337, "seed of the weights and of dropout", low=0)
 
     def validate(self):
@@ -45,16 +55,97 @@ def lr_at(step, cfg):
     return floor + (cfg.lr - floor) * shape
 
 
-def make_optimizer(model, cfg, device):
-    """AdamW (Loshchilov & Hutter 2019), fused, with decay on matrices and none on biases and norms."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
+def make_optimizer(model, cfg, device, matmul_dtype=None):
+    """AdamW (Loshchilov & Hutter 2019), fused, with decay on matrices and none on biases and norms. With `--optimizer
+    muon` the matrices inside the blocks are Muon's, orthogonalized in bf16 if that is the run's `matmul_dtype`."""
+    hidden = {p for p in model.blocks.parameters() if p.ndim == 2} if cfg.optimizer == "muon" else set()
+    matrices = [p for p in model.parameters() if p.ndim >= 2 and p not in hidden]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    groups = [group for group in groups if group["params"]]
     # A learning rate that is a plain number would be compiled and copied anew each time it changes.
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=cfg.lr, betas=(cfg.beta1, cfg.beta2),
-                             fused=device.type in ("cuda", "cpu"))
+    options = dict(lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=device.type in ("cuda", "cpu"))
+    if cfg.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **options)
+    shapes = dict.fromkeys(p.shape for p in model.blocks.parameters() if p in hidden)
+    muon = [dict(params=[p for p in model.blocks.parameters() if p.shape == shape], momentum=MOMENTUM,
+                 weight_decay=cfg.weight_decay, lr_ratio=cfg.muon_lr / cfg.lr) for shape in shapes]
+    return Muon(muon + [group | options for group in groups], matmul_dtype)
 
 
 def set_lr(optimizer, lr):
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_ratio", 1.0)
+
+
+def step_if_finite(optimizer, scaler, grad_norm):
+    """The optimizer's step, which changes nothing where the gradient is no number. Decided on the device: the fused
+    kernels and Muon read a flag, and nothing waits for it. In fp16 the scaler decides."""
+    if scaler.is_enabled():
+        scaler.step(optimizer)
+    elif any(group.get("fused") for group in optimizer.param_groups):
+        optimizer.found_inf = (~torch.isfinite(grad_norm)).float()
+        optimizer.step()
+    elif torch.isfinite(grad_norm):
+        optimizer.step()
+
+
+class Muon(Optimizer):
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the parameter groups that have a `momentum`,
+    each of matrices of one shape; AdamW for those that have `betas`.
+
+    A matrix moves by its Nesterov momentum, orthogonalized, times max(1, rows / columns)**0.5 (Jordan's scale).
+    """
+
+    def __init__(self, groups, matmul_dtype=None):
+        self.dtype = torch.bfloat16 if matmul_dtype == torch.bfloat16 else torch.float32
+        self.found_inf = None  # a scalar on the device: 1.0 for a step that is to change nothing
+        super().__init__(groups, defaults=dict(lr=0.0))
+
+    # As torch wraps them, these import its compiler: a second of every start.
+    add_param_group, zero_grad, state_dict, load_state_dict = (inspect.unwrap(method) for method in (
+        Optimizer.add_param_group, Optimizer.zero_grad, Optimizer.state_dict, Optimizer.load_state_dict))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                update = self._muon if "momentum" in group else self._adamw
+                update(group, params, [p.grad for p in params], [self.state[p] for p in params])
+
+    def _muon(self, group, params, grads, states):
+        for p, state in zip(params, states, strict=True):
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(p)
+        momenta, (rows, cols) = [state["momentum_buffer"] for state in states], params[0].shape
+        grads = [grad.nan_to_num(0, 0, 0) for grad in grads] if self.found_inf is not None else grads
+        taken = 1.0 if self.found_inf is None else 1 - self.found_inf
+        torch._foreach_lerp_(momenta, grads, (1 - group["momentum"]) * taken)
+        nesterov = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))  # (n, rows, cols)
+        update = orthogonalize(nesterov, self.dtype).to(params[0].dtype)
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"] * taken)
+        torch._foreach_add_(params, (update * taken).unbind(), alpha=-group["lr"] * max(1, rows / cols) ** 0.5)
+
+    def _adamw(self, group, params, grads, states):
+        for p, state in zip(params, states, strict=True):
+            if not state:
+                state |= dict(step=torch.zeros((), device=p.device if group["fused"] else "cpu"),
+                              exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        adamw(params, grads, *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")), [],
+              [state["step"] for state in states], fused=group["fused"], found_inf=self.found_inf, amsgrad=False,
+              beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"],
+              eps=1e-8, maximize=False)
+
+
+def orthogonalize(matrices, dtype=torch.float32, steps=5):
+    """(n, rows, cols) → the same with singular values near 1 (0.7 to 1.2), n at a time: Newton-Schulz iteration of an
+    odd quintic whose coefficients Jordan chose for its slope at 0. Returned in `dtype`."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = (matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
+    if tall := x.shape[1] > x.shape[2]:
+        x = x.mT
+    for _ in range(steps):  # x ← a x + (b g + c g²) x, where g = x xᵀ
+        gram = x @ x.mT  # (n, r, r), r the smaller of rows and cols
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x

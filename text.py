@@ -8,6 +8,7 @@ import re
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 
 from config import UserError
@@ -24,6 +25,7 @@ class Source:
 
     kind: str
     paths: tuple[str, ...]
+    argument: int = 0  # which of the paths that were given it comes from
 
     def files(self):
         return () if self.kind == "hub" else self.paths
@@ -32,8 +34,8 @@ class Source:
 def find_sources(paths, label="--train-data"):
     """Paths, globs, folders and dataset names → Sources. Raises UserError for whatever is not there or not text."""
     sources = []
-    for path in paths:
-        if any(char in path for char in "*?[") and not os.path.exists(path):
+    for argument, path in enumerate(paths):
+        if is_pattern(path):
             files = [file for file in sorted(glob.glob(path, recursive=True)) if os.path.isfile(file)]
             if not files:
                 raise UserError(f"{label} {path}: no file matches; quote the pattern and check it with ls")
@@ -46,17 +48,34 @@ def find_sources(paths, label="--train-data"):
             files = [path]
         elif re.fullmatch(r"[\w-]+(/[\w.-]+)?", path) and not path.startswith("-"):
             _require_hub(f"{label} {path}: no such file, and as a Hugging Face dataset it cannot be reached")
-            sources.append(Source("hub", (path,)))
+            sources.append(Source("hub", (path,), argument))
             continue
         else:
             raise UserError(f"{label} {path}: no such file or folder")
         for file in files:
             _check_readable(file, label)
-        sources += [Source("text", (file,)) for file in files if Path(file).suffix not in TABLE_SUFFIXES]
+        sources += [Source("text", (file,), argument) for file in files if Path(file).suffix not in TABLE_SUFFIXES]
         for kind in ("json", "parquet"):
             tables = tuple(file for file in files if TABLE_SUFFIXES.get(Path(file).suffix) == kind)
-            sources += [Source(kind, tables)] if tables else []
+            sources += [Source(kind, tables, argument)] if tables else []
     return sources
+
+
+def is_pattern(path):
+    return any(char in path for char in "*?[") and not os.path.exists(path)
+
+
+def source_names(paths):
+    """Names for several of the paths that `find_sources` takes, no two the same and each fit for a metric: a file's
+    stem, the last part of a folder or dataset, of a pattern what its wildcards leave, else its folder. A path alone
+    needs none: []."""
+    names = []
+    for path in paths if len(paths) > 1 else []:
+        whole = Path(os.path.abspath(path))
+        parts = [whole.stem if os.path.isfile(path) or is_pattern(path) else whole.name, *reversed(whole.parts[:-1])]
+        name = next(filter(None, (re.sub(r"[^\w.-]", "-", part).strip("-") for part in parts)), "val")
+        names.append(next(free for free in chain([name], (f"{name}-{n}" for n in count(2))) if free not in names))
+    return names
 
 
 def builtin_sources():
@@ -92,6 +111,7 @@ class Piece:
     text: str
     split: str  # train or val
     ends_document: bool
+    argument: int = 0  # its source's
 
 
 def pieces(sources, split, val_ratio=0.0, seed=0) -> Iterator[Piece]:
@@ -114,7 +134,7 @@ def pieces(sources, split, val_ratio=0.0, seed=0) -> Iterator[Piece]:
         for stream, part in parts:
             for text, ends in stream:
                 chosen = part or ("val" if is_validation(index, val_ratio, seed) else split)
-                yield Piece(text, chosen, ends)
+                yield Piece(text, chosen, ends, source.argument)
                 index += ends
 
 

@@ -60,10 +60,19 @@ def save_tokenizer(tokenizer, folder, name):
 
 
 def open_tokenizer(folder):
-    """The tokenizer that `save_tokenizer` wrote."""
+    """The tokenizer that `save_tokenizer` wrote. Raises UserError where it is damaged."""
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+    try:
+        return _unbounded(Tokenizer.from_file(str(Path(folder) / "tokenizer.json")))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"{folder}: not a tokenizer ({error}); copy the one that the model was trained with") from None
+
+
+def end_of_text(tokenizer, folder):
+    """The id of its end-of-text token, or None."""
+    eos = _eos_token(tokenizer, str(folder))
+    return None if eos is None else tokenizer.token_to_id(eos)
 
 
 def _byte_tokenizer():

@@ -1,4 +1,4 @@
-"""What is measured (`Meter`) and where it goes (`Tracker`): console, log file, metrics.jsonl, TensorBoard, W&B."""
+"""Where reports go: console, log file, metrics.jsonl, TensorBoard, W&B."""
 
 import contextlib
 import datetime
@@ -6,22 +6,20 @@ import importlib.util
 import json
 import logging
 import math
+import os
+import shlex
 import signal
 import sys
 import time
-from collections import defaultdict
 from dataclasses import dataclass
 from logging.handlers import MemoryHandler
 
 import torch
 from tqdm import tqdm
 
-from config import UserError, arg, flatten
-from hardware import device_name, memory_metrics, synchronize
-
-SMOOTHING = 0.1  # weight of the newest report in the smoothed/ metrics
-SMOOTHED = {"loss": "train/loss", "tokens_per_sec": "global_tokens_per_sec", "mfu": "train/mfu",
-            "step_time": "train/step_time_sec"}
+from config import UserError, arg, flatten, to_toml
+from hardware import device_name
+from wandb_runs import base_run_id, distributed_info, in_sweep, plan_run, with_environment
 
 log = logging.getLogger("mini_llm")
 
@@ -46,9 +44,6 @@ class ReportConfig:
 class TrackingConfig:
     """Tracking"""
 
-    use_wandb: bool = arg(False, "report to Weights & Biases, from rank 0")
-    wandb_project: str = arg("mini-llm", "W&B project", metavar="NAME")
-    wandb_run_name: str = arg("", "W&B run name; empty: W&B makes one up", metavar="NAME")
     use_tensorboard: bool = arg(False, "write TensorBoard events beside the checkpoint")
     use_profiler: bool = arg(False, "trace a few steps with torch.profiler")
 
@@ -73,6 +68,11 @@ class _ConsoleHandler(logging.Handler):
         sys.stdout.flush()
 
 
+class _LogFile(logging.FileHandler):
+    def handleError(self, record):
+        """A full disk costs lines of this file; they are on the console, too."""
+
+
 def log_facts(cfg, world, corpus, raw, precision, accum, state):
     """Say what is about to be trained, on what."""
     tokens, n_params, size = corpus.meta["tokens"], raw.num_params(), raw.cfg
@@ -84,7 +84,8 @@ def log_facts(cfg, world, corpus, raw, precision, accum, state):
     per_token = 34 * size.d_model * (1 if size.use_activation_checkpoint else size.n_layers) + 10 * size.vocab_size
     activations = micro * per_token * (1 if precision.dtype else 2)
     log.info(f"Using device: {world.device} ({device_name(world.device)}), {world.size} rank{'s'[:world.size > 1]}")
-    log.info("Arguments: " + " ".join(f"{name}={value}" for name, value in flatten(cfg).items()))
+    log.info("Arguments: " + " ".join(f"{name}={value}" for name, value in flatten(cfg).items()
+                                      if cfg.wandb.use_wandb or not name.startswith("wandb_")))
     log.info(f"total tokens: {tokens['train']:,} train, {tokens['val']:,} val ({corpus.folder}); "
              f"vocabulary {size.vocab_size:,} ({corpus.meta['tokenizer']})")
     log.info(f"train dataset size: {corpus.n_windows:,}, val dataset size: {corpus.n_val_windows:,} sequences of "
@@ -96,143 +97,66 @@ def log_facts(cfg, world, corpus, raw, precision, accum, state):
              f"{activations / 1e9:.2f} activations)")
     log.info(f"step: {step_tokens:,} tokens = {cfg.batch.batch_size} sequences x {corpus.seq_len} x {accum} "
              f"micro-batches x {world.size} ranks; amp {precision.name} ({precision.reason})")
-    log.info(f"Resumed at step {state.step}" if state.step else "Starting from scratch")
-
-
-class Meter:
-    """Sums of what happens between two reports. Adding reads nothing back from the device; a report synchronizes once
-    and reduces over the ranks once.
-
-    The training clock stands still in `excluded(...)` and starts after the first step, which warms up and compiles.
-    """
-
-    def __init__(self, world, flops_per_token, peak_flops):
-        self.world, self.flops_per_token, self.peak_flops = world, flops_per_token, peak_flops
-        # float64 adds float32 losses without rounding, so that a sum interrupted by a resume is the same sum.
-        exact = torch.float32 if world.device.type == "mps" else torch.float64
-        self.loss_sum = torch.zeros((), dtype=exact, device=world.device)
-        self.norm_sum = torch.zeros_like(self.loss_sum)
-        self.micro_batches = 0
-        self.smoothed = {}
-        self.spent, self.tokens, self.steps, self.timed_steps = defaultdict(float), 0, 0, 0
-        self.warm, self.started, self.grad_norm = False, time.perf_counter(), 0.0
-        self.reported = self.started
-
-    def add(self, losses, grad_norm, tokens):
-        """One optimizer step of this rank: `losses`, (micro-batches,) on the device; its share of the tokens."""
-        self.loss_sum += losses.sum(dtype=self.loss_sum.dtype)
-        self.norm_sum += grad_norm
-        self.grad_norm = grad_norm
-        self.micro_batches += len(losses)
-        self.steps += 1
-        self.tokens += tokens
-        if not self.warm:
-            synchronize(self.world.device)
-            self.warm, self.spent["warmup"] = True, self._clock()
-            self._restart_clock()
-
-    def _clock(self):
-        return time.perf_counter() - self.started
-
-    def _restart_clock(self):
-        self.started, self.tokens, self.timed_steps = time.perf_counter(), 0, self.steps
-
-    @contextlib.contextmanager
-    def excluded(self, what):
-        """Time in here is not training time: it is reported as time/`what`_sec."""
-        synchronize(self.world.device)
-        begin = time.perf_counter()
-        yield
-        synchronize(self.world.device)
-        seconds = time.perf_counter() - begin
-        self.spent[what] += seconds
-        self.started += seconds
-
-    def totals(self):
-        """Loss sum, gradient norm sum and micro-batches since the last report, over all ranks. Collective."""
-        return self.world.sum([self.loss_sum.item(), self.norm_sum.item(), self.micro_batches])
-
-    def report(self, ends_interval=True):
-        """The metrics since the last report, on every rank. Collective.
-
-        A run's last report may come in the middle of an interval. It does not end it: a run that goes on from there,
-        with a larger --num-steps, reports the loss of the whole interval, as if it had never stopped.
-        """
-        loss_sum, norm_sum, count = self.totals()
-        synchronize(self.world.device)
-        seconds, timed = self._clock(), self.steps - self.timed_steps
-        metrics = {"train/loss": loss_sum / count, "train/grad_norm": float(self.grad_norm)}
-        if not math.isfinite(norm_sum):
-            metrics["train/grad_norm"] = norm_sum
-        if timed:
-            ranks = self.world.gather([self.tokens, seconds])  # (size, 2)
-            rates = [tokens / time_ for tokens, time_ in ranks]
-            total = sum(tokens for tokens, _ in ranks) / max(time_ for _, time_ in ranks)
-            achieved = total * self.flops_per_token / self.world.size
-            metrics |= {"train/step_time_sec": seconds / timed, "tokens_per_sec_per_rank": sum(rates) / len(rates),
-                        "tokens_per_sec_per_rank/min": min(rates), "tokens_per_sec_per_rank/max": max(rates),
-                        "global_tokens_per_sec": total, "train/tflops_per_rank": achieved / 1e12}
-            if self.peak_flops:
-                metrics["train/mfu"] = achieved / self.peak_flops
-        for name, source in SMOOTHED.items():
-            if ends_interval and source in metrics and math.isfinite(metrics[source]):
-                old = self.smoothed.get(name, metrics[source])
-                self.smoothed[name] = old + SMOOTHING * (metrics[source] - old)
-        metrics |= {f"smoothed/{name}": value for name, value in self.smoothed.items()}
-        metrics |= memory_metrics(self.world.device)
-        metrics |= {"time/dt_sec": time.perf_counter() - self.reported, "steps": self.steps}
-        metrics |= {f"time/{what}_sec": seconds for what, seconds in self.spent.items()}
-        self.reported, self.steps = time.perf_counter(), 0
-        self.spent.clear()
-        if ends_interval:
-            self.loss_sum.zero_()
-            self.norm_sum.zero_()
-            self.micro_batches = 0
-        self._restart_clock()
-        return metrics
-
-    def state_dict(self):
-        """The unfinished interval, for the checkpoint: a resumed run reports the loss of all of it. Collective."""
-        loss_sum, norm_sum, count = self.totals()
-        return dict(loss_sum=loss_sum, norm_sum=norm_sum, micro_batches=int(count), smoothed=dict(self.smoothed))
-
-    def load_state_dict(self, state):
-        self.smoothed = dict(state["smoothed"])
-        if self.world.is_main:
-            self.loss_sum.fill_(state["loss_sum"])
-            self.norm_sum.fill_(state["norm_sum"])
-            self.micro_batches = state["micro_batches"]
+    log.info(f"Resumed at step {state.step}" if state.step else f"Starting from {cfg.init.init_from or 'scratch'}")
 
 
 class Tracker:
-    """Sends each report to the console and to every sink. On other ranks than the main one there are none."""
+    """Sends each report to the console and to every sink. On other ranks than the main one there is no console, and a
+    sink only where --wandb-run-mode has them write to W&B."""
 
-    def __init__(self, cfg, beside, world, state, num_steps, amp, config):
-        """`beside(suffix)` names this run's files, `state` is where it starts, `config` is what it is tracked with."""
-        self.num_steps, self.amp, self.checkpoint, self.exit_code = num_steps, amp, beside(".pt"), 0
-        self.sinks, self.file = [], None
-        if world.is_main:
-            self._open(cfg, beside, state, config)
-        self.bar = tqdm(total=num_steps, initial=state.step, unit="step", leave=False, dynamic_ncols=True,
+    def __init__(self, cfg, world, state, amp, config):
+        """`cfg` is the whole configuration, `config` what the run is tracked with. Collective with --use-wandb."""
+        self.num_steps, self.amp, self.exit_code = cfg.optim.num_steps, amp, 0
+        self.beside, self.is_main, self.sinks, self.file = cfg.checkpoint.beside, world.is_main, [], None
+        self.step, self.val_loss, self.wandb = state.step, None, None
+        wandb, self.plan = self._plan_wandb(cfg, world, state)
+        if world.is_main or self.plan:
+            self._open(cfg, state.step, wandb, config | distributed_info(world) | dict(
+                wandb_run_id=state.wandb_run_id, device=device_name(world.device), command=shlex.join(sys.orig_argv)),
+                       "" if world.is_main else f".rank{world.rank}")
+        self.bar = tqdm(total=self.num_steps, initial=state.step, unit="step", leave=False, dynamic_ncols=True,
                         disable=None if world.is_main else True)
 
-    def _open(self, cfg, beside, state, config):
-        beside(".log").parent.mkdir(parents=True, exist_ok=True)
-        self.file = logging.FileHandler(beside(".log"), mode="a" if state.step else "w")
-        self.file.setFormatter(FORMATTER)
-        for early in [handler for handler in log.handlers if isinstance(handler, MemoryHandler)]:
-            early.setTarget(self.file)
-            early.flush()
-            log.removeHandler(early)
-        log.addHandler(self.file)
-        self.sinks.append(JsonlSink(beside(".metrics.jsonl"), state.step))
-        if cfg.use_tensorboard:
-            self.sinks.append(TensorboardSink(beside(".tensorboard"), state.step))
-        if cfg.use_wandb:
-            from wandb_sink import WandbSink, stored_run_id
+    def _plan_wandb(self, cfg, world, state):
+        """The W&B settings and this rank's RunPlan; (None, None) without W&B."""
+        if not cfg.wandb.use_wandb:
+            return None, None
 
-            state.wandb_run_id = stored_run_id(beside(".wandb.json"), state.wandb_run_id, config["resume"])
-            self.sinks.append(WandbSink(cfg, state.wandb_run_id, config))
+        def settle():
+            wandb = with_environment(cfg.wandb)
+            return wandb, base_run_id(in_sweep() or wandb.wandb_run_id, state.wandb_run_id, self.beside(".wandb.json"),
+                                      bool(cfg.checkpoint.resume))
+
+        wandb, state.wandb_run_id = world.from_main(settle)  # also where another node's environment says otherwise
+        if wandb.wandb_mode == "disabled":
+            return None, None
+        return wandb, plan_run(wandb.wandb_run_mode, wandb.wandb_rank_scope, state.wandb_run_id,
+                               distributed_info(world))
+
+    def _open(self, cfg, step, wandb, config, tag):
+        """The files of this rank; those of others than the main one have a `tag` in their names."""
+        self.beside(".log").parent.mkdir(parents=True, exist_ok=True)
+        console, toml = None, to_toml(cfg, without=("resume", "overwrite", "dry_run"))
+        if self.is_main:
+            self.file = _LogFile(self.beside(".log"), mode="a" if step else "w")
+            self.file.setFormatter(FORMATTER)
+            console = str(self.beside(".log")), self.beside(".log").stat().st_size
+            for early in [handler for handler in log.handlers if isinstance(handler, MemoryHandler)]:
+                early.setTarget(self.file)
+                early.flush()
+                log.removeHandler(early)
+            log.addHandler(self.file)
+            self.beside(".config.toml").write_text(toml)
+        rows = JsonlSink(self.beside(f"{tag}.metrics.jsonl"), step)
+        self.sinks.append(rows)
+        if cfg.tracking.use_tensorboard and self.is_main:
+            self.sinks.append(TensorboardSink(self.beside(".tensorboard"), step))
+        if self.plan:
+            from wandb_sink import WandbSink
+
+            self.wandb = WandbSink(wandb, self.plan, self.beside, tag, config, rows.place(), console, toml)
+            self.sinks.append(self.wandb)
+        self._record(step, event="config", config=config)
 
     def __enter__(self):
         return self
@@ -240,29 +164,54 @@ class Tracker:
     def __exit__(self, kind, error, _):
         self.bar.close()
         if kind:
+            self.exit_code = 1
             log.error("stopped by %s: %s", kind.__name__, error)
-            if self.checkpoint.exists():
-                log.error("the last checkpoint is %s: --resume goes on from it", self.checkpoint)
+            if self.beside(".pt").exists():
+                log.error("the last checkpoint is %s: --resume goes on from it", self.beside(".pt"))
+            if self.is_main:
+                self._record(self.step, event="alert", title=f"stopped by {kind.__name__}", text=str(error),
+                             level="ERROR")
+        self._record(self.step, event="exit", code=self.exit_code)
         for sink in self.sinks:
-            sink.close(1 if kind else self.exit_code)
+            sink.close(self.exit_code)
         if self.file:
             log.removeHandler(self.file)
             self.file.close()
 
+    def _record(self, step, **record):
+        self.step = step
+        for sink in self.sinks:
+            sink.log(step, record)
+
     def report(self, state, epochs_per_step, metrics):
-        """`metrics` under the names of the README's table: one line, and one row in every sink."""
+        """`metrics` under the names of the README's table: one line, and one row in every sink. What `rank/` names is
+        of this rank alone: it goes where ranks write for themselves."""
         per_step = metrics.get("time/dt_sec", 0) / max(1, metrics.pop("steps", 1))
         metrics |= {"train/tokens": state.tokens, "train/epoch": state.step * epochs_per_step,
                     "amp": float(self.amp != "off")}
+        self.val_loss = metrics.get("val/loss", self.val_loss)
         log.info("%s", console_line(state.step, self.num_steps, metrics, per_step, self.amp))
-        for sink in self.sinks:
-            sink.log(state.step, metrics)
+        own = {name: metrics.pop(name) for name in list(metrics) if name.startswith("rank/")}
+        row = metrics if self.is_main or self.plan and self.plan.primary else {}
+        if self.plan and self.plan.suffix is not None:
+            row |= {name + self.plan.suffix: value for name, value in own.items()}
+        if row:
+            self._record(state.step, **row)
 
     def sample(self, step, make_text):
         try:
-            log.info("sample at step %d:\n%s", step, make_text())
+            text = make_text()
         except Exception as error:  # worth less than the run: no tokenizers package here, say
             log.warning("no sample: %s", error)
+            return
+        log.info("sample at step %d:\n%s", step, text)
+        self._record(step, event="sample", text=text)
+
+    def saved(self, path, state, best):
+        """The main rank has written a checkpoint: W&B may want it."""
+        if self.wandb and (link := self.wandb.checkpoint_to_upload(path, state.step, best)):
+            self._record(state.step, event="checkpoint", path=link, best=best, tokens=state.tokens,
+                         val_loss=self.val_loss)
 
     def stopped(self, signal_number, step):
         log.info("stopped by %s at step %d, saved; go on with --resume", signal.Signals(signal_number).name, step)
@@ -287,6 +236,8 @@ def console_line(step, num_steps, m, seconds_per_step, amp):
     show("val loss {:.4f}", "val/loss")
     show("val ppl {:.2f}", "val/ppl")
     show("grad norm {:.2f}", "train/grad_norm")
+    if m.get("train/skipped_steps"):
+        show("{} steps skipped", "train/skipped_steps")
     if "train/mfu" in m:
         parts.append(f"mfu {m['train/mfu']:.1%}")
     else:
@@ -298,8 +249,8 @@ def console_line(step, num_steps, m, seconds_per_step, amp):
 
 
 class JsonlSink:
-    """One JSON object a line and report, flushed. On resume, rows after the checkpoint's step are cut off: the run will
-    write them again."""
+    """One JSON object a line: a report, or where it has an `event`, that: the configuration at the start, a sample, the
+    exit. On resume, lines after the checkpoint's step are cut off: the run will write them again."""
 
     def __init__(self, path, start_step):
         kept = []
@@ -309,14 +260,40 @@ class JsonlSink:
         draft = path.with_name(path.name + ".tmp")
         draft.write_text("".join(kept))
         draft.replace(path)
-        self.file = open(path, "a")  # noqa: SIM115 - closed in close()
+        self.path, self.file = path, open(path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
+        self.unwritten, self.failed = b"", False
 
-    def log(self, step, metrics):
-        row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no infinity
-        self.file.write(json.dumps({"step": step, "time": time.time(), **row}) + "\n")
-        self.file.flush()
+    def place(self):
+        """The file, and where what comes next will be in it."""
+        return str(self.path), self.path.stat().st_size
+
+    def log(self, step, record):
+        row = {name: None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no infinity
+               for name, value in record.items()}
+        self.unwritten += json.dumps({"step": step, "time": time.time(), **row}).encode() + b"\n"
+        self._write()
+
+    def _write(self):
+        """Append what is not written yet; on a full disk nothing of it, to be tried again with the next record."""
+        whole = os.fstat(self.file.fileno()).st_size
+        try:
+            left = memoryview(self.unwritten)
+            while left:
+                left = left[self.file.write(left):]
+            self.unwritten, self.failed = b"", False
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self.file.fileno(), whole)
+            if not self.failed:
+                log.warning("%s cannot be written (%s); its rows are kept and written when it can be", self.path,
+                            error.strerror)
+            self.failed = True
 
     def close(self, exit_code):
+        if self.unwritten:
+            self._write()
+        if self.unwritten:
+            log.error("%s lacks its last %d rows", self.path, self.unwritten.count(b"\n"))
         self.file.close()
 
 
@@ -331,15 +308,26 @@ class TensorboardSink:
     def __init__(self, folder, start_step):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else 0)
+        self.writer, self.broken = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else 0), False
 
-    def log(self, step, metrics):
-        for name, value in metrics.items():
-            if isinstance(value, (int, float)):
-                self.writer.add_scalar(name, value, step)
+    def log(self, step, record):
+        if record.get("event") == "sample":
+            self._unless_broken(self.writer.add_text, "samples", record["text"], step)
+        elif "event" not in record:
+            for name, value in record.items():
+                if isinstance(value, (int, float)):
+                    self._unless_broken(self.writer.add_scalar, name, value, step)
 
     def close(self, exit_code):
-        self.writer.close()
+        self._unless_broken(self.writer.close)
+
+    def _unless_broken(self, write, *args):
+        try:
+            if not self.broken:
+                write(*args)
+        except Exception as error:  # what its writing thread met: a full disk, say
+            log.warning("TensorBoard's events are no longer written: %s", error)
+            self.broken = True
 
 
 def make_profiler(enabled, path):

@@ -18,11 +18,16 @@ import hardware
 from checkpoint import CheckpointConfig, State, StopSignal
 from config import UserError, arg, flatten, parse
 from data import Corpus, DataConfig
+from evaluate import evaluate
 from generate import sample_text
 from hardware import SpeedConfig
-from model import GPT, IGNORE, GPTConfig
-from optim import OptimConfig, lr_at, make_optimizer, set_lr
-from tracking import Meter, ReportConfig, Tracker, TrackingConfig, log_facts, make_profiler, setup_logging
+from meter import Meter
+from model import GPT, GPTConfig
+from optim import OptimConfig, lr_at, make_optimizer, set_lr, step_if_finite
+from pretrained import InitConfig, load_initial, settle
+from processes import stop_when_orphaned
+from tracking import ReportConfig, Tracker, TrackingConfig, log_facts, make_profiler, setup_logging
+from wandb_runs import WandbConfig, in_sweep
 
 log = logging.getLogger("mini_llm")
 
@@ -53,6 +58,7 @@ class Config:
     """Pretrain a GPT. With no flags: a small model on Python's standard library, offline, in about three minutes."""
 
     model: GPTConfig = field(default_factory=GPTConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -60,11 +66,11 @@ class Config:
     report: ReportConfig = field(default_factory=ReportConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def validate(self):
-        if self.data.seq_len > self.model.max_position_embeddings:
-            raise UserError(f"--seq-len {self.data.seq_len} is above --max-position-embeddings "
-                            f"{self.model.max_position_embeddings}; raise the latter or lower the former")
+        if trial := in_sweep():  # the trials of a sweep are runs of their own
+            self.checkpoint.checkpoint_path = str(self.checkpoint.beside(f".{trial}.pt"))
         if self.batch.global_batch_tokens and self.batch.grad_accum_steps > 1:
             raise UserError("--global-batch-tokens decides --grad-accum-steps: give one of them")
 
@@ -74,6 +80,7 @@ class World:
 
     rank = local_rank = node_rank = 0
     size = local_size = 1
+    managers = 0  # processes above this one that it is to end with
     is_main = True  # global rank 0: the one that logs and saves
 
     def __init__(self, cfg):
@@ -114,39 +121,24 @@ class World:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(code)
 
-    def close(self):
-        pass
+    @staticmethod
+    def leave(code):
+        """End the process, once every rank is done."""
+        sys.exit(code)
 
 
 class NonFinite(Exception):
-    """The loss or the gradient is no number any more."""
-
-
-@torch.no_grad()
-def evaluate(model, corpus, cfg, precision, world):
-    """Loss over the validation windows in nats per token, and what follows from it. Each rank takes its share and the
-    sums are reduced, so that the figure does not depend on the number of ranks. Collective."""
-    model.eval()
-    nats, n_tokens = [], 0
-    for x, y, rows in corpus.val_batches(cfg.report.eval_tokens, cfg.batch.batch_size, world.rank, world.size):
-        y[rows:] = IGNORE
-        with precision.autocast():
-            nats.append(model(*hardware.to_device(world.device, x, y), reduction="sum"))
-        n_tokens += rows * corpus.seq_len
-    model.train()
-    nats, n_tokens = world.sum([math.fsum(map(float, nats)), n_tokens])
-    loss = nats / n_tokens
-    return {"val/loss": loss, "val/ppl": math.exp(loss) if loss < 700 else math.inf,
-            "val/bits_per_byte": loss / math.log(2) / corpus.val_bytes_per_token}
+    """The loss or the gradient is no number, step after step."""
 
 
 def train(cfg, world):
     """Train until `num_steps`, or until a signal. Returns the exit code: 0, or 128 + the signal's number."""
-    dry_run, config, batch_size = cfg.batch.dry_run, flatten(cfg), cfg.batch.batch_size
-    world.require_same(config, "flags")
+    dry_run, batch_size = cfg.batch.dry_run, cfg.batch.batch_size
+    world.require_same(flatten(cfg), "flags")
     resume_from = None if dry_run else world.from_main(lambda: checkpoint.plan(cfg.checkpoint))
+    cfg.model, cfg.init = world.from_main(lambda: settle(cfg, resume_from))
     corpus = Corpus(cfg.data, cfg.model.vocab_size, writes=world.local_rank == 0, scratch=dry_run)
-    accum = cfg.batch.accum_steps(world.size, corpus.seq_len)
+    accum, config = cfg.batch.accum_steps(world.size, corpus.seq_len), flatten(cfg)
     step_samples = batch_size * accum * world.size
     epochs_per_step = step_samples / corpus.n_windows
     identity = checkpoint.run_identity(cfg, corpus, step_samples)
@@ -156,19 +148,13 @@ def train(cfg, world):
     precision = hardware.choose_precision(cfg.speed, world.device)
     torch.manual_seed(cfg.optim.seed)  # the same weights on every rank
     raw = GPT(dataclasses.replace(cfg.model, vocab_size=identity["--vocab-size"])).to(world.device)
-    optimizer, scaler = make_optimizer(raw, cfg.optim, world.device), precision.scaler()
-    meter = Meter(world, raw.flops_per_token(corpus.seq_len), hardware.peak_flops(world.device))
-    parts, state = dict(model=raw, optimizer=optimizer, scaler=scaler, meter=meter), State()
-    if saved:
-        # Decay and betas are the flags', not those of the run that is resumed.
-        saved["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]
-        for name, part in parts.items():
-            if saved[name]:  # a scaler is empty but in fp16
-                part.load_state_dict(saved[name])
-        state = State(**saved["state"])
-        if not cfg.checkpoint.continues(resume_from):
-            state.wandb_run_id = ""  # a branch of a run is a run of its own
-        del saved
+    if not saved:
+        load_initial(raw, cfg.init, world)
+    optimizer, scaler = make_optimizer(raw, cfg.optim, world.device, precision.dtype), precision.scaler()
+    meter = Meter(world, raw.flops_per_token(corpus.seq_len), hardware.peak_flops(world.device), cfg.wandb.wandb_watch)
+    parts = dict(model=raw, optimizer=optimizer, scaler=scaler, meter=meter)
+    state = checkpoint.apply(saved, parts, cfg.checkpoint.continues(resume_from)) if saved else State()
+    del saved
     fast = torch.compile(raw) if hardware.should_compile(cfg.speed, world.device) else raw
     model = world.wrap(fast)  # for the training step; `fast` evaluates, `raw` is saved
     num_steps, eval_steps = cfg.optim.num_steps, cfg.report.eval_every(cfg.optim.num_steps)
@@ -181,21 +167,22 @@ def train(cfg, world):
         set_lr(optimizer, lr_at(state.step, cfg.optim))
         losses = []
         for micro in range(accum):
-            batch = corpus.batch(state.step, micro, accum, batch_size, world.rank, world.size)
-            x, y = hardware.to_device(world.device, *batch)  # (B, T) each
             with world.grad_sync(model, last=micro == accum - 1):
-                with precision.autocast():
-                    loss = model(x, y)
+                with meter.forward, precision.autocast():
+                    batch = corpus.batch(state.step, micro, accum, batch_size, world.rank, world.size)
+                    loss = model(*hardware.to_device(world.device, *batch))  # (B, T) inputs and targets
                 scaler.scale(loss / accum).backward()
             losses.append(loss.detach())
         scaler.unscale_(optimizer)
+        meter.watch(raw, due=(state.step + 1) % cfg.report.log_steps == 0 or state.step + 1 == num_steps)
         norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.optim.grad_clip_norm or math.inf)
         scale = scaler.get_scale()
-        scaler.step(optimizer)
+        step_if_finite(optimizer, scaler, norm)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         if scaler.get_scale() < scale:
-            check_finite(scale >= 1)
+            if scale < 1:
+                halt(f"overflows even at a scale of {scale:g}")
             return None
         return torch.stack(losses), norm
 
@@ -205,20 +192,25 @@ def train(cfg, world):
             format=checkpoint.FORMAT, state=dataclasses.asdict(state), identity=identity, config=config,
             torch=str(torch.__version__))
 
-    def check_finite(finite):
-        """Halt where loss or gradient are no numbers: the same decision on every rank, since both are reduced."""
-        if not finite:
-            last, path = payload(), cfg.checkpoint.beside(".nonfinite.pt")
-            world.from_main(lambda: checkpoint.save(path, last))
-            raise NonFinite(f"loss or gradient is not finite at step {state.step}; this state is in {path}, and "
-                            f"--resume with a lower --lr goes on from the last good checkpoint")
+    def halt(what):
+        """Give up: the same decision on every rank."""
+        last, path = payload(), cfg.checkpoint.beside(".nonfinite.pt")
+        world.from_main(lambda: checkpoint.save(path, last))
+        samples = corpus.samples(max(0, state.step - 1), step_samples)[:64].tolist()
+        raise NonFinite(f"loss or gradient {what} at step {state.step}, which read the samples {samples}; the weights "
+                        f"before are in {path}, and --resume with a lower --lr goes on from the last checkpoint")
 
-    def save(latest, best):
+    def save(latest, best, last, best_before):
         with meter.excluded("checkpoint"):
             now = payload()
-            check_finite(math.isfinite(now["meter"]["loss_sum"] + now["meter"]["norm_sum"]))
-            # The other ranks wait here, and not in the next step, where it would count as training.
-            world.from_main(lambda: checkpoint.save_run(cfg.checkpoint, now, state.step, latest, best))
+            try:  # the other ranks wait here, and not in the next step, where it would count as training
+                world.from_main(lambda: track.saved(
+                    checkpoint.save_run(cfg.checkpoint, now, state.step, latest, best), state, best))
+            except OSError as error:
+                if last:
+                    raise checkpoint.NotSaved(f"step {state.step} could not be saved: {error}") from None
+                log.error("step %d could not be saved, and training goes on to the next try: %s", state.step, error)
+                state.best_val = best_before  # its file has not been written
 
     evaluate_now = meter.excluded("eval")(lambda: evaluate(fast, corpus, cfg, precision, world))
 
@@ -234,15 +226,16 @@ def train(cfg, world):
     if state.step >= num_steps:
         log.info("already at step %d of %d: raise --num-steps to train on", state.step, num_steps)
         return 0
+    world.from_main(lambda: checkpoint.require_space(cfg.checkpoint, 12 * raw.num_params()))  # weights and moments
     if world.is_main:
         corpus.export_tokenizer(cfg.checkpoint.beside(".tokenizer"))
         if cfg.checkpoint.overwrite:
             checkpoint.begin(cfg.checkpoint, resume_from, state.step)
 
-    facts = config | dict(world_size=world.size, n_params=raw.num_params(), accum_steps=accum)
-    with (Tracker(cfg.tracking, cfg.checkpoint.beside, world, state, num_steps, precision.name, facts) as track,
+    facts = config | dict(n_params=raw.num_params(), accum_steps=accum, corpus_tokens=corpus.meta["tokens"])
+    with (Tracker(cfg, world, state, precision.name, facts) as track,
           make_profiler(cfg.tracking.use_profiler and world.is_main, cfg.checkpoint.beside(".trace.json")) as profiler,
-          StopSignal(world) as stop):
+          StopSignal(world, cfg.checkpoint.time_limit) as stop):
         if state.step == 0:
             track.report(state, epochs_per_step, evaluate_now())
         while state.step < num_steps:
@@ -253,18 +246,19 @@ def train(cfg, world):
             meter.add(*done, tokens=batch_size * accum * corpus.seq_len)
             profiler.step()
             track.bar.update()
-            metrics, best, signal_number = {}, False, stop.agreed()
+            metrics, best, best_before, (signal_number, save_now) = {}, False, state.best_val, stop.agreed()
             if due(cfg.report.log_steps):
                 metrics = meter.report(ends_interval=state.step % cfg.report.log_steps == 0)
                 metrics["lr"] = lr_at(state.step - 1, cfg.optim)  # the rate of the step just taken
-                check_finite(math.isfinite(metrics["train/loss"] + metrics["train/grad_norm"]))
+                if meter.skipped_in_row >= cfg.optim.max_bad_steps:
+                    halt(f"was not finite in {meter.skipped_in_row} steps in a row, the last")
             if due(eval_steps):
                 metrics |= evaluate_now()
                 best, state.best_val = metrics["val/loss"] < state.best_val, min(state.best_val, metrics["val/loss"])
             if metrics:
                 track.report(state, epochs_per_step, metrics)
-            if (latest := due(cfg.checkpoint.save_steps) or signal_number) or best:
-                save(latest, best)
+            if (latest := due(cfg.checkpoint.save_steps) or signal_number or save_now) or best:
+                save(latest, best, signal_number or state.step == num_steps, best_before)
             if due(cfg.report.sample_steps):
                 with meter.excluded("sample"), precision.autocast():
                     world.from_main(lambda: track.sample(
@@ -280,15 +274,14 @@ def train(cfg, world):
 def main(world_type=World):
     try:
         cfg = parse(Config)
+        stop_when_orphaned(world_type.managers + bool(in_sweep()))  # a sweep's agent is one, too
         world = world_type(cfg.speed)
         setup_logging(world.is_main)
-        code = train(cfg, world)
-        world.close()  # only now: where one rank has failed, waiting for the others could wait for ever
-        sys.exit(code)
-    except (UserError, NonFinite) as error:
+        world.leave(train(cfg, world))
+    except (UserError, NonFinite, checkpoint.NotSaved) as error:
         world_type.fail(error, 2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:  # before there was anything to save
-        sys.exit(130)
+        world_type.leave(130)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ model and its share of every batch, and gradients are averaged in the backward p
 
 import contextlib
 import datetime
+import inspect
 import os
 import sys
 import time
@@ -23,6 +24,8 @@ TIMEOUT = datetime.timedelta(minutes=30)  # of a collective: longer than any nod
 
 
 class DDPWorld(World):
+    managers = 1  # torchrun
+
     def __init__(self, cfg):
         if "RANK" not in os.environ:
             raise UserError("train_ddp.py is started by torchrun: torchrun --nproc-per-node=2 train_ddp.py ...; "
@@ -42,7 +45,10 @@ class DDPWorld(World):
 
     def wrap(self, model):
         devices = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
+        # The ranks' buffers are equal and stay so; torch 2.13 renamed the switch.
+        known = inspect.signature(DistributedDataParallel).parameters
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **{sync: False})
 
     def grad_sync(self, model, last):
         return contextlib.nullcontext() if last else model.no_sync()
@@ -89,11 +95,16 @@ class DDPWorld(World):
     def fail(error, code):
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # the main rank says the same, and ends the others by leaving; if it does not, they say it
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(code)  # taking down a process group may abort, or wait for ranks that are gone
+        print(f"error: {error}", file=sys.stderr)
+        DDPWorld.leave(code)
 
-    def close(self):
-        dist.destroy_process_group()
+    @staticmethod
+    def leave(code):
+        # Not through the interpreter's end: taking down the process group there waits for ranks that are gone, and has
+        # aborted a finished run, with threads of gloo's still at work.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import re
@@ -46,16 +47,21 @@ def cache(tmp_path_factory):
 
 
 class Run:
-    """A finished command: exit code, output, and the rows of its metrics.jsonl."""
+    """A finished command: exit code, output, and the records of its metrics.jsonl."""
 
     def __init__(self, process, folder, checkpoint):
         self.code, self.out, self.err = process.returncode, process.stdout, process.stderr
         self.checkpoint = folder / checkpoint
 
     @property
+    def records(self):
+        path = self.checkpoint.with_name(self.checkpoint.stem + ".metrics.jsonl")
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    @property
     def rows(self):
-        path = self.checkpoint.with_suffix("").with_suffix(".metrics.jsonl")
-        return {row["step"]: row for row in map(json.loads, path.read_text().splitlines())}
+        """step → its report."""
+        return {record["step"]: record for record in self.records if "event" not in record}
 
     def losses(self):
         """(step, name) → value of every loss reported."""
@@ -70,8 +76,10 @@ class Run:
 
 def environment(**extra):
     kept = {name: value for name, value in os.environ.items()
-            if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS") and not name.startswith("WANDB")}
-    ours = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+            if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK") and not name.startswith("WANDB")}
+    # One thread a process: the models are tiny, and threads of several processes would wait for each other.
+    ours = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true",
+            "OMP_NUM_THREADS": "1"}
     return kept | ours | extra
 
 
@@ -80,6 +88,20 @@ def command(script, ranks=None):
         return [sys.executable, str(ROOT / script)]
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
             str(ROOT / script)]
+
+
+# For the real SDK against `server`. It sends rows every 15 s else, and takes whole seconds only.
+QUICK = dict(WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL="1", WANDB_MODE="online")
+
+
+@pytest.fixture
+def server():
+    """A W&B server on loopback; when the test is over, no process that knew of it is left."""
+    from wandb_server import WandbServer
+
+    with WandbServer() as server:
+        yield server
+        eventually(lambda: not processes_with(f"WANDB_BASE_URL={server.url}"), 15)
 
 
 @pytest.fixture
@@ -99,6 +121,76 @@ def trainer(tmp_path, text, cache):
     run.arguments = arguments
     run.folder = tmp_path
     return run
+
+
+# Vocabularies: the byte tokenizer's own, and wider ones.
+TUNED = {"gpt2": 257, "qwen3": 260, "nanochat": 260}
+
+
+@pytest.fixture(scope="session")
+def tuned(tmp_path_factory, text, cache):
+    """arch → (Hugging Face folder of random weights, the run that --init-from started from it); qwen3's on 2 ranks."""
+    import torch
+    import transformers
+
+    folder, started = tmp_path_factory.mktemp("tuned"), {}
+    for arch, vocab_size in TUNED.items():
+        if arch == "gpt2":
+            config = transformers.GPT2Config(vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+        else:
+            kind, theta = (transformers.Qwen3Config, 1e6) if arch == "qwen3" else (transformers.NanoChatConfig, 1e4)
+            config = kind(vocab_size=vocab_size, hidden_size=32, intermediate_size=56, num_hidden_layers=2,
+                          num_attention_heads=4, num_key_value_heads=2, head_dim=16 if arch == "qwen3" else 8,
+                          max_position_embeddings=64, rope_parameters={"rope_type": "default", "rope_theta": theta})
+        torch.manual_seed(3)
+        theirs = transformers.AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                parameter.normal_(0.0, 0.3)
+        theirs.save_pretrained(folder / arch)
+        ranks, script = (2, "train_ddp.py") if arch == "qwen3" else (None, "train.py")
+        flags = ["--init-from", folder / arch, "--tokenizer-name", "byte", "--train-data", text, "--cache-dir", cache,
+                 "--seq-len", 32, "--batch-size", 8 // (ranks or 1), "--num-steps", 40, "--warmup-steps", 5,
+                 "--lr", 1e-2, "--eval-tokens", 0, "--eval-steps", 0, "--no-amp", "--device", "cpu",
+                 "--checkpoint-path", f"{arch}.pt"]
+        started[arch] = subprocess.Popen([*command(script, ranks), *map(str, flags)], cwd=folder, text=True,
+                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                         env=environment(OMP_NUM_THREADS="1"))
+    found = {}
+    for arch, process in started.items():  # all at once: most of their time goes into importing
+        out, err = process.communicate(timeout=180)
+        assert process.returncode == 0, out + err
+        done = subprocess.CompletedProcess(process.args, process.returncode, out, err)
+        found[arch] = folder / arch, Run(done, folder, f"{arch}.pt")
+    return found
+
+
+@pytest.fixture(scope="session")
+def val_windows(tuned):
+    """The validation windows of the `tuned` runs, (n, 33) int64."""
+    import torch
+
+    from data import Shard
+
+    shard = Shard(Path(re.search(r" val \((.+?)\)", tuned["gpt2"][1].out)[1], "val.bin"))
+    return torch.stack([torch.tensor(shard.read(32 * i, 33).astype("int64")) for i in range(shard.windows(32))])
+
+
+def processes_with(variable):
+    """The pids whose environment has `variable`, NAME=value."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"{variable}\0".encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found
+
+
+def eventually(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.05)
 
 
 def interrupt_after(args, cwd, pattern, signal_number=signal.SIGTERM, env=None, timeout=120):

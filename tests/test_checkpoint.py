@@ -165,7 +165,7 @@ def test_a_fallback_mends_the_newest_so_that_a_kill_in_the_next_save_loses_nothi
     (tmp_path / "c.pt").write_bytes(b"damaged")
     assert checkpoint.restore(tmp_path / "c.pt", cfg, {}, {})["step"] == 1
 
-    def killed(*_):
+    def killed(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint, "save", killed)

@@ -15,7 +15,7 @@ import data
 import text as text_module
 from config import UserError
 from data import Corpus, DataConfig, Shard, ShardWriter, permute, prepare
-from text import cut_text, find_sources, is_validation, pieces, text_pieces
+from text import cut_text, find_sources, is_validation, pieces, source_names, text_pieces
 from tokenizer import END_OF_TEXT, load_tokenizer, open_tokenizer, train_tokenizer
 
 
@@ -25,7 +25,7 @@ def config(path, cache, **changes):
 
 
 def decode(shard, tokenizer):
-    return tokenizer.decode(shard.window(0, shard.count - 1).tolist(), skip_special_tokens=False)
+    return tokenizer.decode(shard.read(0, shard.count).tolist(), skip_special_tokens=False)
 
 
 # Order of samples
@@ -61,7 +61,7 @@ def test_targets_are_the_inputs_one_token_on_and_no_window_shares_one(text, cach
     corpus = Corpus(config(text, cache))
     x, y = corpus.batch(0, 0, 1, 8)
     assert np.array_equal(x[:, 1:], y[:, :-1])
-    flat = np.concatenate([corpus.train.window(i, 32)[1:] for i in range(corpus.n_windows)])
+    flat = np.concatenate([corpus.train.read(i * 32, 33)[1:] for i in range(corpus.n_windows)])
     whole = np.frombuffer((corpus.folder / "train.bin").read_bytes()[data.HEADER.size:], np.uint16)
     assert np.array_equal(flat, whole[1:len(flat) + 1])
 
@@ -69,12 +69,52 @@ def test_targets_are_the_inputs_one_token_on_and_no_window_shares_one(text, cach
 def test_every_validation_window_is_evaluated_once_whatever_the_ranks(text, cache):
     corpus = Corpus(config(text, cache))
     for size in (1, 2, 3):
-        rows = [x[i].tobytes() for rank in range(size) for x, _, real in corpus.val_batches(0, 5, rank, size)
+        rows = [x[i].tobytes() for rank in range(size) for _, x, _, real in corpus.val_batches(0, 5, rank, size)
                 for i in range(real)]
         assert len(rows) == corpus.n_val_windows
-        assert sorted(rows) == sorted(corpus.val.window(i, 32)[:-1].astype(np.int64).tobytes()
+        assert sorted(rows) == sorted(corpus.val.read(i * 32, 33)[:-1].astype(np.int64).tobytes()
                                       for i in range(corpus.n_val_windows))
     assert sum(real for *_, real in corpus.val_batches(320, 4)) == 10
+
+
+@pytest.fixture
+def two_sources(tmp_path, text):
+    """Three quarters and one quarter of a text, as two validation sources."""
+    whole = text.read_text()[:40_000]
+    (tmp_path / "a.txt").write_text(whole[:30_000])
+    (tmp_path / "b.txt").write_text(whole[30_000:])
+    return [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+
+
+@pytest.mark.parametrize("tokens, n_a, n_b", [(0, 937, 312), (1280, 30, 10), (32, 1, 1)])
+def test_windows_of_validation_sources_are_their_own_and_in_proportion(text, cache, two_sources, tokens, n_a, n_b):
+    corpus = Corpus(config(text, cache, val_data=two_sources))
+    alone = {name: Corpus(config(text, cache, val_data=[path])) for name, path in zip("ab", two_sources, strict=True)}
+    for size in (1, 2, 3):
+        shares = [list(corpus.val_batches(tokens, 4, rank, size)) for rank in range(size)]
+        dealt = [sum(real for *_, real in share) for share in shares]
+        assert max(dealt) - min(dealt) <= 1, "a rank has more to do than another"
+        for name, count in (("a", n_a), ("b", n_b)):
+            rows = {x[i].tobytes() + y[i].tobytes() for source, x, y, real in sum(shares, []) for i in range(real)
+                    if source == name}
+            assert len(rows) == count
+            assert rows <= {x[i].tobytes() + y[i].tobytes() for _, x, y, real in alone[name].val_batches(0, 4)
+                            for i in range(real)}
+
+
+def test_validation_sources_of_prepared_shards_keep_their_names(text, cache, two_sources):
+    folder = prepare(config(text, cache, val_data=two_sources))
+    assert list(Corpus(DataConfig(train_data=[str(folder)], seq_len=16)).val_sources) == ["a", "b"]
+    with pytest.raises(UserError, match=r"\(b\) holds 10,001 tokens"):
+        Corpus(config(text, cache, val_data=two_sources, seq_len=20_000))
+
+
+def test_several_validation_sources_are_the_tokens_of_one(tmp_path, text, two_sources):
+    """So a run that was started with the same text in one source, or before sources had losses, can be resumed."""
+    one, two, turned = (Corpus(config(text, tmp_path / "cache", val_data=paths))
+                        for paths in ([str(tmp_path / "[ab].txt")], two_sources, two_sources[::-1]))
+    assert one.fingerprint == two.fingerprint != turned.fingerprint
+    assert len({one.folder, two.folder, turned.folder}) == 3
 
 
 # Documents and tokens
@@ -162,7 +202,7 @@ def test_max_tokens_takes_the_first_tokens_only(text, cache):
     corpus = Corpus(config(text, cache, max_tokens=5000))
     assert corpus.train.count == 5000 and corpus.val.count == 500
     whole = Corpus(config(text, cache))
-    assert np.array_equal(corpus.train.window(0, 4999), whole.train.window(0, 4999))
+    assert np.array_equal(corpus.train.read(0, 5000), whole.train.read(0, 5000))
 
 
 @pytest.mark.parametrize("max_tokens", [0, 5000])
@@ -212,7 +252,7 @@ def test_ids_above_65535_are_kept(tmp_path):
     writer = ShardWriter(tmp_path / "s.bin", 70_000, 0, b"")
     writer.write([1, 65_535, 65_536, 69_999])
     writer.close()
-    assert Shard(tmp_path / "s.bin").window(0, 3).tolist() == [1, 65_535, 65_536, 69_999]
+    assert Shard(tmp_path / "s.bin").read(0, 4).tolist() == [1, 65_535, 65_536, 69_999]
 
 
 def test_an_id_outside_the_vocabulary_is_refused(tmp_path):
@@ -305,6 +345,17 @@ def test_a_waiting_process_gives_up_on_one_that_hangs(tmp_path, text, monkeypatc
         with pytest.raises(UserError, match="has written nothing"):
             prepare(config(text, tmp_path), writes=writes)
     os.close(fd)
+
+
+def test_every_validation_source_has_a_name_of_its_own(tmp_path, monkeypatch):
+    for file in ("a.txt", "sub/a.jsonl", "my text (1).txt", "v1.0/b.txt"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    monkeypatch.chdir(tmp_path / "sub")
+    paths = ["../a.txt", "a.jsonl", "../my text (1).txt", "../v1.0/", "owner/set-2.1", ".", "../v1.0/*.txt",
+             "../b-*.txt"]
+    assert source_names(paths) == ["a", "a-2", "my-text--1", "v1.0", "set-2.1", "sub", "v1.0-2", "b"]
+    assert source_names(paths[:1]) == source_names([]) == []
 
 
 def test_the_built_in_corpus_is_python_source():

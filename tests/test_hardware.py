@@ -1,6 +1,9 @@
-import pytest
+import time
 
-from hardware import peak_of
+import pytest
+import torch
+
+from hardware import Stopwatch, peak_of
 
 
 @pytest.mark.parametrize("name, peak", [
@@ -11,3 +14,12 @@ from hardware import peak_of
 ])
 def test_a_peak_is_that_of_the_very_device_or_unknown(name, peak):
     assert peak_of(name) == peak
+
+
+def test_a_stopwatch_counts_what_is_inside_and_starts_anew_when_read():
+    watch = Stopwatch(torch.device("cpu"))
+    for _ in range(2):
+        with watch:
+            time.sleep(0.05)
+        time.sleep(0.05)
+    assert 0.1 <= watch.read() < 0.15 and watch.read() == 0

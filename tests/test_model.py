@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from export import from_hugging_face, hugging_face_config, to_hugging_face
-from model import ARCHS, GPT, IGNORE, GPTConfig, KVCache, attend, sample
+from model import ARCHS, GPT, IGNORE, GPTConfig, KVCache, attend
+from pretrained import from_hugging_face, hugging_face_config, to_hugging_face
 
 SMALL = dict(n_layers=2, n_heads=4, d_model=32, max_position_embeddings=48, vocab_size=97)
 
@@ -89,38 +89,6 @@ def test_one_batch_is_overfitted(arch):
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.05
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-def test_generation_with_the_cache_equals_generation_without(arch):
-    model = randomized(build(arch)).eval()
-    x = tokens(2, 7)
-    cached = model.generate(x, 30, temperature=0)
-    for _ in range(30):
-        x = torch.cat([x, model(x)[:, -1].argmax(-1, keepdim=True)], dim=1)
-    assert torch.equal(cached, x)
-
-
-def test_generation_goes_on_past_the_last_position():
-    model = randomized(build())
-    out = model.generate(tokens(2, 10), 100, generator=torch.Generator().manual_seed(0))
-    assert out.shape == (2, 110) and out.max() < SMALL["vocab_size"]
-
-
-def test_generation_stops_when_every_row_has_stopped():
-    model = randomized(build())
-    first = model.generate(tokens(1, 5), 1, temperature=0)[0, -1].item()
-    assert model.generate(tokens(1, 5), 20, temperature=0, stop_token=first).shape == (1, 6)
-
-
-def test_top_k_and_top_p_keep_only_the_likeliest_tokens():
-    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(2000, 1)
-    assert set(sample(logits, top_k=2).flatten().tolist()) == {0, 1}
-    assert set(sample(logits, top_p=0.7).flatten().tolist()) == {0, 1}
-    assert set(sample(logits, top_p=0.81).flatten().tolist()) == {0, 1, 2}
-    assert set(sample(logits, temperature=0).flatten().tolist()) == {0}
-    share = (sample(logits) == 0).float().mean().item()
-    assert share == pytest.approx(0.5, abs=0.05)
 
 
 def test_ignored_targets_carry_no_loss():

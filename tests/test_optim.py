@@ -1,9 +1,11 @@
+from copy import deepcopy
+
 import pytest
 import torch
 
 from config import UserError
 from model import GPT, GPTConfig
-from optim import OptimConfig, lr_at, make_optimizer
+from optim import Muon, OptimConfig, lr_at, make_optimizer, orthogonalize, set_lr
 
 
 def rates(**changes):
@@ -64,3 +66,86 @@ def test_the_optimizer_is_torchs_adamw_step_for_step():
         theirs.step()
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
+
+
+def tiny(**changes):
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**dict(n_layers=3, n_heads=2, d_model=16, vocab_size=11, max_position_embeddings=8) | changes))
+
+
+def draw_gradients(*models):
+    for twins in zip(*(model.parameters() for model in models), strict=True):
+        twins[0].grad = torch.randn_like(twins[0]) * 10 ** torch.empty(()).uniform_(-3, 1)
+        for twin in twins[1:]:
+            twin.grad = twins[0].grad.clone()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3", "nanochat"])
+def test_muon_is_torchs_muon_and_adamw_step_for_step(arch, dtype, tolerance, monkeypatch):
+    if dtype is torch.float32:  # torch's iterates in what Tensor.bfloat16() gives
+        monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+    ours, theirs = (tiny(arch=arch, n_kv_heads=1) for _ in range(2))
+    cfg = OptimConfig(optimizer="muon", lr=1e-3, muon_lr=0.02, weight_decay=0.3, beta1=0.8, beta2=0.9)
+    optimizer = make_optimizer(ours, cfg, torch.device("cpu"), dtype)
+    inside = [p for p in theirs.blocks.parameters() if p.ndim == 2]
+    others = [p for p in theirs.parameters() if all(p is not q for q in inside)]
+    oracles = [torch.optim.Muon(inside, lr=0.02, weight_decay=0.3),
+               torch.optim.AdamW([dict(params=[p for p in others if p.ndim >= 2], weight_decay=0.3),
+                                  dict(params=[p for p in others if p.ndim < 2], weight_decay=0.0)], lr=1e-3,
+                                 betas=(0.8, 0.9))]
+    for _ in range(6):
+        draw_gradients(ours, theirs)
+        set_lr(optimizer, 1e-3)
+        optimizer.step()
+        for oracle in oracles:
+            oracle.step()
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=tolerance if "weight" in name and name.startswith("blocks") else 1e-6), name
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24), (1, 8)])
+def test_matrices_are_orthogonalized_together_as_one_by_one(shape):
+    matrices = torch.randn(5, *shape) * torch.tensor([1e-6, 1e-3, 1, 1e3, 1e6]).view(5, 1, 1)
+    together = orthogonalize(matrices)
+    alone = torch.cat([orthogonalize(matrix[None]) for matrix in matrices])
+    assert together.shape == matrices.shape and torch.allclose(together, alone, atol=1e-5)
+    if shape[0] != shape[1]:  # of a square one the least singular values may be too near 0
+        values = torch.linalg.svdvals(together)
+        assert values.min() > 0.65 and values.max() < 1.25
+    assert torch.equal(orthogonalize(torch.zeros(2, *shape)), torch.zeros(2, *shape))
+
+
+def test_muons_rate_follows_the_schedule_of_adamws():
+    cfg = OptimConfig(optimizer="muon", lr=1e-3, muon_lr=0.04)
+    optimizer = make_optimizer(tiny(), cfg, torch.device("cpu"))
+    set_lr(optimizer, 5e-4)
+    assert {group["lr"]: "momentum" in group for group in optimizer.param_groups} == {0.02: True, 5e-4: False}
+
+
+def test_muon_has_the_matrices_of_the_blocks_and_each_parameter_is_in_one_group():
+    model = tiny(arch="qwen3")
+    optimizer = make_optimizer(model, OptimConfig(optimizer="muon", weight_decay=0.3), torch.device("cpu"))
+    group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        matrix = parameter.ndim == 2
+        assert ("momentum" in group_of[parameter]) == (matrix and name.startswith("blocks.")), name
+        assert group_of[parameter]["weight_decay"] == (0.3 if matrix else 0.0), name
+
+
+def test_muon_goes_on_from_its_state_as_if_it_had_never_stopped(tmp_path):
+    model, cfg = tiny(), OptimConfig(optimizer="muon")
+    optimizer = make_optimizer(model, cfg, torch.device("cpu"))
+    draw_gradients(model)
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    twin = deepcopy(model)
+    resumed = make_optimizer(twin, cfg, torch.device("cpu"))
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    draw_gradients(model, twin)
+    optimizer.step()
+    resumed.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    optimizer.zero_grad()
+    assert isinstance(optimizer, Muon) and all(p.grad is None for p in model.parameters())

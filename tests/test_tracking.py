@@ -5,7 +5,8 @@ import time
 import pytest
 import torch
 
-from tracking import JsonlSink, Meter, TensorboardSink, console_line
+from meter import Meter, histograms
+from tracking import JsonlSink, TensorboardSink, console_line
 from train import World
 
 
@@ -23,8 +24,8 @@ class Pair(Alone):
         return [2 * value for value in values]
 
     def gather(self, values):
-        tokens, seconds = values
-        return [[tokens, seconds], [tokens, 2 * seconds]]
+        tokens, seconds, forward = values
+        return [[tokens, seconds, forward], [tokens, 2 * seconds, 3 * forward]]
 
 
 def test_the_console_line_is_the_documented_one():
@@ -136,3 +137,25 @@ def test_tensorboard_has_the_same_names_values_and_steps(tmp_path):
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(10, 2.5), (20, 5.0)]
     assert set(events.Tags()["scalars"]) == {"train/loss", "lr"}
+
+
+def test_a_resumed_interval_is_of_all_ranks_but_a_ranks_own_loss_is_its_own():
+    meter = Meter(Alone(), 1.0, None)
+    meter.load_state_dict(dict(loss_sum=10.0, norm_sum=1.0, micro_batches=2, smoothed={}))
+    meter.add(torch.tensor([2.0]), torch.tensor(0.5), tokens=10)
+    assert meter.state_dict()["loss_sum"] == 12.0
+    metrics = meter.report()
+    assert metrics["train/loss"] == 4.0 and metrics["rank/loss"] == 2.0
+    meter.add(torch.tensor([3.0]), torch.tensor(0.5), tokens=10)
+    assert meter.report()["train/loss"] == 3.0
+
+
+def test_a_histogram_counts_every_value_between_its_edges():
+    model = torch.nn.Linear(4, 5)
+    torch.nn.init.ones_(model.bias)
+    counts, low, high = histograms(model, "parameters", bins=8)["parameters/bias"]
+    assert counts.sum() == 5 and counts[0] == 5 and low == 1 and high == 2
+    counts, low, high = histograms(model, "all", bins=8)["parameters/weight"]
+    expected = torch.histc(model.weight.detach(), 8)
+    assert counts.tolist() == expected.long().tolist() and (low, high) == torch.aminmax(model.weight)
+    assert "gradients/weight" not in histograms(model, "all"), "before the first backward pass there is none"

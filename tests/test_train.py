@@ -41,7 +41,8 @@ def test_a_run_reports_what_is_documented_and_writes_what_it_says(trainer):
                         r"grad norm \S+ \| (mfu \S+%|\S+ TFLOP/s) \| dt \S+s \| eta \S+ \| amp \S+", line), line
     assert "\r" not in run.out + run.err, "a progress bar in a pipe"
     written = {path.name for path in run.checkpoint.parent.iterdir()}
-    assert written == {"c.pt", "c.prev.pt", "c.best.pt", "c.log", "c.metrics.jsonl", "c.tokenizer", "c.tensorboard"}
+    assert written == {"c.pt", "c.prev.pt", "c.best.pt", "c.log", "c.metrics.jsonl", "c.config.toml", "c.tokenizer",
+                       "c.tensorboard"}
     assert all(name in run.out for name in written)
     assert (run.checkpoint.parent / "c.log").read_text() in run.out, "the log file is what the console showed"
     assert "Arguments: " in (run.checkpoint.parent / "c.log").read_text()
@@ -78,14 +79,37 @@ def test_the_loss_reported_is_the_loss_computed(trainer, text, cache):
     assert run.rows[3]["lr"] == pytest.approx(0.0075) and run.rows[6]["lr"] == pytest.approx(0.01)
 
 
+def test_several_validation_sources_have_a_loss_each(trainer, text):
+    """The oracle of each is a run with that one alone; `val/loss` is their mean by tokens."""
+    whole = text.read_text()
+    sources = {"a": whole[:9_000].upper(), "b": whole[:3_000]}
+    for name, content in sources.items():
+        (trainer.folder / f"{name}.txt").write_text(content)
+    flags = ["--num-steps", 4, "--log-steps", 2, "--eval-steps", 2, "--no-amp", "--eval-tokens", 0, "--lr", 0.01]
+    both = trainer(*flags, "--val-data", "a.txt", "b.txt", checkpoint="both.pt")
+    assert both.code == 0 and sorted(both.rows) == [0, 2, 4], both.err
+    tokens = {name: len(content) // 32 * 32 for name, content in sources.items()}  # in whole windows; a byte is a token
+    for name in sources:
+        alone = trainer(*flags, "--val-data", f"{name}.txt", checkpoint=f"{name}.pt")
+        assert not any(key.startswith("val/loss/") for key in alone.rows[0])
+        for step, row in alone.rows.items():
+            assert both.rows[step][f"val/loss/{name}"] == pytest.approx(row["val/loss"], abs=1e-6)
+    for row in both.rows.values():
+        mean = sum(row[f"val/loss/{name}"] * tokens[name] for name in sources) / sum(tokens.values())
+        assert row["val/loss"] == pytest.approx(mean, abs=1e-6)
+    assert abs(both.rows[4]["val/loss/a"] - both.rows[4]["val/loss/b"]) > 0.01, "equal sources would show nothing"
+
+
 # The runs of the next test cross an epoch boundary (99 windows, 8 a step) and stop at a multiple of no interval.
 RESUMED = ["--max-tokens", 3200, "--batch-size", 4, "--grad-accum-steps", 2, "--dropout", 0.2, "--log-steps", 5,
            "--eval-steps", 4, "--save-steps", 6, "--warmup-steps", 5, "--lr-scheduler", "none"]
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("precision", [["--no-amp"], ["--amp-dtype", "bf16"], ["--amp-dtype", "fp16"]],
                          ids=["fp32", "bf16", "fp16"])
-def test_resume_repeats_the_run_bit_for_bit(trainer, precision):
+def test_resume_repeats_the_run_bit_for_bit(trainer, precision, optimizer):
+    precision = [*precision, "--optimizer", optimizer]
     straight = trainer(*RESUMED, *precision, "--num-steps", 23, checkpoint="straight.pt")
     first = trainer(*RESUMED, *precision, "--num-steps", 17, checkpoint="resumed.pt")
     assert straight.code == first.code == 0, straight.err + first.err
@@ -147,6 +171,15 @@ def test_another_schedule_may_be_resumed_and_is_said(trainer):
     assert again.code == 0 and "another --lr: was 0.001, is 0.002" in again.out
 
 
+def test_another_optimizer_is_another_run(trainer):
+    trainer("--num-steps", 5)
+    again = trainer("--num-steps", 8, "--resume", "--optimizer", "muon")
+    assert again.code == 2 and "--optimizer was adamw, is muon" in again.err and again.err.count("\n") == 1
+    trainer("--num-steps", 5, "--optimizer", "muon", checkpoint="muon.pt")
+    again = trainer("--num-steps", 8, "--resume", checkpoint="muon.pt")
+    assert again.code == 2 and "--optimizer was muon, is adamw" in again.err
+
+
 def test_decay_and_betas_of_a_resumed_run_are_the_flags(trainer):
     trainer("--num-steps", 5)
     again = trainer("--num-steps", 6, "--resume", "--weight-decay", 0.5, "--beta2", 0.99)
@@ -161,9 +194,10 @@ def test_precision_may_change_on_the_way(trainer):
         assert again.code == 0, again.err
 
 
-def test_a_step_that_overflows_in_fp16_is_repeated_at_a_smaller_scale(trainer):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_that_overflows_in_fp16_is_repeated_at_a_smaller_scale(trainer, optimizer):
     flags = ["--amp-dtype", "fp16", "--lr", 0.3, "--grad-clip-norm", 0, "--warmup-steps", 0, "--lr-scheduler", "none",
-             "--log-steps", 1, "--eval-steps", 0, "--arch", "gpt2"]
+             "--log-steps", 1, "--eval-steps", 0, "--arch", "gpt2", "--optimizer", optimizer]
     straight = trainer(*flags, "--num-steps", 30, checkpoint="straight.pt")
     assert straight.code == 0, straight.err
     saved = torch.load(straight.checkpoint, weights_only=True)
@@ -234,19 +268,21 @@ def test_the_profiler_writes_a_trace_and_names_it(trainer):
 
 
 def test_help_answers_at_once_and_has_every_flag():
-    begin = time.perf_counter()
-    out = subprocess.run([sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True).stdout
-    seconds = min(time.perf_counter() - begin, *(_timed_help() for _ in range(2)))
-    assert seconds < 2, f"{seconds:.1f} s"
+    def seconds(*command):
+        """The least of three."""
+        timed = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            out.append(subprocess.run([sys.executable, *command], capture_output=True, text=True).stdout)
+            timed.append(time.perf_counter() - begin)
+        return min(timed)
+
+    out = []
+    torch_alone = seconds("-c", "import torch")
+    assert seconds(str(ROOT / "train.py"), "--help") < torch_alone + 0.5
     for flag in ("--n-layers", "--arch", "--use-activation-checkpoint", "--train-data", "--global-batch-tokens",
                  "--lr-scheduler", "--no-amp", "--compile", "--eval-tokens", "--resume", "--use-wandb", "--dry-run"):
-        assert flag in out
-
-
-def _timed_help():
-    begin = time.perf_counter()
-    subprocess.run([sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True)
-    return time.perf_counter() - begin
+        assert flag in out[-1]
 
 
 def test_evaluations_default_to_twenty_a_run_and_no_more_often_than_reports():
@@ -286,6 +322,8 @@ WRONG = {
     "jsonl without text": (["--train-data", "columns.jsonl"], ["no column named text", "a, b"]),
     "no such dataset offline": (["--train-data", "some/dataset"], ["some/dataset", "cannot be reached"]),
     "missing validation file": (["--val-data", "missing.txt"], ["--val-data missing.txt"]),
+    "short validation file of two": (["--val-data", str(ROOT / "README.md"), "short.txt"],
+                                     ["--val-data short.txt", "fewer than one sequence", "--seq-len"]),
     "unknown tokenizer offline": (["--tokenizer-name", "no/such"], ["--tokenizer-name no/such", "byte"]),
     "window above positions": (["--seq-len", "65"], ["--seq-len 65", "--max-position-embeddings 64"]),
     "heads": (["--n-heads", "5"], ["--n-heads 5", "--d-model 32", "try"]),

@@ -1,0 +1,163 @@
+"""What is measured between two reports."""
+
+import contextlib
+import math
+import time
+from collections import defaultdict
+
+import numpy as np
+import torch
+
+from hardware import Stopwatch, memory_metrics, synchronize
+
+SMOOTHING = 0.1  # weight of the newest report in the smoothed/ metrics
+SMOOTHED = {"loss": "train/loss", "tokens_per_sec": "global_tokens_per_sec", "mfu": "train/mfu",
+            "step_time": "train/step_time_sec"}
+
+
+class Meter:
+    """Sums of what happens between two reports. Adding reads nothing back from the device; a report synchronizes once
+    and reduces over the ranks once.
+
+    The training clock stands still in `excluded(...)` and starts after the first step, which warms up and compiles.
+    """
+
+    def __init__(self, world, flops_per_token, peak_flops, watch="none"):
+        self.world, self.flops_per_token, self.peak_flops = world, flops_per_token, peak_flops
+        self.what, self.watched = watch if world.is_main else "none", {}
+        self.forward = Stopwatch(world.device)  # around what a rank does without waiting for another
+        # float64 adds float32 losses without rounding, so that a sum interrupted by a resume is the same sum.
+        exact = torch.float32 if world.device.type == "mps" else torch.float64
+        self.loss_sum, self.norm_sum, self.micro_batches = torch.zeros(3, dtype=exact, device=world.device).unbind()
+        self.restored = [0.0, 0.0, 0]  # all ranks' totals of the interval in which the run was resumed
+        # Steps left out because loss or gradient was no number: in all, and in a row up to now. The same on every rank.
+        self.skipped, self.skipped_in_row = torch.zeros(2, dtype=torch.int64, device=world.device).unbind()
+        self.smoothed = {}
+        self.spent, self.tokens, self.steps, self.timed_steps = defaultdict(float), 0, 0, 0
+        self.warm, self.started, self.grad_norm = False, time.perf_counter(), 0.0
+        self.reported = self.started
+
+    def add(self, losses, grad_norm, tokens):
+        """One optimizer step of this rank: `losses`, (micro-batches,) on the device; its share of the tokens. A step
+        whose gradient norm is not finite counts as skipped, and its loss for nothing."""
+        taken = torch.isfinite(grad_norm)
+        self.loss_sum += torch.where(taken, losses.sum(dtype=self.loss_sum.dtype), 0)
+        self.norm_sum += torch.where(taken, grad_norm, 0)
+        self.micro_batches += taken * len(losses)
+        self.skipped += ~taken
+        self.skipped_in_row.add_(1).mul_(~taken)
+        self.grad_norm = grad_norm
+        self.steps += 1
+        self.tokens += tokens
+        if not self.warm:
+            synchronize(self.world.device)
+            self.warm, self.spent["warmup"] = True, self._clock()
+            self._restart_clock()
+
+    def watch(self, model, due):
+        """Where due, histograms of the model's gradients and parameters for the next report (--wandb-watch)."""
+        if due:
+            self.watched = histograms(model, self.what)
+
+    def _clock(self):
+        return time.perf_counter() - self.started
+
+    def _restart_clock(self):
+        self.forward.read()
+        self.started, self.tokens, self.timed_steps = time.perf_counter(), 0, self.steps
+
+    @contextlib.contextmanager
+    def excluded(self, what):
+        """Time in here is not training time: it is reported as time/`what`_sec."""
+        synchronize(self.world.device)
+        begin = time.perf_counter()
+        yield
+        synchronize(self.world.device)
+        seconds = time.perf_counter() - begin
+        self.spent[what] += seconds
+        self.started += seconds
+
+    def totals(self):
+        """Loss sum, gradient norm sum and micro-batches since the last report, over all ranks. Collective."""
+        mine = torch.stack([self.loss_sum, self.norm_sum, self.micro_batches]).tolist()
+        return [now + before for now, before in zip(self.world.sum(mine), self.restored, strict=True)]
+
+    def report(self, ends_interval=True):
+        """The metrics since the last report, on every rank. Collective.
+
+        A run's last report may come in the middle of an interval. It does not end it: a run that goes on from there,
+        with a larger --num-steps, reports the loss of the whole interval, as if it had never stopped.
+        """
+        loss_sum, _, count = self.totals()
+        synchronize(self.world.device)
+        own = {"rank/loss": (self.loss_sum / self.micro_batches).item()}
+        seconds, timed, forward = self._clock(), self.steps - self.timed_steps, self.forward.read()
+        metrics = {"train/loss": loss_sum / count if count else math.nan, "train/grad_norm": float(self.grad_norm),
+                   "train/skipped_steps": self.skipped.item()}
+        if timed:
+            own |= {"rank/tokens_per_sec": self.tokens / seconds, "rank/step_time_sec": seconds / timed}
+            ranks = self.world.gather([self.tokens, seconds, forward / timed])  # (size, 3)
+            total = sum(tokens for tokens, _, _ in ranks) / max(time_ for _, time_, _ in ranks)
+            achieved = total * self.flops_per_token / self.world.size
+            metrics |= {"train/step_time_sec": seconds / timed, "global_tokens_per_sec": total,
+                        "train/tflops_per_rank": achieved / 1e12}
+            metrics |= _spread("tokens_per_sec_per_rank", [tokens / time_ for tokens, time_, _ in ranks])
+            if self.world.device.type != "mps":  # where it would be the time of handing work to the device
+                own["rank/forward_time_sec"] = forward / timed
+                metrics |= _spread("train/forward_time_sec", [forward_ for _, _, forward_ in ranks])
+            if self.peak_flops:
+                metrics["train/mfu"] = achieved / self.peak_flops
+        for name, source in SMOOTHED.items():
+            if ends_interval and source in metrics and math.isfinite(metrics[source]):
+                old = self.smoothed.get(name, metrics[source])
+                self.smoothed[name] = old + SMOOTHING * (metrics[source] - old)
+        metrics |= {f"smoothed/{name}": value for name, value in self.smoothed.items()}
+        memory = memory_metrics(self.world.device)
+        metrics |= memory | own | {f"rank/{name}": value for name, value in memory.items()}
+        metrics |= {"time/dt_sec": time.perf_counter() - self.reported, "steps": self.steps}
+        metrics |= {f"time/{what}_sec": seconds for what, seconds in self.spent.items()}
+        for name, (counts, low, high) in self.watched.items():
+            edges = np.linspace(float(low), float(high), len(counts) + 1)
+            metrics[name] = dict(counts=counts.tolist(), edges=edges.tolist())
+        self.reported, self.steps, self.watched = time.perf_counter(), 0, {}
+        self.spent.clear()
+        if ends_interval:
+            for total in (self.loss_sum, self.norm_sum, self.micro_batches):
+                total.zero_()
+            self.restored = [0.0, 0.0, 0]
+        self._restart_clock()
+        return metrics
+
+    def state_dict(self):
+        """The unfinished interval, for the checkpoint: a resumed run reports the loss of all of it. Collective."""
+        loss_sum, norm_sum, count = self.totals()
+        return dict(loss_sum=loss_sum, norm_sum=norm_sum, micro_batches=int(count), smoothed=dict(self.smoothed),
+                    skipped=[self.skipped.item(), self.skipped_in_row.item()])
+
+    def load_state_dict(self, state):
+        self.smoothed = dict(state["smoothed"])
+        self.restored = [state["loss_sum"], state["norm_sum"], state["micro_batches"]]
+        for count, before in zip((self.skipped, self.skipped_in_row), state.get("skipped", (0, 0)), strict=True):
+            count.fill_(before)
+
+
+def _spread(name, values):
+    """Mean, least and greatest over the ranks."""
+    return {name: sum(values) / len(values), f"{name}/min": min(values), f"{name}/max": max(values)}
+
+
+def histograms(model, what, bins=64):
+    """`gradients/NAME` and `parameters/NAME` → counts, least and greatest value, on the device: for --wandb-watch."""
+    found = {}
+    for kind in ("gradients", "parameters"):
+        for name, parameter in model.named_parameters() if what in (kind, "all") else ():
+            values = parameter.grad if kind == "gradients" else parameter.detach()
+            if values is not None:
+                values = values.float().nan_to_num(0, 0, 0).flatten()
+                low, high = values.aminmax()
+                high = torch.where(high > low, high, low + 1)
+                # Not torch.histc: on a GPU that waits for the range, and has no deterministic kernel.
+                index = ((values - low) / (high - low) * bins).long().clamp_(0, bins - 1)
+                counts = index.new_zeros(bins).scatter_add_(0, index, torch.ones_like(index))
+                found[f"{kind}/{name}"] = counts, low, high
+    return found
