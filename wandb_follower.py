@@ -57,7 +57,6 @@ class Follower:
         os._exit(0)
 
     def stop(self):
-        """Someone has pressed Stop on the run's page."""
         self.stopped = True
         self.say("STOP", "stopped on the run's page")
 
@@ -79,6 +78,8 @@ class Follower:
             if self.exit_code == 128 + signal.SIGTERM and not self.stopped and not os.environ.get("WANDB_SWEEP_ID"):
                 run.mark_preempting()
             run.finish(exit_code=self.exit_code)
+            with contextlib.suppress(SystemExit):  # so it tells that its second process ended badly
+                import_wandb().teardown()  # waits for that process, which may not have written its file to the end
             delivery.check()
 
     @contextlib.contextmanager
