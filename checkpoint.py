@@ -16,23 +16,22 @@ import math
 import os
 import re
 import shutil
-import signal
 import struct
 import tempfile
-import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
+import hardware
 from config import UserError, arg, flag
 
 COMMENT = b"sha256:"
 FORMAT = 1
 SUFFIXES = (".prev.pt", ".best.pt", ".nonfinite.pt", ".log", ".metrics.jsonl", ".config.toml", ".tokenizer",
             ".tensorboard", ".trace.json", ".wandb.json")
-
-STARTED = time.monotonic()  # of the process: --time-limit counts from here
 
 log = logging.getLogger("mini_llm")
 
@@ -48,6 +47,7 @@ class CheckpointConfig:
     overwrite: bool = arg(False, "start over where a checkpoint is")
     save_steps: int = arg(250, "steps between checkpoints; 0: only the last step's", low=0)
     keep_last: int = arg(0, "older checkpoints to keep besides, as FILE.step-N.pt", low=0)
+    async_save: bool = arg(False, "write checkpoints from a copy in the CPU's memory while training goes on")
     time_limit: float = arg(0.0, "minutes after which the run saves and leaves, with exit code 142; 0: none", low=0)
 
     def validate(self):
@@ -177,7 +177,7 @@ def apply(payload, parts, continues):
     # Decay and betas are the flags', not those of the run that is resumed.
     payload["optimizer"]["param_groups"] = parts["optimizer"].state_dict()["param_groups"]
     for name, part in parts.items():
-        if payload[name]:  # a scaler is empty but in fp16
+        if payload.get(name):  # a scaler is empty but in fp16
             part.load_state_dict(payload[name])
     state = State(**payload["state"])
     return state if continues else dataclasses.replace(state, wandb_run_id="")  # a branch is a run of its own
@@ -296,6 +296,68 @@ def save_run(cfg, payload, step, latest, best):
     return path
 
 
+class Saver:
+    """Saves a run's checkpoints, on the main rank; with --async-save from a copy, on a thread, while training goes on.
+    Its methods are collective: the ranks learn together of what could not be saved."""
+
+    def __init__(self, cfg, world, state, written):
+        """`state` is the run's own; `written(path, state, best)` is called for each file, on the main rank."""
+        self.cfg, self.world, self.state, self.written = cfg, world, state, written
+        self.pool, self.copies = ThreadPoolExecutor(1, "save"), []
+        self.future = self.under_way = None  # the latter on every rank: (step, best_before) of what is being written
+
+    def save(self, payload, latest, best, best_before, last):
+        """Save what `payload()` returns. A save that fails is logged, and the next one is another try; of the `last`
+        one NotSaved is raised. `best_before` is the least validation loss before this step's."""
+        val = self.state.best_val
+        self.settle()
+        if best and self.state.best_val != val:  # a best one that failed stands between
+            best_before, self.state.best_val = self.state.best_val, val
+        now, self.under_way = payload(), (self.state.step, best_before if best else self.state.best_val)
+        self.world.from_main(lambda: self._begin(now, latest, best))
+        if last or not self.cfg.async_save:
+            self.settle(last=last)
+
+    def settle(self, wait=True, last=False):
+        """See to the save under way: report the file, or that there is none."""
+        if not self.under_way:
+            return
+        try:
+            if not self.world.from_main(lambda: self._ended(wait)):
+                return
+        except OSError as error:
+            step, self.state.best_val = self.under_way
+            if last:
+                raise NotSaved(f"step {step} could not be saved: {error}") from None
+            log.error("step %d could not be saved, and training goes on to the next try: %s", step, error)
+        self.under_way = None
+
+    def _ended(self, wait):
+        if not wait and not self.future.done():
+            return False
+        self.written(*self.future.result())
+        return True
+
+    def _begin(self, payload, latest, best):
+        if self.cfg.async_save:
+            payload = self._copied(payload)
+        state = dataclasses.replace(self.state)
+        self.future = self.pool.submit(
+            lambda: (save_run(self.cfg, payload, state.step, latest, best), state, best))
+
+    def _copied(self, payload):
+        """Into the memory of the copy before, which the last save has done with."""
+        values, shape = tree_flatten(payload)
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        if [tensor.shape for tensor in tensors] != [copy.shape for copy in self.copies]:
+            self.copies = [torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda) for tensor in tensors]
+        for copy, tensor in zip(self.copies, tensors, strict=True):
+            copy.copy_(tensor, non_blocking=True)
+        hardware.synchronize(self.world.device)
+        copies = iter(self.copies)
+        return tree_unflatten([next(copies) if isinstance(value, torch.Tensor) else value for value in values], shape)
+
+
 def _link(source, target):
     draft = target.with_name(target.name + ".tmp")
     draft.unlink(missing_ok=True)
@@ -360,45 +422,3 @@ def file_digest(path):
             digest.update(block)
             left -= len(block)
     return digest.hexdigest()
-
-
-class StopSignal:
-    """Signals as requests that the loop reads between two steps: SIGTERM, SIGINT, SIGHUP and the end of --time-limit
-    (SIGALRM) to save and leave, SIGUSR1 to save and go on. A second Ctrl-C, seconds after the first, interrupts at
-    once."""
-
-    STOPS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM
-
-    def __init__(self, world, time_limit=0.0):
-        self.world, self.minutes, self.received, self.save, self.since = world, time_limit, 0, False, 0.0
-
-    def __enter__(self):
-        numbers = {*self.STOPS, signal.SIGUSR1}
-        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup
-            numbers.remove(signal.SIGHUP)
-        self.previous = {number: signal.signal(number, self._on_signal) for number in numbers}
-        if self.minutes:
-            left = self.minutes * 60 - (time.monotonic() - STARTED)
-            signal.setitimer(signal.ITIMER_REAL, max(left, 1e-3))
-        return self
-
-    def __exit__(self, *_):
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number, frame):
-        if number == signal.SIGUSR1:
-            self.save = True
-            return
-        # torchrun passes on the Ctrl-C that the terminal has already sent to every process.
-        if number == signal.SIGINT and self.received and time.monotonic() - self.since > 2:
-            raise KeyboardInterrupt
-        if not self.received:
-            self.received, self.since = number, time.monotonic()
-
-    def agreed(self):
-        """The signal to stop by (0: none) and whether to save now: what any rank has received, the same on each."""
-        asked, self.save = self.save, False
-        number, asked = divmod(self.world.max(2 * self.received + asked), 2)
-        return number, bool(asked)

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 
 import numpy as np
 import torch
@@ -36,11 +36,12 @@ class Meter:
         self.spent, self.tokens, self.steps, self.timed_steps = defaultdict(float), 0, 0, 0
         self.warm, self.started, self.grad_norm = False, time.perf_counter(), 0.0
         self.reported = self.started
+        # For the watchdog: what is being done, since when, and how long the last ones took, as the host sees it.
+        self.doing, self.lasted = ("step", self.started), defaultdict(lambda: deque(maxlen=100))
 
-    def add(self, losses, grad_norm, tokens):
-        """One optimizer step of this rank: `losses`, (micro-batches,) on the device; its share of the tokens. A step
-        whose gradient norm is not finite counts as skipped, and its loss for nothing."""
-        taken = torch.isfinite(grad_norm)
+    def add(self, losses, grad_norm, taken, tokens):
+        """One optimizer step of this rank: `losses`, (micro-batches,), and whether it was `taken`, on the device; its
+        share of the tokens. A step left out counts as skipped, and its loss for nothing."""
         self.loss_sum += torch.where(taken, losses.sum(dtype=self.loss_sum.dtype), 0)
         self.norm_sum += torch.where(taken, grad_norm, 0)
         self.micro_batches += taken * len(losses)
@@ -49,6 +50,9 @@ class Meter:
         self.grad_norm = grad_norm
         self.steps += 1
         self.tokens += tokens
+        now = time.perf_counter()
+        self.lasted["step"].append(now - self.doing[1])
+        self.doing = "step", now
         if not self.warm:
             synchronize(self.world.device)
             self.warm, self.spent["warmup"] = True, self._clock()
@@ -70,10 +74,13 @@ class Meter:
     def excluded(self, what):
         """Time in here is not training time: it is reported as time/`what`_sec."""
         synchronize(self.world.device)
-        begin = time.perf_counter()
+        begin, (outer, since) = time.perf_counter(), self.doing
+        self.doing = what, begin
         yield
         synchronize(self.world.device)
         seconds = time.perf_counter() - begin
+        self.lasted[what].append(seconds)
+        self.doing = outer, since + seconds
         self.spent[what] += seconds
         self.started += seconds
 

@@ -32,6 +32,8 @@ class OptimConfig:
     grad_clip_norm: float = arg(1.0, "largest norm of the gradient; 0: no clipping", low=0)
     max_bad_steps: int = arg(10, "steps in a row with a loss or gradient that is no number, which are left out, until "
                                  "the run halts", low=1)
+    skip_loss_spikes: float = arg(0.0, "leave out steps whose gradient norm is so many standard deviations above the "
+                                       "mean of the last 128; 0: none, else such as 6", low=0)
     seed: int = arg(1337, "seed of the weights and of dropout", low=0)
 
     def validate(self):
@@ -78,16 +80,49 @@ def set_lr(optimizer, lr):
         group["lr"] = lr * group.get("lr_ratio", 1.0)
 
 
-def step_if_finite(optimizer, scaler, grad_norm):
-    """The optimizer's step, which changes nothing where the gradient is no number. Decided on the device: the fused
-    kernels and Muon read a flag, and nothing waits for it. In fp16 the scaler decides."""
-    if scaler.is_enabled():
-        scaler.step(optimizer)
-    elif any(group.get("fused") for group in optimizer.param_groups):
-        optimizer.found_inf = (~torch.isfinite(grad_norm)).float()
-        optimizer.step()
-    elif torch.isfinite(grad_norm):
-        optimizer.step()
+class StepGuard:
+    """The optimizer's step, which changes nothing where the gradient is no number, or with --skip-loss-spikes far from
+    the last ones: a loss spikes one step after its gradient, which is why the gradient is judged (as in OLMo 2).
+
+    Decided on the device: the fused kernels and Muon read a flag, and nothing waits for it. The norm is that of all
+    ranks together, so all decide alike.
+    """
+
+    WINDOW, FEW = 128, 32  # norms that are looked back at; that are needed to tell
+
+    def __init__(self, cfg, optimizer, scaler, device):
+        self.deviations, self.optimizer, self.scaler = cfg.skip_loss_spikes, optimizer, scaler
+        if self.deviations and scaler.is_enabled():
+            raise UserError("--skip-loss-spikes: in fp16 it is the scaler that leaves steps out; take --amp-dtype bf16")
+        self.norms = torch.full((self.WINDOW,), math.nan, device=device)
+
+    def step(self, grad_norm, step):
+        """Take step number `step`, or leave it out → whether it was taken, a bool on the device."""
+        taken = torch.isfinite(grad_norm)
+        if self.deviations:
+            taken &= grad_norm <= self._limit()
+            # Also the norm of a step left out: where gradients have grown for good, the limit follows.
+            last = self.norms[step % self.WINDOW]
+            last.copy_(torch.where(torch.isfinite(grad_norm), grad_norm, last))
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+        elif any(group.get("fused") for group in self.optimizer.param_groups):
+            self.optimizer.found_inf = (~taken).float()
+            self.optimizer.step()
+        elif taken:
+            self.optimizer.step()
+        return taken
+
+    def _limit(self):
+        mean = self.norms.nanmean()
+        deviation = (self.norms - mean).square().nanmean().sqrt()
+        return torch.where((~self.norms.isnan()).sum() >= self.FEW, mean + self.deviations * deviation, math.inf)
+
+    def state_dict(self):
+        return dict(norms=self.norms) if self.deviations else {}
+
+    def load_state_dict(self, state):
+        self.norms.copy_(state["norms"])
 
 
 class Muon(Optimizer):

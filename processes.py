@@ -1,4 +1,4 @@
-"""Parents and children of this process: so that none outlives what started it."""
+"""What a process is told: to stop, to save, that what started it is gone."""
 
 import contextlib
 import os
@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+STARTED = time.monotonic()  # of the process: --time-limit counts from here
 LAST_CALL = 600  # seconds from the request to stop until an orphan ends itself
 
 
@@ -43,3 +44,45 @@ def stop_when_orphaned(generations):
 
     if generations:
         threading.Thread(target=watch, args=(ancestors(),), daemon=True, name="orphan").start()
+
+
+class StopSignal:
+    """Signals as requests that the loop reads between two steps: SIGTERM, SIGINT, SIGHUP and the end of --time-limit
+    (SIGALRM) to save and leave, SIGUSR1 to save and go on. A second Ctrl-C, seconds after the first, interrupts at
+    once."""
+
+    STOPS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM
+
+    def __init__(self, world, time_limit=0.0):
+        self.world, self.minutes, self.received, self.save, self.since = world, time_limit, 0, False, 0.0
+
+    def __enter__(self):
+        numbers = {*self.STOPS, signal.SIGUSR1}
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup
+            numbers.remove(signal.SIGHUP)
+        self.previous = {number: signal.signal(number, self._on_signal) for number in numbers}
+        if self.minutes:
+            left = self.minutes * 60 - (time.monotonic() - STARTED)
+            signal.setitimer(signal.ITIMER_REAL, max(left, 1e-3))
+        return self
+
+    def __exit__(self, *_):
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number, frame):
+        if number == signal.SIGUSR1:
+            self.save = True
+            return
+        # torchrun passes on the Ctrl-C that the terminal has already sent to every process.
+        if number == signal.SIGINT and self.received and time.monotonic() - self.since > 2:
+            raise KeyboardInterrupt
+        if not self.received:
+            self.received, self.since = number, time.monotonic()
+
+    def agreed(self):
+        """The signal to stop by (0: none) and whether to save now: what any rank has received, the same on each."""
+        asked, self.save = self.save, False
+        number, asked = divmod(self.world.max(2 * self.received + asked), 2)
+        return number, bool(asked)

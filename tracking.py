@@ -45,6 +45,8 @@ class TrackingConfig:
     """Tracking"""
 
     use_tensorboard: bool = arg(False, "write TensorBoard events beside the checkpoint")
+    heartbeat_file: str = arg("", "written anew at most once a second, and only while the run moves: step, what is "
+                                  "being done, time, pid", metavar="FILE")
     use_profiler: bool = arg(False, "trace a few steps with torch.profiler")
 
     def validate(self):

@@ -15,7 +15,7 @@ import torch
 
 import checkpoint
 import hardware
-from checkpoint import CheckpointConfig, State, StopSignal
+from checkpoint import CheckpointConfig, Saver, State
 from config import UserError, arg, flatten, parse
 from data import Corpus, DataConfig
 from evaluate import evaluate
@@ -23,11 +23,12 @@ from generate import sample_text
 from hardware import SpeedConfig
 from meter import Meter
 from model import GPT, GPTConfig
-from optim import OptimConfig, lr_at, make_optimizer, set_lr, step_if_finite
+from optim import OptimConfig, StepGuard, lr_at, make_optimizer, set_lr
 from pretrained import InitConfig, load_initial, settle
-from processes import stop_when_orphaned
+from processes import StopSignal, stop_when_orphaned
 from tracking import ReportConfig, Tracker, TrackingConfig, log_facts, make_profiler, setup_logging
 from wandb_runs import WandbConfig, in_sweep
+from watchdog import Watchdog
 
 log = logging.getLogger("mini_llm")
 
@@ -152,7 +153,8 @@ def train(cfg, world):
         load_initial(raw, cfg.init, world)
     optimizer, scaler = make_optimizer(raw, cfg.optim, world.device, precision.dtype), precision.scaler()
     meter = Meter(world, raw.flops_per_token(corpus.seq_len), hardware.peak_flops(world.device), cfg.wandb.wandb_watch)
-    parts = dict(model=raw, optimizer=optimizer, scaler=scaler, meter=meter)
+    guard = StepGuard(cfg.optim, optimizer, scaler, world.device)
+    parts = dict(model=raw, optimizer=optimizer, scaler=scaler, guard=guard, meter=meter)
     state = checkpoint.apply(saved, parts, cfg.checkpoint.continues(resume_from)) if saved else State()
     del saved
     fast = torch.compile(raw) if hardware.should_compile(cfg.speed, world.device) else raw
@@ -161,8 +163,9 @@ def train(cfg, world):
     log_facts(cfg, world, corpus, raw, precision, accum, state)
 
     def train_step():
-        """One optimizer step of all ranks → (losses of this rank's micro-batches, gradient norm), on the device; None
-        where fp16 overflowed: then nothing has changed but the scale, and the step is to be repeated."""
+        """One optimizer step of all ranks → (losses of this rank's micro-batches, gradient norm, whether the step was
+        taken), on the device; None where fp16 overflowed: then nothing has changed but the scale, and the step is to be
+        repeated."""
         hardware.seed_step(cfg.optim.seed, state.step, world.rank)
         set_lr(optimizer, lr_at(state.step, cfg.optim))
         losses = []
@@ -177,14 +180,14 @@ def train(cfg, world):
         meter.watch(raw, due=(state.step + 1) % cfg.report.log_steps == 0 or state.step + 1 == num_steps)
         norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.optim.grad_clip_norm or math.inf)
         scale = scaler.get_scale()
-        step_if_finite(optimizer, scaler, norm)
+        taken = guard.step(norm, state.step)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         if scaler.get_scale() < scale:
             if scale < 1:
                 halt(f"overflows even at a scale of {scale:g}")
             return None
-        return torch.stack(losses), norm
+        return torch.stack(losses), norm, taken
 
     def payload():
         """All that a resumed run needs. Collective."""
@@ -199,18 +202,6 @@ def train(cfg, world):
         samples = corpus.samples(max(0, state.step - 1), step_samples)[:64].tolist()
         raise NonFinite(f"loss or gradient {what} at step {state.step}, which read the samples {samples}; the weights "
                         f"before are in {path}, and --resume with a lower --lr goes on from the last checkpoint")
-
-    def save(latest, best, last, best_before):
-        with meter.excluded("checkpoint"):
-            now = payload()
-            try:  # the other ranks wait here, and not in the next step, where it would count as training
-                world.from_main(lambda: track.saved(
-                    checkpoint.save_run(cfg.checkpoint, now, state.step, latest, best), state, best))
-            except OSError as error:
-                if last:
-                    raise checkpoint.NotSaved(f"step {state.step} could not be saved: {error}") from None
-                log.error("step %d could not be saved, and training goes on to the next try: %s", state.step, error)
-                state.best_val = best_before  # its file has not been written
 
     evaluate_now = meter.excluded("eval")(lambda: evaluate(fast, corpus, cfg, precision, world))
 
@@ -235,7 +226,9 @@ def train(cfg, world):
     facts = config | dict(n_params=raw.num_params(), accum_steps=accum, corpus_tokens=corpus.meta["tokens"])
     with (Tracker(cfg, world, state, precision.name, facts) as track,
           make_profiler(cfg.tracking.use_profiler and world.is_main, cfg.checkpoint.beside(".trace.json")) as profiler,
-          StopSignal(world, cfg.checkpoint.time_limit) as stop):
+          StopSignal(world, cfg.checkpoint.time_limit) as stop,
+          Watchdog(meter, state, cfg.tracking.heartbeat_file, cfg.checkpoint.beside, world.rank)):
+        saver = Saver(cfg.checkpoint, world, state, track.saved)
         if state.step == 0:
             track.report(state, epochs_per_step, evaluate_now())
         while state.step < num_steps:
@@ -248,6 +241,7 @@ def train(cfg, world):
             track.bar.update()
             metrics, best, best_before, (signal_number, save_now) = {}, False, state.best_val, stop.agreed()
             if due(cfg.report.log_steps):
+                saver.settle(wait=False)
                 metrics = meter.report(ends_interval=state.step % cfg.report.log_steps == 0)
                 metrics["lr"] = lr_at(state.step - 1, cfg.optim)  # the rate of the step just taken
                 if meter.skipped_in_row >= cfg.optim.max_bad_steps:
@@ -258,7 +252,8 @@ def train(cfg, world):
             if metrics:
                 track.report(state, epochs_per_step, metrics)
             if (latest := due(cfg.checkpoint.save_steps) or signal_number or save_now) or best:
-                save(latest, best, signal_number or state.step == num_steps, best_before)
+                with meter.excluded("checkpoint"):  # all ranks wait here, not in the next step, a part of training
+                    saver.save(payload, latest, best, best_before, signal_number or state.step == num_steps)
             if due(cfg.report.sample_steps):
                 with meter.excluded("sample"), precision.autocast():
                     world.from_main(lambda: track.sample(

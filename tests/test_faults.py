@@ -1,11 +1,15 @@
 """Faults of the machine and of the numbers, in real runs: what is lost is at most what was not saved yet."""
 
+import json
 import math
+import os
 import re
 import resource
 import signal
 import subprocess
 import sys
+import time
+from functools import partial
 
 import pytest
 import torch
@@ -13,10 +17,11 @@ from conftest import ROOT, environment, interrupt_after
 from test_train import same
 
 import checkpoint
-from checkpoint import CheckpointConfig
+from checkpoint import CheckpointConfig, NotSaved, Saver, State
 from config import UserError
-from optim import OptimConfig, make_optimizer, step_if_finite
+from optim import OptimConfig, StepGuard, make_optimizer
 from tracking import JsonlSink
+from train import World
 
 SMALL_FILES = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1)); " \
               "sys.argv = sys.argv[1:]; sys.path.insert(0, {root!r}); runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -89,14 +94,15 @@ def test_a_gradient_that_is_no_number_changes_nothing(optimizer):
 
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layers=1, n_heads=2, d_model=16, vocab_size=32, max_position_embeddings=16))
-    opt = make_optimizer(model, OptimConfig(optimizer=optimizer), torch.device("cpu"))
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    cfg = OptimConfig(optimizer=optimizer)
+    opt = make_optimizer(model, cfg, torch.device("cpu"))
+    guard = StepGuard(cfg, opt, torch.amp.GradScaler("cpu", enabled=False), torch.device("cpu"))
 
     def step(spoil=False):
         model(torch.arange(16)[None], torch.arange(16)[None]).backward()
         if spoil:
             next(model.parameters()).grad[0, 0] = math.nan
-        step_if_finite(opt, scaler, torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        guard.step(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0), 0)
         opt.zero_grad()
 
     def everything():
@@ -109,6 +115,29 @@ def test_a_gradient_that_is_no_number_changes_nothing(optimizer):
     assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
     step()
     assert not torch.equal(before[0], everything()[0])
+
+
+def test_a_spike_is_left_out_and_a_lasting_change_is_not():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    cfg, scaler = OptimConfig(skip_loss_spikes=6.0), torch.amp.GradScaler("cpu", enabled=False)
+    guard = StepGuard(cfg, optimizer, scaler, torch.device("cpu"))
+    draws = torch.Generator().manual_seed(0)
+
+    def taken(step, size):
+        weight.grad = torch.ones(1)
+        before = weight.item()
+        said = guard.step(size * (1 + 0.1 * torch.randn((), generator=draws)), step).item()
+        assert said == (weight.item() != before)
+        return said
+
+    assert taken(0, 50.0), "too few to tell"
+    assert all(taken(step, 1.0) for step in range(1, 200))
+    assert not taken(200, 3.0) and not taken(201, math.nan) and taken(202, 1.0)
+    again = StepGuard(cfg, optimizer, scaler, torch.device("cpu"))
+    again.load_state_dict(guard.state_dict())
+    assert torch.equal(again._limit(), guard._limit())
+    assert sum(taken(step, 3.0) for step in range(203, 300)) > 80, "the limit follows"
 
 
 # The loss of a batch with a window that starts with PLANTED becomes no number: as a broken sample would have it.
@@ -181,3 +210,103 @@ def test_a_time_limit_saves_and_leaves_and_sigusr1_saves_and_goes_on(trainer):
         assert process.wait() == 143 and 100 <= saved <= 150
     finally:
         process.kill()
+
+
+@pytest.mark.parametrize("ranks", [None, 2])
+def test_saving_on_a_thread_changes_no_bit_of_any_checkpoint(trainer, ranks):
+    flags = ["--num-steps", 40, "--save-steps", 6, "--eval-steps", 5, "--log-steps", 5, "--keep-last", 20,
+             "--skip-loss-spikes", 6]
+    runs = [trainer(*flags, *more, ranks=ranks, checkpoint=name)
+            for name, more in (("sync.pt", []), ("async.pt", ["--async-save"]))]
+    assert [run.code for run in runs] == [0, 0], runs[1].err
+    steps = [f".step-{step:08d}.pt" for step in (*range(6, 40, 6), 40)]
+    for suffix in [".pt", ".prev.pt", ".best.pt", *steps]:
+        sync, later = (torch.load(run.checkpoint.with_suffix(suffix), weights_only=True) for run in runs)
+        assert sync["state"] == later["state"] and sync["state"]["step"]
+        a, b = ((run["model"], run["optimizer"]["state"], run["guard"]) for run in (sync, later))
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+class Alone(World):
+    def __init__(self):
+        self.device = torch.device("cpu")
+
+
+def test_what_a_thread_fails_to_save_is_told_undone_and_tried_again(tmp_path, caplog):
+    state, written = State(step=1, best_val=3.0), []
+    saver = Saver(CheckpointConfig(checkpoint_path=str(tmp_path / "c.pt"), async_save=True), Alone(), state,
+                  lambda path, at, best: written.append((path.name, at.step, best)))
+    save_all = partial(saver.save, lambda: {"state": torch.tensor(state.step)}, latest=True)
+    save_all(best=True, best_before=math.inf, last=False)
+    saver.settle()
+    (tmp_path / "c.pt.tmp").mkdir()  # the draft cannot be written
+    state.step, state.best_val = 2, 2.0
+    save_all(best=True, best_before=3.0, last=False)
+    state.step, state.best_val = 3, 1.5
+    save_all(best=True, best_before=2.0, last=False)  # fails, too; and tells of the one before
+    assert "step 2 could not be saved" in caplog.text and state.best_val == 1.5
+    saver.settle()
+    assert "step 3 could not be saved" in caplog.text and state.best_val == 3.0, "that of the file"
+    with pytest.raises(NotSaved, match="step 3"):
+        save_all(best=False, best_before=3.0, last=True)
+    (tmp_path / "c.pt.tmp").rmdir()
+    save_all(best=False, best_before=3.0, last=True)
+    assert written == [("c.pt", 1, True), ("c.pt", 3, False)]
+    assert torch.load(tmp_path / "c.best.pt", weights_only=True)["state"] == 1
+
+
+def test_a_copy_is_not_changed_by_the_steps_that_follow(tmp_path):
+    saver = Saver(CheckpointConfig(checkpoint_path=str(tmp_path / "c.pt"), async_save=True), Alone(), State(), None)
+    weight = torch.ones(5)
+    copied = saver._copied({"a": [weight, 3], "b": {"c": "d"}})
+    weight.zero_()
+    assert copied["a"][0].tolist() == [1.0] * 5 and copied["a"][1] == 3 and copied["b"] == {"c": "d"}
+    assert saver._copied({"a": [weight, 4], "b": {"c": "d"}})["a"][0].data_ptr() == copied["a"][0].data_ptr()
+
+
+# A step, or an evaluation, that hangs from some moment on.
+HANGING = """
+import sys; sys.path.insert(0, {root!r})
+import time, train, watchdog
+watchdog.POLL, watchdog.LEAST, watchdog.FEW = 0.1, 1.0, 3
+calls = 0
+def hang(wrapped):
+    def hanging_here(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls == 12:
+            time.sleep(1000)
+        return wrapped(*args, **kwargs)
+    return hanging_here
+{where} = hang({where})
+train.main()
+"""
+
+
+@pytest.mark.parametrize(("where", "what"), [("train.set_lr", "step"), ("train.evaluate", "eval")])
+def test_a_run_that_hangs_says_where_and_its_heartbeat_stops(trainer, where, what):
+    (trainer.folder / "hanging.py").write_text(HANGING.format(root=str(ROOT), where=where))
+    flags = ["--num-steps", 30, "--log-steps", 2, "--eval-steps", 2, "--heartbeat-file", "beat"]
+    _, _, *rest = trainer.arguments(flags)
+    process = subprocess.Popen([sys.executable, "hanging.py", *rest], cwd=trainer.folder, env=environment(), text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        for line in process.stdout:
+            if "far longer" in line:
+                break
+        assert f"{what} after step" in line and "c.stacks.txt" in line
+        assert "hanging_here" in (trainer.folder / "c.stacks.txt").read_text()
+        beat = json.loads((trainer.folder / "beat").read_text())
+        assert beat["pid"] == process.pid and beat["doing"] == what and beat["step"] > 0
+        age = os.stat(trainer.folder / "beat").st_mtime
+        time.sleep(0.5)
+        assert os.stat(trainer.folder / "beat").st_mtime == age
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_heartbeat_file_that_cannot_be_written_is_refused(trainer):
+    run = trainer("--num-steps", 2, "--heartbeat-file", "missing/beat")
+    assert run.code == 2 and run.err.startswith("error: --heartbeat-file missing/beat: cannot be written")
+    assert len(run.err.strip().splitlines()) == 1

@@ -47,7 +47,9 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(trainer, tmp_path
     seconds = time.monotonic() - began
     done = life = 0
     while done < kills:
-        command = trainer.arguments([*FLAGS, "--resume", "auto", "--cache-dir", f"cache{life}"], ranks, f"{life}.pt")
+        saving = ["--async-save"] * (life % 2)
+        command = trainer.arguments([*FLAGS, *saving, "--resume", "auto", "--cache-dir", f"cache{life}"], ranks,
+                                    f"{life}.pt")
         code, number, out = live(command, tmp_path, rng.uniform(0.2, seconds), rng, tmp_path.name)
         done += number is not None
         assert number or code == 0, out

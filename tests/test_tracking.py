@@ -45,19 +45,20 @@ def test_a_line_leaves_out_what_was_not_measured():
 def test_the_loss_is_the_mean_over_every_micro_batch_since_the_last_report():
     meter = Meter(Alone(), 1.0, None)
     for step in range(4):
-        meter.add(torch.tensor([1.0 + step, 3.0 + step]), torch.tensor(0.5), tokens=10)
+        meter.add(torch.tensor([1.0 + step, 3.0 + step]), torch.tensor(0.5), torch.tensor(True), tokens=10)
     metrics = meter.report()
     assert metrics["train/loss"] == 3.5 and metrics["train/grad_norm"] == 0.5
-    meter.add(torch.tensor([9.0]), torch.tensor(0.5), tokens=10)
+    meter.add(torch.tensor([9.0]), torch.tensor(0.5), torch.tensor(True), tokens=10)
     assert meter.report()["train/loss"] == 9.0
 
 
 def test_speed_counts_training_time_only():
     meter = Meter(Alone(), flops_per_token=1e9, peak_flops=1e12)
-    meter.add(torch.ones(1), torch.ones(()), tokens=1_000_000)  # warms up: neither its tokens nor its time count
+    # The first warms up: neither its tokens nor its time count.
+    meter.add(torch.ones(1), torch.ones(()), torch.tensor(True), tokens=1_000_000)
     for _ in range(2):
         time.sleep(0.05)
-        meter.add(torch.ones(1), torch.ones(()), tokens=100)
+        meter.add(torch.ones(1), torch.ones(()), torch.tensor(True), tokens=100)
     with meter.excluded("eval"):
         time.sleep(0.2)
     with meter.excluded("checkpoint"):
@@ -73,9 +74,9 @@ def test_speed_counts_training_time_only():
 
 def test_global_speed_is_all_tokens_over_the_slowest_ranks_time():
     meter = Meter(Pair(), 1.0, None)
-    meter.add(torch.ones(1), torch.ones(()), tokens=100)
+    meter.add(torch.ones(1), torch.ones(()), torch.tensor(True), tokens=100)
     time.sleep(0.02)
-    meter.add(torch.ones(1), torch.ones(()), tokens=100)
+    meter.add(torch.ones(1), torch.ones(()), torch.tensor(True), tokens=100)
     metrics = meter.report()
     fast, slow = metrics["tokens_per_sec_per_rank/max"], metrics["tokens_per_sec_per_rank/min"]
     assert fast == pytest.approx(2 * slow) and metrics["tokens_per_sec_per_rank"] == pytest.approx(1.5 * slow)
@@ -85,7 +86,7 @@ def test_global_speed_is_all_tokens_over_the_slowest_ranks_time():
 def test_an_unknown_peak_gives_no_mfu():
     meter = Meter(Alone(), 1e9, None)
     for _ in range(2):
-        meter.add(torch.ones(1), torch.ones(()), tokens=100)
+        meter.add(torch.ones(1), torch.ones(()), torch.tensor(True), tokens=100)
     metrics = meter.report()
     assert "train/mfu" not in metrics and metrics["train/tflops_per_rank"] > 0
 
@@ -94,19 +95,19 @@ def test_an_interval_that_a_resume_cuts_has_the_same_loss_to_the_bit():
     losses = torch.randn(10, 3)
     straight, first, second = (Meter(Alone(), 1.0, None) for _ in range(3))
     for row in losses:
-        straight.add(row, torch.ones(()), tokens=1)
+        straight.add(row, torch.ones(()), torch.tensor(True), tokens=1)
     for row in losses[:7]:
-        first.add(row, torch.ones(()), tokens=1)
+        first.add(row, torch.ones(()), torch.tensor(True), tokens=1)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     for row in losses[7:]:
-        second.add(row, torch.ones(()), tokens=1)
+        second.add(row, torch.ones(()), torch.tensor(True), tokens=1)
     assert second.report()["train/loss"] == straight.report()["train/loss"]
 
 
 def test_smoothing_moves_a_tenth_of_the_way():
     meter = Meter(Alone(), 1.0, None)
     for loss in (10.0, 20.0):
-        meter.add(torch.tensor([loss]), torch.ones(()), tokens=1)
+        meter.add(torch.tensor([loss]), torch.ones(()), torch.tensor(True), tokens=1)
         metrics = meter.report()
     assert metrics["smoothed/loss"] == pytest.approx(11.0)
 
@@ -142,11 +143,11 @@ def test_tensorboard_has_the_same_names_values_and_steps(tmp_path):
 def test_a_resumed_interval_is_of_all_ranks_but_a_ranks_own_loss_is_its_own():
     meter = Meter(Alone(), 1.0, None)
     meter.load_state_dict(dict(loss_sum=10.0, norm_sum=1.0, micro_batches=2, smoothed={}))
-    meter.add(torch.tensor([2.0]), torch.tensor(0.5), tokens=10)
+    meter.add(torch.tensor([2.0]), torch.tensor(0.5), torch.tensor(True), tokens=10)
     assert meter.state_dict()["loss_sum"] == 12.0
     metrics = meter.report()
     assert metrics["train/loss"] == 4.0 and metrics["rank/loss"] == 2.0
-    meter.add(torch.tensor([3.0]), torch.tensor(0.5), tokens=10)
+    meter.add(torch.tensor([3.0]), torch.tensor(0.5), torch.tensor(True), tokens=10)
     assert meter.report()["train/loss"] == 3.0
 
 
