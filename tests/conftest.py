@@ -193,6 +193,21 @@ def eventually(condition, seconds=30):
         time.sleep(0.05)
 
 
+class Clock:
+    """Stands in for a module's `time`: it moves when told to, however busy the machine is."""
+
+    def __init__(self, monkeypatch, *modules):
+        self.now = 1000.0
+        for module in modules:
+            monkeypatch.setattr(module, "time", self)
+
+    def perf_counter(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
 def interrupt_after(args, cwd, pattern, signal_number=signal.SIGTERM, env=None, timeout=120):
     """Start a command, send it a signal once its output matches `pattern`, return it finished."""
     process = subprocess.Popen(args, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

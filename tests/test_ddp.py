@@ -93,16 +93,16 @@ def test_a_slow_save_is_not_training_time_on_any_rank(trainer, text, tmp_path):
         "import sys, time; sys.path.insert(0, sys.argv.pop(1))\n"
         "import checkpoint; from train_ddp import DDPWorld; from train import main\n"
         "quick = checkpoint.save\n"
-        "checkpoint.save = lambda *args, **options: (time.sleep(1), quick(*args, **options))\n"
+        "checkpoint.save = lambda *args, **options: (time.sleep(3), quick(*args, **options))\n"
         "main(DDPWorld)\n")
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script),
                     str(ROOT), *TINY, "--train-data", str(text), "--num-steps", "20", "--log-steps", "10",
-                    "--save-steps", "5", "--eval-steps", "0"], cwd=tmp_path, env=environment(), check=True, timeout=120,
+                    "--save-steps", "8", "--eval-steps", "0"], cwd=tmp_path, env=environment(), check=True, timeout=120,
                    capture_output=True)
     rows = [json.loads(line) for line in open(tmp_path / "checkpoints" / "minigpt.metrics.jsonl")]
     rows = [row for row in rows if "train/loss" in row]
-    assert rows[-1]["time/checkpoint_sec"] > 1.9
-    assert rows[-1]["train/step_time_sec"] < 0.1
+    assert rows[-1]["time/checkpoint_sec"] > 2.9
+    assert rows[-1]["train/step_time_sec"] < 0.25  # else at least 0.3
     assert rows[-1]["tokens_per_sec_per_rank/min"] > rows[-1]["tokens_per_sec_per_rank/max"] / 2
 
 

@@ -158,7 +158,7 @@ train.main(DDPWorld if "RANK" in __import__("os").environ else train.World)
 @pytest.mark.parametrize("ranks", [None, 2])
 def test_a_batch_without_a_loss_is_left_out_counted_and_resumed_over(trainer, ranks):
     (trainer.folder / "planted.py").write_text(PLANTED.format(root=str(ROOT), every=5))
-    flags = ["--num-steps", 30, "--save-steps", 7, "--log-steps", 5, "--eval-steps", 0, "--max-bad-steps", 29]
+    flags = ["--num-steps", 200, "--save-steps", 7, "--log-steps", 5, "--eval-steps", 0, "--max-bad-steps", 199]
 
     def run(name, *more):
         return [str(trainer.folder / "planted.py") if part.endswith(("train.py", "train_ddp.py")) else part
@@ -166,7 +166,7 @@ def test_a_batch_without_a_loss_is_left_out_counted_and_resumed_over(trainer, ra
 
     done = subprocess.run(run("whole.pt"), cwd=trainer.folder, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    killed = interrupt_after(run("c.pt"), trainer.folder, r"step 20/30", signal.SIGKILL if ranks is None
+    killed = interrupt_after(run("c.pt"), trainer.folder, r"step 20/200", signal.SIGKILL if ranks is None
                              else signal.SIGTERM)
     assert killed.returncode
     again = subprocess.run(run("c.pt", "--resume"), cwd=trainer.folder, env=environment(), capture_output=True,
@@ -175,7 +175,7 @@ def test_a_batch_without_a_loss_is_left_out_counted_and_resumed_over(trainer, ra
     whole, resumed = (torch.load(trainer.folder / name, weights_only=True) for name in ("whole.pt", "c.pt"))
     assert all(torch.equal(whole["model"][name], resumed["model"][name]) for name in whole["model"])
     assert all(torch.isfinite(tensor).all() for tensor in whole["model"].values())
-    assert whole["meter"]["skipped"] == resumed["meter"]["skipped"] and 0 < whole["meter"]["skipped"][0] < 30
+    assert whole["meter"]["skipped"] == resumed["meter"]["skipped"] and 0 < whole["meter"]["skipped"][0] < 200
     assert all(math.isfinite(value) for value in whole["meter"]["smoothed"].values())
 
 
@@ -204,10 +204,11 @@ def test_a_time_limit_saves_and_leaves_and_sigusr1_saves_and_goes_on(trainer):
             step = int(found[1]) if (found := re.search(r" step (\d+)/", line)) else 0
             if step == 100:
                 process.send_signal(signal.SIGUSR1)
-            if step >= 150 and saved is None and (trainer.folder / "c.pt").exists():
+            if saved is None and (trainer.folder / "c.pt").exists():
                 saved = torch.load(trainer.folder / "c.pt", weights_only=True)["state"]["step"]
+            if saved and step > saved:
                 process.terminate()
-        assert process.wait() == 143 and 100 <= saved <= 150
+        assert process.wait() == 143 and saved >= 100
     finally:
         process.kill()
 

@@ -1,8 +1,8 @@
-import time
-
 import pytest
 import torch
+from conftest import Clock
 
+import hardware
 from hardware import Stopwatch, peak_of
 
 
@@ -16,10 +16,11 @@ def test_a_peak_is_that_of_the_very_device_or_unknown(name, peak):
     assert peak_of(name) == peak
 
 
-def test_a_stopwatch_counts_what_is_inside_and_starts_anew_when_read():
+def test_a_stopwatch_counts_what_is_inside_and_starts_anew_when_read(monkeypatch):
+    clock = Clock(monkeypatch, hardware)
     watch = Stopwatch(torch.device("cpu"))
     for _ in range(2):
         with watch:
-            time.sleep(0.05)
-        time.sleep(0.05)
-    assert 0.1 <= watch.read() < 0.15 and watch.read() == 0
+            clock.sleep(0.05)
+        clock.sleep(0.7)
+    assert watch.read() == pytest.approx(0.1) and watch.read() == 0
