@@ -107,10 +107,10 @@ def plan(cfg):
         while not folder.exists():
             folder = folder.parent
         tempfile.TemporaryFile(dir=folder).close()  # asking for the permission is not enough: root has it everywhere
+        known = [file for file in (path, cfg.beside(".prev.pt")) if file.exists()]  # the newest first
     except OSError as error:
         raise UserError(f"--checkpoint-path {path}: {folder} cannot be written ({error.strerror}); give a path in a "
                         f"folder of your own") from None
-    known = [file for file in (path, cfg.beside(".prev.pt")) if file.exists()]  # the newest first
     if not cfg.resume:
         if known and not cfg.overwrite:
             raise UserError(f"--checkpoint-path {path}: there is a checkpoint already; add --resume to go on, "
@@ -156,12 +156,12 @@ def restore(path, cfg, identity, config):
     `identity` is what must be equal, `config` all flags; those that differ are logged. Raises UserError.
     """
     payload, source = load_latest(path, cfg)
-    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
-        raise UserError(f"--resume: {path} is not a checkpoint of this version of mini-llm; --overwrite starts over")
+    if not is_of_a_run(payload):
+        raise UserError(f"--resume: {source} is not a checkpoint of this version of mini-llm; --overwrite starts over")
     was = {"--optimizer": "adamw"} | payload["identity"]  # before there was a choice
     changed = [f"{name} was {was.get(name)}, is {value}" for name, value in identity.items() if was.get(name) != value]
     if changed:
-        raise UserError(f"--resume: {path} is of another run: {'; '.join(changed)}; give the flags and data that "
+        raise UserError(f"--resume: {source} is of another run: {'; '.join(changed)}; give the flags and data that "
                         f"it was started with, or start anew with another --checkpoint-path")
     ignored = {"resume", "overwrite", "checkpoint_path", "cache_dir", "init_from"}
     for name, value in config.items():
@@ -170,6 +170,12 @@ def restore(path, cfg, identity, config):
     if source != path:
         _link(source, path)  # else the next save would move the damaged file over the good one
     return payload
+
+
+def is_of_a_run(payload):
+    """Whether a checkpoint, which may be anyone's, has the parts that ours have."""
+    return (isinstance(payload, dict) and payload.get("format") == FORMAT
+            and all(isinstance(payload.get(part), dict) for part in ("model", "state", "identity", "config")))
 
 
 def apply(payload, parts, continues):
@@ -236,6 +242,8 @@ def load_latest(path, cfg):
 def load(path):
     """A verified checkpoint, its tensors on the CPU. Raises DamagedCheckpoint, naming the file and what is wrong."""
     try:
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for, a device read without end
+            raise DamagedCheckpoint(f"{path} is not a file")
         stated, actual = read_digest(path), file_digest(path)
         if stated != actual:
             raise DamagedCheckpoint(f"{path} is damaged (its SHA-256 is not the one it was written with)")

@@ -36,7 +36,7 @@ def find_sources(paths, label="--train-data"):
     sources = []
     for argument, path in enumerate(paths):
         if is_pattern(path):
-            files = [file for file in sorted(glob.glob(path, recursive=True)) if os.path.isfile(file)]
+            files = [file for file in sorted(matching(path)) if os.path.isfile(file)]
             if not files:
                 raise UserError(f"{label} {path}: no file matches; quote the pattern and check it with ls")
         elif os.path.isdir(path):
@@ -65,6 +65,18 @@ def is_pattern(path):
     return any(char in path for char in "*?[") and not os.path.exists(path)
 
 
+def matching(pattern):
+    """The files and folders that match. `**` enters no linked folder: links may lead round in circles."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        return glob.glob(pattern)
+    fixed, deep = parts[:parts.index("**")], parts[parts.index("**"):]
+    deep = [part if part == "**" else re.sub(r"\*+", "*", part) for part in (*deep, *["*"] * (deep[-1] == "**"))]
+    found = ((root, file) for root in (glob.glob(os.path.join(*fixed)) if fixed else [""])
+             for file in Path(root).glob(os.path.join(*deep)))
+    return {str(file) for root, file in found if not any(part[0] == "." for part in file.relative_to(root).parts)}
+
+
 def source_names(paths):
     """Names for several of the paths that `find_sources` takes, no two the same and each fit for a metric: a file's
     stem, the last part of a folder or dataset, of a pattern what its wildcards leave, else its folder. A path alone
@@ -87,6 +99,8 @@ def builtin_sources():
 
 
 def _check_readable(file, label):
+    if not os.path.isfile(file):  # a pipe cannot be read twice, a device has no end
+        raise UserError(f"{label} {file}: not a file; write the text to one")
     try:
         with open(file, "rb") as stream:
             head = stream.read(PIECE)
@@ -217,7 +231,8 @@ def table_pieces(source):
         if source.kind == "hub":
             rows = datasets.load_dataset(source.paths[0], split="train", streaming=True)
         else:
-            rows = datasets.load_dataset(source.kind, data_files=list(source.paths), split="train", streaming=True)
+            rows = datasets.load_dataset(source.kind, data_files=[glob.escape(path) for path in source.paths],
+                                         split="train", streaming=True)
         for row in rows:
             text = row.get("text")
             if text is None:
@@ -230,5 +245,5 @@ def table_pieces(source):
     except UserError:
         raise
     except Exception as error:  # datasets wraps what its readers raise in many types of its own
-        reason = str(error.__cause__ or error).splitlines()[0]
+        reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{name}: not readable as {source.kind}: {reason}") from None

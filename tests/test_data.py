@@ -14,7 +14,8 @@ from conftest import ROOT, SHARED
 import data
 import text as text_module
 from config import UserError
-from data import Corpus, DataConfig, Shard, ShardWriter, permute, prepare
+from data import Corpus, DataConfig, permute, prepare
+from shards import HEADER, Shard, ShardWriter
 from text import cut_text, find_sources, is_validation, pieces, source_names, text_pieces
 from tokenizer import END_OF_TEXT, load_tokenizer, open_tokenizer, train_tokenizer
 
@@ -62,7 +63,7 @@ def test_targets_are_the_inputs_one_token_on_and_no_window_shares_one(text, cach
     x, y = corpus.batch(0, 0, 1, 8)
     assert np.array_equal(x[:, 1:], y[:, :-1])
     flat = np.concatenate([corpus.train.read(i * 32, 33)[1:] for i in range(corpus.n_windows)])
-    whole = np.frombuffer((corpus.folder / "train.bin").read_bytes()[data.HEADER.size:], np.uint16)
+    whole = np.frombuffer((corpus.folder / "train.bin").read_bytes()[HEADER.size:], np.uint16)
     assert np.array_equal(flat, whole[1:len(flat) + 1])
 
 
