@@ -294,7 +294,7 @@ class Corpus:
         self.meta = read_meta(self.folder)
         self.train, self.val = (Shard(self.folder / f"{split}.bin") for split in ("train", "val"))
         for split, shard in (("train", self.train), ("val", self.val)):
-            shard.require(self.meta["tokens"][split], self.meta["fingerprint"][split])
+            shard.require(self.meta, split)
         self.vocab_size, self.eos, self.fingerprint = self.train.vocab_size, self.train.eos, self.meta["fingerprint"]
         self.val_sources = {name: Shard(self.val.path, *span) for name, span in self.meta["val_sources"].items()}
         self.n_windows = self.train.windows(self.seq_len)

@@ -111,7 +111,7 @@ def open_data(paths, tokenizer, eos, saved, folder):
         if meta["tokenizer_hash"][:16] != saved["identity"]["the tokenizer"]:
             raise UserError(f"--data {paths[0]}: shards of another tokenizer than the checkpoint's; give the "
                             f"text itself")
-        Shard(shard).require(meta["tokens"]["val"], meta["fingerprint"]["val"])
+        Shard(shard).require(meta, "val")
         return ({name: Shard(shard, *span) for name, span in meta["val_sources"].items()},
                 meta["bytes"]["val"] / meta["tokens"]["val"])
     sources, n_bytes, shards = find_sources(paths, "--data"), 0, {}

@@ -109,7 +109,8 @@ def _saved_config(path, cfg):
     for `checkpoint.restore` to say."""
     for file in (path, cfg.beside(".prev.pt")):
         try:
-            return dict(torch.load(file, map_location="cpu", mmap=True, weights_only=True)["config"])
+            if os.path.isfile(file):  # a pipe would be waited for
+                return dict(torch.load(file, map_location="cpu", mmap=True, weights_only=True)["config"])
         except Exception:  # torch.load raises many types, from pickle's to zip's
             continue
     return {}

@@ -89,13 +89,15 @@ class Shard:
             raise UserError(f"{self.path} is damaged at token {first}; remove its folder and prepare it again")
         return ids
 
-    def require(self, count, fingerprint):
+    def require(self, meta, split):
         """Raises UserError where these are not the tokens that were written. A very large file is spared the reading:
-        of it the length and each id that is read are checked."""
+        of it the header, the length and each id that is read are checked."""
         digest, size = hashlib.blake2b(digest_size=16), self.count * self.dtype.itemsize
         for at in range(0, size if size <= 1 << 30 else 0, 1 << 22):
             digest.update(os.pread(self.fd, min(1 << 22, size - at), HEADER.size + at))
-        if count != self.count or size <= 1 << 30 and digest.hexdigest() != fingerprint:
+        stated = [meta["tokens"][split], meta["vocab_size"], meta["eos"], meta["tokenizer_hash"]]
+        if (stated != [self.count, self.vocab_size, self.eos, self.tokenizer_hash.hex()]
+                or size <= 1 << 30 and digest.hexdigest() != meta["fingerprint"][split]):
             raise UserError(f"{self.path} is damaged: its tokens are not those of the meta.json beside it; remove its "
                             f"folder and prepare it again")
 
@@ -110,7 +112,7 @@ def read_meta(folder):
         spans = [number for start, count in meta["val_sources"].values() for number in (start, count)]
         if not (all(type(number) is int and number >= 0 for number in [*counts, *spans])
                 and counts[1] and all(isinstance(text, str) for text in texts)
-                and isinstance(meta["entropy_rate"], float | None)):
+                and isinstance(meta["entropy_rate"], float | None) and meta.keys() >= {"vocab_size", "eos"}):
             raise TypeError("a value of it is of another type")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder}: no readable meta.json beside the shards ({error}); prepare them again") from None

@@ -108,8 +108,12 @@ def _check_readable(file, label):
         raise UserError(f"{label} {file}: {error.strerror}") from None
     if not head:
         raise UserError(f"{label} {file}: the file is empty")
-    if Path(file).suffix == ".parquet":
+    kind = TABLE_SUFFIXES.get(Path(file).suffix)
+    if kind == "parquet":
         return
+    if kind == "json" and head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] not in (b"{", b"["):
+        # On a first row that is null, pyarrow's reader ends the process.
+        raise UserError(f"{label} {file}: not JSON rows, which begin with {{; give .txt, .jsonl or .parquet")
     undecodable = codecs.getincrementaldecoder("utf-8")("replace").decode(head).count("\ufffd")
     if b"\0" in head or undecodable > len(head) / 10:
         raise UserError(f"{label} {file}: not UTF-8 text; convert it (iconv -t UTF-8) or give .txt, .jsonl or .parquet")
@@ -160,15 +164,19 @@ def is_validation(index, ratio, seed):
 
 def tail_start(file, ratio):
     """The byte at which the last `ratio` of a text file begins, moved to the next end of a document, else of a line."""
-    size = os.path.getsize(file)
+    size, mark = os.path.getsize(file), END_OF_TEXT.encode()
     start = int(size * (1 - ratio))
+    first = max(0, start - len(mark) + 1)  # a mark that begins from here on ends behind `start`
     with open(file, "rb") as stream:
-        stream.seek(start)
+        stream.seek(first)
         window = stream.read(1 << 20)
-    for mark in (END_OF_TEXT.encode(), b"\n"):
-        found = window.find(mark)
-        if found >= 0 and start + found + len(mark) < size:
-            return start + found + len(mark)
+    if (found := window.find(mark)) >= 0:
+        if first + found + len(mark) < size:
+            return first + found + len(mark)
+        start = min(start, first + found)  # not within the file's last mark
+    window = window[start - first:]
+    if (found := window.find(b"\n")) >= 0 and start + found + 1 < size:
+        return start + found + 1
     while window and window[0] & 0xC0 == 0x80:  # not inside a UTF-8 character
         start, window = start + 1, window[1:]
     return start
@@ -235,11 +243,13 @@ def table_pieces(source):
                                          split="train", streaming=True)
         for row in rows:
             text = row.get("text")
-            if text is None:
+            if "text" not in row:
                 strings = [key for key, value in row.items() if isinstance(value, str)]
                 if len(strings) != 1:
                     raise UserError(f"{name}: no column named text (found {', '.join(row)}); rename one of them")
                 text = row[strings[0]]
+            if not isinstance(text, str | None):
+                raise UserError(f"{name}: the column text has {type(text).__name__}, not text; convert it")
             if text:
                 yield from document_pieces(text)
     except UserError:
