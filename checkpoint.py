@@ -75,7 +75,7 @@ class CheckpointConfig:
     def continues(self, resume_from):
         """Whether a run that resumes from that file goes on with the run of the checkpoint path, be it from an earlier
         of its files, or branches off."""
-        file, path = Path(resume_from).resolve(), Path(self.checkpoint_path).resolve()
+        file, path = map(Path, map(os.path.realpath, (resume_from, self.checkpoint_path)))
         ours = re.escape(path.stem) + r"(\.(prev|best|nonfinite|step-\d+))?\.pt"
         return file == path or file.parent == path.parent and bool(re.fullmatch(ours, file.name))
 
@@ -229,7 +229,7 @@ def load_latest(path, cfg):
     try:
         return load(path), path
     except DamagedCheckpoint as error:
-        if path.resolve() != Path(cfg.checkpoint_path).resolve() or not previous.exists():
+        if os.path.realpath(path) != os.path.realpath(cfg.checkpoint_path) or not previous.exists():
             raise UserError(f"--resume: {error}, and there is no {previous.name} to fall back to; "
                             f"--overwrite starts over") from None
         log.warning("%s; falling back to %s", error, previous)
