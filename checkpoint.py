@@ -107,6 +107,7 @@ def plan(cfg):
         while not folder.exists():
             folder = folder.parent
         tempfile.TemporaryFile(dir=folder).close()  # asking for the permission is not enough: root has it everywhere
+        cfg.beside(".rank0000.metrics.jsonl.tmp").exists()  # a name too long for that is found out here
         known = [file for file in (path, cfg.beside(".prev.pt")) if file.exists()]  # the newest first
     except OSError as error:
         raise UserError(f"--checkpoint-path {path}: {folder} cannot be written ({error.strerror}); give a path in a "
@@ -142,6 +143,9 @@ def run_identity(cfg, corpus, step_samples):
             advice = "give the tokenizer of these weights"
         raise UserError(f"{whose} is below the {corpus.vocab_size} tokens of --tokenizer-name "
                         f"{cfg.data.tokenizer_name}; {advice}")
+    if step_samples > 1 << 27:
+        raise UserError(f"--batch-size {cfg.batch.batch_size}: {step_samples:,} sequences in a step, whose numbers alone "
+                        f"fill a memory; lower --batch-size")
     vocab_size = max(cfg.model.vocab_size, corpus.vocab_size)
     return {flag(name): value for name, value in model.items() if name not in free} | {
         "--vocab-size": vocab_size, "--seq-len": corpus.seq_len, "--data-seed": corpus.seed,

@@ -362,6 +362,24 @@ def test_a_tokenizer_config_that_is_odd_is_refused_or_does_no_harm(text, tmp_pat
         assert not (tmp_path / "other").exists()
 
 
+# Numbers
+
+
+@pytest.mark.parametrize("flags", [["--n-layers", 1 << 62], ["--d-model", 1 << 40], ["--vocab-size", 1 << 62],
+                                   ["--max-position-embeddings", 1 << 62], ["--d-ff", 1 << 50],
+                                   ["--arch", "qwen3", "--head-dim", 1 << 50],
+                                   ["--n-layers", 10_000, "--d-model", 65536]])
+def test_a_model_that_no_machine_holds_is_refused_at_once(flags):
+    assert str(flags[-1]) in line_of(parse, train.Config, list(map(str, flags))) or "head-dim" in str(flags)
+
+
+def test_a_step_and_a_name_that_no_machine_holds_are_refused(run, again):
+    folder, flags = again
+    refused(run(train, *flags, "--checkpoint-path", folder / "n.pt", "--batch-size", 1 << 50), "lower --batch-size")
+    for length in (240, 300):
+        refused(run(train, *flags, "--checkpoint-path", folder / f"{'n' * length}.pt"), "File name too long")
+
+
 # Texts and caches
 
 
@@ -459,7 +477,8 @@ def test_a_preparation_killed_at_any_moment_leaves_nothing_that_is_used(tmp_path
 
 TOKENIZE = ("import resource, sys; sys.path.insert(0, sys.argv[1]); from data import *; "
             "c = Corpus(DataConfig(train_data=[sys.argv[2]], cache_dir=sys.argv[3], tokenizer_name=sys.argv[4], "
-            "seq_len=8)); print(c.train.count, c.val.count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)")
+            "seq_len=8)); used = resource.getrusage(resource.RUSAGE_SELF); "
+            "print(c.train.count, c.val.count, used.ru_maxrss // 1024)")
 
 
 @pytest.mark.parametrize("tokenizer, megabytes", [
@@ -468,11 +487,11 @@ TOKENIZE = ("import resource, sys; sys.path.insert(0, sys.argv[1]); from data im
 def test_one_line_of_any_length_costs_neither_memory_nor_time(tmp_path, tokenizer, megabytes, kind):
     if tokenizer == "gpt2" and not (SHARED / "hf-home").exists():
         pytest.skip("no local Hugging Face cache with gpt2 in it")
+    rng = random.Random(1)
+    words = " ".join("".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(170_000))
     with open(tmp_path / "line.txt", "w") as file:
-        rng = random.Random(1)
-        for _ in range(megabytes * 10):
-            words = " ".join("".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(17_000))
-            file.write(words.ljust(100_000, "e")[:100_000] if kind == "a line" else "a" * 100_000)
+        for _ in range(megabytes):
+            file.write(words.ljust(1_000_000)[:1_000_000] if kind == "a line" else "a" * 1_000_000)
     size, began = os.path.getsize(tmp_path / "line.txt"), time.monotonic()
     done = subprocess.run([sys.executable, "-c", TOKENIZE, ROOT, tmp_path / "line.txt", tmp_path / "cache", tokenizer],
                           capture_output=True, text=True, env=environment(HF_HOME=str(SHARED / "hf-home")))
