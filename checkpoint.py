@@ -144,8 +144,8 @@ def run_identity(cfg, corpus, step_samples):
         raise UserError(f"{whose} is below the {corpus.vocab_size} tokens of --tokenizer-name "
                         f"{cfg.data.tokenizer_name}; {advice}")
     if step_samples > 1 << 27:
-        raise UserError(f"--batch-size {cfg.batch.batch_size}: {step_samples:,} sequences in a step, whose numbers alone "
-                        f"fill a memory; lower --batch-size")
+        raise UserError(f"--batch-size {cfg.batch.batch_size}: {step_samples:,} sequences in a step fill the "
+                        f"memory with their numbers alone; lower it")
     vocab_size = max(cfg.model.vocab_size, corpus.vocab_size)
     return {flag(name): value for name, value in model.items() if name not in free} | {
         "--vocab-size": vocab_size, "--seq-len": corpus.seq_len, "--data-seed": corpus.seed,
