@@ -75,7 +75,7 @@ class CheckpointConfig:
     def continues(self, resume_from):
         """Whether a run that resumes from that file goes on with the run of the checkpoint path, be it from an earlier
         of its files, or branches off."""
-        file, path = Path(resume_from).resolve(), Path(self.checkpoint_path).resolve()
+        file, path = map(Path, map(os.path.realpath, (resume_from, self.checkpoint_path)))
         ours = re.escape(path.stem) + r"(\.(prev|best|nonfinite|step-\d+))?\.pt"
         return file == path or file.parent == path.parent and bool(re.fullmatch(ours, file.name))
 
@@ -107,10 +107,11 @@ def plan(cfg):
         while not folder.exists():
             folder = folder.parent
         tempfile.TemporaryFile(dir=folder).close()  # asking for the permission is not enough: root has it everywhere
+        cfg.beside(".rank0000.metrics.jsonl.tmp").exists()  # a name too long for that is found out here
+        known = [file for file in (path, cfg.beside(".prev.pt")) if file.exists()]  # the newest first
     except OSError as error:
         raise UserError(f"--checkpoint-path {path}: {folder} cannot be written ({error.strerror}); give a path in a "
                         f"folder of your own") from None
-    known = [file for file in (path, cfg.beside(".prev.pt")) if file.exists()]  # the newest first
     if not cfg.resume:
         if known and not cfg.overwrite:
             raise UserError(f"--checkpoint-path {path}: there is a checkpoint already; add --resume to go on, "
@@ -142,6 +143,9 @@ def run_identity(cfg, corpus, step_samples):
             advice = "give the tokenizer of these weights"
         raise UserError(f"{whose} is below the {corpus.vocab_size} tokens of --tokenizer-name "
                         f"{cfg.data.tokenizer_name}; {advice}")
+    if step_samples > 1 << 27:
+        raise UserError(f"--batch-size {cfg.batch.batch_size}: {step_samples:,} sequences in a step fill the "
+                        f"memory with their numbers alone; lower it")
     vocab_size = max(cfg.model.vocab_size, corpus.vocab_size)
     return {flag(name): value for name, value in model.items() if name not in free} | {
         "--vocab-size": vocab_size, "--seq-len": corpus.seq_len, "--data-seed": corpus.seed,
@@ -156,12 +160,12 @@ def restore(path, cfg, identity, config):
     `identity` is what must be equal, `config` all flags; those that differ are logged. Raises UserError.
     """
     payload, source = load_latest(path, cfg)
-    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
-        raise UserError(f"--resume: {path} is not a checkpoint of this version of mini-llm; --overwrite starts over")
+    if not is_of_a_run(payload):
+        raise UserError(f"--resume: {source} is not a checkpoint of this version of mini-llm; --overwrite starts over")
     was = {"--optimizer": "adamw"} | payload["identity"]  # before there was a choice
     changed = [f"{name} was {was.get(name)}, is {value}" for name, value in identity.items() if was.get(name) != value]
     if changed:
-        raise UserError(f"--resume: {path} is of another run: {'; '.join(changed)}; give the flags and data that "
+        raise UserError(f"--resume: {source} is of another run: {'; '.join(changed)}; give the flags and data that "
                         f"it was started with, or start anew with another --checkpoint-path")
     ignored = {"resume", "overwrite", "checkpoint_path", "cache_dir", "init_from"}
     for name, value in config.items():
@@ -170,6 +174,12 @@ def restore(path, cfg, identity, config):
     if source != path:
         _link(source, path)  # else the next save would move the damaged file over the good one
     return payload
+
+
+def is_of_a_run(payload):
+    """Whether a checkpoint, which may be anyone's, has the parts that ours have."""
+    return (isinstance(payload, dict) and payload.get("format") == FORMAT
+            and all(isinstance(payload.get(part), dict) for part in ("model", "state", "identity", "config")))
 
 
 def apply(payload, parts, continues):
@@ -223,7 +233,7 @@ def load_latest(path, cfg):
     try:
         return load(path), path
     except DamagedCheckpoint as error:
-        if path.resolve() != Path(cfg.checkpoint_path).resolve() or not previous.exists():
+        if os.path.realpath(path) != os.path.realpath(cfg.checkpoint_path) or not previous.exists():
             raise UserError(f"--resume: {error}, and there is no {previous.name} to fall back to; "
                             f"--overwrite starts over") from None
         log.warning("%s; falling back to %s", error, previous)
@@ -236,6 +246,8 @@ def load_latest(path, cfg):
 def load(path):
     """A verified checkpoint, its tensors on the CPU. Raises DamagedCheckpoint, naming the file and what is wrong."""
     try:
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for, a device read without end
+            raise DamagedCheckpoint(f"{path} is not a file")
         stated, actual = read_digest(path), file_digest(path)
         if stated != actual:
             raise DamagedCheckpoint(f"{path} is damaged (its SHA-256 is not the one it was written with)")

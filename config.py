@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import sys
 import tomllib
 import types
@@ -26,6 +27,12 @@ BOUNDS = {
 
 class UserError(Exception):
     """A mistake that the person at the keyboard can mend: shown as one line on stderr, exit code 2."""
+
+    def __str__(self):
+        """One line of a length to be read, whatever stands in the names and values that it repeats."""
+        text = super().__str__()
+        text = text if len(text) < 2000 else f"{text[:1000]} ... {text[-500:]}"
+        return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def arg(default, help, *, choices=(), const=None, metavar=None, **bounds):
@@ -66,7 +73,7 @@ def parse(cls, argv=None):
         _refuse_unknown(unknown[0], [flag(name) for name in fields] + ["--config"], "flag")
 
     path = given.pop("config", None)
-    values = _read_toml(path, cls, fields) if path else {}
+    values = {} if path is None else _read_toml(path, cls, fields)
     values |= {name: _coerce(flag(name), fields[name], value) for name, value in given.items()}
 
     groups = {}
@@ -104,11 +111,25 @@ def to_toml(config, without=()):
     lines = []
     for group in dataclasses.fields(config):
         values = dataclasses.asdict(getattr(config, group.name))
-        # JSON's strings, numbers, booleans and lists are TOML's, too.
-        lines += [f"[{group.name}]", *(f"{name} = {json.dumps(value, ensure_ascii=False)}"
-                                       for name, value in values.items()
-                                       if value not in (None, "") and name not in without), ""]
+        defaults = {field.name: _default(field) for field in dataclasses.fields(getattr(config, group.name))}
+        # JSON's strings, numbers, booleans and lists are TOML's, too, but for one character, which TOML wants escaped.
+        lines += [f"[{group.name}]", *(f"{name} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f")
+                                       for name, value in values.items() if name not in without
+                                       and value is not None and (value != "" or defaults[name])), ""]
     return "\n".join(lines)
+
+
+def read_json(path):
+    """The JSON object in a file. Raises ValueError, saying why, whatever is there in its place."""
+    try:
+        if not os.path.isfile(path):  # a named pipe would be waited for, a device read without end
+            raise ValueError("no such file")
+        value = json.loads(Path(path).read_text("utf-8"))
+    except (OSError, RecursionError) as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
 
 
 def positive(text):
@@ -156,7 +177,10 @@ def _coerce(label, declared, value):
     _, field, kind = declared
     base, meta = _base_type(kind), field.metadata
     if typing.get_origin(kind) is list:
-        return [str(item) for item in (value if isinstance(value, list) else [value])]
+        items = value if isinstance(value, list) else [value]
+        if wrong := [item for item in items if not _is_text(item)]:
+            raise UserError(f"{label} {wrong[0]!r}: expected texts, in UTF-8")
+        return items
     if base in (int, float) and not isinstance(value, bool) and isinstance(value, (str, int, float)):
         try:
             number = base(value)
@@ -173,9 +197,16 @@ def _coerce(label, declared, value):
         return number
     if not isinstance(value, base) or (isinstance(value, bool) and base is not bool):
         raise UserError(f"{label} {value!r}: expected {base.__name__}{_example(field)}")
+    if base is str and not _is_text(value):
+        raise UserError(f"{label} {value!r}: not UTF-8 text, or with a NUL in it")
     if meta["choices"] and value not in meta["choices"]:
         raise UserError(f"{label} {value}: not one of {', '.join(meta['choices'])}{_nearest(value, meta['choices'])}")
     return value
+
+
+def _is_text(value):
+    """Whether it is text that a file can hold and be named by: else it would fail where it is first written."""
+    return isinstance(value, str) and "\0" not in value and not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def _example(field):
@@ -184,13 +215,18 @@ def _example(field):
 
 
 def _read_toml(path, cls, fields):
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe could be read by one rank only
+        raise UserError(f"--config {path}: is not a file")
     try:
         with open(path, "rb") as file:
-            table = tomllib.load(file)
+            return _toml_values(path, tomllib.load(file), cls, fields)
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # numbers too long to be shown or read are ValueErrors, too
         raise UserError(f"--config {path}: not valid TOML: {error}") from None
+
+
+def _toml_values(path, table, cls, fields):
     sections = [group.name for group in dataclasses.fields(cls)]
     flat = {}
     for key, value in table.items():

@@ -6,13 +6,13 @@ decides their content. Training reads windows of them; which window comes when i
 
 import atexit
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
-import struct
 import tempfile
 import time
 from collections import Counter
@@ -24,6 +24,7 @@ import numpy as np
 
 import toy
 from config import UserError, arg
+from shards import FORMAT, Shard, ShardWriter, read_meta
 from text import Piece, builtin_sources, find_sources, pieces, source_names
 from tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 
@@ -62,79 +63,6 @@ class DataConfig:
     def is_shards(self):
         """Whether the training data are token shards already."""
         return len(self.train_data) == 1 and os.path.exists(os.path.join(self.train_data[0], "train.bin"))
-
-
-# --- Token shards
-
-HEADER = struct.Struct("<8sIIQIi32s")
-MAGIC, FORMAT = b"MINILLM\0", 1
-
-
-class ShardWriter:
-    """Writes a header (magic, version, bytes an id, count, vocabulary size, end-of-text id, tokenizer hash) and then
-    the ids, uint16 where they fit and uint32 where not. Every id is checked against the vocabulary."""
-
-    def __init__(self, path, vocab_size, eos, tokenizer_hash, limit=0):
-        self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
-        self.vocab_size, self.eos, self.hash, self.limit = vocab_size, eos, tokenizer_hash, limit
-        self.count, self.digest, self.file = 0, hashlib.blake2b(digest_size=16), open(path, "wb")
-        self.file.write(bytes(HEADER.size))
-
-    @property
-    def full(self):
-        return bool(self.limit) and self.count >= self.limit
-
-    def write(self, ids):
-        """Returns how many were written: fewer than given where the limit is reached."""
-        ids = np.asarray(ids, dtype=np.int64)
-        ids = ids[:self.limit - self.count] if self.limit else ids
-        if not len(ids):
-            return 0
-        if ids.min() < 0 or ids.max() >= self.vocab_size:
-            raise UserError(f"--tokenizer-name: token id {ids.max()} is outside its vocabulary of {self.vocab_size}")
-        block = ids.astype(self.dtype).tobytes()
-        self.digest.update(block)
-        self.file.write(block)
-        self.count += len(ids)
-        return len(ids)
-
-    def close(self):
-        self.file.seek(0)
-        self.file.write(HEADER.pack(MAGIC, FORMAT, self.dtype.itemsize, self.count, self.vocab_size, self.eos,
-                                    self.hash))
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-
-
-class Shard:
-    """A token file, or `count` tokens of it from `start` on, read window by window. `pread` rather than a memory map:
-    no page of the file ever counts as this process's memory, and nothing is copied but the window."""
-
-    def __init__(self, path, start=0, count=None):
-        self.path, self.start = path, start
-        try:
-            self.fd = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}; a folder of token shards holds train.bin and val.bin") from None
-        header = os.pread(self.fd, HEADER.size, 0)
-        if len(header) < HEADER.size or header[:8] != MAGIC:
-            raise UserError(f"{path}: not a token shard of mini-llm; prepare it again from the text")
-        _, version, itemsize, self.count, self.vocab_size, eos, self.tokenizer_hash = HEADER.unpack(header)
-        if version != FORMAT or os.fstat(self.fd).st_size != HEADER.size + self.count * itemsize:
-            raise UserError(f"{path}: version {version} or size is not what its header says; prepare it again")
-        self.count = self.count if count is None else count
-        self.eos = None if eos < 0 else eos
-        self.dtype = np.dtype({2: np.uint16, 4: np.uint32}[itemsize])
-
-    def windows(self, seq_len):
-        """How many windows of seq_len + 1 tokens there are that share no target."""
-        return max(0, self.count - 1) // seq_len
-
-    def read(self, first, n):
-        """Tokens first to first + n - 1, (n,)."""
-        at, size = HEADER.size + (self.start + first) * self.dtype.itemsize, n * self.dtype.itemsize
-        return np.frombuffer(os.pread(self.fd, size, at), self.dtype)
 
 
 # --- Preparation: text to shards, once
@@ -192,6 +120,8 @@ def _locked_draft(folder):
     draft = folder.with_name(folder.name + ".draft")
     try:
         draft.mkdir(parents=True, exist_ok=True)
+        if draft.is_symlink():  # what it leads to is not ours to empty
+            raise NotADirectoryError(errno.ENOTDIR, f"{draft.name} is a link")
         # Opened for writing, without which a network file system gives no lock.
         fd = os.open(draft / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         _wait(lambda: not _lock(fd), draft)
@@ -210,13 +140,16 @@ def _locked_draft(folder):
             return
         for leftover in draft.iterdir():
             if leftover.name != ".lock":
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+                shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
         try:
             yield draft
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(draft, ignore_errors=True)
             with contextlib.suppress(OSError):
                 folder.parent.rmdir()
+            if isinstance(error, OSError):  # a full disk, a text that has gone
+                raise UserError(f"{error.filename or f'--cache-dir {folder.parent}'}: {error.strerror or error}; make "
+                                f"room, or give another --cache-dir") from None
             raise
     finally:
         os.close(fd)
@@ -325,7 +258,10 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
                 tokenizer_hash=identity.hex(), entropy_rate=entropy,
                 val_sources={name: [sum(parts[:i]), parts[i]] for i, name in enumerate(source_names(cfg.val_data))},
                 fingerprint={split: writer.digest.hexdigest() for split, writer in writers.items()})
-    (draft / "meta.json").write_text(json.dumps(meta, indent=1))
+    with open(draft / "meta.json", "w") as file:
+        file.write(json.dumps(meta, indent=1))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _first_characters(texts, limit):
@@ -355,14 +291,12 @@ class Corpus:
         """`scratch`: leave nothing behind; shards that are not in the cache are made in a temporary folder."""
         self.seq_len, self.seed = cfg.seq_len, cfg.data_seed
         self.folder = prepare(cfg, vocab_size, writes, scratch)
-        try:
-            self.meta = json.loads((self.folder / "meta.json").read_text())
-        except (OSError, ValueError):
-            raise UserError(f"{self.folder}: no readable meta.json beside the shards; prepare them again") from None
+        self.meta = read_meta(self.folder)
         self.train, self.val = (Shard(self.folder / f"{split}.bin") for split in ("train", "val"))
+        for split, shard in (("train", self.train), ("val", self.val)):
+            shard.require(self.meta, split)
         self.vocab_size, self.eos, self.fingerprint = self.train.vocab_size, self.train.eos, self.meta["fingerprint"]
-        spans = self.meta.get("val_sources") or {"": []}  # a validation text alone has no name, and is the whole shard
-        self.val_sources = {name: Shard(self.val.path, *span) for name, span in spans.items()}
+        self.val_sources = {name: Shard(self.val.path, *span) for name, span in self.meta["val_sources"].items()}
         self.n_windows = self.train.windows(self.seq_len)
         self.n_val_windows = sum(shard.windows(self.seq_len) for shard in self.val_sources.values())
         for name, shard in [("", self.train), *self.val_sources.items()]:
@@ -372,8 +306,13 @@ class Corpus:
 
     def export_tokenizer(self, folder):
         """Copy the tokenizer to `folder`, for whoever uses the checkpoint without the data."""
-        if (self.folder / "tokenizer").is_dir():
-            shutil.copytree(self.folder / "tokenizer", folder, dirs_exist_ok=True)
+        try:
+            for file in (self.folder / "tokenizer").glob("*"):
+                if file.is_file():  # no device, which has no end
+                    folder.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, folder / file.name)
+        except OSError as error:
+            raise UserError(f"{error.filename or folder}: {error.strerror}; the tokenizer cannot be copied") from None
 
     @property
     def val_bytes_per_token(self):

@@ -4,6 +4,7 @@
 training, so that the command repeats a run's own `val/loss`.
 """
 
+import contextlib
 import json
 import math
 import sys
@@ -16,9 +17,10 @@ import torch
 
 import hardware
 from config import UserError, arg, parse
-from data import Shard, ShardWriter, spread_windows
+from data import spread_windows
 from model import IGNORE
 from pretrained import load_run
+from shards import Shard, ShardWriter, read_meta
 from text import find_sources, pieces, source_names
 
 FEW = 20  # documents: with fewer, the confidence interval takes windows for what is independent
@@ -92,8 +94,9 @@ def own_validation_set(saved):
     """The folder of the token shards that the checkpoint's run was validated on. Raises UserError."""
     config = saved["config"]
     for file in Path(config["cache_dir"]).glob("*/meta.json"):
-        if json.loads(file.read_text())["fingerprint"]["val"] == saved["identity"]["the validation data"]:
-            return str(file.parent)
+        with contextlib.suppress(UserError):  # another's, and damaged
+            if read_meta(file.parent)["fingerprint"]["val"] == saved["identity"]["the validation data"]:
+                return str(file.parent)
     was = config["val_data"] or config["train_data"]
     named = f", such as the run's {' '.join(was)}" if was else ""
     raise UserError(f"--data is missing, and the run's own validation set is not in {config['cache_dir']}: name "
@@ -104,12 +107,12 @@ def open_data(paths, tokenizer, eos, saved, folder):
     """{name: Shard} of the data, and bytes of text per token. Text is tokenized into `folder`. Raises UserError."""
     prepared = Path(paths[0])
     if len(paths) == 1 and (prepared / "val.bin").is_file():
-        meta, shard = json.loads((prepared / "meta.json").read_text()), prepared / "val.bin"
+        meta, shard = read_meta(prepared), prepared / "val.bin"
         if meta["tokenizer_hash"][:16] != saved["identity"]["the tokenizer"]:
             raise UserError(f"--data {paths[0]}: shards of another tokenizer than the checkpoint's; give the "
                             f"text itself")
-        spans = meta.get("val_sources") or {"": []}
-        return ({name: Shard(shard, *span) for name, span in spans.items()},
+        Shard(shard).require(meta, "val")
+        return ({name: Shard(shard, *span) for name, span in meta["val_sources"].items()},
                 meta["bytes"]["val"] / meta["tokens"]["val"])
     sources, n_bytes, shards = find_sources(paths, "--data"), 0, {}
     for number, name in enumerate(source_names(paths) or [""]):

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from config import UserError, arg, parse
+from config import UserError, arg, parse, read_json
 from pretrained import beside_run, hugging_face_config, load_model, to_hugging_face, tokenizer_folder
-from tokenizer import open_tokenizer
+from tokenizer import end_of_text, open_tokenizer
 
 SAMPLING = dict(do_sample=True, temperature=0.8, top_k=50)  # as train.py's own samples are drawn
 # Flags that say nothing of what was trained.
@@ -56,28 +56,30 @@ def export(path, output, dtype="float32"):
     transformers.utils.logging.disable_progress_bar()
     model, saved = load_model(path)
     tokenizer = tokenizer_folder(path)
-    eos = transformers.AutoTokenizer.from_pretrained(str(tokenizer)).eos_token_id
+    known = open_tokenizer(tokenizer)
+    eos, n_tokens = end_of_text(known, tokenizer), known.get_vocab_size()
     twin = transformers.AutoModelForCausalLM.from_config(hugging_face_config(model.cfg, eos))
     missing, unexpected = twin.load_state_dict(to_hugging_face(model.cfg, model.state_dict()), strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
     twin.tie_weights()
-    n_tokens = open_tokenizer(tokenizer).get_vocab_size()
     spare = list(range(n_tokens, model.cfg.vocab_size))  # of a model that is wider than its tokenizer
     twin.generation_config = transformers.GenerationConfig(
         bos_token_id=eos, eos_token_id=eos, pad_token_id=eos,
         suppress_tokens=spare if 0 < len(spare) <= SPARE_IDS else None, **SAMPLING)
     try:
         twin.to(getattr(torch, dtype)).save_pretrained(output)
-        for file in tokenizer.iterdir():
+        for file in filter(Path.is_file, tokenizer.iterdir()):
             shutil.copy(file, output)
         _complete_tokenizer(Path(output) / "tokenizer_config.json", model.cfg.max_position_embeddings)
         (Path(output) / "README.md").write_text(model_card(path, model, saved, n_tokens, dtype))
+    except ValueError as error:
+        raise UserError(f"{tokenizer}: tokenizer_config.json is damaged: {error}") from None
     except OSError as error:
         raise UserError(f"--output {output}: {error.strerror or error}; name a folder that can be written") from None
 
 
 def _complete_tokenizer(path, length):
-    settings = json.loads(path.read_text())
+    settings = read_json(path)
     settings["model_max_length"] = length
     if settings.get("eos_token"):  # CTranslate2 wants an unknown token, and GPT-2's own tokenizer has this one
         settings.setdefault("unk_token", settings["eos_token"])

@@ -46,7 +46,7 @@ class GPTConfig:
     """Model"""
 
     arch: str = arg("gpt2", "which architecture, exactly", choices=tuple(ARCHS))
-    n_layers: int = arg(4, "transformer blocks", low=1)
+    n_layers: int = arg(4, "transformer blocks", low=1, high=10_000)
     n_heads: int = arg(4, "attention heads (queries)", low=1)
     n_kv_heads: int = arg(0, "key/value heads of grouped-query attention; 0: as many as n_heads", low=0)
     d_model: int = arg(256, "width of the residual stream", low=1)
@@ -68,6 +68,12 @@ class GPTConfig:
                             f"try --n-kv-heads {math.gcd(self.n_heads, self.n_kv_heads)}")
         if self.parts.rope_theta and self.head_size % 2:
             raise UserError(f"--head-dim {self.head_size} is odd, and RoPE turns pairs of dimensions; use an even one")
+        rough = self.d_model * (self.n_layers * 2 * (self.n_heads * self.head_size + self.ff_size)
+                                + self.vocab_size + self.max_position_embeddings)
+        if rough > 1e12:
+            raise UserError(f"--d-model {self.d_model} with --n-layers {self.n_layers}, --d-ff {self.ff_size}, "
+                            f"--vocab-size {self.vocab_size} and --max-position-embeddings "
+                            f"{self.max_position_embeddings}: {rough:.0e} parameters, which no device holds")
 
     @property
     def parts(self):

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
-from config import UserError, arg, flag
+from config import UserError, arg, flag, read_json
 from model import ARCHS, GPT, GPTConfig
 from tokenizer import end_of_text, hub_reachable, open_tokenizer
 
@@ -109,7 +109,8 @@ def _saved_config(path, cfg):
     for `checkpoint.restore` to say."""
     for file in (path, cfg.beside(".prev.pt")):
         try:
-            return torch.load(file, map_location="cpu", mmap=True, weights_only=True)["config"]
+            if os.path.isfile(file):  # a pipe would be waited for
+                return dict(torch.load(file, map_location="cpu", mmap=True, weights_only=True)["config"])
         except Exception:  # torch.load raises many types, from pickle's to zip's
             continue
     return {}
@@ -132,7 +133,8 @@ def _source_weights(source, cfg):
     """The state dict, ours, of --init-from's weights."""
     if os.path.isfile(source):
         return _checkpoint(source, "--init-from")["model"]
-    theirs, found = _hugging_face("AutoModelForCausalLM", source, dtype=torch.float32, output_loading_info=True)
+    theirs, found = _hugging_face("AutoModelForCausalLM", source, dtype=torch.float32, use_safetensors=True,
+                                  output_loading_info=True)
     if missing := sorted(found["missing_keys"]):
         raise UserError(f"--init-from {source}: {len(missing)} tensors are missing, such as {missing[0]}; the weights "
                         f"are not complete, or of another model than config.json says")
@@ -161,7 +163,9 @@ def _folder(source):
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     def whole(folder):
-        return (Path(folder) / "config.json").exists() and any(Path(folder).glob("*.safetensors"))
+        weights = list(Path(folder).glob("*.safetensors"))
+        # A pipe among them would be waited for.
+        return weights and all(file.is_file() for file in [Path(folder) / "config.json", *weights])
 
     def snapshot(**options):
         wanted = ["config.json", "*.safetensors", "*.safetensors.index.json"]
@@ -179,6 +183,14 @@ def _folder(source):
                "no such folder, not whole in the local cache (HF_HOME), and the hub cannot be reached")
         raise UserError(f"--init-from {source}: {why}; give a folder that transformers' save_pretrained has written, "
                         f"or a checkpoint")
+    for index in Path(folder).glob("*.index.json"):  # transformers opens whatever path it names
+        try:
+            files = read_json(index)["weight_map"].values()
+            outside = next((file for file in files if Path(file).name != file), None)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"--init-from {source}: {index.name} is damaged ({error})") from None
+        if outside is not None:
+            raise UserError(f"--init-from {source}: {index.name} names {outside}, which is not a file of this folder")
     return folder
 
 
@@ -296,8 +308,12 @@ def _require(condition, message):
 def load_model(path):
     """The model of a checkpoint, in evaluation mode, and the checkpoint. Raises UserError."""
     saved = _checkpoint(path, "--checkpoint-path")
-    model = GPT(model_config(saved))
-    model.load_state_dict(saved["model"])
+    try:
+        model = GPT(model_config(saved))
+        model.load_state_dict(saved["model"])
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, UserError) as error:
+        raise UserError(f"--checkpoint-path {path}: its weights are not of the model that it states "
+                        f"({str(error).splitlines()[0]})") from None
     return model.eval(), saved
 
 
@@ -333,6 +349,6 @@ def _checkpoint(path, named_by):
         saved = checkpoint.load(path)
     except checkpoint.DamagedCheckpoint as error:
         raise UserError(f"{named_by}: {error}") from None
-    if not isinstance(saved, dict) or saved.get("format") != checkpoint.FORMAT:
+    if not checkpoint.is_of_a_run(saved):
         raise UserError(f"{named_by} {path}: not a checkpoint of this version of mini-llm")
     return saved

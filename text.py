@@ -36,7 +36,7 @@ def find_sources(paths, label="--train-data"):
     sources = []
     for argument, path in enumerate(paths):
         if is_pattern(path):
-            files = [file for file in sorted(glob.glob(path, recursive=True)) if os.path.isfile(file)]
+            files = [file for file in sorted(matching(path)) if os.path.isfile(file)]
             if not files:
                 raise UserError(f"{label} {path}: no file matches; quote the pattern and check it with ls")
         elif os.path.isdir(path):
@@ -65,6 +65,18 @@ def is_pattern(path):
     return any(char in path for char in "*?[") and not os.path.exists(path)
 
 
+def matching(pattern):
+    """The files and folders that match. `**` enters no linked folder: links may lead round in circles."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        return glob.glob(pattern)
+    fixed, deep = parts[:parts.index("**")], parts[parts.index("**"):]
+    deep = [part if part == "**" else re.sub(r"\*+", "*", part) for part in (*deep, *["*"] * (deep[-1] == "**"))]
+    found = ((root, file) for root in (glob.glob(os.path.join(*fixed)) if fixed else [""])
+             for file in Path(root).glob(os.path.join(*deep)))
+    return {str(file) for root, file in found if not any(part[0] == "." for part in file.relative_to(root).parts)}
+
+
 def source_names(paths):
     """Names for several of the paths that `find_sources` takes, no two the same and each fit for a metric: a file's
     stem, the last part of a folder or dataset, of a pattern what its wildcards leave, else its folder. A path alone
@@ -87,6 +99,8 @@ def builtin_sources():
 
 
 def _check_readable(file, label):
+    if not os.path.isfile(file):  # a pipe cannot be read twice, a device has no end
+        raise UserError(f"{label} {file}: not a file; write the text to one")
     try:
         with open(file, "rb") as stream:
             head = stream.read(PIECE)
@@ -94,8 +108,12 @@ def _check_readable(file, label):
         raise UserError(f"{label} {file}: {error.strerror}") from None
     if not head:
         raise UserError(f"{label} {file}: the file is empty")
-    if Path(file).suffix == ".parquet":
+    kind = TABLE_SUFFIXES.get(Path(file).suffix)
+    if kind == "parquet":
         return
+    if kind == "json" and head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] not in (b"{", b"["):
+        # On a first row that is null, pyarrow's reader ends the process.
+        raise UserError(f"{label} {file}: not JSON rows, which begin with {{; give .txt, .jsonl or .parquet")
     undecodable = codecs.getincrementaldecoder("utf-8")("replace").decode(head).count("\ufffd")
     if b"\0" in head or undecodable > len(head) / 10:
         raise UserError(f"{label} {file}: not UTF-8 text; convert it (iconv -t UTF-8) or give .txt, .jsonl or .parquet")
@@ -146,15 +164,19 @@ def is_validation(index, ratio, seed):
 
 def tail_start(file, ratio):
     """The byte at which the last `ratio` of a text file begins, moved to the next end of a document, else of a line."""
-    size = os.path.getsize(file)
+    size, mark = os.path.getsize(file), END_OF_TEXT.encode()
     start = int(size * (1 - ratio))
+    first = max(0, start - len(mark) + 1)  # a mark that begins from here on ends behind `start`
     with open(file, "rb") as stream:
-        stream.seek(start)
+        stream.seek(first)
         window = stream.read(1 << 20)
-    for mark in (END_OF_TEXT.encode(), b"\n"):
-        found = window.find(mark)
-        if found >= 0 and start + found + len(mark) < size:
-            return start + found + len(mark)
+    if (found := window.find(mark)) >= 0:
+        if first + found + len(mark) < size:
+            return first + found + len(mark)
+        start = min(start, first + found)  # not within the file's last mark
+    window = window[start - first:]
+    if (found := window.find(b"\n")) >= 0 and start + found + 1 < size:
+        return start + found + 1
     while window and window[0] & 0xC0 == 0x80:  # not inside a UTF-8 character
         start, window = start + 1, window[1:]
     return start
@@ -217,18 +239,21 @@ def table_pieces(source):
         if source.kind == "hub":
             rows = datasets.load_dataset(source.paths[0], split="train", streaming=True)
         else:
-            rows = datasets.load_dataset(source.kind, data_files=list(source.paths), split="train", streaming=True)
+            rows = datasets.load_dataset(source.kind, data_files=[glob.escape(path) for path in source.paths],
+                                         split="train", streaming=True)
         for row in rows:
             text = row.get("text")
-            if text is None:
+            if "text" not in row:
                 strings = [key for key, value in row.items() if isinstance(value, str)]
                 if len(strings) != 1:
                     raise UserError(f"{name}: no column named text (found {', '.join(row)}); rename one of them")
                 text = row[strings[0]]
+            if not isinstance(text, str | None):
+                raise UserError(f"{name}: the column text has {type(text).__name__}, not text; convert it")
             if text:
                 yield from document_pieces(text)
     except UserError:
         raise
     except Exception as error:  # datasets wraps what its readers raise in many types of its own
-        reason = str(error.__cause__ or error).splitlines()[0]
+        reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{name}: not readable as {source.kind}: {reason}") from None

@@ -6,7 +6,7 @@ import threading
 import urllib.request
 from pathlib import Path
 
-from config import UserError
+from config import UserError, read_json
 
 END_OF_TEXT = "<|endoftext|>"
 OWN = ("bpe", "byte", "char")
@@ -52,7 +52,8 @@ def train_tokenizer(name, texts, vocab_size):
 def save_tokenizer(tokenizer, folder, name):
     """Write a folder that `transformers.AutoTokenizer` loads; returns the id of the end-of-text token, or None."""
     folder.mkdir()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    # Not its own save(), whose errors are not OSErrors.
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")
     eos = _eos_token(tokenizer, name)
     config = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=eos, bos_token=eos)
     (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if v}, indent=1))
@@ -97,6 +98,8 @@ def _pretrained(name):
         if file is None and hub_reachable():
             file = _hub_file(name, "tokenizer.json")
     if file is not None and os.path.exists(file):
+        if not os.path.isfile(file):
+            raise UserError(f"--tokenizer-name {name}: {file} is not a file")
         try:
             tokenizer = Tokenizer.from_file(file)
         except Exception as error:  # tokenizers raises bare Exception
@@ -125,7 +128,7 @@ def _slow_pretrained(name):
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False).backend_tokenizer
-    except (ImportError, OSError, ValueError, AttributeError):
+    except Exception:  # it raises whatever a file that it does not expect makes it run into
         return None
 
 
@@ -168,8 +171,11 @@ def _eos_token(tokenizer, name):
         found = _hub_file(name, "tokenizer_config.json", local_files_only=True)
         source = Path(found) if found else None
     if source is not None and source.exists():
-        stated = json.loads(source.read_text()).get("eos_token")
+        try:
+            stated = read_json(source).get("eos_token")
+        except ValueError as error:
+            raise UserError(f"--tokenizer-name {name}: {source} is damaged: {error}") from None
         stated = stated.get("content") if isinstance(stated, dict) else stated
-        if stated and tokenizer.token_to_id(stated) is not None:
+        if isinstance(stated, str) and tokenizer.token_to_id(stated) is not None:
             return stated
     return next((token for token in EOS_NAMES if tokenizer.token_to_id(token) is not None), None)

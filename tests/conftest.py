@@ -170,7 +170,7 @@ def val_windows(tuned):
     """The validation windows of the `tuned` runs, (n, 33) int64."""
     import torch
 
-    from data import Shard
+    from shards import Shard
 
     shard = Shard(Path(re.search(r" val \((.+?)\)", tuned["gpt2"][1].out)[1], "val.bin"))
     return torch.stack([torch.tensor(shard.read(32 * i, 33).astype("int64")) for i in range(shard.windows(32))])

@@ -155,7 +155,7 @@ def test_a_large_tensor_written_in_one_block_is_hashed_right(tmp_path):
 
 
 def whole(step):
-    return payload(step) | {"format": checkpoint.FORMAT, "identity": {}, "config": {}}
+    return payload(step) | {"format": checkpoint.FORMAT, "identity": {}, "config": {}, "model": {}, "state": {}}
 
 
 def test_a_fallback_mends_the_newest_so_that_a_kill_in_the_next_save_loses_nothing(tmp_path, monkeypatch):

@@ -2,7 +2,6 @@ import json
 import multiprocessing
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -14,7 +13,8 @@ from conftest import ROOT, SHARED
 import data
 import text as text_module
 from config import UserError
-from data import Corpus, DataConfig, Shard, ShardWriter, permute, prepare
+from data import Corpus, DataConfig, permute, prepare
+from shards import HEADER, Shard, ShardWriter
 from text import cut_text, find_sources, is_validation, pieces, source_names, text_pieces
 from tokenizer import END_OF_TEXT, load_tokenizer, open_tokenizer, train_tokenizer
 
@@ -62,7 +62,7 @@ def test_targets_are_the_inputs_one_token_on_and_no_window_shares_one(text, cach
     x, y = corpus.batch(0, 0, 1, 8)
     assert np.array_equal(x[:, 1:], y[:, :-1])
     flat = np.concatenate([corpus.train.read(i * 32, 33)[1:] for i in range(corpus.n_windows)])
-    whole = np.frombuffer((corpus.folder / "train.bin").read_bytes()[data.HEADER.size:], np.uint16)
+    whole = np.frombuffer((corpus.folder / "train.bin").read_bytes()[HEADER.size:], np.uint16)
     assert np.array_equal(flat, whole[1:len(flat) + 1])
 
 
@@ -303,26 +303,6 @@ def test_processes_that_start_together_prepare_once(text, tmp_path):
         folders = pool.map(_prepare, [(text, tmp_path)] * 4)
     assert len(set(folders)) == 1
     assert [path.name for path in tmp_path.iterdir()] == [os.path.basename(folders[0])]
-
-
-def test_a_preparation_killed_while_writing_leaves_nothing_that_is_used(tmp_path, text):
-    big = tmp_path / "big.txt"
-    big.write_text(text.read_text() * 60)
-    cache = tmp_path / "cache"
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from data import *; "
-            f"prepare(DataConfig(train_data=[{str(big)!r}], cache_dir={str(cache)!r}, tokenizer_name='byte'))")
-    process = subprocess.Popen([sys.executable, "-c", code])
-    deadline = time.monotonic() + 60
-    while not list(cache.glob("*.draft/train.bin")):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    (draft,) = cache.iterdir()
-    assert draft.name.endswith(".draft")
-    folder = prepare(config(big, cache, seq_len=256))
-    assert list(cache.iterdir()) == [folder]
-    assert Shard(folder / "train.bin").count + Shard(folder / "val.bin").count == big.stat().st_size + 2
 
 
 def test_text_that_cannot_be_used_leaves_no_cache(tmp_path):

@@ -10,11 +10,11 @@ import torch
 from conftest import ROOT, TINY, environment
 from test_generate import command, refused, shown
 
-from data import Shard, ShardWriter
 from evaluate import Clusters, main, sliding_windows, window_batches
 from export import export
 from model import IGNORE
 from pretrained import load_run
+from shards import Shard, ShardWriter
 
 
 @pytest.fixture(scope="module")

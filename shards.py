@@ -1,0 +1,119 @@
+"""Token shards: files of token ids, a header before them and a meta.json beside them, checked when read."""
+
+import errno
+import hashlib
+import os
+import struct
+
+import numpy as np
+
+from config import UserError, read_json
+
+HEADER = struct.Struct("<8sIIQIi32s")
+MAGIC, FORMAT = b"MINILLM\0", 1
+DTYPES = {2: np.uint16, 4: np.uint32}  # by bytes an id
+
+
+class ShardWriter:
+    """Writes a header (magic, version, bytes an id, count, vocabulary size, end-of-text id, tokenizer hash) and then
+    the ids, uint16 where they fit and uint32 where not. Every id is checked against the vocabulary."""
+
+    def __init__(self, path, vocab_size, eos, tokenizer_hash, limit=0):
+        self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+        self.vocab_size, self.eos, self.hash, self.limit = vocab_size, eos, tokenizer_hash, limit
+        self.count, self.digest, self.file = 0, hashlib.blake2b(digest_size=16), open(path, "wb")
+        self.file.write(bytes(HEADER.size))
+
+    @property
+    def full(self):
+        return bool(self.limit) and self.count >= self.limit
+
+    def write(self, ids):
+        """Returns how many were written: fewer than given where the limit is reached."""
+        ids = np.asarray(ids, dtype=np.int64)
+        ids = ids[:self.limit - self.count] if self.limit else ids
+        if not len(ids):
+            return 0
+        if ids.min() < 0 or ids.max() >= self.vocab_size:
+            raise UserError(f"--tokenizer-name: token id {ids.max()} is outside its vocabulary of {self.vocab_size}")
+        block = ids.astype(self.dtype).tobytes()
+        self.digest.update(block)
+        self.file.write(block)
+        self.count += len(ids)
+        return len(ids)
+
+    def close(self):
+        self.file.seek(0)
+        self.file.write(HEADER.pack(MAGIC, FORMAT, self.dtype.itemsize, self.count, self.vocab_size, self.eos,
+                                    self.hash))
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+
+class Shard:
+    """A token file, or `count` tokens of it from `start` on, read window by window. `pread` rather than a memory map:
+    no page of the file ever counts as this process's memory, and nothing is copied but the window."""
+
+    def __init__(self, path, start=0, count=None):
+        self.path, self.start = path, start
+        try:
+            if not os.path.isfile(path):  # to open a named pipe would be to wait for whoever writes it
+                raise FileNotFoundError(errno.ENOENT, "no such file")
+            self.fd = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}; a folder of token shards holds train.bin and val.bin") from None
+        header = os.pread(self.fd, HEADER.size, 0)
+        if len(header) < HEADER.size or header[:8] != MAGIC:
+            raise UserError(f"{path}: not a token shard of mini-llm; prepare it again from the text")
+        _, version, itemsize, self.count, self.vocab_size, eos, self.tokenizer_hash = HEADER.unpack(header)
+        if version != FORMAT or itemsize not in DTYPES or not eos < self.vocab_size <= 1 << 8 * itemsize \
+                or os.fstat(self.fd).st_size != HEADER.size + self.count * itemsize:
+            raise UserError(f"{path}: version {version} or size is not what its header says; prepare it again")
+        if start + (count or 0) > self.count:
+            raise UserError(f"{path}: holds fewer tokens than the meta.json beside it says; prepare it again")
+        self.count = self.count if count is None else count
+        self.eos = None if eos < 0 else eos
+        self.dtype = np.dtype(DTYPES[itemsize])
+
+    def windows(self, seq_len):
+        """How many windows of seq_len + 1 tokens there are that share no target."""
+        return max(0, self.count - 1) // seq_len
+
+    def read(self, first, n):
+        """Tokens first to first + n - 1, (n,). Raises UserError where there are none, or ids outside the vocabulary."""
+        at, size = HEADER.size + (self.start + first) * self.dtype.itemsize, n * self.dtype.itemsize
+        block = os.pread(self.fd, size, at)
+        ids = np.frombuffer(block, self.dtype) if len(block) == size else ()
+        if len(ids) != n or n and ids.max() >= self.vocab_size:  # which would end in an error deep inside of a GPU
+            raise UserError(f"{self.path} is damaged at token {first}; remove its folder and prepare it again")
+        return ids
+
+    def require(self, meta, split):
+        """Raises UserError where these are not the tokens that were written. A very large file is spared the reading:
+        of it the header, the length and each id that is read are checked."""
+        digest, size = hashlib.blake2b(digest_size=16), self.count * self.dtype.itemsize
+        for at in range(0, size if size <= 1 << 30 else 0, 1 << 22):
+            digest.update(os.pread(self.fd, min(1 << 22, size - at), HEADER.size + at))
+        stated = [meta["tokens"][split], meta["vocab_size"], meta["eos"], meta["tokenizer_hash"]]
+        if (stated != [self.count, self.vocab_size, self.eos, self.tokenizer_hash.hex()]
+                or size <= 1 << 30 and digest.hexdigest() != meta["fingerprint"][split]):
+            raise UserError(f"{self.path} is damaged: its tokens are not those of the meta.json beside it; remove its "
+                            f"folder and prepare it again")
+
+
+def read_meta(folder):
+    """The meta.json that lies beside the shards. Raises UserError where it is not readable or not what is written."""
+    try:
+        meta = read_json(folder / "meta.json")
+        counts = [meta[what][split] for what in ("tokens", "bytes") for split in ("train", "val")]
+        texts = [meta["tokenizer"], meta["tokenizer_hash"], *(meta["fingerprint"][split] for split in ("train", "val"))]
+        meta["val_sources"] = meta.get("val_sources") or {"": [0, counts[1]]}  # alone, a text has no name
+        spans = [number for start, count in meta["val_sources"].values() for number in (start, count)]
+        if not (all(type(number) is int and number >= 0 for number in [*counts, *spans])
+                and counts[1] and all(isinstance(text, str) for text in texts)
+                and isinstance(meta["entropy_rate"], float | None) and meta.keys() >= {"vocab_size", "eos"}):
+            raise TypeError("a value of it is of another type")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder}: no readable meta.json beside the shards ({error}); prepare them again") from None
+    return meta
