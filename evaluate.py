@@ -44,7 +44,6 @@ def evaluate(model, corpus, cfg, precision, world):
     model.eval()
     nats, n_tokens = {name: [] for name in corpus.val_sources}, dict.fromkeys(corpus.val_sources, 0)
     for name, x, y, rows in corpus.val_batches(cfg.report.eval_tokens, cfg.batch.batch_size, world.rank, world.size):
-        world.mark()
         y[rows:] = IGNORE
         nats[name].append(token_nats(model, x, y, precision, world.device).sum(-1))
         n_tokens[name] += rows * corpus.seq_len

@@ -57,16 +57,35 @@ def join(backend, timeout):
     return Pulse(dist.PrefixStore(*this_start, store.clone()), rank, size, timeout)
 
 
-class Pulse:
+class NoPulse:
+    """Before ranks know of each other."""
+
+    def end(self, reason, code):
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)  # the main rank says the same, and ends the others by leaving; if it does not, they say it
+        _say(reason)
+        self.leave(code)
+
+    def fail(self, error):
+        """Nothing to add to the traceback."""
+
+    def leave(self, code):
+        # Not through the interpreter's end: taking down the process group there waits for ranks that are gone, and has
+        # aborted a finished run, with threads of gloo's still at work.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+class Pulse(NoPulse):
     """This rank's word to the others, and its ear. Who finds that a rank is gone or does not move puts down why; every
     rank leaves by that, and one says it: rank 0, if it can."""
 
     def __init__(self, store, rank, size, timeout):
         self.store, self.rank, self.size, self.timeout, self.silent = store, rank, size, timeout, min(timeout, SILENT)
         name = f"rank {rank} ({socket.gethostname()}, pid {os.getpid()})"
-        self.marks = 0
         self.backends = [dist.group.WORLD._get_backend(device) for device in dist.group.WORLD._device_types]
-        # Of ranks whose moves have ceased, the one with the fewest is to blame: the others wait for it in a collective.
+        # A rank with fewer moves than others is one that they wait for in a collective.
         self.me = dict(name=name, pid=os.getpid(), node=os.environ["GROUP_RANK"], beat=0, moves=0, step=0,
                        left=False)
         self.leaving, self.saving = threading.Lock(), threading.Lock()
@@ -74,18 +93,12 @@ class Pulse:
         signal.signal(signal.SIGTERM, self._on_sigterm)
         threading.Thread(target=self._run, daemon=True, name="pulse").start()
 
-    def mark(self, step=None):
-        """The main thread has come to a step, or somewhere within it."""
-        self.marks += 1
-        if step is not None:
-            self.me["step"] = step
-
     def _where(self):
-        return f"at step {self.me['step']}" if self.me["step"] else "before the first step"  # the same on all, within one
+        return f"at step {self.me['step']}" if self.me["step"] else "before the first step"  # as all, give or take one
 
     def _publish(self):
         collectives = sum(backend._get_sequence_number_for_group() for backend in self.backends)
-        self.me["moves"] = self.marks + collectives
+        self.me["moves"] = self.me["step"] + collectives
         self.store.set(str(self.rank), json.dumps(self.me))
 
     def _read(self, rank):
@@ -115,14 +128,13 @@ class Pulse:
                              f"(see dmesg), or crashed; {RESUME}")
                 elif heard >= self.silent:
                     self.end(self._stopped([peer], heard), frozen=peer)
-                if moved >= self.timeout:
+                if moved and moved % self.timeout == 0:
                     everyone = [self._read(rank) for rank in range(self.size)]
-                    least = min(who["moves"] for who in everyone)
-                    self.end(self._stopped([who for who in everyone if who["moves"] == least], moved))
+                    slow = [who for who in everyone if who["moves"] < self.me["moves"]]
+                    if slow and not any(who["left"] for who in everyone):
+                        self.end(self._stopped(slow, moved))
 
     def _stopped(self, who, seconds):
-        if len(who) == self.size > 1:
-            return f"all ranks have stopped {self._where()}: none has moved for {seconds} s (--timeout); {RESUME}"
         names, (have, them) = ", ".join(one["name"] for one in who), ("have", "them") if who[1:] else ("has", "it")
         return f"{names} {have} stopped {self._where()}: nothing from {them} for {seconds} s (--timeout); {RESUME}"
 
@@ -146,17 +158,20 @@ class Pulse:
             self.saving.acquire(timeout=LAST_SAVE)
             os._exit(int(code))
 
-    def _on_sigterm(self, number, frame):
-        """Outside the loop, where it means to save. torchrun sends it when a rank has died: here is time to say so."""
-        self.leave()
-        time.sleep(10)
-        os._exit(128 + number)
+    def leave(self, code):
+        self._take_leave()
+        super().leave(code)
 
-    def leave(self):
-        """Not a fault: the others need not miss this rank."""
-        self.me["left"] = True
+    def _take_leave(self):
+        self.me["left"] = True  # not a fault: the others need not miss this rank
         with contextlib.suppress(Exception):
             self._publish()
+
+    def _on_sigterm(self, number, frame):
+        """Outside the loop, where it means to save. torchrun sends it when a rank has died: time to say so."""
+        self._take_leave()
+        time.sleep(10)
+        os._exit(128 + number)
 
     def fail(self, error):
         """Leave because of an exception of this rank. One in a collective tells of another rank, failed or gone: who

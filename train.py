@@ -91,8 +91,8 @@ class World:
         """What `make()` returns, or raises, on the main rank: the same on every rank."""
         return make()
 
-    def mark(self, step=None):
-        """This rank moves: in that step, if it says one."""
+    def at(self, step):
+        """This rank has come to that step."""
 
     def require_same(self, mine, what):
         """Collective. Raises UserError on every rank where one's dict differs, naming rank and key."""
@@ -155,7 +155,7 @@ def train(cfg, world):
     def train_step():
         """One optimizer step of all ranks → (losses of this rank's micro-batches, gradient norm), on the device; None
         where fp16 overflowed: then nothing has changed but the scale, and the step is to be repeated."""
-        world.mark(state.step + 1)
+        world.at(state.step + 1)
         hardware.seed_step(cfg.optim.seed, state.step, world.rank)
         set_lr(optimizer, lr_at(state.step, cfg.optim))
         losses = []

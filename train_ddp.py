@@ -7,8 +7,6 @@ model and its share of every batch, and gradients are averaged in the backward p
 import contextlib
 import inspect
 import os
-import sys
-import time
 
 import torch
 import torch.distributed as dist
@@ -17,13 +15,13 @@ from torch.utils._pytree import tree_map_only
 
 from config import UserError
 from hardware import usable_cores
-from ranks import RESUME, ReplicasDiffer, digests, join, require_same
+from ranks import RESUME, NoPulse, ReplicasDiffer, digests, join, require_same
 from train import World, main
 
 
 class DDPWorld(World):
     managers = 1  # torchrun
-    pulse = None  # of the class: an error may come before there is a world
+    pulse = NoPulse()  # of the class: an error may come before there is a world
 
     def __init__(self, cfg):
         if "RANK" not in os.environ:
@@ -92,8 +90,8 @@ class DDPWorld(World):
 
         return tree_map_only(torch.Tensor, share, value if self.is_main else skeleton)
 
-    def mark(self, step=None):
-        self.pulse.mark(step)
+    def at(self, step):
+        self.pulse.me["step"] = step
 
     def require_same(self, mine, what):
         require_same(mine, what, UserError, "start every node with the same command and files")
@@ -103,27 +101,15 @@ class DDPWorld(World):
 
     @staticmethod
     def fail(error, code):
-        if DDPWorld.pulse:
-            DDPWorld.pulse.end(error, code)
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(5)  # the main rank says the same, and ends the others by leaving; if it does not, they say it
-        print(f"error: {error}", file=sys.stderr)
-        DDPWorld.leave(code)
+        DDPWorld.pulse.end(error, code)
 
     @staticmethod
     def crash(error):
-        if DDPWorld.pulse:
-            DDPWorld.pulse.fail(error)
+        DDPWorld.pulse.fail(error)
 
     @staticmethod
     def leave(code):
-        # Not through the interpreter's end: taking down the process group there waits for ranks that are gone, and has
-        # aborted a finished run, with threads of gloo's still at work.
-        if DDPWorld.pulse:
-            DDPWorld.pulse.leave()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        DDPWorld.pulse.leave(code)
 
 
 if __name__ == "__main__":
