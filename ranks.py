@@ -7,6 +7,7 @@ come, and listens for the next rank's. The training step does not know of it: no
 import collections
 import contextlib
 import datetime
+import functools
 import json
 import os
 import signal
@@ -169,9 +170,10 @@ class Pulse(NoPulse):
 
     def _on_sigterm(self, number, frame):
         """Outside the loop, where it means to save. torchrun sends it when a rank has died: time to say so."""
-        self._take_leave()
-        time.sleep(10)
-        os._exit(128 + number)
+        if not self.leaving.locked():
+            self._take_leave()
+            time.sleep(10)
+            os._exit(128 + number)
 
     def fail(self, error):
         """Leave because of an exception of this rank. One in a collective tells of another rank, failed or gone: who
@@ -228,12 +230,18 @@ def digests(tree):
 def digest(tensor, block=1 << 18):
     """A tensor's bits, of any type and device, as 16 hexadecimal digits: the sum of its 32-bit words, each times an odd
     number by its position, modulo 2^64. Computed on the device. A change of one word always shows, one of several but
-    for a chance of about 2^-32; NaNs and the sign of a zero count, too."""
+    for a chance of about 2^-32; NaNs and the sign of a zero count, too. One CPU core takes 0.5 s for the weights and
+    moments of 124M parameters, 0.3 s for those of 10M (least of five on a busy machine)."""
     octets = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     words = F.pad(octets, (0, -len(octets) % 4)).view(torch.int32) if len(octets) % 4 else octets.view(torch.int32)
-    generator = torch.Generator().manual_seed(1)
-    odd = torch.randint(-2**63, 2**63 - 1, (block,), generator=generator).bitwise_or_(1).to(tensor.device)
+    odd = _odd_numbers(min(block, 1 << len(words).bit_length()), tensor.device)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for part in words.split(block):
+    for part in words.split(len(odd)):
         total = total * 0x2545F4914F6CDD1D + (part * odd[:len(part)]).sum()
     return f"{total.item() % 2**64:016x}"
+
+
+@functools.cache
+def _odd_numbers(n, device):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(-2**63, 2**63 - 1, (n,), generator=generator).bitwise_or_(1).to(device)
