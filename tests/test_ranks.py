@@ -30,7 +30,7 @@ batch, wrap = Corpus.batch, DDPWorld.wrap
 
 def faulty(self, at, *rest):
     if at == int(step) and os.environ["RANK"] == rank and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        print("FAULT", time.time(), flush=True)
+        os.write(1, b"FAULT %f\\n" % time.time())  # in one piece: another rank writes, too
         match kind:
             case "kill": os.kill(os.getpid(), signal.SIGKILL)
             case "stop": os.kill(os.getpid(), signal.SIGSTOP)
