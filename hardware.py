@@ -197,6 +197,15 @@ class Stopwatch:
         return seconds
 
 
+def out_of_memory(error):
+    """What to say of an error that is for want of memory; None for another."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+        what = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        return (f"out of memory: {what}; lower --batch-size and raise --grad-accum-steps, or "
+                f"--use-activation-checkpoint")
+    return None
+
+
 def memory_metrics(device):
     """GPU memory in GB of this process since the last call, {} on a CPU."""
     if device.type != "cuda":

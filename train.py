@@ -16,42 +16,22 @@ import torch
 import checkpoint
 import hardware
 from checkpoint import CheckpointConfig, Saver, State
-from config import UserError, arg, flatten, parse
+from config import UserError, flag, flatten, parse
 from data import Corpus, DataConfig
 from evaluate import evaluate
 from generate import sample_text
 from hardware import SpeedConfig
 from meter import Meter
 from model import GPT, GPTConfig
-from optim import OptimConfig, StepGuard, lr_at, make_optimizer, set_lr
+from optim import BatchConfig, OptimConfig, StepGuard, lr_at, make_optimizer, set_lr
 from pretrained import InitConfig, load_initial, settle
 from processes import StopSignal, stop_when_orphaned
+from ranks import RanksConfig, ReplicasDiffer
 from tracking import ReportConfig, Tracker, TrackingConfig, log_facts, make_profiler, setup_logging
 from wandb_runs import WandbConfig, in_sweep
 from watchdog import Watchdog
 
 log = logging.getLogger("mini_llm")
-
-
-@dataclass
-class BatchConfig:
-    """Batch"""
-
-    batch_size: int = arg(8, "sequences in one micro-batch of one rank", low=1)
-    grad_accum_steps: int = arg(1, "micro-batches in one optimizer step", low=1)
-    global_batch_tokens: int = arg(0, "tokens in one step of all ranks, from which --grad-accum-steps follows", low=0)
-    dry_run: bool = arg(False, "say what would be trained and how large it is, take one step, write nothing")
-
-    def accum_steps(self, world_size, seq_len):
-        """Micro-batches of each rank in one optimizer step. Raises UserError where the global batch does not divide."""
-        if not self.global_batch_tokens:
-            return self.grad_accum_steps
-        micro = self.batch_size * world_size * seq_len
-        if self.global_batch_tokens % micro:
-            nearest = max(1, round(self.global_batch_tokens / micro)) * micro
-            raise UserError(f"--global-batch-tokens {self.global_batch_tokens} is not a multiple of --batch-size "
-                            f"{self.batch_size} x {world_size} ranks x --seq-len {seq_len} = {micro}; try {nearest}")
-        return self.global_batch_tokens // micro
 
 
 @dataclass
@@ -64,6 +44,7 @@ class Config:
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
+    ranks: RanksConfig = field(default_factory=RanksConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -85,7 +66,7 @@ class World:
     is_main = True  # global rank 0: the one that logs and saves
 
     def __init__(self, cfg):
-        self.device = hardware.configure(cfg, hardware.choose_device(cfg.device, self.local_rank))
+        self.device = hardware.configure(cfg.speed, hardware.choose_device(cfg.speed.device, self.local_rank))
 
     def wrap(self, model):
         """The module whose backward pass averages gradients over the ranks."""
@@ -111,16 +92,26 @@ class World:
         """What `make()` returns, or raises, on the main rank: the same on every rank."""
         return make()
 
-    def require_same(self, value, what):
-        """Collective. Raises UserError on every rank where one has another `value` than the main rank."""
-        if self.max(value != self.from_main(lambda: value)):
-            raise UserError(f"the ranks have different {what}; start every node with the same command and files")
+    def at(self, step):
+        """This rank has come to that step."""
+
+    def require_same(self, mine, what):
+        """Collective. Raises UserError on every rank where one's dict differs, naming rank and key."""
+
+    def require_replicas(self, model, optimizer):
+        """Collective. Raises ReplicasDiffer on every rank where one has other weights or moments."""
 
     @staticmethod
     def fail(error, code):
         """Tell the user of an error and leave; there may be no world yet."""
         print(f"error: {error}", file=sys.stderr)
         sys.exit(code)
+
+    @staticmethod
+    def crash(error):
+        """What no one asked for. Returns where the traceback is worth seeing."""
+        if hardware.out_of_memory(error):
+            World.fail(hardware.out_of_memory(error), 1)
 
     @staticmethod
     def leave(code):
@@ -135,7 +126,7 @@ class NonFinite(Exception):
 def train(cfg, world):
     """Train until `num_steps`, or until a signal. Returns the exit code: 0, or 128 + the signal's number."""
     dry_run, batch_size = cfg.batch.dry_run, cfg.batch.batch_size
-    world.require_same(flatten(cfg), "flags")
+    world.require_same({flag(name): value for name, value in flatten(cfg).items()}, "flags")
     resume_from = None if dry_run else world.from_main(lambda: checkpoint.plan(cfg.checkpoint))
     cfg.model, cfg.init = world.from_main(lambda: settle(cfg, resume_from))
     corpus = Corpus(cfg.data, cfg.model.vocab_size, writes=world.local_rank == 0, scratch=dry_run)
@@ -158,6 +149,7 @@ def train(cfg, world):
     state = checkpoint.apply(saved, parts, cfg.checkpoint.continues(resume_from)) if saved else State()
     del saved
     fast = torch.compile(raw) if hardware.should_compile(cfg.speed, world.device) else raw
+    world.require_replicas(raw, optimizer)
     model = world.wrap(fast)  # for the training step; `fast` evaluates, `raw` is saved
     num_steps, eval_steps = cfg.optim.num_steps, cfg.report.eval_every(cfg.optim.num_steps)
     log_facts(cfg, world, corpus, raw, precision, accum, state)
@@ -166,6 +158,7 @@ def train(cfg, world):
         """One optimizer step of all ranks → (losses of this rank's micro-batches, gradient norm, whether the step was
         taken), on the device; None where fp16 overflowed: then nothing has changed but the scale, and the step is to be
         repeated."""
+        world.at(state.step + 1)
         hardware.seed_step(cfg.optim.seed, state.step, world.rank)
         set_lr(optimizer, lr_at(state.step, cfg.optim))
         losses = []
@@ -190,7 +183,8 @@ def train(cfg, world):
         return torch.stack(losses), norm, taken
 
     def payload():
-        """All that a resumed run needs. Collective."""
+        """All that a resumed run needs, the same on every rank. Collective."""
+        world.require_replicas(raw, optimizer)
         return {name: part.state_dict() for name, part in parts.items()} | dict(
             format=checkpoint.FORMAT, state=dataclasses.asdict(state), identity=identity, config=config,
             torch=str(torch.__version__))
@@ -240,6 +234,8 @@ def train(cfg, world):
             profiler.step()
             track.bar.update()
             metrics, best, best_before, (signal_number, save_now) = {}, False, state.best_val, stop.agreed()
+            if cfg.ranks.check_replicas and state.step % cfg.ranks.check_replicas == 0:
+                world.require_replicas(raw, optimizer)
             if due(cfg.report.log_steps):
                 saver.settle(wait=False)
                 metrics = meter.report(ends_interval=state.step % cfg.report.log_steps == 0)
@@ -270,13 +266,16 @@ def main(world_type=World):
     try:
         cfg = parse(Config)
         stop_when_orphaned(world_type.managers + bool(in_sweep()))  # a sweep's agent is one, too
-        world = world_type(cfg.speed)
+        world = world_type(cfg)
         setup_logging(world.is_main)
         world.leave(train(cfg, world))
-    except (UserError, NonFinite, checkpoint.NotSaved) as error:
+    except (UserError, NonFinite, checkpoint.NotSaved, ReplicasDiffer) as error:
         world_type.fail(error, 2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:  # before there was anything to save
         world_type.leave(130)
+    except Exception as error:
+        world_type.crash(error)
+        raise
 
 
 if __name__ == "__main__":

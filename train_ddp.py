@@ -5,11 +5,8 @@ model and its share of every batch, and gradients are averaged in the backward p
 """
 
 import contextlib
-import datetime
 import inspect
 import os
-import sys
-import time
 
 import torch
 import torch.distributed as dist
@@ -18,13 +15,13 @@ from torch.utils._pytree import tree_map_only
 
 from config import UserError
 from hardware import usable_cores
+from ranks import RESUME, NoPulse, ReplicasDiffer, digests, join, require_same
 from train import World, main
-
-TIMEOUT = datetime.timedelta(minutes=30)  # of a collective: longer than any node needs more than another to tokenize
 
 
 class DDPWorld(World):
     managers = 1  # torchrun
+    pulse = NoPulse()  # of the class: an error may come before there is a world
 
     def __init__(self, cfg):
         if "RANK" not in os.environ:
@@ -39,9 +36,10 @@ class DDPWorld(World):
         if self.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
             # torchrun's default leaves all cores but one a rank idle.
             torch.set_num_threads(max(1, usable_cores() // self.local_size))
+        if cfg.checkpoint.resume != "auto" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+            raise UserError("torchrun --max-restarts starts this command again as it is: give it --resume auto")
         # Gradients go over NCCL on GPUs; numbers and flags live on the CPU, go over gloo, and never wait for a GPU.
-        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        DDPWorld.pulse = join("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", cfg.ranks.timeout)
 
     def wrap(self, model):
         devices = [self.device.index] if self.device.type == "cuda" else None
@@ -74,7 +72,8 @@ class DDPWorld(World):
         outcome, value = [None, None], None
         if self.is_main:
             try:
-                value = make()
+                with self.pulse.saving:
+                    value = make()
                 outcome[1] = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), value)
             except Exception as error:
                 outcome[0] = error
@@ -91,20 +90,26 @@ class DDPWorld(World):
 
         return tree_map_only(torch.Tensor, share, value if self.is_main else skeleton)
 
+    def at(self, step):
+        self.pulse.me["step"] = step
+
+    def require_same(self, mine, what):
+        require_same(mine, what, UserError, "start every node with the same command and files")
+
+    def require_replicas(self, model, optimizer):
+        require_same(digests([model.state_dict(), optimizer.state_dict()]), "weights", ReplicasDiffer, RESUME)
+
     @staticmethod
     def fail(error, code):
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(5)  # the main rank says the same, and ends the others by leaving; if it does not, they say it
-        print(f"error: {error}", file=sys.stderr)
-        DDPWorld.leave(code)
+        DDPWorld.pulse.end(error, code)
+
+    @staticmethod
+    def crash(error):
+        DDPWorld.pulse.fail(error)
 
     @staticmethod
     def leave(code):
-        # Not through the interpreter's end: taking down the process group there waits for ranks that are gone, and has
-        # aborted a finished run, with threads of gloo's still at work.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        DDPWorld.pulse.leave(code)
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def test_one_of_our_own_checkpoints_will_do_too(tuned):
     model, _ = settle(cfg, None)
     assert (model.arch, model.d_ff, model.n_kv_heads, model.vocab_size) == ("nanochat", 56, 2, TUNED["nanochat"])
     raw = GPT(model)
-    load_initial(raw, cfg.init, World(cfg.speed))
+    load_initial(raw, cfg.init, World(cfg))
     assert all(torch.equal(tensor, raw.state_dict()[name]) for name, tensor in run.weights().items())
 
 
@@ -130,10 +130,10 @@ def test_weights_that_are_not_whole_are_refused(tuned, tmp_path):
     save_file({name: tensor for name, tensor in tensors.items() if "h.1.mlp.c_fc.bias" not in name},
               folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"1 tensors are missing, such as transformer.h.1.mlp.c_fc.bias"):
-        load_initial(raw, cfg.init, World(cfg.speed))
+        load_initial(raw, cfg.init, World(cfg))
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
     with pytest.raises(UserError, match="^--init-from [^\n]+$"):
-        load_initial(raw, cfg.init, World(cfg.speed))
+        load_initial(raw, cfg.init, World(cfg))
 
 
 def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused_in_one_line(trainer, tuned, tmp_path):

@@ -23,12 +23,13 @@ ALLOWED = {
     "wandb_follower": {"processes", "wandb_runs"},
     "wandb_tools": {"config", "wandb_follower", "wandb_runs"},
     "sweep": {"config", "wandb_follower", "wandb_runs", "wandb_tools"},
+    "ranks": {"config", "hardware"},
     "meter": {"hardware"},
     "watchdog": {"config"},
     "tracking": {"config", "hardware", "wandb_runs", "wandb_sink"},
     "train": {"config", "hardware", "model", "optim", "checkpoint", "data", "evaluate", "generate", "meter",
-              "pretrained", "processes", "tracking", "wandb_runs", "watchdog"},
-    "train_ddp": {"config", "hardware", "train"},
+              "pretrained", "processes", "ranks", "tracking", "wandb_runs", "watchdog"},
+    "train_ddp": {"config", "hardware", "ranks", "train"},
     "pretrained": {"checkpoint", "config", "model", "tokenizer"},
     "export": {"config", "pretrained", "tokenizer"},
     "plots": set(),
@@ -56,7 +57,7 @@ def test_only_the_modes_know_of_processes():
     for path in ROOT.glob("*.py"):
         knows = any(name.startswith("torch.distributed") or "DistributedDataParallel" in path.read_text()
                     for name in imports(path))
-        assert knows == (path.stem in ("train_ddp",)), path.name
+        assert knows == (path.stem in ("train_ddp", "ranks")), path.name
 
 
 def test_every_file_can_be_read_in_one_go():

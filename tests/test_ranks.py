@@ -1,0 +1,182 @@
+"""Ranks that misbehave, under the real torchrun with gloo: all leave, soon, and one line says which it was and why."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY, Run, environment, eventually, processes_with
+from test_train import same
+
+from config import UserError, parse
+from ranks import differences, digest
+from train import Config
+
+# A fault in the data path of RANK at STEP, the first time that torchrun starts it.
+FAULTY = f"""
+import os, signal, sys, time; sys.path.insert(0, {str(ROOT)!r})
+import torch
+from data import Corpus
+from train import main
+from train_ddp import DDPWorld
+kind, rank, step = os.environ["FAULT"].split()
+batch, wrap = Corpus.batch, DDPWorld.wrap
+
+def faulty(self, at, *rest):
+    if at == int(step) and os.environ["RANK"] == rank and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.write(1, b"FAULT %f\\n" % time.time())  # in one piece: another rank writes, too
+        match kind:
+            case "kill": os.kill(os.getpid(), signal.SIGKILL)
+            case "stop": os.kill(os.getpid(), signal.SIGSTOP)
+            case "hang": time.sleep(1000)
+            case "raise": raise ValueError("a broken sample")
+            case "memory": torch.empty(1 << 50)
+            case "flip": DDPWorld.weight.view(torch.int32)[0] ^= 1 << 20  # a lower one may be lost in the update
+    return batch(self, at, *rest)
+
+def wrapping(self, model):
+    DDPWorld.weight = next(model.parameters()).detach().view(-1)
+    return wrap(self, model)
+
+Corpus.batch, DDPWorld.wrap = faulty, wrapping
+main(DDPWorld)
+"""
+
+
+@pytest.fixture
+def faulted(trainer, record_property):
+    """`faulted(fault, *flags)` runs two ranks with a fault to the end of every process: exit code, stderr, and the
+    seconds from the fault until none was left."""
+    script = trainer.folder / "faulty.py"
+    script.write_text(FAULTY)
+
+    def run(fault, *flags, torchrun=()):
+        name = f"{trainer.folder.name}-{fault}"
+        args = [str(script) if part.endswith("train_ddp.py") else part for part in trainer.arguments(flags, ranks=2)]
+        args[3:3] = torchrun
+        process = subprocess.Popen(args, cwd=trainer.folder, env=environment(FAULT=fault, FAULTED=name), text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        try:
+            out, err = process.communicate(timeout=120)
+            eventually(lambda: not processes_with(f"FAULTED={name}"), 30)
+        finally:
+            for pid in processes_with(f"FAULTED={name}"):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        seconds = time.time() - float(re.search(r"FAULT ([\d.]+)", out)[1])
+        record_property("seconds", round(seconds, 1))
+        print(f"{fault}: {seconds:.1f} s until all were gone")
+        return process.returncode, out, err, seconds
+
+    return run
+
+
+LONG = ["--num-steps", 100_000, "--eval-steps", 0, "--log-steps", 5, "--save-steps", 10]
+
+
+@pytest.mark.parametrize(("fault", "words"), [
+    ("kill 0 25", "is gone at step 26: it was killed, perhaps for want of memory (see dmesg), or crashed"),
+    ("stop 1 25", "has stopped at step 26: nothing from it for"),
+    ("hang 0 25", "has stopped at step 26: nothing from it for"),
+    ("raise 1 25", "failed at step 26: ValueError: a broken sample"),
+    ("memory 1 25", "lower --batch-size and raise --grad-accum-steps, or --use-activation-checkpoint"),
+])
+@pytest.mark.timeout(200)
+def test_a_rank_with_a_fault_ends_all_ranks_in_time_and_is_named_in_one_line(faulted, trainer, fault, words):
+    kind, rank, _ = fault.split()
+    code, out, err, seconds = faulted(fault, *LONG, "--timeout", 10)
+    assert code != 0 and seconds < 60
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert re.match(rf"error: rank {rank} \(\S+, pid \d+\) ", line) and words in line, line
+    assert line.endswith("--resume auto goes on from the last checkpoint")
+    ours = err[:err.index("torch/distributed/elastic")]  # torchrun has a traceback of its own
+    assert ours.count("Traceback") == (kind == "raise"), "only a mistake in the code, and only of the rank that made it"
+    assert torch.load(trainer.folder / "c.pt", weights_only=True)["state"]["step"] == 20
+
+
+@pytest.mark.timeout(200)
+def test_torchrun_restarts_a_killed_rank_and_the_run_ends_as_if_it_had_not_been(faulted, trainer):
+    flags = ["--num-steps", 40, "--eval-steps", 10, "--log-steps", 5, "--save-steps", 10, "--dropout", 0.1]
+    whole = trainer(*flags, ranks=2, checkpoint="whole.pt")
+    code, out, err, _ = faulted("kill 1 25", *flags, "--resume", "auto", torchrun=["--max-restarts=2"])
+    assert code == 0 and "Resumed at step 20" in out, out + err
+    assert same(Run(subprocess.CompletedProcess([], code, out, err), trainer.folder, "c.pt"), whole)
+
+
+def test_a_restart_without_resume_auto_is_refused(monkeypatch):
+    from train_ddp import DDPWorld
+
+    for name, value in dict(RANK=0, LOCAL_RANK=0, GROUP_RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1,
+                            TORCHELASTIC_MAX_RESTARTS=2).items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match="give it --resume auto"):
+        DDPWorld(parse(Config, ["--device", "cpu"]))
+
+
+@pytest.mark.timeout(200)
+def test_a_replica_with_one_wrong_bit_is_named_and_never_saved(faulted, trainer):
+    code, out, err, _ = faulted("flip 1 25", *LONG, "--check-replicas", 7)
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code != 0 and re.search(r"different weights: rank 1 has \[0\]\['\S+'\] \w{16} instead of \w{16}", line), line
+    saved = torch.load(trainer.folder / "c.pt", weights_only=True)
+    assert saved["state"]["step"] == 20 and not (trainer.folder / "c.pt.tmp").exists()
+    assert "step 25/" in out and "step 30/" not in out
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    ([[], ["--data-seed", 2, "--lr", 0.5]], "different flags: rank 1 has --data-seed 2 instead of 1337, --lr 0.5 "
+                                            "instead of 0.001"),
+    ([["--train-data", "a.txt"], ["--train-data", "a.txt"]], r"different data: rank 1 has the training data \w+ "
+                                                             r"instead of \w+"),
+], ids=["flags", "data"])
+@pytest.mark.timeout(100)
+def test_nodes_that_differ_are_told_in_one_line_which_and_in_what(tmp_path, text, flags, words):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes, began = [], time.monotonic()
+    for node in range(2):
+        folder = tmp_path / f"node{node}"
+        folder.mkdir()
+        (folder / "a.txt").write_text(text.read_text()[node:])
+        more = ["--train-data", text, *flags[node]] if "--train-data" not in flags[node] else flags[node]
+        nodes.append(subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--node-rank={node}",
+             "--master-addr=127.0.0.1", f"--master-port={port}", str(ROOT / "train_ddp.py"), *TINY, *map(str, more)],
+            cwd=folder, env=environment(), text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
+    errors = [node.communicate(timeout=90)[1] for node in nodes]
+    lines = [line for line in "".join(errors).splitlines() if line.startswith("error: ")]
+    assert all(node.returncode for node in nodes) and len(lines) == 1, errors
+    assert re.search(words, lines[0]), lines
+    assert time.monotonic() - began < 80
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool])
+def test_a_digest_tells_every_bit_and_place(dtype):
+    torch.manual_seed(0)
+    tensor = torch.randn(1001).to(dtype)
+    before, octets = digest(tensor), tensor.view(torch.uint8)
+    assert digest(tensor.clone()) == before
+    seen = {before}
+    for at in (0, 1, len(octets) // 2, len(octets) - 1):
+        for bit in range(1 if dtype is torch.bool else 8):
+            octets[at] ^= 1 << bit
+            seen.add(digest(tensor))
+            octets[at] ^= 1 << bit
+    assert len(seen) == 1 + 4 * (1 if dtype is torch.bool else 8)
+    if dtype.is_floating_point:
+        assert digest(tensor.flip(0)) != before and digest(-tensor) != before
+        assert digest(torch.zeros(4)) != digest(-torch.zeros(4))
+        assert digest(tensor.repeat(9), block=64) != digest(tensor.repeat(9).roll(64), block=64)
+
+
+def test_of_many_ranks_the_odd_one_is_named():
+    everyone = [{"a": 2, "b": 1}] + [{"a": 1, "b": 1}] * 3
+    assert differences(everyone) == "rank 0 has a 2 instead of 1"
+    assert differences(everyone[1:]) == ""
