@@ -73,8 +73,9 @@ class NoPulse:
     def leave(self, code):
         # Not through the interpreter's end: taking down the process group there waits for ranks that are gone, and has
         # aborted a finished run, with threads of gloo's still at work.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
         os._exit(code)
 
 

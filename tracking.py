@@ -66,8 +66,9 @@ FORMATTER = logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S")
 
 class _ConsoleHandler(logging.Handler):
     def emit(self, record):
-        tqdm.write(FORMATTER.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):  # a file on a full disk, a pipe or terminal that is gone: not worth the run
+            tqdm.write(FORMATTER.format(record), file=sys.stdout)
+            sys.stdout.flush()
 
 
 class _LogFile(logging.FileHandler):

@@ -340,3 +340,13 @@ def test_a_heartbeat_file_that_cannot_be_written_is_refused(trainer):
     run = trainer("--num-steps", 2, "--heartbeat-file", "missing/beat")
     assert run.code == 2 and run.err.startswith("error: --heartbeat-file missing/beat: cannot be written")
     assert len(run.err.strip().splitlines()) == 1
+
+
+def test_a_console_on_a_full_disk_costs_its_lines_only(trainer):
+    flags = ["--num-steps", 20, "--save-steps", 5]
+    whole = trainer(*flags, checkpoint="whole.pt")
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(trainer.arguments(flags), cwd=trainer.folder, env=environment(), stdout=full,
+                             stderr=subprocess.PIPE, text=True)
+    assert run.returncode == 0 and not run.stderr, run.stderr
+    assert same(Run(run, trainer.folder, "c.pt"), whole)

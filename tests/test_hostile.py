@@ -261,7 +261,7 @@ def start_from(folder):
     cfg = parse(train.Config, ["--init-from", str(folder), "--tokenizer-name", "byte", "--seq-len", "32"])
     cfg.model, cfg.init = settle(cfg, None)
     raw = train.GPT(cfg.model)
-    load_initial(raw, cfg.init, train.World(cfg.speed))
+    load_initial(raw, cfg.init, train.World(cfg))
     return raw
 
 
