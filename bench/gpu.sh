@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 what=${1:?check, speed, best or loss}
 case $what in
-check) python -m pytest -o addopts= -m gpu ;;  # one at a time, and without the plugins that CI has
+check) python -m pytest -o addopts= tests/test_gpu.py ;;  # one at a time, and without the plugins that CI has
 speed) python bench/speed.py --device cuda --size "${2:-124m}" --rounds 2 ${3:+--nanogpt "$3"} --limit 540 ;;
 best)
   for batch in 48 64; do

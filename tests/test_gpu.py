@@ -55,3 +55,22 @@ def test_a_padded_vocabulary_changes_neither_loss_nor_gradient():
         gradients.append(twin.tok_emb.weight.grad.cpu())
     assert losses[1] == pytest.approx(losses[0], abs=1e-3)
     assert torch.allclose(*gradients, atol=1e-3)
+
+
+def test_saving_from_a_copy_changes_no_bit(trainer):
+    flags = [*CUDA, "--num-steps", 30, "--save-steps", 3, "--keep-last", 20, "--deterministic", "--skip-loss-spikes", 6]
+    waiting = trainer(*flags, checkpoint="waiting.pt")
+    copied = trainer(*flags, "--async-save", checkpoint="copied.pt")
+    assert copied.code == 0 and same(copied, waiting), copied.err
+    for step in range(3, 30, 3):
+        a, b = (torch.load(run.checkpoint.with_suffix(f".step-{step:08d}.pt"), weights_only=True)
+                for run in (waiting, copied))
+        assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"]), step
+
+
+def test_a_digest_is_the_same_on_either_device():
+    from ranks import digest
+
+    for dtype in (torch.float32, torch.bfloat16, torch.int64):
+        tensor = torch.randn(1000, 777).mul(100).to(dtype)
+        assert digest(tensor.cuda()) == digest(tensor)
