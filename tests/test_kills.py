@@ -82,7 +82,7 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(trainer, tmp_path
     while killed.total() < kills:
         flags = [*FLAGS, *["--async-save"] * (runs % 2), "--cache-dir", f"cache{runs}"]
         command = trainer.arguments([*flags, "--resume", "auto"], ranks, f"{runs}.pt")
-        life = Life(command, tmp_path, rng.uniform(0.2, 0.7 * seconds), rng, tmp_path.name)
+        life = Life(command, tmp_path, rng.uniform(0.2, 0.7 * seconds), rng, str(tmp_path))
         ready += [life.ready] * (life.ready is not None)
         assert life.signal or life.code == 0, "".join(life.lines)
         if life.signal:
