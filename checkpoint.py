@@ -87,6 +87,7 @@ class State:
     step: int = 0  # optimizer steps done
     tokens: int = 0
     best_val: float = math.inf
+    val_loss: float | None = None  # the newest
     wandb_run_id: str = ""
 
 
@@ -219,7 +220,9 @@ def require_space(cfg, n_bytes):
     folder, wanted = Path(cfg.checkpoint_path).absolute().parent, 4 + cfg.keep_last
     while not folder.exists():
         folder = folder.parent
-    ours = {file.stat().st_ino: file.stat().st_size for file in map(Path, cfg.files()) if file.suffix == ".pt"}
+    files = [file for file in map(Path, cfg.files()) if file.suffix == ".pt"]
+    files += cfg.beside("").parent.glob(glob.escape(cfg.beside("").name) + "*.pt.tmp")  # of a save that was killed
+    ours = {file.stat().st_ino: file.stat().st_size for file in files}
     missing = wanted * n_bytes - sum(ours.values()) - shutil.disk_usage(folder).free
     if missing > 0:
         raise UserError(f"--checkpoint-path {cfg.checkpoint_path}: {wanted} checkpoints of {n_bytes / 1e9:.2g} GB need "
@@ -353,9 +356,11 @@ class Saver:
     def _begin(self, payload, latest, best):
         if self.cfg.async_save:
             payload = self._copied(payload)
-        state = dataclasses.replace(self.state)
-        self.future = self.pool.submit(
-            lambda: (save_run(self.cfg, payload, state.step, latest, best), state, best))
+        self.future = self.pool.submit(self._write, payload, dataclasses.replace(self.state), latest, best)
+
+    def _write(self, payload, state, latest, best):
+        with self.world.saving:
+            return save_run(self.cfg, payload, state.step, latest, best), state, best
 
     def _copied(self, payload):
         """Into the memory of the copy before, which the last save has done with."""
@@ -376,7 +381,11 @@ def _link(source, target):
     try:
         os.link(source, draft)
     except OSError:  # a file system without hard links
-        shutil.copyfile(source, draft)
+        try:
+            shutil.copyfile(source, draft)
+        except OSError:
+            draft.unlink(missing_ok=True)
+            raise
     os.replace(draft, target)
     draft.unlink(missing_ok=True)  # renaming a file onto another name of itself does nothing
 

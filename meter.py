@@ -28,8 +28,8 @@ class Meter:
         self.forward = Stopwatch(world.device)  # around what a rank does without waiting for another
         # float64 adds float32 losses without rounding, so that a sum interrupted by a resume is the same sum.
         exact = torch.float32 if world.device.type == "mps" else torch.float64
-        self.loss_sum, self.norm_sum, self.micro_batches = torch.zeros(3, dtype=exact, device=world.device).unbind()
-        self.restored = [0.0, 0.0, 0]  # all ranks' totals of the interval in which the run was resumed
+        self.loss_sum, self.micro_batches = torch.zeros(2, dtype=exact, device=world.device).unbind()
+        self.restored = [0.0, 0]  # all ranks' totals of the interval in which the run was resumed
         # Steps left out because loss or gradient was no number: in all, and in a row up to now. The same on every rank.
         self.skipped, self.skipped_in_row = torch.zeros(2, dtype=torch.int64, device=world.device).unbind()
         self.smoothed = {}
@@ -43,10 +43,9 @@ class Meter:
         """One optimizer step of this rank: `losses`, (micro-batches,), and whether it was `taken`, on the device; its
         share of the tokens. A step left out counts as skipped, and its loss for nothing."""
         self.loss_sum += torch.where(taken, losses.sum(dtype=self.loss_sum.dtype), 0)
-        self.norm_sum += torch.where(taken, grad_norm, 0)
         self.micro_batches += taken * len(losses)
         self.skipped += ~taken
-        self.skipped_in_row.add_(1).mul_(~taken)
+        self.skipped_in_row.add_(1).mul_(~torch.isfinite(grad_norm))  # a spike is no reason to halt
         self.grad_norm = grad_norm
         self.steps += 1
         self.tokens += tokens
@@ -85,8 +84,8 @@ class Meter:
         self.started += seconds
 
     def totals(self):
-        """Loss sum, gradient norm sum and micro-batches since the last report, over all ranks. Collective."""
-        mine = torch.stack([self.loss_sum, self.norm_sum, self.micro_batches]).tolist()
+        """Loss sum and micro-batches since the last report, over all ranks. Collective."""
+        mine = torch.stack([self.loss_sum, self.micro_batches]).tolist()
         return [now + before for now, before in zip(self.world.sum(mine), self.restored, strict=True)]
 
     def report(self, ends_interval=True):
@@ -95,7 +94,7 @@ class Meter:
         A run's last report may come in the middle of an interval. It does not end it: a run that goes on from there,
         with a larger --num-steps, reports the loss of the whole interval, as if it had never stopped.
         """
-        loss_sum, _, count = self.totals()
+        loss_sum, count = self.totals()
         synchronize(self.world.device)
         own = {"rank/loss": (self.loss_sum / self.micro_batches).item()}
         seconds, timed, forward = self._clock(), self.steps - self.timed_steps, self.forward.read()
@@ -129,21 +128,21 @@ class Meter:
         self.reported, self.steps, self.watched = time.perf_counter(), 0, {}
         self.spent.clear()
         if ends_interval:
-            for total in (self.loss_sum, self.norm_sum, self.micro_batches):
+            for total in (self.loss_sum, self.micro_batches):
                 total.zero_()
-            self.restored = [0.0, 0.0, 0]
+            self.restored = [0.0, 0]
         self._restart_clock()
         return metrics
 
     def state_dict(self):
         """The unfinished interval, for the checkpoint: a resumed run reports the loss of all of it. Collective."""
-        loss_sum, norm_sum, count = self.totals()
-        return dict(loss_sum=loss_sum, norm_sum=norm_sum, micro_batches=int(count), smoothed=dict(self.smoothed),
+        loss_sum, count = self.totals()
+        return dict(loss_sum=loss_sum, micro_batches=int(count), smoothed=dict(self.smoothed),
                     skipped=[self.skipped.item(), self.skipped_in_row.item()])
 
     def load_state_dict(self, state):
         self.smoothed = dict(state["smoothed"])
-        self.restored = [state["loss_sum"], state["norm_sum"], state["micro_batches"]]
+        self.restored = [state["loss_sum"], state["micro_batches"]]
         for count, before in zip((self.skipped, self.skipped_in_row), state.get("skipped", (0, 0)), strict=True):
             count.fill_(before)
 

@@ -52,7 +52,7 @@ class OptimConfig:
     beta2: float = arg(0.95, "AdamW's decay of the second moment", low=0, below=1)
     grad_clip_norm: float = arg(1.0, "largest norm of the gradient; 0: no clipping", low=0)
     max_bad_steps: int = arg(10, "steps in a row with a loss or gradient that is no number, which are left out, until "
-                                 "the run halts", low=1)
+                                 "the run halts at the next report", low=1)
     skip_loss_spikes: float = arg(0.0, "leave out steps whose gradient norm is so many standard deviations above the "
                                        "mean of the last 128; 0: none, else such as 6", low=0)
     seed: int = arg(1337, "seed of the weights and of dropout", low=0)
@@ -177,7 +177,8 @@ class Muon(Optimizer):
         momenta, (rows, cols) = [state["momentum_buffer"] for state in states], params[0].shape
         grads = [grad.nan_to_num(0, 0, 0) for grad in grads] if self.found_inf is not None else grads
         taken = 1.0 if self.found_inf is None else 1 - self.found_inf
-        torch._foreach_lerp_(momenta, grads, (1 - group["momentum"]) * taken)
+        # As a list of tensors: one alone would be read, and waited for.
+        torch._foreach_lerp_(momenta, grads, [(1 - group["momentum"]) * taken] * len(params))
         nesterov = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))  # (n, rows, cols)
         update = orthogonalize(nesterov, self.dtype).to(params[0].dtype)
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"] * taken)

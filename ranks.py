@@ -184,13 +184,15 @@ class Pulse(NoPulse):
             self.silent = min(self.silent, 5)
             time.sleep(15)
         elif not advice:
-            traceback.print_exception(error)
+            with contextlib.suppress(OSError):
+                traceback.print_exception(error)
         what = advice or f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         self.end(f"{self.me['name']} failed {self._where()}: {what}; {RESUME}")
 
 
 def _say(reason):
-    print(f"error: {reason}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nobody is left to read it
+        print(f"error: {reason}", file=sys.stderr, flush=True)
 
 
 def _exists(pid):

@@ -50,6 +50,10 @@ class TrackingConfig:
     use_profiler: bool = arg(False, "trace a few steps with torch.profiler")
 
     def validate(self):
+        folder = os.path.dirname(os.path.abspath(self.heartbeat_file))
+        if self.heartbeat_file and (os.path.isdir(self.heartbeat_file) or not os.access(folder, os.W_OK)):
+            raise UserError(f"--heartbeat-file {self.heartbeat_file}: cannot be written; name a file in a folder of "
+                            f"your own")
         if self.use_tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise UserError("--use-tensorboard: the tensorboard package is missing: pip install tensorboard")
 
@@ -111,7 +115,7 @@ class Tracker:
         """`cfg` is the whole configuration, `config` what the run is tracked with. Collective with --use-wandb."""
         self.num_steps, self.amp, self.exit_code = cfg.optim.num_steps, amp, 0
         self.beside, self.is_main, self.sinks, self.file = cfg.checkpoint.beside, world.is_main, [], None
-        self.step, self.val_loss, self.wandb = state.step, None, None
+        self.step, self.wandb = state.step, None
         wandb, self.plan = self._plan_wandb(cfg, world, state)
         if world.is_main or self.plan:
             self._open(cfg, state.step, wandb, config | distributed_info(world) | dict(
@@ -192,7 +196,6 @@ class Tracker:
         per_step = metrics.get("time/dt_sec", 0) / max(1, metrics.pop("steps", 1))
         metrics |= {"train/tokens": state.tokens, "train/epoch": state.step * epochs_per_step,
                     "amp": float(self.amp != "off")}
-        self.val_loss = metrics.get("val/loss", self.val_loss)
         log.info("%s", console_line(state.step, self.num_steps, metrics, per_step, self.amp))
         own = {name: metrics.pop(name) for name in list(metrics) if name.startswith("rank/")}
         row = metrics if self.is_main or self.plan and self.plan.primary else {}
@@ -214,7 +217,7 @@ class Tracker:
         """The main rank has written a checkpoint: W&B may want it."""
         if self.wandb and (link := self.wandb.checkpoint_to_upload(path, state.step, best)):
             self._record(state.step, event="checkpoint", path=link, best=best, tokens=state.tokens,
-                         val_loss=self.val_loss)
+                         val_loss=state.val_loss)
 
     def stopped(self, signal_number, step):
         log.info("stopped by %s at step %d, saved; go on with --resume", signal.Signals(signal_number).name, step)

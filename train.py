@@ -64,6 +64,7 @@ class World:
     size = local_size = 1
     managers = 0  # processes above this one that it is to end with
     is_main = True  # global rank 0: the one that logs and saves
+    saving = contextlib.nullcontext()  # held while a checkpoint is written
 
     def __init__(self, cfg):
         self.device = hardware.configure(cfg.speed, hardware.choose_device(cfg.speed.device, self.local_rank))
@@ -104,7 +105,8 @@ class World:
     @staticmethod
     def fail(error, code):
         """Tell the user of an error and leave; there may be no world yet."""
-        print(f"error: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # nobody is left to read it
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(code)
 
     @staticmethod
@@ -178,7 +180,7 @@ def train(cfg, world):
         optimizer.zero_grad(set_to_none=True)
         if scaler.get_scale() < scale:
             if scale < 1:
-                halt(f"overflows even at a scale of {scale:g}")
+                halt(f"overflows even at a scale of {scale:g}", state.step)
             return None
         return torch.stack(losses), norm, taken
 
@@ -189,12 +191,17 @@ def train(cfg, world):
             format=checkpoint.FORMAT, state=dataclasses.asdict(state), identity=identity, config=config,
             torch=str(torch.__version__))
 
-    def halt(what):
-        """Give up: the same decision on every rank."""
+    def halt(what, step):
+        """Give up after a batch, that of `step` counted from 0: the same decision on every rank."""
         last, path = payload(), cfg.checkpoint.beside(".nonfinite.pt")
-        world.from_main(lambda: checkpoint.save(path, last))
-        samples = corpus.samples(max(0, state.step - 1), step_samples)[:64].tolist()
-        raise NonFinite(f"loss or gradient {what} at step {state.step}, which read the samples {samples}; the weights "
+
+        def keep():
+            with world.saving:
+                checkpoint.save(path, last)
+
+        world.from_main(keep)
+        samples = corpus.samples(step, step_samples)[:64].tolist()
+        raise NonFinite(f"loss or gradient {what} at step {step + 1}, which read the samples {samples}; the weights "
                         f"before are in {path}, and --resume with a lower --lr goes on from the last checkpoint")
 
     evaluate_now = meter.excluded("eval")(lambda: evaluate(fast, corpus, cfg, precision, world))
@@ -233,7 +240,7 @@ def train(cfg, world):
             meter.add(*done, tokens=batch_size * accum * corpus.seq_len)
             profiler.step()
             track.bar.update()
-            metrics, best, best_before, (signal_number, save_now) = {}, False, state.best_val, stop.agreed()
+            metrics, best, best_before, (signal_number, save_now) = {}, False, math.inf, stop.agreed()
             if cfg.ranks.check_replicas and state.step % cfg.ranks.check_replicas == 0:
                 world.require_replicas(raw, optimizer)
             if due(cfg.report.log_steps):
@@ -241,10 +248,11 @@ def train(cfg, world):
                 metrics = meter.report(ends_interval=state.step % cfg.report.log_steps == 0)
                 metrics["lr"] = lr_at(state.step - 1, cfg.optim)  # the rate of the step just taken
                 if meter.skipped_in_row >= cfg.optim.max_bad_steps:
-                    halt(f"was not finite in {meter.skipped_in_row} steps in a row, the last")
+                    halt(f"was not finite in {meter.skipped_in_row} steps in a row, the last", state.step - 1)
             if due(eval_steps):
                 metrics |= evaluate_now()
-                best, state.best_val = metrics["val/loss"] < state.best_val, min(state.best_val, metrics["val/loss"])
+                state.val_loss, best_before = metrics["val/loss"], state.best_val
+                best, state.best_val = state.val_loss < best_before, min(best_before, state.val_loss)
             if metrics:
                 track.report(state, epochs_per_step, metrics)
             if (latest := due(cfg.checkpoint.save_steps) or signal_number or save_now) or best:

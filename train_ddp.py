@@ -72,8 +72,7 @@ class DDPWorld(World):
         outcome, value = [None, None], None
         if self.is_main:
             try:
-                with self.pulse.saving:
-                    value = make()
+                value = make()
                 outcome[1] = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), value)
             except Exception as error:
                 outcome[0] = error
@@ -89,6 +88,10 @@ class DDPWorld(World):
             return tensor
 
         return tree_map_only(torch.Tensor, share, value if self.is_main else skeleton)
+
+    @property
+    def saving(self):
+        return self.pulse.saving
 
     def at(self, step):
         self.pulse.me["step"] = step

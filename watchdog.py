@@ -10,8 +10,6 @@ import threading
 import time
 from pathlib import Path
 
-from config import UserError
-
 POLL = 1.0  # seconds between two looks
 FACTOR = 10  # a step, or an evaluation or a save, that takes so many times the median hangs
 LEAST = 30.0  # seconds that anything may take: a short hiccup is none
@@ -37,24 +35,20 @@ class Watchdog:
 
     def __enter__(self):
         if self.heartbeat and self.is_main:
-            try:
-                self._beat("start")
-            except OSError as error:
-                raise UserError(f"--heartbeat-file {self.heartbeat}: cannot be written ({error.strerror})") from None
+            self._beat("start")  # an old file is of an old run
         self.thread.start()
         return self
 
     def __exit__(self, *_):
         self.done.set()
-        self.thread.join()
+        self.thread.join(2 * POLL)  # it may be writing to a disk that hangs
 
     def _watch(self):
         seen = told = None
         while not self.done.wait(POLL):
             now = self.meter.doing
             if now != seen and self.heartbeat and self.is_main:
-                with contextlib.suppress(OSError):  # the file grows old, which is the truth
-                    self._beat(now[0])
+                self._beat(now[0])
             seen, seconds = now, time.perf_counter() - now[1]
             if now != told and seconds > self._limit(now[0]):
                 told = now
@@ -67,9 +61,11 @@ class Watchdog:
         return max(LEAST, FACTOR * statistics.median(lasted), 2 * max(lasted)) if len(lasted) >= FEW else FIRST
 
     def _beat(self, what):
-        draft = Path(f"{self.heartbeat}.tmp")
-        draft.write_text(json.dumps(dict(step=self.state.step, doing=what, time=time.time(), pid=os.getpid())) + "\n")
-        draft.replace(self.heartbeat)
+        beat = dict(step=self.state.step, doing=what, time=time.time(), pid=os.getpid())
+        with contextlib.suppress(OSError):  # the file grows old, which is the truth
+            draft = Path(f"{self.heartbeat}.tmp")
+            draft.write_text(json.dumps(beat) + "\n")
+            draft.replace(self.heartbeat)
 
     def _dump(self, what, seconds):
         self.stacks.parent.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from test_train import same
 import checkpoint
 from checkpoint import CheckpointConfig, NotSaved, Saver, State
 from config import UserError
+from meter import Meter
 from optim import OptimConfig, StepGuard, make_optimizer
 from tracking import JsonlSink
 from train import World
@@ -146,6 +147,11 @@ def test_a_gradient_that_is_no_number_changes_nothing(optimizer):
     assert not torch.equal(before[0], everything()[0])
 
 
+class Alone(World):
+    def __init__(self):
+        self.device = torch.device("cpu")
+
+
 def test_a_spike_is_left_out_and_a_lasting_change_is_not():
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.AdamW([weight], fused=True)
@@ -167,6 +173,10 @@ def test_a_spike_is_left_out_and_a_lasting_change_is_not():
     again.load_state_dict(guard.state_dict())
     assert torch.equal(again._limit(), guard._limit())
     assert sum(taken(step, 3.0) for step in range(203, 300)) > 80, "the limit follows"
+    meter = Meter(Alone(), 1.0, None)
+    for norm, was in ((1.0, True), (9.0, False), (9.0, False), (math.nan, False)):
+        meter.add(torch.ones(1), torch.tensor(norm), torch.tensor(was), tokens=1)
+    assert (meter.skipped, meter.skipped_in_row) == (3, 1), "a spike is no reason to halt"
 
 
 # The loss of a batch with a window that starts with PLANTED becomes no number: as a broken sample would have it.
@@ -257,11 +267,6 @@ def test_saving_on_a_thread_changes_no_bit_of_any_checkpoint(trainer, ranks):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
-class Alone(World):
-    def __init__(self):
-        self.device = torch.device("cpu")
-
-
 def test_what_a_thread_fails_to_save_is_told_undone_and_tried_again(tmp_path, caplog):
     state, written = State(step=1, best_val=3.0), []
     saver = Saver(CheckpointConfig(checkpoint_path=str(tmp_path / "c.pt"), async_save=True), Alone(), state,
@@ -337,7 +342,9 @@ def test_a_run_that_hangs_says_where_and_its_heartbeat_stops(trainer, where, wha
 
 
 def test_a_heartbeat_file_that_cannot_be_written_is_refused(trainer):
-    run = trainer("--num-steps", 2, "--heartbeat-file", "missing/beat")
+    (trainer.folder / "c.pt").write_text("the run before")
+    run = trainer("--num-steps", 2, "--heartbeat-file", "missing/beat", "--overwrite")
+    assert [path.name for path in trainer.folder.iterdir()] == ["c.pt"]
     assert run.code == 2 and run.err.startswith("error: --heartbeat-file missing/beat: cannot be written")
     assert len(run.err.strip().splitlines()) == 1
 

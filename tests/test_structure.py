@@ -25,7 +25,7 @@ ALLOWED = {
     "sweep": {"config", "wandb_follower", "wandb_runs", "wandb_tools"},
     "ranks": {"config", "hardware"},
     "meter": {"hardware"},
-    "watchdog": {"config"},
+    "watchdog": set(),
     "tracking": {"config", "hardware", "wandb_runs", "wandb_sink"},
     "train": {"config", "hardware", "model", "optim", "checkpoint", "data", "evaluate", "generate", "meter",
               "pretrained", "processes", "ranks", "tracking", "wandb_runs", "watchdog"},
