@@ -26,6 +26,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 from config import arg
 from hardware import out_of_memory
 
+CONNECT = 60  # seconds that a rank knocks at torchrun's store
 SILENT = 120  # seconds without a word from a rank's thread, which speaks through any work, until it counts as stopped
 LAST_SAVE = 20  # seconds that a save in progress has to be completed in; torchrun kills after 30
 RESUME = "--resume auto goes on from the last checkpoint"
@@ -41,14 +42,22 @@ class RanksConfig:
                                  "0: at the start and before each checkpoint only", low=0)
 
 
-class ReplicasDiffer(Exception):
-    """The ranks have not the same weights."""
+class RankFault(Exception):
+    """What ends a run of many ranks: other weights on one of them, no torchrun."""
 
 
 def join(backend, timeout):
     """Join the process group that torchrun's variables describe. Returns this rank's Pulse."""
     limit = datetime.timedelta(seconds=timeout + 60)  # of a collective: the pulse speaks before
-    store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+    # torchrun's store is there before its ranks are: one that does not answer has gone, with its torchrun.
+    has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    knocking = datetime.timedelta(seconds=CONNECT) if has_store else limit
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=knocking))
+    except dist.DistError:
+        raise RankFault(f"rank {os.environ['RANK']} cannot reach torchrun's store at {os.environ['MASTER_ADDR']}:"
+                        f"{os.environ['MASTER_PORT']}: start again, with --resume auto") from None
+    store.set_timeout(limit)
     if os.environ["WORLD_SIZE"] == os.environ["LOCAL_WORLD_SIZE"]:  # several nodes may have counted differently
         # torchrun restarts ranks on the store of those before, whose addresses are still in it.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)

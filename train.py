@@ -26,7 +26,7 @@ from model import GPT, GPTConfig
 from optim import BatchConfig, OptimConfig, StepGuard, lr_at, make_optimizer, set_lr
 from pretrained import InitConfig, load_initial, settle
 from processes import StopSignal, stop_when_orphaned
-from ranks import RanksConfig, ReplicasDiffer
+from ranks import RankFault, RanksConfig
 from tracking import ReportConfig, Tracker, TrackingConfig, log_facts, make_profiler, setup_logging
 from wandb_runs import WandbConfig, in_sweep
 from watchdog import Watchdog
@@ -100,7 +100,7 @@ class World:
         """Collective. Raises UserError on every rank where one's dict differs, naming rank and key."""
 
     def require_replicas(self, model, optimizer):
-        """Collective. Raises ReplicasDiffer on every rank where one has other weights or moments."""
+        """Collective. Raises RankFault on every rank where one has other weights or moments."""
 
     @staticmethod
     def fail(error, code):
@@ -277,7 +277,7 @@ def main(world_type=World):
         world = world_type(cfg)
         setup_logging(world.is_main)
         world.leave(train(cfg, world))
-    except (UserError, NonFinite, checkpoint.NotSaved, ReplicasDiffer) as error:
+    except (UserError, NonFinite, checkpoint.NotSaved, RankFault) as error:
         world_type.fail(error, 2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:  # before there was anything to save
         world_type.leave(130)

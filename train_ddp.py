@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from config import UserError
 from hardware import usable_cores
-from ranks import RESUME, NoPulse, ReplicasDiffer, digests, join, require_same
+from ranks import RESUME, NoPulse, RankFault, digests, join, require_same
 from train import World, main
 
 
@@ -100,7 +100,7 @@ class DDPWorld(World):
         require_same(mine, what, UserError, "start every node with the same command and files")
 
     def require_replicas(self, model, optimizer):
-        require_same(digests([model.state_dict(), optimizer.state_dict()]), "weights", ReplicasDiffer, RESUME)
+        require_same(digests([model.state_dict(), optimizer.state_dict()]), "weights", RankFault, RESUME)
 
     @staticmethod
     def fail(error, code):

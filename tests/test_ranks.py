@@ -180,3 +180,20 @@ def test_of_many_ranks_the_odd_one_is_named():
     everyone = [{"a": 2, "b": 1}] + [{"a": 1, "b": 1}] * 3
     assert differences(everyone) == "rank 0 has a 2 instead of 1"
     assert differences(everyone[1:]) == ""
+
+
+def test_a_rank_whose_torchrun_was_killed_before_it_came_leaves(trainer):
+    """It would knock at the store that has gone with it for as long as ranks wait for each other."""
+    script = trainer.folder / "late.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport ranks, train_ddp\nranks.CONNECT = 2\n"
+                      "train_ddp.main(train_ddp.DDPWorld)\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    late = environment(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="2", GROUP_RANK="0",
+                       MASTER_ADDR="127.0.0.1", MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="True")
+    run = subprocess.run([sys.executable, str(script), *TINY, "--use-toy-data"], cwd=trainer.folder, env=late,
+                         text=True, capture_output=True, timeout=120)
+    assert run.returncode == 1, run.stderr
+    # torch has lines of its own before.
+    assert re.match(r"error: rank 0 cannot reach torchrun's store at 127.0.0.1", run.stderr.strip().splitlines()[-1])
