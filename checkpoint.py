@@ -26,7 +26,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import hardware
-from config import UserError, arg, flag
+from config import RunFailed, UserError, arg, flag
 
 COMMENT = b"sha256:"
 FORMAT = 1
@@ -95,7 +95,7 @@ class DamagedCheckpoint(Exception):
     pass
 
 
-class NotSaved(Exception):
+class NotSaved(RunFailed):
     """The last checkpoint of a run could not be written."""
 
 

@@ -35,6 +35,10 @@ class UserError(Exception):
         return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+class RunFailed(Exception):
+    """What a run cannot go on after: shown as one line on stderr, exit code 1."""
+
+
 def arg(default, help, *, choices=(), const=None, metavar=None, **bounds):
     """A dataclass field that is also a flag.
 

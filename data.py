@@ -65,6 +65,27 @@ class DataConfig:
         return len(self.train_data) == 1 and os.path.exists(os.path.join(self.train_data[0], "train.bin"))
 
 
+@dataclass
+class BatchConfig:
+    """Batch"""
+
+    batch_size: int = arg(8, "sequences in one micro-batch of one rank", low=1)
+    grad_accum_steps: int = arg(1, "micro-batches in one optimizer step", low=1)
+    global_batch_tokens: int = arg(0, "tokens in one step of all ranks, from which --grad-accum-steps follows", low=0)
+    dry_run: bool = arg(False, "say what would be trained and how large it is, take one step, write nothing")
+
+    def accum_steps(self, world_size, seq_len):
+        """Micro-batches of each rank in one optimizer step. Raises UserError where the global batch does not divide."""
+        if not self.global_batch_tokens:
+            return self.grad_accum_steps
+        micro = self.batch_size * world_size * seq_len
+        if self.global_batch_tokens % micro:
+            nearest = max(1, round(self.global_batch_tokens / micro)) * micro
+            raise UserError(f"--global-batch-tokens {self.global_batch_tokens} is not a multiple of --batch-size "
+                            f"{self.batch_size} x {world_size} ranks x --seq-len {seq_len} = {micro}; try {nearest}")
+        return self.global_batch_tokens // micro
+
+
 # --- Preparation: text to shards, once
 
 
@@ -293,8 +314,9 @@ class Corpus:
         self.folder = prepare(cfg, vocab_size, writes, scratch)
         self.meta = read_meta(self.folder)
         self.train, self.val = (Shard(self.folder / f"{split}.bin") for split in ("train", "val"))
-        for split, shard in (("train", self.train), ("val", self.val)):
-            shard.require(self.meta, split)
+        if writes:  # once a node is enough: the ranks leave together
+            self.train.require(self.meta, "train")
+            self.val.require(self.meta, "val")
         self.vocab_size, self.eos, self.fingerprint = self.train.vocab_size, self.train.eos, self.meta["fingerprint"]
         self.val_sources = {name: Shard(self.val.path, *span) for name, span in self.meta["val_sources"].items()}
         self.n_windows = self.train.windows(self.seq_len)

@@ -14,27 +14,6 @@ MOMENTUM = 0.95  # Muon's, as in modded-nanogpt and nanochat
 
 
 @dataclass
-class BatchConfig:
-    """Batch"""
-
-    batch_size: int = arg(8, "sequences in one micro-batch of one rank", low=1)
-    grad_accum_steps: int = arg(1, "micro-batches in one optimizer step", low=1)
-    global_batch_tokens: int = arg(0, "tokens in one step of all ranks, from which --grad-accum-steps follows", low=0)
-    dry_run: bool = arg(False, "say what would be trained and how large it is, take one step, write nothing")
-
-    def accum_steps(self, world_size, seq_len):
-        """Micro-batches of each rank in one optimizer step. Raises UserError where the global batch does not divide."""
-        if not self.global_batch_tokens:
-            return self.grad_accum_steps
-        micro = self.batch_size * world_size * seq_len
-        if self.global_batch_tokens % micro:
-            nearest = max(1, round(self.global_batch_tokens / micro)) * micro
-            raise UserError(f"--global-batch-tokens {self.global_batch_tokens} is not a multiple of --batch-size "
-                            f"{self.batch_size} x {world_size} ranks x --seq-len {seq_len} = {micro}; try {nearest}")
-        return self.global_batch_tokens // micro
-
-
-@dataclass
 class OptimConfig:
     """Optimization"""
 

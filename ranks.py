@@ -16,14 +16,13 @@ import sys
 import threading
 import time
 import traceback
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from config import arg
+from config import RunFailed
 from hardware import out_of_memory
 
 CONNECT = 60  # seconds that a rank knocks at torchrun's store
@@ -32,17 +31,7 @@ LAST_SAVE = 20  # seconds that a save in progress has to be completed in; torchr
 RESUME = "--resume auto goes on from the last checkpoint"
 
 
-@dataclass
-class RanksConfig:
-    """Ranks"""
-
-    timeout: int = arg(1800, "seconds that ranks wait for one that does not come, until all leave: more than one needs "
-                             "to tokenize, compile or save while the others wait", low=1, metavar="SECONDS")
-    check_replicas: int = arg(0, "steps between comparisons of the ranks' weights and optimizer states, bit for bit; "
-                                 "0: at the start and before each checkpoint only", low=0)
-
-
-class RankFault(Exception):
+class RankFault(RunFailed):
     """What ends a run of many ranks: other weights on one of them, no torchrun."""
 
 

@@ -16,22 +16,31 @@ import torch
 import checkpoint
 import hardware
 from checkpoint import CheckpointConfig, Saver, State
-from config import UserError, flag, flatten, parse
-from data import Corpus, DataConfig
+from config import RunFailed, UserError, arg, flag, flatten, parse
+from data import BatchConfig, Corpus, DataConfig
 from evaluate import evaluate
 from generate import sample_text
 from hardware import SpeedConfig
 from meter import Meter
 from model import GPT, GPTConfig
-from optim import BatchConfig, OptimConfig, StepGuard, lr_at, make_optimizer, set_lr
+from optim import OptimConfig, StepGuard, lr_at, make_optimizer, set_lr
 from pretrained import InitConfig, load_initial, settle
 from processes import StopSignal, stop_when_orphaned
-from ranks import RankFault, RanksConfig
 from tracking import ReportConfig, Tracker, TrackingConfig, log_facts, make_profiler, setup_logging
 from wandb_runs import WandbConfig, in_sweep
 from watchdog import Watchdog
 
 log = logging.getLogger("mini_llm")
+
+
+@dataclass
+class RanksConfig:
+    """Ranks"""
+
+    timeout: int = arg(1800, "seconds that ranks wait for one that does not come, until all leave: more than one needs "
+                             "to tokenize, compile or save while the others wait", low=1, metavar="SECONDS")
+    check_replicas: int = arg(0, "steps between comparisons of the ranks' weights and optimizer states, bit for bit; "
+                                 "0: at the start and before each checkpoint only", low=0)
 
 
 @dataclass
@@ -100,7 +109,7 @@ class World:
         """Collective. Raises UserError on every rank where one's dict differs, naming rank and key."""
 
     def require_replicas(self, model, optimizer):
-        """Collective. Raises RankFault on every rank where one has other weights or moments."""
+        """Collective. Raises RunFailed on every rank where one has other weights or moments."""
 
     @staticmethod
     def fail(error, code):
@@ -121,7 +130,7 @@ class World:
         sys.exit(code)
 
 
-class NonFinite(Exception):
+class NonFinite(RunFailed):
     """The loss or the gradient is no number, step after step."""
 
 
@@ -277,7 +286,7 @@ def main(world_type=World):
         world = world_type(cfg)
         setup_logging(world.is_main)
         world.leave(train(cfg, world))
-    except (UserError, NonFinite, checkpoint.NotSaved, RankFault) as error:
+    except (UserError, RunFailed) as error:
         world_type.fail(error, 2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:  # before there was anything to save
         world_type.leave(130)

@@ -196,6 +196,18 @@ def eventually(condition, seconds=30):
         time.sleep(0.05)
 
 
+def on_small_disk(size, script, command, cwd, env=None):
+    """Run a shell script, to which `command` is "$@", where the folder `disk` is a file system of so many bytes that
+    nobody else sees and that goes with it. Skips where there may be none."""
+    (cwd / "disk").mkdir()
+    script = f"mount -t tmpfs -o size={size} tmpfs disk || exit 99\n{script}"
+    run = subprocess.run(["unshare", "-rm", "sh", "-c", script, "sh", *command], cwd=cwd, text=True,
+                         capture_output=True, env=environment(**(env or {})), timeout=180)
+    if run.returncode == 99 or run.stderr.startswith("unshare"):
+        pytest.skip(f"no file system can be mounted here: {run.stderr.strip()}")
+    return run
+
+
 class Clock:
     """Stands in for a module's `time`: it moves when told to, however busy the machine is."""
 

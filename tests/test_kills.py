@@ -37,15 +37,15 @@ class Life:
         listener = threading.Thread(target=self._listen)
         listener.start()
         self._wait(seconds)
-        for aim, pattern in rng.sample(list(AIMS.items()), 1):
-            hit = self._wait_for(lambda pattern=pattern: any(cwd.glob(pattern)))
-            if self.process.poll() is None:
-                self.signal = rng.choice(SIGNALS)
-                everyone = processes_with(f"KILLED={name}")
-                for pid in rng.choice([[self.process.pid], everyone, everyone[-1:]]):
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, self.signal)
-                self.moment = ("starting" if not self.ready else aim if hit and aim != "any moment" else "training")
+        aim = rng.choice(list(AIMS))
+        hit = self._wait_for(lambda: any(cwd.glob(AIMS[aim])))
+        if self.process.poll() is None:
+            self.signal = rng.choice(SIGNALS)
+            everyone = processes_with(f"KILLED={name}")
+            for pid in rng.choice([[self.process.pid], everyone, everyone[-1:]]):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, self.signal)
+            self.moment = "starting" if not self.ready else aim if hit and aim != "any moment" else "training"
         listener.join()
         self.code = self.process.wait(60)
         eventually(lambda: not processes_with(f"KILLED={name}"), 60)  # a killed torchrun's ranks save and leave

@@ -28,7 +28,7 @@ ALLOWED = {
     "watchdog": set(),
     "tracking": {"config", "hardware", "wandb_runs", "wandb_sink"},
     "train": {"config", "hardware", "model", "optim", "checkpoint", "data", "evaluate", "generate", "meter",
-              "pretrained", "processes", "ranks", "tracking", "wandb_runs", "watchdog"},
+              "pretrained", "processes", "tracking", "wandb_runs", "watchdog"},
     "train_ddp": {"config", "hardware", "ranks", "train"},
     "pretrained": {"checkpoint", "config", "model", "tokenizer"},
     "export": {"config", "pretrained", "tokenizer"},

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SHARED, eventually, interrupt_after, processes_with
+from conftest import ROOT, SHARED, Run, eventually, interrupt_after, on_small_disk, processes_with
 from wandb_file import run_files
 
 WANDB = ["--use-wandb", "--wandb-project", "mini-llm", "--wandb-run-name", "named"]
@@ -133,14 +133,8 @@ def test_a_folder_that_cannot_be_one_costs_one_warning(trainer, tmp_path):
 
 
 def test_a_folder_that_is_full_costs_one_warning(trainer, tmp_path):
-    full = tmp_path / "full"
-    full.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(full)], capture_output=True).returncode:
-        pytest.skip("only root can mount a small file system")
-    try:
-        run = trainer("--num-steps", 300, *WANDB, "--wandb-dir", full)
-    finally:
-        subprocess.run(["umount", "-l", str(full)], check=True)
+    command = trainer.arguments(["--num-steps", 300, *WANDB, "--wandb-dir", "disk"])
+    run = Run(on_small_disk("64k", '"$@"', command, tmp_path), tmp_path, "c.pt")
     assert run.code == 0 and run.rows[300] and "wandb_tools.py sync c.pt" in run.out, run.out
 
 
