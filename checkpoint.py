@@ -180,17 +180,22 @@ def restore(path, cfg, identity, config):
 def is_of_a_run(payload):
     """Whether a checkpoint, which may be anyone's, has the parts that ours have."""
     return (isinstance(payload, dict) and payload.get("format") == FORMAT
-            and all(isinstance(payload.get(part), dict) for part in ("model", "state", "identity", "config")))
+            and all(isinstance(payload.get(part), dict) for part in ("model", "state", "identity", "config"))
+            and isinstance(payload["state"].get("step"), int))
 
 
 def apply(payload, parts, continues):
-    """Put a restored payload into the parts of a run (name → what has load_state_dict) → its State."""
-    # Decay and betas are the flags', not those of the run that is resumed.
-    payload["optimizer"]["param_groups"] = parts["optimizer"].state_dict()["param_groups"]
-    for name, part in parts.items():
-        if payload.get(name):  # a scaler is empty but in fp16
-            part.load_state_dict(payload[name])
-    state = State(**payload["state"])
+    """Put a restored payload into a run's parts (name → what has load_state_dict) → its State. Raises UserError."""
+    try:
+        # Decay and betas are the flags', not those of the run that is resumed.
+        payload["optimizer"]["param_groups"] = parts["optimizer"].state_dict()["param_groups"]
+        for name, part in parts.items():
+            if payload.get(name):  # a scaler is empty but in fp16
+                part.load_state_dict(payload[name])
+        state = State(**payload["state"])
+    except Exception as error:  # torch raises many types
+        other = UserError(f"--resume: not a run's checkpoint ({type(error).__name__}); --overwrite starts over")
+        raise error if hardware.out_of_memory(error) else other from None
     return state if continues else dataclasses.replace(state, wandb_run_id="")  # a branch is a run of its own
 
 

@@ -142,7 +142,7 @@ class Meter:
 
     def load_state_dict(self, state):
         self.smoothed = dict(state["smoothed"])
-        self.restored = [state["loss_sum"], state["micro_batches"]]
+        self.restored = [float(state["loss_sum"]), int(state["micro_batches"])]
         for count, before in zip((self.skipped, self.skipped_in_row), state.get("skipped", (0, 0)), strict=True):
             count.fill_(before)
 

@@ -1,6 +1,6 @@
 """Scaling: torchrun with N ranks against one process, the same global batch, on the CPU's cores or on N GPUs.
 
-    python bench/ddp.py --size A --ranks 2
+    python bench/ddp.py --size A --ranks 2 --text tinyshakespeare.txt
 
 On a CPU each of N ranks has its share of the cores that the one process has. Speed is a long run less a short one, in
 turn, as in bench/speed.py.
@@ -8,6 +8,7 @@ turn, as in bench/speed.py.
 
 import argparse
 import tempfile
+from pathlib import Path
 
 from peers import ROOT, SIZES, Bench, machine, run, spread
 
@@ -15,6 +16,7 @@ from peers import ROOT, SIZES, Bench, machine, run, spread
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="A")
+    parser.add_argument("--text", type=Path, help="the text, by characters; none: Python's standard library, by BPE")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=3)
@@ -24,7 +26,7 @@ def main():
         parser.error(f"--ranks {options.ranks} does not divide the batch of {size.batch}")
 
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(folder, size, device=options.device)
+        bench = Bench(folder, size, options.text, device=options.device)
 
         def one(steps):
             return bench.ours(steps)

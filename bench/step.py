@@ -1,0 +1,89 @@
+"""Where the time of a training step goes, and what its matrix products would take at their peak.
+
+    python bench/step.py --size A B
+
+The step is made of the loop's own parts, on random tokens: forward and backward under autocast, clipping, AdamW. What
+torch.profiler gives to each kind of operation is scaled to the step's own time without it, which is a good deal less
+where operations are small.
+"""
+
+import argparse
+import statistics
+import time
+from collections import Counter
+
+import torch
+from peers import SIZES, machine
+from speed import matmul_peak
+from torch.profiler import ProfilerActivity, profile
+
+import hardware
+from hardware import SpeedConfig
+from model import GPT, GPTConfig
+from optim import OptimConfig, StepGuard, make_optimizer
+
+KINDS = {"matrix products": ("mm", "linear", "matmul", "dot"), "attention": ("attention", "flash"),
+         "GELU": ("gelu",), "softmax, cross-entropy": ("softmax", "nll_loss"), "norms": ("layer_norm", "rms_norm"),
+         "optimizer": ("adam", "_foreach_", "linalg_vector_norm", "Optimizer"),
+         "casts, copies": ("copy_", "_to_copy", "clone", "cat"), "additions, products": ("add", "mul", "div", "sum")}
+
+
+def kind_of(name):
+    return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "all else")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, nargs="+", default=["A", "B"])
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--no-amp", action="store_true")
+    options = parser.parse_args()
+    print(machine(options.device))
+    for name in options.size:
+        size, cfg = SIZES[name], SpeedConfig(device=options.device, amp=not options.no_amp)
+        device = hardware.configure(cfg, torch.device(options.device))
+        precision = hardware.choose_precision(cfg, device)
+        model = GPT(GPTConfig(n_layers=size.layers, n_heads=size.heads, d_model=size.width, vocab_size=size.vocab or 65,
+                              max_position_embeddings=size.context)).to(device)
+        optimizer = make_optimizer(model, OptimConfig(), device)
+        guard = StepGuard(OptimConfig(), optimizer, precision.scaler(), device)
+        fast = torch.compile(model) if hardware.should_compile(cfg, device) else model
+        tokens, targets = torch.randint(0, model.cfg.vocab_size, (2, size.batch, size.context), device=device)
+
+        def step(model=model, fast=fast, optimizer=optimizer, guard=guard, precision=precision, tokens=tokens,
+                 targets=targets, device=device):
+            began = time.perf_counter()
+            with precision.autocast():
+                loss = fast(tokens, targets)
+            loss.backward()
+            guard.step(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0), 0)
+            optimizer.zero_grad(set_to_none=True)
+            hardware.synchronize(device)
+            return time.perf_counter() - began
+
+        for _ in range(max(3, options.steps // 4)):
+            step()
+        plain = [step() for _ in range(options.steps)]
+        activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
+        with profile(activities=[activity]) as trace:
+            for _ in range(options.steps):
+                step()
+        spent, calls = Counter(), Counter()
+        for event in trace.key_averages():
+            spent[kind_of(event.key)] += event.self_device_time_total if device.type == "cuda" else \
+                event.self_cpu_time_total
+            calls[kind_of(event.key)] += event.count
+        median, whole = statistics.median(plain), sum(spent.values())
+        peak = matmul_peak(options.device, precision.dtype or torch.float32)
+        flops = model.flops_per_token(size.context) * size.tokens
+        print(f"\nsize {name}, amp {precision.name}: {median * 1e3:.4g} ms a step, median of {options.steps} (least "
+              f"{min(plain) * 1e3:.4g}); its {flops / 1e9:.3g} GFLOP at the peak of {peak / 1e12:.3g} TFLOP/s: "
+              f"{flops / peak * 1e3:.4g} ms\n\n| | ms | of the step | calls |\n|---|---|---|---|")
+        for kind, seconds in spent.most_common():
+            print(f"| {kind} | {seconds / whole * median * 1e3:.3g} | {seconds / whole:.0%} | "
+                  f"{calls[kind] / options.steps:.0f} |")
+
+
+if __name__ == "__main__":
+    main()
