@@ -1,22 +1,17 @@
-"""Checkpoints that survive: written whole or not at all, verified when read, one behind the newest kept.
+"""A run's checkpoints: which file it goes on from, what it saves when, and one behind the newest kept.
 
 `--checkpoint-path checkpoints/minigpt.pt` names the newest. Beside it, with the same stem, lie `.prev.pt` (the one
 before), `.best.pt` (least validation loss), `.step-N.pt` (with `--keep-last`), and the run's log and metrics.
-
-A checkpoint is what torch.save writes, an archive of tensors and plain values that
-`torch.load(path, weights_only=True)` reads; its SHA-256 stands in the archive's own comment field.
 """
 
 import contextlib
 import dataclasses
 import glob
-import hashlib
 import logging
 import math
 import os
 import re
 import shutil
-import struct
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,9 +21,9 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import hardware
+from archive import DamagedCheckpoint, link, load, peek, save
 from config import RunFailed, UserError, arg, flag
 
-COMMENT = b"sha256:"
 FORMAT = 1
 SUFFIXES = (".prev.pt", ".best.pt", ".nonfinite.pt", ".log", ".metrics.jsonl", ".config.toml", ".tokenizer",
             ".tensorboard", ".trace.json", ".wandb.json")
@@ -56,6 +51,9 @@ class CheckpointConfig:
         if os.path.isdir(self.checkpoint_path) or not Path(self.checkpoint_path).stem:
             raise UserError(f"--checkpoint-path {self.checkpoint_path}: is a folder; name a file in it, "
                             f"such as {os.path.join(self.checkpoint_path, 'minigpt.pt')}")
+        if not re.fullmatch(r"(?s)(?!.*\.(prev|best|nonfinite|step-\d+)\.pt$).+\.pt", Path(self.checkpoint_path).name):
+            raise UserError(f"--checkpoint-path {self.checkpoint_path}: name a file NAME.pt, and not .best.pt, "
+                            f".prev.pt, .nonfinite.pt or .step-N.pt, which are names of the run's other files")
 
     def beside(self, suffix):
         """checkpoints/minigpt.pt, `.best.pt` → checkpoints/minigpt.best.pt"""
@@ -91,10 +89,6 @@ class State:
     wandb_run_id: str = ""
 
 
-class DamagedCheckpoint(Exception):
-    pass
-
-
 class NotSaved(RunFailed):
     """The last checkpoint of a run could not be written."""
 
@@ -105,8 +99,7 @@ def plan(cfg):
     path = Path(cfg.checkpoint_path)
     folder = path.parent
     try:
-        while not folder.exists():
-            folder = folder.parent
+        folder = _nearest_folder(path)
         tempfile.TemporaryFile(dir=folder).close()  # asking for the permission is not enough: root has it everywhere
         cfg.beside(".rank0000.metrics.jsonl.tmp").exists()  # a name too long for that is found out here
         known = [file for file in (path, cfg.beside(".prev.pt")) if file.exists()]  # the newest first
@@ -130,6 +123,11 @@ def plan(cfg):
         raise UserError(f"--resume {cfg.resume}: {path} is there too; --overwrite rolls back to the file named, "
                         f"another --checkpoint-path branches off from it")
     return Path(cfg.resume)
+
+
+def _nearest_folder(path):
+    """The folder above `path` that is there already."""
+    return next(parent for parent in Path(path).absolute().parents if parent.exists())
 
 
 def run_identity(cfg, corpus, step_samples):
@@ -162,7 +160,8 @@ def restore(path, cfg, identity, config):
     """
     payload, source = load_latest(path, cfg)
     if not is_of_a_run(payload):
-        raise UserError(f"--resume: {source} is not a checkpoint of this version of mini-llm; --overwrite starts over")
+        raise UserError(f"--resume: {source} is not a checkpoint of this version of mini-llm; use the one that "
+                        f"wrote it, or start anew with another --checkpoint-path")
     was = {"--optimizer": "adamw"} | payload["identity"]  # before there was a choice
     changed = [f"{name} was {was.get(name)}, is {value}" for name, value in identity.items() if was.get(name) != value]
     if changed:
@@ -173,7 +172,7 @@ def restore(path, cfg, identity, config):
         if name not in ignored and payload["config"].get(name, value) != value:
             log.info("resumed with another %s: was %s, is %s", flag(name), payload["config"][name], value)
     if source != path:
-        _link(source, path)  # else the next save would move the damaged file over the good one
+        link(source, path)  # else the next save would move the damaged file over the good one
     return payload
 
 
@@ -194,41 +193,51 @@ def apply(payload, parts, continues):
                 part.load_state_dict(payload[name])
         state = State(**payload["state"])
     except Exception as error:  # torch raises many types
-        other = UserError(f"--resume: not a run's checkpoint ({type(error).__name__}); --overwrite starts over")
-        raise error if hardware.out_of_memory(error) else other from None
+        foreign = UserError(f"--resume: parts of the checkpoint are not those of this run ({type(error).__name__}); "
+                            f"name another with --resume FILE, or start anew with another --checkpoint-path")
+        raise error if hardware.out_of_memory(error) else foreign from None
     return state if continues else dataclasses.replace(state, wandb_run_id="")  # a branch is a run of its own
 
 
-def begin(cfg, resume_from, step):
-    """Before the first step of a run with --overwrite: what is left of the run that it replaces must not be taken for
-    its own. A run that rolls back to `resume_from` has that as its newest checkpoint from the start."""
-    path = Path(cfg.checkpoint_path)
-    if resume_from is not None:
-        _link(Path(resume_from), path)
-    else:
-        path.unlink(missing_ok=True)
-    for file in (cfg.beside(".prev.pt"), cfg.beside(".best.pt"), cfg.beside(".nonfinite.pt")):
-        file.unlink(missing_ok=True)
-    if resume_from is None or not cfg.continues(resume_from):
-        leftovers = glob.escape(cfg.beside("").name)
-        for pattern in (".wandb.json", ".rank*.wandb.json", ".rank*.metrics.jsonl"):
-            for file in path.parent.glob(leftovers + pattern):
-                file.unlink()
-    for file in cfg.numbered():
-        if resume_from is None or int(file.stem.rpartition("-")[2]) > step:
+def begin(cfg, resume_from, state):
+    """Before the first step. With --overwrite, what is left of the run that is replaced must not be taken for this
+    one's own; a run that rolls back to `resume_from` has that as its newest checkpoint from the start. Returns the
+    least validation loss so far: that of a file, so infinity where there is no `.best.pt`."""
+    path, best = Path(cfg.checkpoint_path), cfg.beside(".best.pt")
+    if cfg.overwrite:
+        rolls_back = resume_from is not None and cfg.continues(resume_from)
+        if not (rolls_back and _step_of(best) <= state.step):
+            best.unlink(missing_ok=True)
+        if resume_from is not None:
+            link(Path(resume_from), path)
+        else:
+            path.unlink(missing_ok=True)
+        for file in (cfg.beside(".prev.pt"), cfg.beside(".nonfinite.pt")):
             file.unlink(missing_ok=True)
+        if not rolls_back:
+            leftovers = glob.escape(cfg.beside("").name)
+            for pattern in (".wandb.json", ".rank*.wandb.json", ".rank*.metrics.jsonl"):
+                for file in path.parent.glob(leftovers + pattern):
+                    file.unlink()
+        for file in cfg.numbered():
+            if resume_from is None or int(file.stem.rpartition("-")[2]) > state.step:
+                file.unlink(missing_ok=True)
+    return state.best_val if best.exists() else math.inf
+
+
+def _step_of(file):
+    saved = peek(file)
+    return saved["state"]["step"] if is_of_a_run(saved) else math.inf
 
 
 def require_space(cfg, n_bytes):
     """Raises UserError where the disk cannot hold the checkpoints of a run, of about `n_bytes` each: the newest, the
     one before, the best, those of --keep-last, and the one being written."""
-    folder, wanted = Path(cfg.checkpoint_path).absolute().parent, 4 + cfg.keep_last
-    while not folder.exists():
-        folder = folder.parent
+    wanted = 3 + bool(cfg.save_steps) + cfg.keep_last  # of one save alone there is none before
     files = [file for file in map(Path, cfg.files()) if file.suffix == ".pt"]
     files += cfg.beside("").parent.glob(glob.escape(cfg.beside("").name) + "*.pt.tmp")  # of a save that was killed
     ours = {file.stat().st_ino: file.stat().st_size for file in files}
-    missing = wanted * n_bytes - sum(ours.values()) - shutil.disk_usage(folder).free
+    missing = wanted * n_bytes - sum(ours.values()) - shutil.disk_usage(_nearest_folder(cfg.checkpoint_path)).free
     if missing > 0:
         raise UserError(f"--checkpoint-path {cfg.checkpoint_path}: {wanted} checkpoints of {n_bytes / 1e9:.2g} GB need "
                         f"{missing / 1e9:.2g} GB more than is free; make room, or name a path on another disk")
@@ -242,58 +251,21 @@ def load_latest(path, cfg):
         return load(path), path
     except DamagedCheckpoint as error:
         if os.path.realpath(path) != os.path.realpath(cfg.checkpoint_path) or not previous.exists():
-            raise UserError(f"--resume: {error}, and there is no {previous.name} to fall back to; "
-                            f"--overwrite starts over") from None
+            raise UserError(f"--resume: {error}; {_way_back(cfg)}") from None
         log.warning("%s; falling back to %s", error, previous)
     try:
         return load(previous), previous
     except DamagedCheckpoint as error:
-        raise UserError(f"--resume: neither {path.name} nor {error}; --overwrite starts over") from None
+        raise UserError(f"--resume: neither {path.name} nor {error}; {_way_back(cfg)}") from None
 
 
-def load(path):
-    """A verified checkpoint, its tensors on the CPU. Raises DamagedCheckpoint, naming the file and what is wrong."""
-    try:
-        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for, a device read without end
-            raise DamagedCheckpoint(f"{path} is not a file")
-        stated, actual = read_digest(path), file_digest(path)
-        if stated != actual:
-            raise DamagedCheckpoint(f"{path} is damaged (its SHA-256 is not the one it was written with)")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise DamagedCheckpoint(f"{path} is missing") from None
-    except DamagedCheckpoint:
-        raise
-    except Exception as error:  # torch.load raises many types, from pickle's to zip's
-        raise DamagedCheckpoint(f"{path} is not readable as a checkpoint "
-                                f"({(str(error).splitlines() or [type(error).__name__])[0][:100]})") from None
-
-
-def save(path, payload, keep=None):
-    """Write `payload`, tensors and plain values, as `path`: to a temporary file, to the disk, under its name. A kill at
-    any moment leaves the old file or the new one. The old one stays as `keep`, once the new one is whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".tmp")
-    try:
-        with open(draft, "wb") as file:
-            writer = _HashingFile(file)
-            try:
-                torch.save(payload, writer)
-            except RuntimeError as error:  # torch's own, where its writer was refused a write
-                raise writer.error or error from None
-            file.seek(-2, os.SEEK_END)
-            comment = COMMENT + writer.digest_without_tail().encode()
-            file.write(struct.pack("<H", len(comment)) + comment)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep and path.exists():
-            _link(path, keep)
-        os.replace(draft, path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+def _way_back(cfg):
+    """What to do where the checkpoint to resume from is lost."""
+    for file in (*reversed(cfg.numbered()), cfg.beside(".best.pt")):
+        with contextlib.suppress(DamagedCheckpoint):
+            load(file)
+            return f"--resume {file} --overwrite goes back to that one, which is whole"
+    return f"no other checkpoint beside {cfg.checkpoint_path} is whole; --overwrite starts over"
 
 
 def save_run(cfg, payload, step, latest, best):
@@ -308,9 +280,9 @@ def save_run(cfg, payload, step, latest, best):
         return cfg.beside(".best.pt")
     save(path, payload, keep=cfg.beside(".prev.pt"))
     if best:
-        _link(path, cfg.beside(".best.pt"))
+        link(path, cfg.beside(".best.pt"))
     if cfg.keep_last:
-        _link(path, cfg.beside(f".step-{step:08d}.pt"))
+        link(path, cfg.beside(f".step-{step:08d}.pt"))
         for old in cfg.numbered()[:-cfg.keep_last]:
             old.unlink(missing_ok=True)
     return path
@@ -324,16 +296,16 @@ class Saver:
         """`state` is the run's own; `written(path, state, best)` is called for each file, on the main rank."""
         self.cfg, self.world, self.state, self.written = cfg, world, state, written
         self.pool, self.copies = ThreadPoolExecutor(1, "save"), []
-        self.future = self.under_way = None  # the latter on every rank: (step, best_before) of what is being written
+        self.future = self.under_way = None  # the latter on every rank: (step, least loss before) of what is written
 
-    def save(self, payload, latest, best, best_before, last):
-        """Save what `payload()` returns. A save that fails is logged, and the next one is another try; of the `last`
-        one NotSaved is raised. `best_before` is the least validation loss before this step's."""
-        val = self.state.best_val
+    def save(self, payload, latest, best, last):
+        """Save what `payload()` returns; `best`: its validation loss is the least so far. A save that fails is logged,
+        and the next one is another try; of the `last` one NotSaved is raised."""
         self.settle()
-        if best and self.state.best_val != val:  # a best one that failed stands between
-            best_before, self.state.best_val = self.state.best_val, val
-        now, self.under_way = payload(), (self.state.step, best_before if best else self.state.best_val)
+        before = self.state.best_val
+        if best:
+            self.state.best_val = self.state.val_loss
+        now, self.under_way = payload(), (self.state.step, before)
         self.world.from_main(lambda: self._begin(now, latest, best))
         if last or not self.cfg.async_save:
             self.settle(last=last)
@@ -378,73 +350,3 @@ class Saver:
         hardware.synchronize(self.world.device)
         copies = iter(self.copies)
         return tree_unflatten([next(copies) if isinstance(value, torch.Tensor) else value for value in values], shape)
-
-
-def _link(source, target):
-    draft = target.with_name(target.name + ".tmp")
-    draft.unlink(missing_ok=True)
-    try:
-        os.link(source, draft)
-    except OSError:  # a file system without hard links
-        try:
-            shutil.copyfile(source, draft)
-        except OSError:
-            draft.unlink(missing_ok=True)
-            raise
-    os.replace(draft, target)
-    draft.unlink(missing_ok=True)  # renaming a file onto another name of itself does nothing
-
-
-def _sync_folder(folder):
-    fd = os.open(folder, os.O_RDONLY)
-    with contextlib.suppress(OSError):
-        os.fsync(fd)
-    os.close(fd)
-
-
-class _HashingFile:
-    """A file opened for writing that hashes what passes, but for the last two bytes, which the digest replaces."""
-
-    def __init__(self, file):
-        self.file, self.hash, self.tail, self.error = file, hashlib.sha256(), b"", None
-
-    def write(self, block):
-        view = memoryview(block).cast("B")
-        try:
-            self.file.write(view)
-        except OSError as error:
-            self.error = error
-            raise
-        if len(view) < 2:
-            view = memoryview(self.tail + bytes(view))
-        else:
-            self.hash.update(self.tail)
-        self.hash.update(view[:-2])
-        self.tail = bytes(view[-2:])
-        return len(block)
-
-    def flush(self):
-        self.file.flush()
-
-    def digest_without_tail(self):
-        return self.hash.hexdigest()
-
-
-def read_digest(path):
-    """The SHA-256 that a checkpoint states, or None."""
-    length = len(COMMENT) + 64
-    with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - length))
-        tail = file.read()
-    return tail[len(COMMENT):].decode("ascii", "replace") if tail.startswith(COMMENT) else None
-
-
-def file_digest(path):
-    """The SHA-256 of a checkpoint up to the length of its comment."""
-    digest, left = hashlib.sha256(), os.path.getsize(path) - len(COMMENT) - 64 - 2
-    with open(path, "rb") as file:
-        while left > 0 and (block := file.read(min(left, 1 << 22))):
-            digest.update(block)
-            left -= len(block)
-    return digest.hexdigest()

@@ -6,6 +6,7 @@ is not declared is refused with the nearest name that is.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -37,6 +38,28 @@ class UserError(Exception):
 
 class RunFailed(Exception):
     """What a run cannot go on after: shown as one line on stderr, exit code 1."""
+
+
+@contextlib.contextmanager
+def needed_packages():
+    """A package that is missing is the user's to install: not every machine that trains has all of them."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(f"the {error.name} package is missing: pip install {error.name}") from None
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Around a command's main: what is the user's to mend is one line on stderr, and exit code 2."""
+    try:
+        with needed_packages():
+            yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def arg(default, help, *, choices=(), const=None, metavar=None, **bounds):

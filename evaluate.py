@@ -7,7 +7,6 @@ training, so that the command repeats a run's own `val/loss`.
 import contextlib
 import json
 import math
-import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 
 import hardware
-from config import UserError, arg, parse
+from config import UserError, arg, one_line_errors, parse
 from data import spread_windows
 from model import IGNORE
 from pretrained import load_run
@@ -219,33 +218,29 @@ def report(found):
     return "\n".join(lines + [f"loss {loss:.4f} on {name}" for name, loss in found["losses"].items()])
 
 
+@one_line_errors()
 def main():
-    try:
-        cfg = parse(Config).evaluate
-        speed = hardware.SpeedConfig(amp=cfg.precision != "fp32", amp_dtype=cfg.precision.replace("fp32", "auto"))
-        device = hardware.configure(speed, hardware.choose_device(cfg.device))
-        model, tokenizer, eos, saved = load_run(cfg.checkpoint_path)
-        seq_len = cfg.seq_len or saved["config"]["seq_len"]
-        if seq_len > model.cfg.max_position_embeddings:
-            raise UserError(f"--seq-len {seq_len} is above the model's {model.cfg.max_position_embeddings} positions")
-        if cfg.stride > seq_len:
-            raise UserError(f"--stride {cfg.stride} is above --seq-len {seq_len}: windows would leave tokens out")
-        with tempfile.TemporaryDirectory() as folder:
-            shards, bytes_per_token = open_data(cfg.data or [own_validation_set(saved)], tokenizer, eos, saved, folder)
-            for name, shard in shards.items():
-                if shard.count < (2 if cfg.stride else seq_len + 1):
-                    raise UserError(f"--data {name or ' '.join(cfg.data)}: {shard.count} tokens are fewer than one "
-                                    f"window of --seq-len {seq_len} + 1; give more text, or --stride {seq_len}, which "
-                                    f"takes shorter ones, too")
-            precision = hardware.choose_precision(speed, device)
-            found = evaluate_text(model.to(device), shards, bytes_per_token, cfg, seq_len, precision, device)
-        found |= {"checkpoint": cfg.checkpoint_path, "step": saved["state"]["step"]}
-        print(json.dumps(found) if cfg.json else report(found))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    cfg = parse(Config).evaluate
+    speed = hardware.SpeedConfig(amp=cfg.precision != "fp32", amp_dtype=cfg.precision.replace("fp32", "auto"))
+    device = hardware.configure(speed, hardware.choose_device(cfg.device))
+    model, tokenizer, eos, saved = load_run(cfg.checkpoint_path)
+    seq_len = cfg.seq_len or saved["config"]["seq_len"]
+    if seq_len > model.cfg.max_position_embeddings:
+        raise UserError(f"--seq-len {seq_len} is above the model's {model.cfg.max_position_embeddings} positions; "
+                        f"lower it")
+    if cfg.stride > seq_len:
+        raise UserError(f"--stride {cfg.stride} is above --seq-len {seq_len}: windows would leave tokens out")
+    with tempfile.TemporaryDirectory() as folder:
+        shards, bytes_per_token = open_data(cfg.data or [own_validation_set(saved)], tokenizer, eos, saved, folder)
+        for name, shard in shards.items():
+            if shard.count < (2 if cfg.stride else seq_len + 1):
+                raise UserError(f"--data {name or ' '.join(cfg.data)}: {shard.count} tokens are fewer than one "
+                                f"window of --seq-len {seq_len} + 1; give more text, or --stride {seq_len}, which "
+                                f"takes shorter ones, too")
+        precision = hardware.choose_precision(speed, device)
+        found = evaluate_text(model.to(device), shards, bytes_per_token, cfg, seq_len, precision, device)
+    found |= {"checkpoint": cfg.checkpoint_path, "step": saved["state"]["step"]}
+    print(json.dumps(found) if cfg.json else report(found))
 
 
 if __name__ == "__main__":

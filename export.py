@@ -7,13 +7,12 @@ import json
 import math
 import re
 import shutil
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from config import UserError, arg, parse, read_json
+from config import UserError, arg, one_line_errors, parse, read_json
 from pretrained import beside_run, hugging_face_config, load_model, to_hugging_face, tokenizer_folder
 from tokenizer import end_of_text, open_tokenizer
 
@@ -104,7 +103,7 @@ def model_card(path, model, saved, n_tokens, dtype):
         return f"| {split} | {', '.join(f'`{file}`' for file in files)} | {tokens} | `{fingerprint}` |"
 
     built_in = "a Markov chain" if config["use_toy_data"] else "Python's standard library"
-    val_files = config["val_data"] or [f"{config['val_ratio']:.3g} of the documents above"]
+    val_files = config["val_data"] or [f"{config['val_ratio']:.3g} of the text above"]
     best = min(((row["val/loss"], row["step"]) for row in rows if row.get("val/loss") is not None), default=None)
     losses = [("training loss", last("train/loss")), ("validation loss", last("val/loss")),
               ("best validation loss so far", best)]
@@ -163,14 +162,11 @@ def _wandb_link(path):
     return found[-1] if found else f"run {run['id']} of project {run['project']}"
 
 
+@one_line_errors()
 def main():
-    try:
-        cfg = parse(ExportConfig).output
-        export(Path(cfg.checkpoint_path), cfg.output, cfg.dtype)
-        print(f"wrote {cfg.output}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    cfg = parse(ExportConfig).output
+    export(Path(cfg.checkpoint_path), cfg.output, cfg.dtype)
+    print(f"wrote {cfg.output}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import hardware
-from config import UserError, arg, parse
+from config import UserError, arg, one_line_errors, parse
 from model import KVCache
 from pretrained import load_run
 from tokenizer import open_tokenizer
@@ -234,6 +234,7 @@ def sample_text(model, tokenizer_folder, eos, max_new_tokens=128, temperature=0.
     return tokenizer.decode([token for token, in steps])
 
 
+@one_line_errors()
 def main():
     try:
         cfg = parse(Config).generate
@@ -245,13 +246,8 @@ def main():
         seconds = time.perf_counter() - began
         print(f"{n_tokens:,} tokens in {seconds:.2f} s: {n_tokens / seconds:,.0f} tokens/s on {device.type}",
               file=sys.stderr)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except BrokenPipeError:  # such as `| head`: whoever reads has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

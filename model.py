@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from config import UserError, arg
 
 IGNORE = -1  # a target that carries no loss
-EXPLICIT_ATTENTION = 256  # the longest context for which plain bf16 products beat the CPU's fused kernel (LOG.md)
+EXPLICIT_ATTENTION = 512  # the longest context for which plain bf16 products beat the CPU's fused kernel (LOG.md)
 
 
 @dataclass(frozen=True)

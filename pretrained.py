@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
+from archive import DamagedCheckpoint, load, peek
 from config import UserError, arg, flag, read_json
 from model import ARCHS, GPT, GPTConfig
 from tokenizer import end_of_text, hub_reachable, open_tokenizer
@@ -108,11 +109,8 @@ def _saved_config(path, cfg):
     """All flags of the run whose checkpoint is at `path`, without reading its tensors; {} where it is damaged, which is
     for `checkpoint.restore` to say."""
     for file in (path, cfg.beside(".prev.pt")):
-        try:
-            if os.path.isfile(file):  # a pipe would be waited for
-                return dict(torch.load(file, map_location="cpu", mmap=True, weights_only=True)["config"])
-        except Exception:  # torch.load raises many types, from pickle's to zip's
-            continue
+        if isinstance(config := peek(file).get("config"), dict):
+            return config
     return {}
 
 
@@ -346,9 +344,11 @@ def model_config(saved):
 
 def _checkpoint(path, named_by):
     try:
-        saved = checkpoint.load(path)
-    except checkpoint.DamagedCheckpoint as error:
-        raise UserError(f"{named_by}: {error}") from None
+        saved = load(path)
+    except DamagedCheckpoint as error:
+        others = sorted(str(file) for file in Path(path).parent.glob("*.pt") if file != Path(path))
+        advice = f"beside it: {', '.join(others[:5])}" if others else "python train.py makes one"
+        raise UserError(f"{named_by}: {error}; {advice}") from None
     if not checkpoint.is_of_a_run(saved):
-        raise UserError(f"{named_by} {path}: not a checkpoint of this version of mini-llm")
+        raise UserError(f"{named_by} {path}: not a checkpoint of this version of mini-llm; use the one that wrote it")
     return saved

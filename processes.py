@@ -5,10 +5,23 @@ import os
 import signal
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
+
+from config import arg
 
 STARTED = time.monotonic()  # of the process: --time-limit counts from here
 LAST_CALL = 600  # seconds from the request to stop until an orphan ends itself
+
+
+@dataclass
+class RanksConfig:
+    """Ranks"""
+
+    timeout: int = arg(1800, "seconds that ranks wait for one that does not come, until all leave: more than one needs "
+                             "to tokenize, compile or save while the others wait", low=1, metavar="SECONDS")
+    check_replicas: int = arg(0, "steps between comparisons of the ranks' weights and optimizer states, bit for bit; "
+                                 "0: at the start and before each checkpoint only", low=0)
 
 
 def parent_of(pid):

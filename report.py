@@ -21,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-from config import Parser, UserError, positive
+from config import Parser, UserError, one_line_errors, positive
 from plots import MARKS, figure, looks, panels_of, short, terminal_plot
 
 ROWS = ".metrics.jsonl"
@@ -336,6 +336,7 @@ def excerpt(log):
     return "\n".join(lines)
 
 
+@one_line_errors()
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", metavar="RUN", nargs="*", default=[DEFAULT],
@@ -362,16 +363,13 @@ def main():
         images = write_page(runs, folder, args.x, args.smooth)
         return print(f"wrote {folder / 'index.html'}, and beside it {', '.join(images)}")
     except ModuleNotFoundError as error:
-        message = f"the {error.name} package is missing: pip install {error.name}, or look with --terminal"
+        raise UserError(f"the {error.name} package is missing: pip install {error.name}, or look with "
+                        f"--terminal") from None
     except BrokenPipeError:  # of --terminal | head, which has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        message = f"{error.filename}: {error.strerror}"
-    except UserError as error:
-        message = error
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+        raise UserError(f"{error.filename}: {error.strerror}") from None
 
 
 if __name__ == "__main__":

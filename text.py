@@ -46,7 +46,7 @@ def find_sources(paths, label="--train-data"):
                 raise UserError(f"{label} {path}: no {', '.join(sorted(known))} file in this folder")
         elif os.path.exists(path):
             files = [path]
-        elif re.fullmatch(r"[\w-]+(/[\w.-]+)?", path) and not path.startswith("-"):
+        elif re.fullmatch(r"[\w-]+(/[\w.-]+)?(:[\w.-]+)?", path) and not path.startswith("-"):
             _require_hub(f"{label} {path}: no such file, and as a Hugging Face dataset it cannot be reached")
             sources.append(Source("hub", (path,), argument))
             continue
@@ -237,7 +237,8 @@ def table_pieces(source):
     datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs, the error below says
     try:
         if source.kind == "hub":
-            rows = datasets.load_dataset(source.paths[0], split="train", streaming=True)
+            repository, _, config = source.paths[0].partition(":")
+            rows = datasets.load_dataset(repository, config or None, split="train", streaming=True)
         else:
             rows = datasets.load_dataset(source.kind, data_files=[glob.escape(path) for path in source.paths],
                                          split="train", streaming=True)
@@ -256,4 +257,7 @@ def table_pieces(source):
         raise
     except Exception as error:  # datasets wraps what its readers raise in many types of its own
         reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
+        if source.kind == "hub":
+            raise UserError(f"{name}: {reason}; one of several configurations is named as {name.split(':')[0]}:NAME") \
+                from None
         raise UserError(f"{name}: not readable as {source.kind}: {reason}") from None

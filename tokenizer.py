@@ -92,10 +92,11 @@ def _pretrained(name):
     from tokenizers import Tokenizer
 
     if os.path.isdir(name):
-        file = os.path.join(name, "tokenizer.json")
+        file, reachable = os.path.join(name, "tokenizer.json"), True
     else:
         file = _hub_file(name, "tokenizer.json", local_files_only=True)
-        if file is None and hub_reachable():
+        reachable = file is not None or hub_reachable()
+        if file is None and reachable:
             file = _hub_file(name, "tokenizer.json")
     if file is not None and os.path.exists(file):
         if not os.path.isfile(file):
@@ -105,7 +106,7 @@ def _pretrained(name):
         except Exception as error:  # tokenizers raises bare Exception
             raise UserError(f"--tokenizer-name {name}: {file} is not a tokenizer: {error}") from None
         return _unbounded(tokenizer)
-    if os.path.isdir(name) or hub_reachable():
+    if reachable:
         tokenizer = _slow_pretrained(name)
         if tokenizer is not None:
             return _unbounded(tokenizer)

@@ -16,7 +16,7 @@ import torch
 import checkpoint
 import hardware
 from checkpoint import CheckpointConfig, Saver, State
-from config import RunFailed, UserError, arg, flag, flatten, parse
+from config import RunFailed, UserError, flag, flatten, needed_packages, parse
 from data import BatchConfig, Corpus, DataConfig
 from evaluate import evaluate
 from generate import sample_text
@@ -25,22 +25,12 @@ from meter import Meter
 from model import GPT, GPTConfig
 from optim import OptimConfig, StepGuard, lr_at, make_optimizer, set_lr
 from pretrained import InitConfig, load_initial, settle
-from processes import StopSignal, stop_when_orphaned
+from processes import RanksConfig, StopSignal, stop_when_orphaned
 from tracking import ReportConfig, Tracker, TrackingConfig, log_facts, make_profiler, setup_logging
 from wandb_runs import WandbConfig, in_sweep
 from watchdog import Watchdog
 
 log = logging.getLogger("mini_llm")
-
-
-@dataclass
-class RanksConfig:
-    """Ranks"""
-
-    timeout: int = arg(1800, "seconds that ranks wait for one that does not come, until all leave: more than one needs "
-                             "to tokenize, compile or save while the others wait", low=1, metavar="SECONDS")
-    check_replicas: int = arg(0, "steps between comparisons of the ranks' weights and optimizer states, bit for bit; "
-                                 "0: at the start and before each checkpoint only", low=0)
 
 
 @dataclass
@@ -85,6 +75,9 @@ class World:
     def grad_sync(self, model, last):
         """Around forward and backward of a micro-batch: gradients are averaged in the last one only."""
         return contextlib.nullcontext()
+
+    def rehearse(self, forward_backward):
+        """Before the first step, whose gradients these are not to be: for what settles in a first pass."""
 
     def sum(self, values):
         """Numbers → their sums over the ranks, float64."""
@@ -165,6 +158,15 @@ def train(cfg, world):
     num_steps, eval_steps = cfg.optim.num_steps, cfg.report.eval_every(cfg.optim.num_steps)
     log_facts(cfg, world, corpus, raw, precision, accum, state)
 
+    def forward_backward(micro):
+        """A micro-batch of this rank → its loss. Gradients add up; in the last one they are averaged over the ranks."""
+        with world.grad_sync(model, last=micro == accum - 1):
+            with meter.forward, precision.autocast():
+                batch = corpus.batch(state.step, micro, accum, batch_size, world.rank, world.size)
+                loss = model(*hardware.to_device(world.device, *batch))  # (B, T) inputs and targets
+            scaler.scale(loss / accum).backward()
+        return loss.detach()
+
     def train_step():
         """One optimizer step of all ranks → (losses of this rank's micro-batches, gradient norm, whether the step was
         taken), on the device; None where fp16 overflowed: then nothing has changed but the scale, and the step is to be
@@ -172,14 +174,7 @@ def train(cfg, world):
         world.at(state.step + 1)
         hardware.seed_step(cfg.optim.seed, state.step, world.rank)
         set_lr(optimizer, lr_at(state.step, cfg.optim))
-        losses = []
-        for micro in range(accum):
-            with world.grad_sync(model, last=micro == accum - 1):
-                with meter.forward, precision.autocast():
-                    batch = corpus.batch(state.step, micro, accum, batch_size, world.rank, world.size)
-                    loss = model(*hardware.to_device(world.device, *batch))  # (B, T) inputs and targets
-                scaler.scale(loss / accum).backward()
-            losses.append(loss.detach())
+        losses = [forward_backward(micro) for micro in range(accum)]
         scaler.unscale_(optimizer)
         meter.watch(raw, due=(state.step + 1) % cfg.report.log_steps == 0 or state.step + 1 == num_steps)
         norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.optim.grad_clip_norm or math.inf)
@@ -228,10 +223,10 @@ def train(cfg, world):
         log.info("already at step %d of %d: raise --num-steps to train on", state.step, num_steps)
         return 0
     world.from_main(lambda: checkpoint.require_space(cfg.checkpoint, 12 * raw.num_params()))  # weights and moments
-    if world.is_main:
-        corpus.export_tokenizer(cfg.checkpoint.beside(".tokenizer"))
-        if cfg.checkpoint.overwrite:
-            checkpoint.begin(cfg.checkpoint, resume_from, state.step)
+    world.from_main(lambda: corpus.export_tokenizer(cfg.checkpoint.beside(".tokenizer")))
+    state.best_val = world.from_main(lambda: checkpoint.begin(cfg.checkpoint, resume_from, state))
+    world.rehearse(lambda: forward_backward(accum - 1))
+    optimizer.zero_grad(set_to_none=True)
 
     facts = config | dict(n_params=raw.num_params(), accum_steps=accum, corpus_tokens=corpus.meta["tokens"])
     with (Tracker(cfg, world, state, precision.name, facts) as track,
@@ -249,7 +244,7 @@ def train(cfg, world):
             meter.add(*done, tokens=batch_size * accum * corpus.seq_len)
             profiler.step()
             track.bar.update()
-            metrics, best, best_before, (signal_number, save_now) = {}, False, math.inf, stop.agreed()
+            metrics, best, (signal_number, save_now) = {}, False, stop.agreed()
             if cfg.ranks.check_replicas and state.step % cfg.ranks.check_replicas == 0:
                 world.require_replicas(raw, optimizer)
             if due(cfg.report.log_steps):
@@ -260,13 +255,13 @@ def train(cfg, world):
                     halt(f"was not finite in {meter.skipped_in_row} steps in a row, the last", state.step - 1)
             if due(eval_steps):
                 metrics |= evaluate_now()
-                state.val_loss, best_before = metrics["val/loss"], state.best_val
-                best, state.best_val = state.val_loss < best_before, min(best_before, state.val_loss)
+                state.val_loss = metrics["val/loss"]
+                best = state.val_loss < state.best_val
             if metrics:
                 track.report(state, epochs_per_step, metrics)
             if (latest := due(cfg.checkpoint.save_steps) or signal_number or save_now) or best:
                 with meter.excluded("checkpoint"):  # all ranks wait here, not in the next step, a part of training
-                    saver.save(payload, latest, best, best_before, signal_number or state.step == num_steps)
+                    saver.save(payload, latest, best, signal_number or state.step == num_steps)
             if due(cfg.report.sample_steps):
                 with meter.excluded("sample"), precision.autocast():
                     world.from_main(lambda: track.sample(
@@ -285,7 +280,8 @@ def main(world_type=World):
         stop_when_orphaned(world_type.managers + bool(in_sweep()))  # a sweep's agent is one, too
         world = world_type(cfg)
         setup_logging(world.is_main)
-        world.leave(train(cfg, world))
+        with needed_packages():
+            world.leave(train(cfg, world))
     except (UserError, RunFailed) as error:
         world_type.fail(error, 2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:  # before there was anything to save

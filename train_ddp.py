@@ -24,18 +24,17 @@ class DDPWorld(World):
     pulse = NoPulse()  # of the class: an error may come before there is a world
 
     def __init__(self, cfg):
-        if "RANK" not in os.environ:
-            raise UserError("train_ddp.py is started by torchrun: torchrun --nproc-per-node=2 train_ddp.py ...; "
-                            "for one process, python train.py")
-        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.local_rank, self.local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-        self.node_rank, self.is_main = int(os.environ["GROUP_RANK"]), self.rank == 0
+        told = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"
+        if missing := [name for name in (*told, "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+            raise UserError(f"{', '.join(missing)} not set: start this by torchrun --nproc-per-node=2 train_ddp.py "
+                            f"..., on Slurm srun --ntasks-per-node=1 torchrun ...; for one process, python train.py")
+        self.rank, self.size, self.local_rank, self.local_size, self.node_rank = map(int, map(os.environ.get, told))
+        self.is_main = self.rank == 0
         super().__init__(cfg)
         if self.device.type == "mps":
             raise UserError("--device mps: PyTorch has no collectives on Metal; use --device cpu, or python train.py")
         if self.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
-            # torchrun's default leaves all cores but one a rank idle.
-            torch.set_num_threads(max(1, usable_cores() // self.local_size))
+            torch.set_num_threads(max(1, usable_cores() // self.local_size))  # torchrun's 1 leaves cores idle
         if cfg.checkpoint.resume != "auto" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
             raise UserError("torchrun --max-restarts starts this command again as it is: give it --resume auto")
         # Gradients go over NCCL on GPUs; numbers and flags live on the CPU, go over gloo, and never wait for a GPU.
@@ -50,6 +49,9 @@ class DDPWorld(World):
 
     def grad_sync(self, model, last):
         return contextlib.nullcontext() if last else model.no_sync()
+
+    def rehearse(self, forward_backward):
+        forward_backward()  # DDP then lays its buckets out anew: with three ranks or more, sums have other last bits
 
     def sum(self, values):
         return self._reduce(values, dist.ReduceOp.SUM, torch.float64)
@@ -80,7 +82,6 @@ class DDPWorld(World):
         error, skeleton = outcome
         if error is not None:
             raise error
-
         # Tensors one by one: a checkpoint is never pickled as a whole.
         def share(tensor):
             tensor = torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor

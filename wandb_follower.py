@@ -5,6 +5,7 @@ the trainer does not notice.
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -81,6 +82,10 @@ class Follower:
             with contextlib.suppress(SystemExit):  # so it tells that its second process ended badly
                 import_wandb().teardown()  # waits for that process, which may not have written its file to the end
             delivery.check()
+            if run.offline:
+                self.say("INFO", f"recorded; send it with wandb sync {shlex.quote(offline_folder(run))}")
+            elif delivery.log:
+                self.say("INFO", f"finished: {run.url}")
 
     @contextlib.contextmanager
     def _patience(self):
@@ -138,9 +143,14 @@ def open_run(job, say, may_go_offline=True, stop=None):
             await_run(job)
         run = start(**shared)
     except Exception as error:  # the SDK raises its own, pydantic's, protobuf's and the sockets' errors
+        if "created and deleted" in str(error) and not job.shared:  # W&B never takes such an id again
+            wandb.teardown()  # else the id counts as in use
+            again = next_id(job.init["id"])
+            say("WARNING", f"run {job.init['id']} was deleted on the server; it goes on as {again}")
+            return open_run(dataclasses.replace(job, init=job.init | dict(id=again)), say, may_go_offline, stop)
         if not may_go_offline or job.shared or job.mode == "offline":
             raise
-        wandb.teardown()  # else the id counts as in use
+        wandb.teardown()
         run = start(mode="offline")
         say("WARNING", f"{reason(error)}; {advice(error)}. Recorded offline meanwhile: "
                        f"wandb sync {shlex.quote(offline_folder(run))}, or {job.sync}")
@@ -156,6 +166,12 @@ def open_run(job, say, may_go_offline=True, stop=None):
         except Exception as error:  # worth less than the rows
             say("WARNING", f"configuration or files not logged: {reason(error)}")
     return run
+
+
+def next_id(run_id):
+    """abc → abc-2 → abc-3"""
+    stem, _, number = run_id.rpartition("-")
+    return f"{stem}-{int(number) + 1}" if stem and number.isdecimal() else f"{run_id}-2"
 
 
 def describe(run, job):
@@ -317,7 +333,7 @@ ADVICE = [  # in what W&B says → what to do
     (r"no space left|read-only|not a directory|file exists|\[errno 13\]|disk quota",
      "name a folder of your own with room: --wandb-dir"),
     (r"\b(403|404)\b|permission|not found|could not find|\bentity\b",
-     "check --wandb-entity and --wandb-project, or the key's rights"),
+     "check entity and project (--wandb-entity, --wandb-project), or the key's rights"),
     (r"\b429\b|rate limit|quota|storage", "W&B limits this account: fewer reports (--log-steps), or wait"),
     (r"", "check the network and WANDB_BASE_URL, or take --wandb-mode offline"),
 ]

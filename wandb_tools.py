@@ -126,6 +126,9 @@ def send(facts, path):
     if not missing:
         return f"{target} has every row"
     run = open_run(job, lambda level, text: print(text, flush=True), may_go_offline=False)
+    if run.id != facts["init"]["id"]:  # deleted on the server
+        target = target.removesuffix(facts["init"]["id"]) + run.id
+        missing = lacking(records, rows_of(api, target))
     publisher = Publisher(run, job, print, [record for record in records if record.get("event") == "sample"
                                             and record not in missing])
     publisher.publish(map(json.dumps, missing))
@@ -190,6 +193,9 @@ def run(parser):
         code = args.run_command(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except FileNotFoundError as error:
+        print(f"error: {error.filename}: no such file; give the path of a run's checkpoint", file=sys.stderr)
         code = 2
     except Exception as error:
         print(f"error: {reason(error)}; {advice(error)}", file=sys.stderr)

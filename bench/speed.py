@@ -83,9 +83,10 @@ def main():
                               max_position_embeddings=size.context)).flops_per_token(size.context)
         makers, speed, memory, agreement = programs(bench, options), {}, {}, []
         peaks = {torch.float32: [], torch.bfloat16: []}
-        for number in range(options.rounds + 1):
+        for number in range(options.rounds + 1):  # the first warms up
             elapsed = time.perf_counter() - began
-            if speed and options.limit and elapsed * (number + 1) / number > options.limit:
+            if number and options.limit and elapsed * (number + 1) / number > options.limit:
+                print(f"{options.limit:g} s do not hold another round")
                 break
             for dtype, found in peaks.items():
                 found.append(matmul_peak(options.device, dtype))
@@ -94,10 +95,13 @@ def main():
                 if not number:  # caches warm up
                     continue
                 speed.setdefault(name, []).append((size.long - size.short) * size.tokens / (wall[1] - wall[0]))
+                print(f"round {number}, {name}: {speed[name][-1]:,.0f} tokens/s", flush=True)
                 memory.setdefault(name, []).append(peak[1])
                 if name == "mini-llm, default":
                     agreement.append(reported(Path(folder), size) / speed[name][-1])
 
+    if not speed:
+        return
     first, *_ = speed
     ours = speed.get("mini-llm, default")
     print(f"size {options.size}: {size.layers} layers, {size.heads} heads, d {size.width}, T {size.context}, batch "

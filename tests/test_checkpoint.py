@@ -1,3 +1,4 @@
+import math
 import os
 import pickle
 import zipfile
@@ -5,8 +6,9 @@ import zipfile
 import pytest
 import torch
 
+import archive
 import checkpoint
-from checkpoint import CheckpointConfig, DamagedCheckpoint, load, load_latest, plan, save, save_run
+from checkpoint import CheckpointConfig, DamagedCheckpoint, State, load, load_latest, plan, save, save_run
 from config import UserError
 
 PAYLOAD = {"model": {"w": torch.arange(1000.0), "b": torch.zeros(3, dtype=torch.bfloat16)}, "step": 7, "name": "x"}
@@ -30,8 +32,8 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
 def test_a_checkpoint_is_plain_torch_and_zip(tmp_path):
     save(tmp_path / "c.pt", PAYLOAD)
     assert torch.load(tmp_path / "c.pt", weights_only=True)["step"] == 7
-    with zipfile.ZipFile(tmp_path / "c.pt") as archive:
-        assert archive.testzip() is None and archive.comment.startswith(b"sha256:")
+    with zipfile.ZipFile(tmp_path / "c.pt") as whole_file:
+        assert whole_file.testzip() is None and whole_file.comment.startswith(b"sha256:")
 
 
 @pytest.mark.parametrize("damage", [
@@ -151,11 +153,12 @@ def test_a_foreign_checkpoint_is_not_resumed(tmp_path):
 
 def test_a_large_tensor_written_in_one_block_is_hashed_right(tmp_path):
     save(tmp_path / "c.pt", {"w": torch.randn(3_000_001)})
-    assert checkpoint.read_digest(tmp_path / "c.pt") == checkpoint.file_digest(tmp_path / "c.pt")
+    assert archive.read_digest(tmp_path / "c.pt") == archive.file_digest(tmp_path / "c.pt")
 
 
 def whole(step):
-    return payload(step) | {"format": checkpoint.FORMAT, "identity": {}, "config": {}, "model": {}, "state": {}}
+    return payload(step) | {"format": checkpoint.FORMAT, "identity": {}, "config": {}, "model": {},
+                            "state": {"step": step}}
 
 
 def test_a_fallback_mends_the_newest_so_that_a_kill_in_the_next_save_loses_nothing(tmp_path, monkeypatch):
@@ -178,18 +181,23 @@ def test_starting_over_leaves_nothing_of_the_old_run_in_force(tmp_path):
     cfg = config(tmp_path, keep_last=2)
     for step in (900, 1000):
         save_run(cfg, whole(step), step, latest=True, best=True)
-    checkpoint.begin(cfg, None, 0)
+    assert checkpoint.begin(cfg, None, State()) == math.inf
     assert os.listdir(tmp_path) == []
     assert plan(config(tmp_path, resume="auto")) is None
 
 
-def test_rolling_back_makes_the_file_the_newest_at_once(tmp_path):
-    cfg = config(tmp_path, keep_last=3)
+@pytest.mark.parametrize("best_at, back_to, least", [
+    (30, "c.step-00000020.pt", math.inf), (10, "c.step-00000020.pt", 1.5), (20, "c.best.pt", 1.5)])
+def test_rolling_back_makes_the_file_the_newest_at_once_and_keeps_a_best_one_that_it_knows(tmp_path, best_at, back_to,
+                                                                                             least):
+    cfg = config(tmp_path, keep_last=3, overwrite=True)
     for step in (10, 20, 30):
-        save_run(cfg, whole(step), step, latest=True, best=step == 30)
-    checkpoint.begin(cfg, tmp_path / "c.step-00000020.pt", 20)
-    assert load(tmp_path / "c.pt")["step"] == 20
-    assert sorted(os.listdir(tmp_path)) == ["c.pt", "c.step-00000010.pt", "c.step-00000020.pt"]
+        save_run(cfg, whole(step), step, latest=True, best=step == best_at)
+    assert checkpoint.begin(cfg, tmp_path / back_to, State(step=20, best_val=1.5)) == least
+    assert load(tmp_path / "c.pt")["state"]["step"] == 20
+    best = {"c.best.pt"} if least < math.inf else set()
+    assert set(os.listdir(tmp_path)) == {"c.pt", "c.step-00000010.pt", "c.step-00000020.pt"} | best
+    assert not best or load(tmp_path / "c.best.pt")["state"]["step"] == best_at
 
 
 def test_a_path_spelled_otherwise_is_the_same_run(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@ from dataclasses import dataclass, field
 import pytest
 from conftest import ROOT
 
-from config import UserError, arg, flatten, parse
+from config import UserError, arg, flatten, one_line_errors, parse
 
 
 @dataclass
@@ -114,3 +114,15 @@ def test_one_flag_has_one_owner():
 
     with pytest.raises(AssertionError, match="two groups declare"):
         parse(Twice, [])
+
+
+def test_a_package_that_is_missing_is_named_with_what_installs_it(capsys):
+    @one_line_errors()
+    def main():
+        import a_package_that_nobody_has  # noqa: F401
+
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    assert capsys.readouterr().err == ("error: the a_package_that_nobody_has package is missing: pip install "
+                                       "a_package_that_nobody_has\n")

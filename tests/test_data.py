@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import os
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from config import UserError
 from data import Corpus, DataConfig, permute, prepare
 from shards import HEADER, Shard, ShardWriter
 from text import cut_text, find_sources, is_validation, pieces, source_names, text_pieces
-from tokenizer import END_OF_TEXT, load_tokenizer, open_tokenizer, train_tokenizer
+from tokenizer import END_OF_TEXT, hub_reachable, load_tokenizer, open_tokenizer, train_tokenizer
 
 
 def config(path, cache, **changes):
@@ -381,6 +382,15 @@ def test_gpt2s_tokenizer_from_the_local_cache(monkeypatch, text, cache):
 
 
 # Size
+
+
+def test_a_hub_that_never_answers_is_given_up_within_seconds(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        began = time.monotonic()
+        assert not hub_reachable(1.0) and time.monotonic() - began < 10
 
 
 @pytest.mark.slow

@@ -62,14 +62,15 @@ def test_accumulation_over_ranks_averages_every_gradient_once(trainer):
     close(wide, ranks, 1e-5)
 
 
-@pytest.mark.parametrize("precision", [["--no-amp"], ["--amp-dtype", "bf16"], ["--amp-dtype", "fp16"]],
-                         ids=["fp32", "bf16", "fp16"])
-def test_two_ranks_resume_bit_for_bit(trainer, precision):
+@pytest.mark.parametrize("ranks, precision", [
+    (2, ["--no-amp"]), (2, ["--amp-dtype", "bf16"]), (2, ["--amp-dtype", "fp16"]), (3, ["--no-amp"])],
+    ids=["fp32", "bf16", "fp16", "3 ranks"])
+def test_ranks_resume_bit_for_bit(trainer, ranks, precision):
     flags = ["--max-tokens", 3200, "--grad-accum-steps", 2, "--dropout", 0.2, "--log-steps", 5, "--eval-steps", 4,
              "--save-steps", 6, "--lr-scheduler", "none", *precision]
-    straight = trainer(*flags, "--num-steps", 14, ranks=2, checkpoint="straight.pt")
-    first = trainer(*flags, "--num-steps", 9, ranks=2, checkpoint="resumed.pt")
-    second = trainer(*flags, "--num-steps", 14, "--resume", ranks=2, checkpoint="resumed.pt")
+    straight = trainer(*flags, "--num-steps", 14, ranks=ranks, checkpoint="straight.pt")
+    first = trainer(*flags, "--num-steps", 9, ranks=ranks, checkpoint="resumed.pt")
+    second = trainer(*flags, "--num-steps", 14, "--resume", ranks=ranks, checkpoint="resumed.pt")
     assert straight.code == first.code == second.code == 0, straight.err + first.err + second.err
     assert same(second, straight) and straight.rows[14]["train/epoch"] > 1
 

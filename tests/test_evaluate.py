@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, TINY, environment
 from test_generate import command, refused, shown
 
-from evaluate import Clusters, main, sliding_windows, window_batches
+from evaluate import Clusters, figures, main, sliding_windows, window_batches
 from export import export
 from model import IGNORE
 from pretrained import load_run
@@ -119,6 +119,10 @@ def test_the_interval_holds_the_truth_19_times_in_20():
         low, high = clusters.interval()
         hits += low < 3 < high
     assert 0.91 < hits / 300 < 0.98
+
+
+def test_a_perplexity_beyond_all_numbers_is_infinite():
+    assert figures(8000.0, 10, 4.0)["ppl"] == math.inf and figures(0.0, 10, 4.0)["ppl"] == 1
 
 
 def test_one_cluster_has_no_interval():

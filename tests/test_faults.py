@@ -262,24 +262,24 @@ def test_saving_on_a_thread_changes_no_bit_of_any_checkpoint(trainer, ranks):
 
 
 def test_what_a_thread_fails_to_save_is_told_undone_and_tried_again(tmp_path, caplog):
-    state, written = State(step=1, best_val=3.0), []
+    state, written = State(step=1, val_loss=3.0), []
     saver = Saver(CheckpointConfig(checkpoint_path=str(tmp_path / "c.pt"), async_save=True), Alone(), state,
                   lambda path, at, best: written.append((path.name, at.step, best)))
     save_all = partial(saver.save, lambda: {"state": torch.tensor(state.step)}, latest=True)
-    save_all(best=True, best_before=math.inf, last=False)
+    save_all(best=True, last=False)
     saver.settle()
     (tmp_path / "c.pt.tmp").mkdir()  # the draft cannot be written
-    state.step, state.best_val = 2, 2.0
-    save_all(best=True, best_before=3.0, last=False)
-    state.step, state.best_val = 3, 1.5
-    save_all(best=True, best_before=2.0, last=False)  # fails, too; and tells of the one before
+    state.step, state.val_loss = 2, 2.0
+    save_all(best=True, last=False)
+    state.step, state.val_loss = 3, 1.5
+    save_all(best=True, last=False)  # fails, too; and tells of the one before
     assert "step 2 could not be saved" in caplog.text and state.best_val == 1.5
     saver.settle()
     assert "step 3 could not be saved" in caplog.text and state.best_val == 3.0, "that of the file"
     with pytest.raises(NotSaved, match="step 3"):
-        save_all(best=False, best_before=3.0, last=True)
+        save_all(best=False, last=True)
     (tmp_path / "c.pt.tmp").rmdir()
-    save_all(best=False, best_before=3.0, last=True)
+    save_all(best=False, last=True)
     assert written == [("c.pt", 1, True), ("c.pt", 3, False)]
     assert torch.load(tmp_path / "c.best.pt", weights_only=True)["state"] == 1
 

@@ -330,6 +330,8 @@ WRONG = {
     "kv heads": (["--n-kv-heads", "3"], ["--n-kv-heads 3", "--n-heads 2"]),
     "no checkpoint to resume": (["--resume"], ["--resume", "no checkpoint"]),
     "no such file to resume": (["--resume", "nowhere.pt"], ["--resume nowhere.pt", "no such file"]),
+    "a name of another of its files": (["--checkpoint-path", "c.best.pt"], ["c.best.pt", "NAME.pt"]),
+    "another suffix": (["--checkpoint-path", "c.ckpt"], ["c.ckpt", "NAME.pt"]),
     "truncated checkpoint": (["--resume", "truncated.pt"], ["truncated.pt", "damaged", "--overwrite"]),
     "batch that does not divide": (["--global-batch-tokens", "1000"], ["--global-batch-tokens 1000", "try 1024"]),
     "two ways to say the batch": (["--global-batch-tokens", "1024", "--grad-accum-steps", "2"], ["give one of them"]),
@@ -388,9 +390,11 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_difference(trainer, fla
     assert first.checkpoint.read_bytes() == before and 3 in first.rows
 
 
-def test_ddp_without_torchrun_says_how_to_launch(tmp_path):
-    run = subprocess.run([sys.executable, str(ROOT / "train_ddp.py")], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 2 and "torchrun --nproc-per-node" in run.stderr
+@pytest.mark.parametrize("known", [{}, {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}], ids=["nothing", "as srun"])
+def test_ddp_without_torchrun_says_how_to_launch(tmp_path, known):
+    run = subprocess.run([sys.executable, str(ROOT / "train_ddp.py")], cwd=tmp_path, capture_output=True, text=True,
+                         env=environment(**known))
+    assert run.returncode == 2 and "torchrun --nproc-per-node" in run.stderr and "MASTER_ADDR" in run.stderr
     assert len(run.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
