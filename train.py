@@ -76,8 +76,8 @@ class World:
         """Around forward and backward of a micro-batch: gradients are averaged in the last one only."""
         return contextlib.nullcontext()
 
-    def rehearse(self, forward_backward):
-        """Before the first step, whose gradients these are not to be: for what settles in a first pass."""
+    def rehearse(self, one_pass):
+        """Before the first step: `one_pass()`, forward and backward, if something settles in it that steps go by."""
 
     def sum(self, values):
         """Numbers → their sums over the ranks, float64."""

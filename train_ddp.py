@@ -50,8 +50,8 @@ class DDPWorld(World):
     def grad_sync(self, model, last):
         return contextlib.nullcontext() if last else model.no_sync()
 
-    def rehearse(self, forward_backward):
-        forward_backward()  # DDP then lays its buckets out anew: with three ranks or more, sums have other last bits
+    def rehearse(self, one_pass):
+        one_pass()  # DDP then lays its buckets out anew: with three ranks or more, sums have other last bits
 
     def sum(self, values):
         return self._reduce(values, dist.ReduceOp.SUM, torch.float64)

@@ -5,7 +5,6 @@ the trainer does not notice.
 """
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -143,14 +142,9 @@ def open_run(job, say, may_go_offline=True, stop=None):
             await_run(job)
         run = start(**shared)
     except Exception as error:  # the SDK raises its own, pydantic's, protobuf's and the sockets' errors
-        if "created and deleted" in str(error) and not job.shared:  # W&B never takes such an id again
-            wandb.teardown()  # else the id counts as in use
-            again = next_id(job.init["id"])
-            say("WARNING", f"run {job.init['id']} was deleted on the server; it goes on as {again}")
-            return open_run(dataclasses.replace(job, init=job.init | dict(id=again)), say, may_go_offline, stop)
         if not may_go_offline or job.shared or job.mode == "offline":
             raise
-        wandb.teardown()
+        wandb.teardown()  # else the id counts as in use
         run = start(mode="offline")
         say("WARNING", f"{reason(error)}; {advice(error)}. Recorded offline meanwhile: "
                        f"wandb sync {shlex.quote(offline_folder(run))}, or {job.sync}")
@@ -166,12 +160,6 @@ def open_run(job, say, may_go_offline=True, stop=None):
         except Exception as error:  # worth less than the rows
             say("WARNING", f"configuration or files not logged: {reason(error)}")
     return run
-
-
-def next_id(run_id):
-    """abc → abc-2 → abc-3"""
-    stem, _, number = run_id.rpartition("-")
-    return f"{stem}-{int(number) + 1}" if stem and number.isdecimal() else f"{run_id}-2"
 
 
 def describe(run, job):
@@ -333,7 +321,7 @@ ADVICE = [  # in what W&B says → what to do
     (r"no space left|read-only|not a directory|file exists|\[errno 13\]|disk quota",
      "name a folder of your own with room: --wandb-dir"),
     (r"\b(403|404)\b|permission|not found|could not find|\bentity\b",
-     "check entity and project (--wandb-entity, --wandb-project), or the key's rights"),
+     "check --wandb-entity and --wandb-project, or the key's rights"),
     (r"\b429\b|rate limit|quota|storage", "W&B limits this account: fewer reports (--log-steps), or wait"),
     (r"", "check the network and WANDB_BASE_URL, or take --wandb-mode offline"),
 ]

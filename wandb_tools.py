@@ -126,9 +126,6 @@ def send(facts, path):
     if not missing:
         return f"{target} has every row"
     run = open_run(job, lambda level, text: print(text, flush=True), may_go_offline=False)
-    if run.id != facts["init"]["id"]:  # deleted on the server
-        target = target.removesuffix(facts["init"]["id"]) + run.id
-        missing = lacking(records, rows_of(api, target))
     publisher = Publisher(run, job, print, [record for record in records if record.get("event") == "sample"
                                             and record not in missing])
     publisher.publish(map(json.dumps, missing))

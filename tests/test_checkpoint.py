@@ -178,7 +178,7 @@ def test_a_fallback_mends_the_newest_so_that_a_kill_in_the_next_save_loses_nothi
 
 
 def test_starting_over_leaves_nothing_of_the_old_run_in_force(tmp_path):
-    cfg = config(tmp_path, keep_last=2)
+    cfg = config(tmp_path, keep_last=2, overwrite=True)
     for step in (900, 1000):
         save_run(cfg, whole(step), step, latest=True, best=True)
     assert checkpoint.begin(cfg, None, State()) == math.inf

@@ -66,21 +66,6 @@ def test_a_run_online_has_its_rows_files_samples_and_facts(online, server):
     assert stored.config["world_size"] == 1 and stored.config["lr"] == 1e-3 and stored.events, "system metrics"
 
 
-def test_a_run_that_was_deleted_on_the_server_goes_on_as_another(online, server):
-    """W&B never takes the id of a deleted run again; a resumed run must not lose its rows to that."""
-    first = online("--num-steps", 10, "--log-steps", 5)
-    (key,) = server.runs
-    server.deleted.add(key[2])
-    server.runs.clear()
-    second = online("--num-steps", 20, "--log-steps", 5, "--resume")
-    assert first.code == second.code == 0, second.err
-    stored = only_run(server)
-    assert stored.run_id == f"{key[2]}-2" and f"goes on as {key[2]}-2" in second.out, second.out
-    assert values(stored).keys() == {15, 20} and stored.state == "finished"
-    assert "rows sent" in sync(second.checkpoint.parent, server)
-    assert values(only_run(server)).keys() == {5, 10, 15, 20} and len(column(stored, "train/loss")[20]) == 1
-
-
 def test_a_run_killed_between_checkpoints_and_resumed_is_one_chart_of_the_whole(trainer, online, server, tmp_path):
     """Killed at step 37 of 60 with checkpoints every 10: steps 31 to 37 reach the server twice, with equal values."""
     flags = ["--num-steps", 60, "--log-steps", 1, "--save-steps", 10, "--eval-steps", 10, "--dropout", 0.1]

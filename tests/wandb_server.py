@@ -194,7 +194,7 @@ class ServerSweep:
 
 class WandbServer:
     def __init__(self, port=0, on_request=None):
-        self.runs, self.artifacts, self.sweeps, self.requests, self.deleted = {}, [], {}, [], set()
+        self.runs, self.artifacts, self.sweeps, self.requests = {}, [], {}, []
         self.on_request = on_request or (lambda kind, run_id: None)
         self._port, self._http, self._faults, self._healed = port, None, {}, threading.Event()
         self._blobs, self._drafts, self._lock, self._connections = {}, [], threading.RLock(), set()
@@ -399,7 +399,6 @@ class WandbServer:
     def _delete_run(self, id, **_):
         _, _, name, project, entity = base64.b64decode(id).decode().split(":")
         del self.runs[entity, project, name]
-        self.deleted.add(name)
         return dict(clientMutationId=None)
 
     def _create_run_files(self, entityName, projectName, runName, files):
@@ -624,9 +623,6 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(200, b"<html><body>Please sign in to this network</body></html>", "text/html")
         elif isinstance(how, int):
             self.reply(how, {"error": f"injected {how}", "errors": [{"message": f"injected {how}"}]})
-        elif kind == "upsert" and run_id in state.deleted:
-            self.reply(409, {"errors": [{"message": f"run {run_id} was previously created and deleted; try a new run "
-                                                    f"name"}]})
         elif query:
             self.graphql(query)
         else:
