@@ -113,7 +113,7 @@ def test_a_restart_without_resume_auto_is_refused(monkeypatch):
     from train_ddp import DDPWorld
 
     for name, value in dict(RANK=0, LOCAL_RANK=0, GROUP_RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1,
-                            TORCHELASTIC_MAX_RESTARTS=2).items():
+                            MASTER_ADDR="localhost", MASTER_PORT=1, TORCHELASTIC_MAX_RESTARTS=2).items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(UserError, match="give it --resume auto"):
         DDPWorld(parse(Config, ["--device", "cpu"]))
