@@ -253,10 +253,11 @@ def load_latest(path, cfg):
         if os.path.realpath(path) != os.path.realpath(cfg.checkpoint_path) or not previous.exists():
             raise UserError(f"--resume: {error}; {_way_back(cfg)}") from None
         log.warning("%s; falling back to %s", error, previous)
+        newest = error
     try:
         return load(previous), previous
     except DamagedCheckpoint as error:
-        raise UserError(f"--resume: neither {path.name} nor {error}; {_way_back(cfg)}") from None
+        raise UserError(f"--resume: {newest}; {error}; {_way_back(cfg)}") from None
 
 
 def _way_back(cfg):

@@ -200,6 +200,25 @@ def test_rolling_back_makes_the_file_the_newest_at_once_and_keeps_a_best_one_tha
     assert not best or load(tmp_path / "c.best.pt")["state"]["step"] == best_at
 
 
+def test_where_the_newest_are_damaged_the_error_names_one_that_is_whole(tmp_path):
+    cfg = config(tmp_path, keep_last=2)
+    for step in (10, 20, 30):
+        save_run(cfg, whole(step), step, latest=True, best=step == 10)
+    for name in ("c.pt", "c.prev.pt"):
+        (tmp_path / name).unlink()  # the file of that name alone: others are second names of it
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UserError) as error:
+        load_latest(tmp_path / "c.pt", cfg)
+    assert f"--resume {tmp_path / 'c.step-00000030.pt'} --overwrite goes back to that one" in str(error.value)
+    for file in cfg.numbered():
+        file.unlink()
+    with pytest.raises(UserError, match=r"--resume \S+c\.best\.pt --overwrite"):
+        load_latest(tmp_path / "c.pt", cfg)
+    (tmp_path / "c.best.pt").unlink()
+    with pytest.raises(UserError, match=r"c\.pt is .*c\.prev\.pt is .*no other checkpoint .*--overwrite starts over"):
+        load_latest(tmp_path / "c.pt", cfg)
+
+
 def test_a_path_spelled_otherwise_is_the_same_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cfg = CheckpointConfig(checkpoint_path="c.pt")

@@ -122,7 +122,7 @@ def test_no_program_runs_the_code_of_a_checkpoint(run, again, kind):
     refused(run(train, *flags, "--checkpoint-path", folder / "new.pt", "--resume", file), "--resume", "evil.pt")
     for name in ("c.pt", "c.prev.pt"):
         shutil.copy(file, folder / name)
-    refused(run(train, *flags, "--resume"), "neither c.pt nor", "c.prev.pt is ")
+    refused(run(train, *flags, "--resume"), "c.pt is ", "c.prev.pt is ")
     assert not marker.exists() and not (folder / "out").exists() and not (folder / "new.pt").exists()
     with contextlib.suppress(RuntimeError):  # of the plain pickle, once it has run
         torch.load(file, weights_only=False)
