@@ -15,9 +15,12 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from config import UserError, arg
+from kernels import CausalAttention, HeadCrossEntropy
 
 IGNORE = -1  # a target that carries no loss
-EXPLICIT_ATTENTION = 512  # the longest context for which plain bf16 products beat the CPU's fused kernel (LOG.md)
+# On a CPU, by measurement (LOG.md): the longest context for which attention by plain products in bf16 beats the fused
+# kernel, and the least vocabulary for which the loss by chunks of logits beats one pass.
+EXPLICIT_ATTENTION, CHUNKED_VOCABULARY = 512, 1024
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,13 @@ class GPTConfig:
         return self.parts.tie_embeddings if self.tie_embeddings is None else self.tie_embeddings
 
 
+def stream_dtype(x):
+    """What the residual stream is kept in: bf16 where autocast is, as in nanochat and Megatron-LM, for half the traffic
+    between the products; else x's own, since fp16 has not the range."""
+    bf16 = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) is torch.bfloat16
+    return torch.bfloat16 if bf16 else x.dtype
+
+
 class RMSNorm(nn.Module):
     """x / rms(x), times a gain if there is one (Zhang & Sennrich 2019)."""
 
@@ -129,14 +139,11 @@ def rotate(x, rope):
 
 def attend(q, k, v, dropout=0.0):
     """Causal attention: q (B, nh, T, hs), k and v (B, nkv, S, hs) → (B, nh, T, hs). T is S, or 1 with a cache."""
-    T, hs = q.shape[2:]
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T <= EXPLICIT_ATTENTION:
-        # The CPU's flash kernel runs its backward pass in fp32; plain matrix products stay in bf16.
-        if q.shape[1] != k.shape[1]:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        scores = (q * hs**-0.5) @ k.transpose(-2, -1)  # (B, nh, T, T)
-        future = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1)
-        return F.dropout((scores + future).softmax(dim=-1), dropout) @ v
+    T = q.shape[2]
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= EXPLICIT_ATTENTION and q.requires_grad:
+        # (B, nkv, S, hs) -> (B, nkv, nh / nkv, S, hs) -> (B, nh, S, hs); a view where nkv is nh
+        k, v = (x.unsqueeze(2).expand(-1, -1, q.shape[1] // x.shape[1], -1, -1).flatten(1, 2) for x in (k, v))
+        return CausalAttention.apply(q, k, v, dropout)
     # One new token sees all that is cached, so only a longer input needs the causal mask.
     return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=q.shape[1] != k.shape[1],
                                           dropout_p=dropout)
@@ -245,12 +252,21 @@ class GPT(nn.Module):
 
     def forward(self, tokens, targets=None, reduction="mean"):
         """tokens (B, T) int64, targets (B, T) with IGNORE where nothing is to be predicted → the cross-entropy in
-        nats per token (a scalar; `reduction="sum"`: nats). Without targets → logits (B, T, V)."""
-        logits = self.logits(self.hidden(tokens))
+        nats per token, their mean (or `reduction="none"`: each, (B * T,)). Without targets → logits (B, T, V)."""
+        x = self.hidden(tokens)
+        if targets is not None and self.loss_in_chunks(x):
+            nats = HeadCrossEntropy.apply(x.flatten(0, 1), self.head_weight.to(x.dtype), targets.flatten(), IGNORE)
+            return nats if reduction == "none" else nats.sum() / (targets != IGNORE).sum()
+        logits = self.logits(x)
         if targets is None:
             return logits
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE,
                                reduction=reduction)
+
+    def loss_in_chunks(self, x):
+        amp = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        return (x.device.type == "cpu" and self.cfg.vocab_size >= CHUNKED_VOCABULARY and not self.cfg.parts.softcap
+                and x.dtype == amp and not torch.compiler.is_compiling())
 
     def hidden(self, tokens, past=None):
         """(B, T) → (B, T, C), after the last norm."""
@@ -261,7 +277,7 @@ class GPT(nn.Module):
             rope = self.rope[:, start:start + T]  # (2, T, hs / 2)
         else:
             x = x + self.pos_emb.weight[start:start + T]  # (B, T, C) + (T, C)
-        x = self.dropout(self.embed_norm(x))
+        x = self.dropout(self.embed_norm(x)).to(stream_dtype(x))
         for layer, block in enumerate(self.blocks):
             if self.cfg.use_activation_checkpoint and self.training:
                 x = checkpoint(block, x, rope, use_reentrant=False)
@@ -269,9 +285,13 @@ class GPT(nn.Module):
                 x = block(x, rope, past.layers[layer] if past else None)
         return self.norm(x)
 
+    @property
+    def head_weight(self):
+        return self.tok_emb.weight if self.head is None else self.head.weight
+
     def logits(self, x):
         """(B, T, C) → (B, T, V)."""
-        weight = self.tok_emb.weight if self.head is None else self.head.weight
+        weight = self.head_weight
         # Tensor cores want a multiple of 64 columns. The weights keep their true shape, so that no checkpoint, loss or
         # gradient knows of the padding.
         pad = -weight.shape[0] % 64 if weight.is_cuda else 0

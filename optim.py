@@ -65,14 +65,11 @@ def make_optimizer(model, cfg, device, matmul_dtype=None):
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors, weight_decay=0.0)]
     groups = [group for group in groups if group["params"]]
-    # A learning rate that is a plain number would be compiled and copied anew each time it changes.
     options = dict(lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=device.type in ("cuda", "cpu"))
-    if cfg.optimizer == "adamw":
-        return torch.optim.AdamW(groups, **options)
     shapes = dict.fromkeys(p.shape for p in model.blocks.parameters() if p in hidden)
     muon = [dict(params=[p for p in model.blocks.parameters() if p.shape == shape], momentum=MOMENTUM,
                  weight_decay=cfg.weight_decay, lr_ratio=cfg.muon_lr / cfg.lr) for shape in shapes]
-    return Muon(muon + [group | options for group in groups], matmul_dtype)
+    return MuonAdamW(muon + [group | options for group in groups], matmul_dtype)
 
 
 def set_lr(optimizer, lr):
@@ -125,19 +122,21 @@ class StepGuard:
         self.norms.copy_(state["norms"])
 
 
-class Muon(Optimizer):
+class MuonAdamW(Optimizer):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the parameter groups that have a `momentum`,
-    each of matrices of one shape; AdamW for those that have `betas`.
+    each of matrices of one shape; AdamW, by torch's own function, for those that have `betas`.
 
     A matrix moves by its Nesterov momentum, orthogonalized, times max(1, rows / columns)**0.5 (Jordan's scale).
     """
 
     def __init__(self, groups, matmul_dtype=None):
         self.dtype = torch.bfloat16 if matmul_dtype == torch.bfloat16 else torch.float32
-        self.found_inf = None  # a scalar on the device: 1.0 for a step that is to change nothing
         super().__init__(groups, defaults=dict(lr=0.0))
 
-    # As torch wraps them, these import its compiler: a second of every start.
+    found_inf = None  # a scalar on the device: 1.0 for a step that is to change nothing
+    _step_supports_amp_scaling = True  # so that a GradScaler, once it has unscaled, hands that over and reads nothing
+
+    # As torch wraps them, these import its compiler: a second of every start, as does torch.optim.AdamW itself.
     add_param_group, zero_grad, state_dict, load_state_dict = (inspect.unwrap(method) for method in (
         Optimizer.add_param_group, Optimizer.zero_grad, Optimizer.state_dict, Optimizer.load_state_dict))
 

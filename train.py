@@ -172,7 +172,7 @@ def train(cfg, world):
         taken), on the device; None where fp16 overflowed: then nothing has changed but the scale, and the step is to be
         repeated."""
         world.at(state.step + 1)
-        hardware.seed_step(cfg.optim.seed, state.step, world.rank)
+        hardware.seed_step(cfg.optim.seed, state.step, world.rank, world.device)
         set_lr(optimizer, lr_at(state.step, cfg.optim))
         losses = [forward_backward(micro) for micro in range(accum)]
         scaler.unscale_(optimizer)

@@ -81,10 +81,10 @@ def test_dropout_is_drawn_anew_by_every_rank_and_step():
     masks = set()
     for step in range(3):
         for rank in range(3):
-            seed_step(1337, step, rank)
+            seed_step(1337, step, rank, torch.device("cpu"))
             masks.add(tuple(torch.rand(4).tolist()))
     assert len(masks) == 9
-    seed_step(1337, 2, 2)
+    seed_step(1337, 2, 2, torch.device("cpu"))
     assert tuple(torch.rand(4).tolist()) in masks
 
 

@@ -96,7 +96,8 @@ def test_ignored_targets_carry_no_loss():
     masked = y.clone()
     masked[1] = IGNORE
     assert model(x, masked).item() == pytest.approx(model(x[:1], y[:1]).item(), rel=1e-6)
-    assert model(x, masked, reduction="sum").item() == pytest.approx(16 * model(x[:1], y[:1]).item(), rel=1e-6)
+    each = model(x, masked, reduction="none").view(2, 16)
+    assert (each[1] == 0).all() and each.sum().item() == pytest.approx(16 * model(x[:1], y[:1]).item(), rel=1e-6)
 
 
 def test_activation_checkpointing_changes_no_gradient():
@@ -140,12 +141,10 @@ def test_explicit_attention_is_the_fused_kernel(heads, kv_heads):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, n, 64, 16) for n in (heads, kv_heads, kv_heads))
     exact = attend(q, k, v)
-    explicit = attend(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    explicit = attend(*(x.bfloat16().requires_grad_() for x in (q, k, v)))
     assert explicit.dtype == torch.bfloat16
     assert torch.allclose(explicit.float(), exact, atol=0.03)
     assert (explicit.float() - exact).abs().mean() < 0.003
-    dropped = attend(torch.zeros_like(q).bfloat16(), k.bfloat16(), torch.ones_like(v).bfloat16(), dropout=0.5)
-    assert dropped.float().mean().item() == pytest.approx(1.0, abs=0.1) and dropped.float().std() > 0.05
 
 
 def test_dropout_is_on_in_training_only():

@@ -5,7 +5,7 @@ import torch
 
 from config import UserError
 from model import GPT, GPTConfig
-from optim import Muon, OptimConfig, lr_at, make_optimizer, orthogonalize, set_lr
+from optim import MuonAdamW, OptimConfig, lr_at, make_optimizer, orthogonalize, set_lr
 
 
 def rates(**changes):
@@ -148,4 +148,4 @@ def test_muon_goes_on_from_its_state_as_if_it_had_never_stopped(tmp_path):
     resumed.step()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
     optimizer.zero_grad()
-    assert isinstance(optimizer, Muon) and all(p.grad is None for p in model.parameters())
+    assert isinstance(optimizer, MuonAdamW) and all(p.grad is None for p in model.parameters())

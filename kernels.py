@@ -1,0 +1,79 @@
+"""Attention and the loss on a CPU, with backward passes of their own.
+
+Both are plain tensor operations. What autograd would make of the same lines passes over the largest tensors of a step
+several times more: the (T, T) weights of every head, and a logit for every token and word (bench/step.py, LOG.md). On a
+GPU, and under torch.compile, the library's own kernels are the faster ones.
+
+Shape letters as in model.py: B batch, T time, C d_model, nh heads, hs head size, V vocabulary; N = B * T.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+CHUNK = 2**20  # logits that are turned into probabilities at a time: few enough to stay in a core's cache
+
+
+class CausalAttention(torch.autograd.Function):
+    """softmax(q kᵀ / √hs, of the past only) v, each (B, nh, T, hs). In bf16 all products are: the backward pass of the
+    CPU's flash kernel has them in fp32."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, dropout):
+        B, nh, T, hs = q.shape
+        q, k, v = (x.reshape(B * nh, T, hs) for x in (q, k, v))
+        future = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
+        weights = torch.baddbmm(future, q, k.mT, alpha=hs**-0.5).softmax(dim=-1)  # (B * nh, T, T)
+        kept = F.dropout(torch.ones_like(weights), dropout) if dropout else None
+        ctx.save_for_backward(q, k, v, weights, kept)
+        return ((weights if kept is None else weights * kept) @ v).view(B, nh, T, hs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        q, k, v, weights, kept = ctx.saved_tensors
+        shape, scale = dy.shape, q.shape[-1]**-0.5
+        dy = dy.reshape(q.shape)
+        dweights = dy @ v.mT
+        if kept is None:
+            dv = weights.mT @ dy
+        else:
+            dv = (weights * kept).mT @ dy
+            dweights *= kept
+        dscores = torch.ops.aten._softmax_backward_data(dweights, weights, -1, weights.dtype)
+        dq = torch.baddbmm(q, dscores, k, beta=0, alpha=scale)
+        dk = torch.baddbmm(k, dscores.mT, q, beta=0, alpha=scale)
+        return dq.view(shape), dk.view(shape), dv.view(shape), None
+
+
+class HeadCrossEntropy(torch.autograd.Function):
+    """Hidden states (N, C), a head (V, C) and targets (N,) → the cross-entropy of each in nats, float32, (N,); 0 where
+    the target is `ignore`. The logits become their own gradient, a chunk at a time: there is no second tensor of their
+    size, and none in fp32."""
+
+    @staticmethod
+    def forward(ctx, x, head, targets, ignore):
+        logits = x @ head.t()  # (N, V)
+        targets = targets[:, None]
+        nats = torch.empty(targets.shape)
+        rows = max(1, CHUNK // head.shape[0])
+        for part, target, nat in zip(*(tensor.split(rows) for tensor in (logits, targets, nats)), strict=True):
+            counted, target = (target != ignore).float(), target.clamp(min=0)
+            scores = part.float()  # (rows, V)
+            scores -= scores.amax(dim=1, keepdim=True)
+            own = scores.gather(1, target)
+            total = scores.exp_().sum(dim=1, keepdim=True)
+            nat.copy_((total.log() - own) * counted)
+            if ctx.needs_input_grad[0]:  # what is left of the probabilities without the target
+                part.copy_(scores.mul_(counted / total).scatter_add_(1, target, -counted))
+        ctx.save_for_backward(logits, x, head)
+        return nats.squeeze(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dnats):
+        dlogits, x, head = ctx.saved_tensors
+        dnats = dnats[:, None]  # float32, as is what it multiplies
+        return ((dlogits @ head) * dnats).to(x.dtype), dlogits.t() @ (x * dnats).to(x.dtype), None, None

@@ -1,0 +1,90 @@
+"""The backward passes written by hand are those of autograd."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+import model as model_module
+from kernels import CausalAttention, HeadCrossEntropy
+from model import ARCHS, GPT, IGNORE, GPTConfig, attend
+
+
+def draw(*shape, dtype=torch.float64, seed=0):
+    values = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return values.to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_the_gradient_of_attention_is_its_difference_quotient(dropout):
+    def attention(q, k, v):
+        torch.manual_seed(1)  # the same weights dropped each time
+        return CausalAttention.apply(q, k, v, dropout)
+
+    torch.autograd.gradcheck(attention, [draw(2, 3, 5, 4, seed=seed) for seed in range(3)])
+
+
+def test_attention_is_that_of_the_fused_kernel_for_views_of_one_tensor():
+    qkv = draw(2, 9, 3 * 2 * 4, dtype=torch.float32)
+    results = []
+    for function in (lambda *heads: CausalAttention.apply(*heads, 0.0),
+                     lambda *heads: F.scaled_dot_product_attention(*heads, is_causal=True)):
+        y = function(*(part.view(2, 9, 2, 4).transpose(1, 2) for part in qkv.split(8, dim=-1)))
+        (gradient,) = torch.autograd.grad(y.sin().sum(), qkv)
+        results.append((y, gradient))
+    for own, library in zip(*results, strict=True):
+        assert torch.allclose(own, library, atol=1e-6)
+
+
+def test_dropped_weights_keep_the_mean_of_attention():
+    q, k, v = (draw(2, 4, 64, 16, dtype=torch.bfloat16, seed=seed) for seed in range(3))
+    dropped = attend(torch.zeros_like(q, requires_grad=True), k, torch.ones_like(v), dropout=0.5)
+    assert dropped.float().mean().item() == pytest.approx(1.0, abs=0.1) and dropped.float().std() > 0.05
+
+
+@pytest.mark.parametrize("chunk", [1, 300, 10**6])  # a row at a time, a few, all
+def test_the_loss_in_chunks_is_the_loss(chunk, monkeypatch):
+    monkeypatch.setattr(kernels, "CHUNK", chunk)
+    x, head = draw(13, 8, dtype=torch.float32), draw(101, 8, dtype=torch.float32, seed=1)
+    targets = torch.arange(13) * 7
+    targets[::4] = IGNORE
+    share = torch.rand(13)  # what each token's loss is worth to the rest of the graph
+    nats = HeadCrossEntropy.apply(x, head, targets, IGNORE)
+    exact = F.cross_entropy(x @ head.t(), targets, ignore_index=IGNORE, reduction="none")
+    assert torch.allclose(nats, exact, atol=1e-5) and (nats[::4] == 0).all()
+    for own, library in zip(*(torch.autograd.grad(share @ loss, (x, head)) for loss in (nats, exact)), strict=True):
+        assert torch.allclose(own, library, atol=1e-5)
+
+
+def test_a_loss_beyond_the_range_of_a_probability_is_finite():
+    x, head = torch.tensor([[500.0]]), torch.tensor([[1.0], [-1.0]])
+    assert HeadCrossEntropy.apply(x, head, torch.tensor([1]), IGNORE).item() == 1000
+
+
+def test_the_loss_in_chunks_rounds_no_more_than_autograd():
+    x, head, targets = draw(96, 32), draw(2000, 32, seed=1), torch.arange(96) * 20
+    exact = torch.autograd.grad(F.cross_entropy(x @ head.t(), targets), (x, head))
+    half = [tensor.detach().bfloat16().requires_grad_() for tensor in (x, head)]
+    own = torch.autograd.grad(HeadCrossEntropy.apply(*half, targets, IGNORE).mean(), half)
+    library = torch.autograd.grad(F.cross_entropy((half[0] @ half[1].t()).float(), targets), half)
+    for ours, theirs, true in zip(own, library, exact, strict=True):
+        assert (ours - true).norm() < 1.1 * (theirs - true).norm()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_models_loss_and_gradients_are_the_same_in_chunks(arch, dtype, monkeypatch):
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(arch=arch, n_layers=2, n_heads=2, d_model=32, vocab_size=1500, max_position_embeddings=16))
+    x, y = torch.randint(0, 1500, (2, 3, 16))
+    results = []
+    for least in (1024, 10**9):
+        monkeypatch.setattr(model_module, "CHUNKED_VOCABULARY", least)
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            loss = gpt(x, y)
+        loss.backward()
+        results.append((loss.item(), torch.cat([p.grad.flatten() for p in gpt.parameters()])))
+        gpt.zero_grad()
+    (own, gradient), (library, expected) = results
+    assert own == pytest.approx(library, abs=1e-5 if dtype is None else 2e-3)
+    assert (gradient - expected).norm() < (1e-5 if dtype is None else 2e-2) * expected.norm()
