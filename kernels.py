@@ -48,13 +48,18 @@ class CausalAttention(torch.autograd.Function):
         return dq.view(shape), dk.view(shape), dv.view(shape), None
 
 
-class HeadCrossEntropy(torch.autograd.Function):
+def head_cross_entropy(x, head, targets, ignore):
     """Hidden states (N, C), a head (V, C) and targets (N,) → the cross-entropy of each in nats, float32, (N,); 0 where
-    the target is `ignore`. The logits become their own gradient, a chunk at a time: there is no second tensor of their
-    size, and none in fp32."""
+    the target is `ignore`."""
+    return HeadCrossEntropy.apply(x, head, targets, ignore, torch.is_grad_enabled())
+
+
+class HeadCrossEntropy(torch.autograd.Function):
+    """The logits become their own gradient, a chunk at a time: there is no second tensor of their size, and none in
+    fp32."""
 
     @staticmethod
-    def forward(ctx, x, head, targets, ignore):
+    def forward(ctx, x, head, targets, ignore, learns):
         logits = x @ head.t()  # (N, V)
         targets = targets[:, None]
         nats = torch.empty(targets.shape)
@@ -66,7 +71,7 @@ class HeadCrossEntropy(torch.autograd.Function):
             own = scores.gather(1, target)
             total = scores.exp_().sum(dim=1, keepdim=True)
             nat.copy_((total.log() - own) * counted)
-            if ctx.needs_input_grad[0]:  # what is left of the probabilities without the target
+            if learns:  # what is left of the probabilities without the target
                 part.copy_(scores.mul_(counted / total).scatter_add_(1, target, -counted))
         ctx.save_for_backward(logits, x, head)
         return nats.squeeze(1)
@@ -76,4 +81,4 @@ class HeadCrossEntropy(torch.autograd.Function):
     def backward(ctx, dnats):
         dlogits, x, head = ctx.saved_tensors
         dnats = dnats[:, None]  # float32, as is what it multiplies
-        return ((dlogits @ head) * dnats).to(x.dtype), dlogits.t() @ (x * dnats).to(x.dtype), None, None
+        return ((dlogits @ head) * dnats).to(x.dtype), dlogits.t() @ (x * dnats).to(x.dtype), None, None, None

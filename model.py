@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from config import UserError, arg
-from kernels import CausalAttention, HeadCrossEntropy
+from kernels import CausalAttention, head_cross_entropy
 
 IGNORE = -1  # a target that carries no loss
 # On a CPU, by measurement (LOG.md): the longest context for which attention by plain products in bf16 beats the fused
@@ -102,7 +102,9 @@ class GPTConfig:
 def stream_dtype(x):
     """What the residual stream is kept in: bf16 where autocast is, as in nanochat and Megatron-LM, for half the traffic
     between the products; else x's own, since fp16 has not the range."""
-    bf16 = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) is torch.bfloat16
+    device = x.device.type
+    bf16 = (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+            and torch.get_autocast_dtype(device) is torch.bfloat16)
     return torch.bfloat16 if bf16 else x.dtype
 
 
@@ -255,7 +257,7 @@ class GPT(nn.Module):
         nats per token, their mean (or `reduction="none"`: each, (B * T,)). Without targets → logits (B, T, V)."""
         x = self.hidden(tokens)
         if targets is not None and self.loss_in_chunks(x):
-            nats = HeadCrossEntropy.apply(x.flatten(0, 1), self.head_weight.to(x.dtype), targets.flatten(), IGNORE)
+            nats = head_cross_entropy(x.flatten(0, 1), self.head_weight.to(x.dtype), targets.flatten(), IGNORE)
             return nats if reduction == "none" else nats.sum() / (targets != IGNORE).sum()
         logits = self.logits(x)
         if targets is None:

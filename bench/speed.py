@@ -32,6 +32,7 @@ def programs(bench, options):
         found["HF Trainer, bf16 + compile"] = lambda steps: bench.trainer(steps, "--bf16", "--compile")
     if cpu:
         found["mini-llm, --no-amp"] = lambda steps: bench.ours(steps, "--no-amp")
+        found["mini-llm, --compile"] = lambda steps: bench.ours(steps, "--compile")
     found["mini-llm, default"] = lambda steps: bench.ours(steps)
     return {name: make for name, make in found.items() if not options.only or any(o in name for o in options.only)}
 
@@ -116,7 +117,7 @@ def main():
     print(f"\n| program | tokens/s, median (least–largest) | ÷ {first} | share of the matrix products' peak "
           "| ours ÷ it | peak RSS, MB |\n|---|---|---|---|---|---|")
     for name, rates in speed.items():
-        peak = max(peaks[torch.bfloat16 if "bf16" in name or "default" in name else torch.float32])
+        peak = max(peaks[torch.float32 if "fp32" in name or "no-amp" in name else torch.bfloat16])
         against = spread([a / b for a, b in zip(ours, rates, strict=True)], ".2f") if ours else ""
         relative = spread([a / b for a, b in zip(rates, speed[first], strict=True)], ".2f")
         print(f"| {name} | {spread(rates)} | {relative} "
