@@ -142,7 +142,7 @@ def rotate(x, rope):
 def attend(q, k, v, dropout=0.0):
     """Causal attention: q (B, nh, T, hs), k and v (B, nkv, S, hs) → (B, nh, T, hs). T is S, or 1 with a cache."""
     T = q.shape[2]
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= EXPLICIT_ATTENTION and q.requires_grad:
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and 1 < T <= EXPLICIT_ATTENTION:
         # (B, nkv, S, hs) -> (B, nkv, nh / nkv, S, hs) -> (B, nh, S, hs); a view where nkv is nh
         k, v = (x.unsqueeze(2).expand(-1, -1, q.shape[1] // x.shape[1], -1, -1).flatten(1, 2) for x in (k, v))
         return CausalAttention.apply(q, k, v, dropout)
@@ -266,6 +266,7 @@ class GPT(nn.Module):
                                reduction=reduction)
 
     def loss_in_chunks(self, x):
+        """Whether that is the faster way, for hidden states x."""
         amp = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         return (x.device.type == "cpu" and self.cfg.vocab_size >= CHUNKED_VOCABULARY and not self.cfg.parts.softcap
                 and x.dtype == amp and not torch.compiler.is_compiling())
