@@ -87,8 +87,8 @@ def log_facts(cfg, world, corpus, raw, precision, accum, state):
     step_tokens = micro * accum * world.size
     # Weights, gradients and AdamW's moments in fp32; activations as counted by Korthikanti et al. 2022 (34 bytes a
     # token, layer and channel with flash attention and 16-bit products) and the logits with their gradient.
-    fixed = 16 * n_params
-    per_token = 34 * size.d_model * (1 if size.use_activation_checkpoint else size.n_layers) + 10 * size.vocab_size
+    fixed, layers = 16 * n_params, 1 if size.use_activation_checkpoint else size.n_layers
+    per_token = 34 * size.d_model * layers + (2 if raw.chunks_loss else 10) * size.vocab_size
     activations = micro * per_token * (1 if precision.dtype else 2)
     log.info(f"Using device: {world.device} ({device_name(world.device)}), {world.size} rank{'s'[:world.size > 1]}")
     log.info("Arguments: " + " ".join(f"{name}={value}" for name, value in flatten(cfg).items()
