@@ -129,12 +129,13 @@ class MuonAdamW(Optimizer):
     A matrix moves by its Nesterov momentum, orthogonalized, times max(1, rows / columns)**0.5 (Jordan's scale).
     """
 
+    found_inf = None  # a scalar on the device: 1.0 for a step that is to change nothing
+
     def __init__(self, groups, matmul_dtype=None):
         self.dtype = torch.bfloat16 if matmul_dtype == torch.bfloat16 else torch.float32
+        # A GradScaler that has unscaled then hands over found_inf instead of reading it; only fused AdamW heeds it.
+        self._step_supports_amp_scaling = all(group.get("fused", True) for group in groups)
         super().__init__(groups, defaults=dict(lr=0.0))
-
-    found_inf = None  # a scalar on the device: 1.0 for a step that is to change nothing
-    _step_supports_amp_scaling = True  # so that a GradScaler, once it has unscaled, hands that over and reads nothing
 
     # As torch wraps them, these import its compiler: a second of every start, as does torch.optim.AdamW itself.
     add_param_group, zero_grad, state_dict, load_state_dict = (inspect.unwrap(method) for method in (

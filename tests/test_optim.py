@@ -1,7 +1,10 @@
+import subprocess
+import sys
 from copy import deepcopy
 
 import pytest
 import torch
+from conftest import ROOT
 
 from config import UserError
 from model import GPT, GPTConfig
@@ -149,3 +152,40 @@ def test_muon_goes_on_from_its_state_as_if_it_had_never_stopped(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
     optimizer.zero_grad()
     assert isinstance(optimizer, MuonAdamW) and all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps"])  # on Metal AdamW is not fused, and reads no flag
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_an_overflow_in_fp16_changes_nothing_but_the_scale(name, device):
+    model = tiny()
+    optimizer = make_optimizer(model, OptimConfig(optimizer=name), torch.device(device))
+    set_lr(optimizer, 1e-3)
+    scaler, before = torch.amp.GradScaler("cpu", init_scale=8.0), deepcopy(model.state_dict())
+    for spoil in (True, False):
+        draw_gradients(model)
+        if spoil:
+            model.norm.weight.grad[0] = torch.inf
+        scaler.scale(torch.zeros(()))  # which makes the scale, as the loss does
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        same = [torch.equal(value, before[key]) for key, value in model.state_dict().items()]
+        assert all(same) if spoil else not any(same)
+        assert scaler.get_scale() == 4.0
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_step_imports_no_compiler(name):
+    """It would be a second of every start."""
+    subprocess.run([sys.executable, "-c", f"""
+import sys, torch
+from optim import OptimConfig, make_optimizer
+model = torch.nn.Module()
+model.blocks = torch.nn.Linear(2, 2)
+optimizer = make_optimizer(model, OptimConfig(optimizer={name!r}), torch.device("cpu"))
+model.blocks(torch.ones(2)).sum().backward()
+optimizer.step()
+optimizer.zero_grad()
+optimizer.load_state_dict(optimizer.state_dict())
+assert "torch._dynamo" not in sys.modules
+"""], cwd=ROOT, check=True)
