@@ -2,7 +2,7 @@
 
 Both are plain tensor operations. What autograd would make of the same lines passes over the largest tensors of a step
 several times more: the (T, T) weights of every head, and a logit for every token and word (bench/step.py, LOG.md). On a
-GPU, and under torch.compile, the library's own kernels are the faster ones.
+GPU the library's own are used; nothing is measured there. `model.py` decides.
 
 Shape letters as in model.py: B batch, T time, C d_model, nh heads, hs head size, V vocabulary; N = B * T.
 """
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-CHUNK = 2**20  # logits that are turned into probabilities at a time: few enough to stay in a core's cache
+CHUNK = 2**20  # logits that are turned into probabilities at a time: few enough to stay in cache
 
 
 class CausalAttention(torch.autograd.Function):
@@ -50,7 +50,7 @@ class CausalAttention(torch.autograd.Function):
 
 def head_cross_entropy(x, head, targets, ignore):
     """Hidden states (N, C), a head (V, C) and targets (N,) → the cross-entropy of each in nats, float32, (N,); 0 where
-    the target is `ignore`."""
+    the target is `ignore`. Raises RuntimeError for another target that is not one of V."""
     return HeadCrossEntropy.apply(x, head, targets, ignore, torch.is_grad_enabled())
 
 
@@ -65,7 +65,8 @@ class HeadCrossEntropy(torch.autograd.Function):
         nats = torch.empty(targets.shape)
         rows = max(1, CHUNK // head.shape[0])
         for part, target, nat in zip(*(tensor.split(rows) for tensor in (logits, targets, nats)), strict=True):
-            counted, target = (target != ignore).float(), target.clamp(min=0)
+            counted = target != ignore
+            target, counted = target.where(counted, 0), counted.float()
             scores = part.float()  # (rows, V)
             scores -= scores.amax(dim=1, keepdim=True)
             own = scores.gather(1, target)

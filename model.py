@@ -99,13 +99,11 @@ class GPTConfig:
         return self.parts.tie_embeddings if self.tie_embeddings is None else self.tie_embeddings
 
 
-def stream_dtype(x):
-    """What the residual stream is kept in: bf16 where autocast is, as in nanochat and Megatron-LM, for half the traffic
-    between the products; else x's own, since fp16 has not the range."""
-    device = x.device.type
-    bf16 = (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-            and torch.get_autocast_dtype(device) is torch.bfloat16)
-    return torch.bfloat16 if bf16 else x.dtype
+def autocast_dtype(device):
+    """What autocast has matrix products in on `device`; None where it is off."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
 
 
 class RMSNorm(nn.Module):
@@ -256,8 +254,9 @@ class GPT(nn.Module):
         """tokens (B, T) int64, targets (B, T) with IGNORE where nothing is to be predicted → the cross-entropy in
         nats per token, their mean (or `reduction="none"`: each, (B * T,)). Without targets → logits (B, T, V)."""
         x = self.hidden(tokens)
-        fp16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.float16
-        if targets is not None and self.chunks_loss and not (fp16 or torch.compiler.is_compiling()):
+        # Gradients of fp16 need their scale before they are rounded; under torch.compile each chunk would be unrolled.
+        alone = autocast_dtype(x.device) is not torch.float16 and not torch.compiler.is_compiling()
+        if targets is not None and self.chunks_loss and alone:
             nats = head_cross_entropy(x.flatten(0, 1), self.head_weight.to(x.dtype), targets.flatten(), IGNORE)
             return nats if reduction == "none" else nats.sum() / (targets != IGNORE).sum()
         logits = self.logits(x)
@@ -281,7 +280,10 @@ class GPT(nn.Module):
             rope = self.rope[:, start:start + T]  # (2, T, hs / 2)
         else:
             x = x + self.pos_emb.weight[start:start + T]  # (B, T, C) + (T, C)
-        x = self.dropout(self.embed_norm(x)).to(stream_dtype(x))
+        x = self.dropout(self.embed_norm(x))
+        if autocast_dtype(x.device) is torch.bfloat16:
+            # The residual stream, too, as in nanochat and Megatron-LM: half the traffic. fp16 has not the range for it.
+            x = x.bfloat16()
         for layer, block in enumerate(self.blocks):
             if self.cfg.use_activation_checkpoint and self.training:
                 x = checkpoint(block, x, rope, use_reentrant=False)

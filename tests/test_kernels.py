@@ -56,6 +56,13 @@ def test_the_loss_in_chunks_is_the_loss(chunk, monkeypatch):
         assert torch.allclose(own, library, atol=1e-5)
 
 
+@pytest.mark.parametrize("target", [-2, 101])
+def test_a_target_that_is_no_token_is_refused(target):
+    x, head = draw(1, 8, dtype=torch.float32), draw(101, 8, dtype=torch.float32)
+    with pytest.raises(RuntimeError):
+        head_cross_entropy(x, head, torch.tensor([target]), IGNORE)
+
+
 def test_a_head_that_learns_alone_gets_its_gradient():
     x, head = draw(13, 8, dtype=torch.float32).detach(), draw(101, 8, dtype=torch.float32, seed=1)
     targets = torch.arange(13)
