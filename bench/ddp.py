@@ -39,9 +39,11 @@ def main():
         rates = {one: [], many: []}
         for number in range(options.rounds + 1):
             for make, found in rates.items():
+                if not number:  # warms up
+                    run(*make(size.short))
+                    continue
                 short, long = (run(*make(steps))[0] for steps in (size.short, size.long))
-                if number:  # the first round warms up
-                    found.append((size.long - size.short) * size.tokens / (long - short))
+                found.append((size.long - size.short) * size.tokens / (long - short))
     print(f"size {options.size}, global batch {size.batch} x {size.context} tokens, {machine(options.device)}")
     print(f"one process: {spread(rates[one])} tokens/s; {options.ranks} ranks: {spread(rates[many])}; ratio "
           f"{spread([b / a for a, b in zip(rates[one], rates[many], strict=True)], '.3f')}")

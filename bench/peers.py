@@ -35,9 +35,9 @@ class Size:
 
 
 SIZES = {
-    "A": Size(4, 4, 128, 64, 12, 60, 460),
-    "B": Size(6, 6, 384, 256, 16, 4, 24),
-    "C": Size(4, 4, 256, 512, 2, 10, 50, vocab=50257),  # a small model with GPT-2's vocabulary
+    "A": Size(4, 4, 128, 64, 12, 60, 1260),
+    "B": Size(6, 6, 384, 256, 16, 4, 64),
+    "C": Size(4, 4, 256, 512, 2, 10, 110, vocab=50257),  # a small model with GPT-2's vocabulary
     "124m": Size(12, 12, 768, 1024, 32, 30, 130, vocab=50304),
     "350m": Size(24, 16, 1024, 1024, 16, 20, 80, vocab=50304),
     "1.5b": Size(48, 25, 1600, 1024, 8, 10, 40, vocab=50304),

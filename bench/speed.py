@@ -92,9 +92,10 @@ def main():
             for dtype, found in peaks.items():
                 found.append(matmul_peak(options.device, dtype))
             for name, make in makers.items():
-                wall, peak, _ = zip(*(run(*make(steps)) for steps in (size.short, size.long)), strict=True)
-                if not number:  # caches warm up
+                if not number:
+                    run(*make(size.short))
                     continue
+                wall, peak, _ = zip(*(run(*make(steps)) for steps in (size.short, size.long)), strict=True)
                 speed.setdefault(name, []).append((size.long - size.short) * size.tokens / (wall[1] - wall[0]))
                 print(f"round {number}, {name}: {speed[name][-1]:,.0f} tokens/s", flush=True)
                 memory.setdefault(name, []).append(peak[1])
