@@ -1,7 +1,7 @@
-"""Attention and the loss on a CPU, with backward passes of their own.
+"""Linear layers, attention and the loss on a CPU, with backward passes of their own.
 
-Both are plain tensor operations. What autograd would make of the same lines passes over the largest tensors of a step
-several times more: the (T, T) weights of every head, and a logit for every token and word (bench/step.py, LOG.md). On a
+What the library makes of the same lines passes over the largest tensors of a step several times more: the result of a
+product with a bias, the (T, T) weights of every head, a logit for every token and word (bench/step.py, LOG.md). On a
 GPU the library's own are used; nothing is measured there. `model.py` decides.
 
 Shape letters as in model.py: B batch, T time, C d_model, nh heads, hs head size, V vocabulary; N = B * T.
@@ -10,10 +10,41 @@ Shape letters as in model.py: B batch, T time, C d_model, nh heads, hs head size
 import math
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 CHUNK = 2**20  # logits that are turned into probabilities at a time: few enough to stay in cache
+LARGE = 2**20  # elements of a product from which on adding the bias to it costs more than a call from Python does
+
+
+class Linear(nn.Linear):
+    """(..., in_features) → (..., out_features)."""
+
+    def forward(self, x):
+        if (x.dtype == torch.bfloat16 and x.device.type == "cpu" and self.bias is not None
+                and x.shape[:-1].numel() * self.out_features >= LARGE and torch.is_grad_enabled()
+                and torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling()):
+            return LinearFunction.apply(x, self.weight, self.bias)
+        return super().forward(x)
+
+
+class LinearFunction(torch.autograd.Function):
+    """x Wᵀ + b in bf16, of W and b in fp32. oneDNN adds b as it writes the product; torch's own linear layer writes b
+    to every row first, and adds the product to that. The bits are the same."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        weight = weight.to(x.dtype)
+        ctx.save_for_backward(x, weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias.to(x.dtype), "none", [], "")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        rows = dy.flatten(0, -2)  # (B, T, D) -> (B * T, D)
+        return dy @ weight, (rows.t() @ x.flatten(0, -2)).float(), rows.sum(0).float()
 
 
 class CausalAttention(torch.autograd.Function):

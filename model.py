@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from config import UserError, arg
-from kernels import CausalAttention, head_cross_entropy
+from kernels import CausalAttention, Linear, head_cross_entropy
 
 IGNORE = -1  # a target that carries no loss
 # On a CPU, by measurement (LOG.md): the longest context for which attention by plain products in bf16 beats the fused
@@ -62,7 +62,8 @@ class GPTConfig:
     tie_embeddings: bool | None = arg(None, "share input and output embedding; unset: as the architecture has it")
     use_activation_checkpoint: bool = arg(False, "recompute blocks in the backward pass: less memory, a third slower")
 
-    def validate(self):
+    def require_possible(self):
+        """Raises UserError for sizes that no model can have. For whoever knows them: --init-from may decide them."""
         if not self.head_dim and self.d_model % self.n_heads:
             raise UserError(f"--n-heads {self.n_heads} does not divide --d-model {self.d_model}; "
                             f"try --d-model {self.n_heads * max(1, round(self.d_model / self.n_heads))}")
@@ -101,7 +102,9 @@ class GPTConfig:
 
 def autocast_dtype(device):
     """What autocast has matrix products in on `device`; None where it is off."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    # Dynamo before torch 2.12 cannot trace the first question, and would cut the graph in three.
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type)
+    if known and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
 
@@ -154,8 +157,8 @@ class Attention(nn.Module):
         super().__init__()
         self.cfg, bias = cfg, cfg.parts.bias
         self.sizes = [n * cfg.head_size for n in (cfg.n_heads, cfg.kv_heads, cfg.kv_heads)]
-        self.qkv = nn.Linear(cfg.d_model, sum(self.sizes), bias=bias)
-        self.proj = nn.Linear(self.sizes[0], cfg.d_model, bias=bias)
+        self.qkv = Linear(cfg.d_model, sum(self.sizes), bias=bias)
+        self.proj = Linear(self.sizes[0], cfg.d_model, bias=bias)
         if cfg.parts.qk_norm != "no":
             gain = cfg.parts.norm == "rmsnorm"
             self.q_norm = RMSNorm(cfg.head_size, cfg.parts.norm_eps, gain)
@@ -182,10 +185,10 @@ class MLP(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.kind, bias = cfg.parts.mlp, cfg.parts.bias
-        self.up = nn.Linear(cfg.d_model, cfg.ff_size, bias=bias)
+        self.up = Linear(cfg.d_model, cfg.ff_size, bias=bias)
         if self.kind == "swiglu":
-            self.gate = nn.Linear(cfg.d_model, cfg.ff_size, bias=bias)
-        self.down = nn.Linear(cfg.ff_size, cfg.d_model, bias=bias)
+            self.gate = Linear(cfg.d_model, cfg.ff_size, bias=bias)
+        self.down = Linear(cfg.ff_size, cfg.d_model, bias=bias)
 
     def forward(self, x):
         h = self.up(x)
@@ -224,7 +227,7 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.norm = make_norm(cfg.parts, cfg.d_model)
-        self.head = None if cfg.tied else nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        self.head = None if cfg.tied else Linear(cfg.d_model, cfg.vocab_size, bias=False)
         self.init_weights()
 
     @torch.no_grad()

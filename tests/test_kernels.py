@@ -15,6 +15,21 @@ def draw(*shape, dtype=torch.float64, seed=0):
     return values.to(dtype).requires_grad_()
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize("rows", [(7,), (3, 33), (2, 3, 8)], ids=str)
+def test_a_large_linear_layer_has_the_bits_of_a_small_one(monkeypatch, rows):
+    layer, x, dy = kernels.Linear(48, 80), draw(*rows, 48, dtype=torch.bfloat16), draw(*rows, 80, seed=1).bfloat16()
+    found = []
+    for large in (1 << 40, 1):
+        monkeypatch.setattr(kernels, "LARGE", large)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        assert (type(y.grad_fn).__name__ == "LinearFunctionBackward") == (large == 1)
+        found.append([y, *torch.autograd.grad(y, [x, layer.weight, layer.bias], dy)])
+    for own, library in zip(*found, strict=True):
+        assert own.dtype == library.dtype and torch.equal(own, library)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_the_gradient_of_attention_is_its_difference_quotient(dropout):
     def attention(q, k, v):

@@ -160,3 +160,15 @@ def test_the_cache_holds_no_more_heads_than_keys_have():
     past = KVCache(model.cfg)
     model.hidden(tokens(1, 5), past)
     assert past.layers[0].buffer.shape == (2, 1, 2, 48, 8) and past.length == 5
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_forward_and_loss_are_one_graph_for_the_compiler(arch):
+    model = build(arch)
+    fast = torch.compile(model, fullgraph=True, backend="eager")
+    tokens = torch.randint(0, model.cfg.vocab_size, (2, 16))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, exact = fast(tokens, tokens), model(tokens, tokens)
+    assert loss.item() == pytest.approx(exact.item(), abs=0.02)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
