@@ -23,10 +23,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 import hardware
 from archive import DamagedCheckpoint, link, load, peek, save
 from config import RunFailed, UserError, arg, flag
+from processes import lock_until_exit, only_one
 
 FORMAT = 1
 SUFFIXES = (".prev.pt", ".best.pt", ".nonfinite.pt", ".log", ".metrics.jsonl", ".config.toml", ".tokenizer",
             ".tensorboard", ".trace.json", ".wandb.json")
+PATIENCE = 180  # seconds that a run which resumes waits for the one before, which may still be saving, or its node gone
 
 log = logging.getLogger("mini_llm")
 
@@ -80,7 +82,7 @@ class CheckpointConfig:
 
 @dataclass
 class State:
-    """Where a run stands. All else that the loop needs is a function of it."""
+    """Where a run stands. What the loop decides is a function of `step` alone."""
 
     step: int = 0  # optimizer steps done
     tokens: int = 0
@@ -95,12 +97,19 @@ class NotSaved(RunFailed):
 
 def plan(cfg):
     """Which file this run resumes from, or None to start anew. Raises UserError where the flags and the files do not
-    go together or the folder cannot be written; writes nothing."""
+    go together, the folder cannot be written, or another run writes there; writes nothing."""
     path = Path(cfg.checkpoint_path)
     folder = path.parent
     try:
         folder = _nearest_folder(path)
         tempfile.TemporaryFile(dir=folder).close()  # asking for the permission is not enough: root has it everywhere
+        if _lock_file(cfg).exists():
+            with only_one(_lock_file(cfg)) as free:
+                if not free and cfg.resume:
+                    log.info("waiting for the run that still writes to %s", path)
+            with only_one(_lock_file(cfg), PATIENCE if cfg.resume else 0) as free:
+                if not free:
+                    raise _in_use(cfg)
         cfg.beside(".rank0000.metrics.jsonl.tmp").exists()  # a name too long for that is found out here
         known = [file for file in (path, cfg.beside(".prev.pt")) if file.exists()]  # the newest first
     except OSError as error:
@@ -123,6 +132,23 @@ def plan(cfg):
         raise UserError(f"--resume {cfg.resume}: {path} is there too; --overwrite rolls back to the file named, "
                         f"another --checkpoint-path branches off from it")
     return Path(cfg.resume)
+
+
+def claim(cfg):
+    """Keeps other runs from writing at the checkpoint path as long as this process lives. Raises UserError where one
+    does."""
+    _lock_file(cfg).parent.mkdir(parents=True, exist_ok=True)
+    if not lock_until_exit(_lock_file(cfg)):
+        raise _in_use(cfg)
+
+
+def _lock_file(cfg):
+    return cfg.beside(".lock")
+
+
+def _in_use(cfg):
+    return UserError(f"--checkpoint-path {cfg.checkpoint_path}: another run writes there now; name another path, or "
+                     f"stop that one first")
 
 
 def _nearest_folder(path):
@@ -204,9 +230,12 @@ def begin(cfg, resume_from, state):
     one's own; a run that rolls back to `resume_from` has that as its newest checkpoint from the start. Returns the
     least validation loss so far: that of a file, so infinity where there is no `.best.pt`."""
     path, best = Path(cfg.checkpoint_path), cfg.beside(".best.pt")
+    goes_on = resume_from is not None and cfg.continues(resume_from)
+    if not goes_on:  # what is there is the history of another run, also where that one never came to a checkpoint
+        _remove(cfg, ".metrics.jsonl", ".rank*.metrics.jsonl")
+        shutil.rmtree(cfg.beside(".tensorboard"), ignore_errors=True)
     if cfg.overwrite:
-        rolls_back = resume_from is not None and cfg.continues(resume_from)
-        if not (rolls_back and _step_of(best) <= state.step):
+        if not (goes_on and _step_of(best) <= state.step):
             best.unlink(missing_ok=True)
         if resume_from is not None:
             link(Path(resume_from), path)
@@ -214,15 +243,19 @@ def begin(cfg, resume_from, state):
             path.unlink(missing_ok=True)
         for file in (cfg.beside(".prev.pt"), cfg.beside(".nonfinite.pt")):
             file.unlink(missing_ok=True)
-        if not rolls_back:
-            leftovers = glob.escape(cfg.beside("").name)
-            for pattern in (".wandb.json", ".rank*.wandb.json", ".rank*.metrics.jsonl"):
-                for file in path.parent.glob(leftovers + pattern):
-                    file.unlink()
+        if not goes_on:
+            _remove(cfg, ".wandb.json", ".rank*.wandb.json")
         for file in cfg.numbered():
-            if resume_from is None or int(file.stem.rpartition("-")[2]) > state.step:
+            if not goes_on or int(file.stem.rpartition("-")[2]) > state.step:
                 file.unlink(missing_ok=True)
     return state.best_val if best.exists() else math.inf
+
+
+def _remove(cfg, *patterns):
+    """Files beside the checkpoint path, by what their names end in."""
+    stem = glob.escape(cfg.beside("").name)
+    for file in (file for pattern in patterns for file in cfg.beside("").parent.glob(stem + pattern)):
+        file.unlink(missing_ok=True)
 
 
 def _step_of(file):

@@ -109,9 +109,7 @@ def parse(cls, argv=None):
         groups[group.name] = group.type(**own)
     config = cls(**groups)
     config.given = frozenset(values)  # as opposed to left at their defaults
-    # What a group says is known later is validated by whoever completes it.
-    later = {name for part in groups.values() for name in getattr(part, "known_later", ())}
-    for part in [*(part for name, part in groups.items() if name not in later), config]:
+    for part in [*groups.values(), config]:
         if hasattr(part, "validate"):
             part.validate()
     return config
@@ -157,6 +155,16 @@ def read_json(path):
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     return value
+
+
+def read_records(path):
+    """The records of a metrics.jsonl, in order. A torn line, of a run that was killed or still writes, is left out."""
+    with open(path, errors="replace") as file:
+        for line in file:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                record = json.loads(line)
+                record["step"], record["time"]  # noqa: B018
+                yield record
 
 
 def positive(text):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from config import UserError, arg, one_line_errors, parse, read_json
+from config import UserError, arg, one_line_errors, parse, read_json, read_records
 from pretrained import beside_run, hugging_face_config, load_model, to_hugging_face, tokenizer_folder
 from tokenizer import end_of_text, open_tokenizer
 
@@ -88,7 +88,8 @@ def _complete_tokenizer(path, length):
 def model_card(path, model, saved, n_tokens, dtype):
     """README.md of the folder: what the checkpoint and the files beside it know of the run."""
     cfg, config, identity, state = model.cfg, saved["config"], saved["identity"], saved["state"]
-    rows = _rows(beside_run(path, ".metrics.jsonl"), state["step"])
+    metrics = beside_run(path, ".metrics.jsonl")
+    rows = [row for row in read_records(metrics) if row["step"] <= state["step"]] if metrics.exists() else []
     facts = next((row["config"] for row in reversed(rows) if row.get("event") == "config"), {})
     counts = facts.get("corpus_tokens", {})
 
@@ -139,17 +140,6 @@ def model_card(path, model, saved, n_tokens, dtype):
         'folder = "."  # this one', "model = AutoModelForCausalLM.from_pretrained(folder)",
         "tokenizer = AutoTokenizer.from_pretrained(folder)", 'inputs = tokenizer("Once", return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))", "```", ""])
-
-
-def _rows(path, step):
-    """The records of metrics.jsonl up to that step; [] where there is none."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:  # the torn last line of a killed run
-            continue
-    return [row for row in rows if row["step"] <= step]
 
 
 def _wandb_link(path):

@@ -61,11 +61,6 @@ class InitConfig:
     init_from: str = arg("", "start from trained weights, which decide the model's sizes: a Hugging Face folder or "
                              "name (GPT-2, Qwen3, NanoChat), or a checkpoint", metavar="DIR|NAME|FILE.pt")
 
-    @property
-    def known_later(self):
-        """The groups of flags that are complete only when the weights have been looked at."""
-        return {"model"} if self.init_from else set()
-
 
 def settle(cfg, resume_from):
     """What `cfg.model` and `cfg.init` come to, for the main rank: the sizes of --init-from's weights, or of the
@@ -86,7 +81,7 @@ def settle(cfg, resume_from):
                 raise UserError(f"{flag(name)} {value}: the weights of --init-from {init.init_from} have "
                                 f"{sizes[name]}; leave it out")
         model = dataclasses.replace(model, **sizes)
-    model.validate()
+    model.require_possible()
     if cfg.data.seq_len > model.max_position_embeddings:
         advice = "lower it" if init.init_from else "raise the latter or lower the former"
         raise UserError(f"--seq-len {cfg.data.seq_len} is above --max-position-embeddings "
@@ -212,8 +207,8 @@ def gpt_config(theirs, source):
                     d_ff=first("intermediate_size", "n_inner", default=4 * width),
                     head_dim=first("head_dim", default=width // heads), vocab_size=theirs.vocab_size,
                     max_position_embeddings=theirs.max_position_embeddings, tie_embeddings=theirs.tie_word_embeddings)
-    cfg.validate()
-    # Whatever else it says must be what the configuration of our own model says, be it a field that we do not know.
+    cfg.require_possible()
+    # Whatever our model's configuration says, too, must be the same there; and of RoPE it may say nothing else.
     stated, ours = _flat(theirs.to_dict()), _flat(hugging_face_config(cfg).to_dict())
     for name, value in stated.items():
         if not NO_MATTER.fullmatch(name) and value != ours.get(name, value if "." not in name else None):

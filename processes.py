@@ -1,6 +1,7 @@
-"""What a process is told: to stop, to save, that what started it is gone."""
+"""What a process is told: to stop, to save, that what started it is gone, that another has what it wants."""
 
 import contextlib
+import fcntl
 import os
 import signal
 import threading
@@ -57,6 +58,34 @@ def stop_when_orphaned(generations):
 
     if generations:
         threading.Thread(target=watch, args=(ancestors(),), daemon=True, name="orphan").start()
+
+
+@contextlib.contextmanager
+def only_one(path, patience=0):
+    """Holds the lock of a file that only one process may have → whether it got it within `patience` seconds."""
+    with open(path, "a") as file:  # for writing, without which NFS gives no lock
+        yield _locked(file, patience)
+
+
+def lock_until_exit(path):
+    """Takes that lock for as long as this process lives, however it ends → whether it got it."""
+    return _locked(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), patience=0)  # never closed
+
+
+def _locked(file, patience):
+    """Where the file system knows no locks, a file is taken to be free."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.1)
+        except OSError:
+            return True
+        else:
+            return True
 
 
 class StopSignal:

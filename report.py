@@ -10,7 +10,6 @@ import base64
 import datetime
 import html
 import io
-import json
 import math
 import os
 import re
@@ -21,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from config import Parser, UserError, one_line_errors, positive
+from config import Parser, UserError, one_line_errors, positive, read_records
 from plots import MARKS, figure, looks, panels_of, short, terminal_plot
 
 ROWS = ".metrics.jsonl"
@@ -37,7 +36,7 @@ class Run:
     def __init__(self, path):
         self.path, self.name, self.rows, self.samples, self.alerts = path, path.name.removesuffix(ROWS), [], [], []
         self.config, self.code, self.starts = {}, None, []
-        for record in _records(path):
+        for record in read_records(path):
             event, step = record.get("event"), record["step"]
             if event == "config":  # one each time that the run was started or resumed
                 self.config, self.code = record["config"], None
@@ -110,17 +109,6 @@ class Run:
             ago = datetime.timedelta(seconds=round(max(0, time.time() - self.rows[-1]["time"])))
             parts.append(f"running, or killed: last report {ago} ago")
         return " · ".join(filter(None, parts))
-
-
-def _records(path):
-    with open(path, errors="replace") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-                record["step"], record["time"]  # noqa: B018
-                yield record
-            except (ValueError, KeyError, TypeError):  # the torn last line of a killed run, or of one being written
-                continue
 
 
 def _is_number(value):

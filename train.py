@@ -222,9 +222,14 @@ def train(cfg, world):
     if state.step >= num_steps:
         log.info("already at step %d of %d: raise --num-steps to train on", state.step, num_steps)
         return 0
-    world.from_main(lambda: checkpoint.require_space(cfg.checkpoint, 12 * raw.num_params()))  # weights and moments
-    world.from_main(lambda: corpus.export_tokenizer(cfg.checkpoint.beside(".tokenizer")))
-    state.best_val = world.from_main(lambda: checkpoint.begin(cfg.checkpoint, resume_from, state))
+
+    def begin():
+        checkpoint.require_space(cfg.checkpoint, 12 * raw.num_params())  # weights and moments
+        checkpoint.claim(cfg.checkpoint)
+        corpus.export_tokenizer(cfg.checkpoint.beside(".tokenizer"))
+        return checkpoint.begin(cfg.checkpoint, resume_from, state)
+
+    state.best_val = world.from_main(begin)
     world.rehearse(lambda: forward_backward(accum - 1))
     optimizer.zero_grad(set_to_none=True)
 

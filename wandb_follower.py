@@ -18,8 +18,8 @@ import threading
 import time
 from pathlib import Path
 
-from processes import child_processes
-from wandb_runs import Job, only_one
+from processes import child_processes, only_one
+from wandb_runs import Job
 
 SOURCE = Path(__file__).resolve().parent
 POLL = 1.0  # seconds between two looks at the file; each takes time from a core that training may want

@@ -3,14 +3,12 @@ and nothing of the wandb package, so that a run without W&B pays nothing for it.
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import re
 import secrets
 import string
 import sys
-import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -184,24 +182,3 @@ class Job:
     sync: str = ""  # the command that sends later what is missing
     pid: int = dataclasses.field(default_factory=os.getpid)  # whose system metrics are taken
     program: str = dataclasses.field(default_factory=lambda: os.path.abspath(sys.argv[0]))
-
-
-@contextlib.contextmanager
-def only_one(path, patience=0):
-    """Holds the lock that keeps two processes from sending the same run → whether it got it within `patience` seconds.
-    Where the file system knows no locks, it is taken to be free."""
-    deadline = time.monotonic() + patience
-    with open(path, "a") as file:  # for writing, without which NFS gives no lock
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() < deadline:
-                    time.sleep(0.1)
-                    continue
-                yield False
-            except OSError:
-                yield True
-            else:
-                yield True
-            return

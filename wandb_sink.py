@@ -1,4 +1,4 @@
-"""Everything that speaks to Weights & Biases during a run, in a process of its own.
+"""The trainer's end of what speaks to Weights & Biases, which is a process of its own.
 
 The trainer writes its rows to metrics.jsonl anyway. `WandbSink` starts a second process, wandb_follower.py, that reads
 them from there and passes them on. So the file is the queue: it drops nothing and costs the trainer nothing; a W&B that
@@ -20,8 +20,8 @@ import sys
 import threading
 from pathlib import Path
 
-from processes import child_processes
-from wandb_runs import Job, only_one, remember
+from processes import child_processes, only_one
+from wandb_runs import Job, remember
 
 FOLLOWER = Path(__file__).with_name("wandb_follower.py")
 FAILURE_TIMEOUT = 15  # seconds for uploads, at most, after a signal or an error: other ranks may be waiting
@@ -45,10 +45,11 @@ class WandbSink:
                     group=cfg.wandb_group or plan.group or None, job_type=cfg.wandb_job_type or None,
                     tags=cfg.wandb_tags or None, notes=cfg.wandb_notes or None, dir=cfg.wandb_dir or None)
         tool = os.path.relpath(FOLLOWER.with_name("wandb_tools.py"))
-        self.job = Job(init, config, cfg.wandb_mode, plan.shared, plan.primary, plan.label, cfg.wandb_init_timeout,
-                       cfg.wandb_finish_timeout, {beside(".config.toml").name: toml}, cfg.wandb_log_checkpoints, rows,
-                       console, str(beside(f"{tag}.wandb.lock")),
-                       f"python {shlex.quote(tool)} sync {shlex.quote(str(beside('.pt')))}")
+        self.job = Job(init, config, mode=cfg.wandb_mode, shared=plan.shared, primary=plan.primary, label=plan.label,
+                       init_timeout=cfg.wandb_init_timeout, finish_timeout=cfg.wandb_finish_timeout,
+                       files={beside(".config.toml").name: toml}, policy=cfg.wandb_log_checkpoints, rows=rows,
+                       console=console, lock=str(beside(f"{tag}.wandb.lock")),
+                       sync=f"python {shlex.quote(tool)} sync {shlex.quote(str(beside('.pt')))}")
         self.beside, self.tag, self.process = beside, tag, None
         self.closing = self.given_up = False
         remember(beside(f"{tag}.wandb.json"), base, self.job)

@@ -6,7 +6,6 @@ python wandb_tools.py download PROJECT/RUN_ID [DIR]      files, history and arti
 """
 
 import argparse
-import contextlib
 import glob
 import json
 import os
@@ -17,9 +16,10 @@ import time
 from collections import defaultdict
 from pathlib import Path, PurePosixPath
 
-from config import Parser, UserError
+from config import Parser, UserError, read_records
+from processes import only_one
 from wandb_follower import LOST_CODE, Publisher, advice, end_children, import_wandb, open_run, reason
-from wandb_runs import Job, WandbConfig, only_one, with_environment
+from wandb_runs import Job, WandbConfig, with_environment
 
 TIMEOUT = 30  # seconds for one request
 ARRIVAL = 10  # seconds until what was sent can be read
@@ -113,10 +113,7 @@ def sync(args):
 
 def send(facts, path):
     """Bring the server's run up to `path`, a metrics.jsonl → what was done, in words."""
-    wandb, records = import_wandb(), []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):  # the torn last line of a killed run
-            records.append(json.loads(line))
+    wandb, records = import_wandb(), list(read_records(path))
     config = next((record["config"] for record in reversed(records) if record.get("event") == "config"), {})
     code = next((record["code"] for record in reversed(records) if record.get("event") == "exit"), LOST_CODE)
     job = Job(facts["init"] | dict(dir=None), config, **{name: facts[name] for name in ("shared", "primary", "label")})

@@ -200,6 +200,16 @@ def test_rolling_back_makes_the_file_the_newest_at_once_and_keeps_a_best_one_tha
     assert not best or load(tmp_path / "c.best.pt")["state"]["step"] == best_at
 
 
+def test_a_branch_begins_without_the_history_of_the_run_that_was_there(tmp_path):
+    for name in ("a", "b"):
+        save_run(CheckpointConfig(str(tmp_path / f"{name}.pt"), keep_last=1), whole(5), 5, latest=True, best=False)
+    (tmp_path / "a.metrics.jsonl").write_text('{"step": 3}\n')
+    (tmp_path / "a.tensorboard").mkdir()
+    cfg = CheckpointConfig(str(tmp_path / "a.pt"), resume=str(tmp_path / "b.pt"), overwrite=True, keep_last=1)
+    checkpoint.begin(cfg, tmp_path / "b.pt", State(step=5))
+    assert {path.name for path in tmp_path.iterdir()} == {"a.pt", "b.pt", "b.step-00000005.pt"}
+
+
 def test_where_the_newest_are_damaged_the_error_names_one_that_is_whole(tmp_path):
     cfg = config(tmp_path, keep_last=2)
     for step in (10, 20, 30):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, Run, environment, interrupt_after
+from conftest import ROOT, Run, environment, eventually, interrupt_after
 
 from tracking import ReportConfig
 
@@ -42,8 +42,8 @@ def test_a_run_reports_what_is_documented_and_writes_what_it_says(trainer):
     assert "\r" not in run.out + run.err, "a progress bar in a pipe"
     written = {path.name for path in run.checkpoint.parent.iterdir()}
     assert written == {"c.pt", "c.prev.pt", "c.best.pt", "c.log", "c.metrics.jsonl", "c.config.toml", "c.tokenizer",
-                       "c.tensorboard"}
-    assert all(name in run.out for name in written)
+                       "c.tensorboard", "c.lock"}
+    assert all(name in run.out for name in written - {"c.lock"})
     assert (run.checkpoint.parent / "c.log").read_text() in run.out, "the log file is what the console showed"
     assert "Arguments: " in (run.checkpoint.parent / "c.log").read_text()
     assert "sample at step 20" in run.out
@@ -224,6 +224,41 @@ def test_a_branch_leaves_its_trunk_alone(trainer):
     assert "Resumed at step 5" in branch.out and trunk.checkpoint.read_bytes() == before
 
 
+def test_two_runs_never_write_to_one_path(trainer):
+    """The second is refused, or where it is to go on from the first, waits for that to end."""
+    long = ["--num-steps", 100_000, "--log-steps", 10, "--eval-steps", 0]
+    first = second = subprocess.Popen(trainer.arguments(long), cwd=trainer.folder, text=True, env=environment(),
+                                      stdout=subprocess.PIPE)
+    try:
+        next(line for line in first.stdout if "step 50/" in line)
+        before = (trainer.folder / "c.config.toml").stat()
+        for flags in ([], ["--overwrite"]):
+            other = trainer("--num-steps", 2, *flags)
+            assert other.code == 2 and other.err.count("\n") == 1 and "another run writes there now" in other.err
+        assert (trainer.folder / "c.config.toml").stat() == before
+        first.send_signal(signal.SIGUSR1)  # a checkpoint
+        eventually((trainer.folder / "c.pt").exists)
+        second = subprocess.Popen(trainer.arguments([*long, "--resume", "auto"]), cwd=trainer.folder, text=True,
+                                  env=environment(), stdout=subprocess.PIPE)
+        next(line for line in second.stdout if "waiting for the run that still writes to c.pt" in line)
+        first.send_signal(signal.SIGTERM)
+        stopped = re.search(r"stopped by SIGTERM at step (\d+)", first.communicate(timeout=30)[0])[1]
+        resumed = next(line for line in second.stdout if "Resumed at step" in line)
+        assert resumed.endswith(f"Resumed at step {stopped}\n"), (resumed, stopped)
+    finally:
+        for run in (first, second):
+            run.kill()
+            run.communicate()
+
+
+def test_fp16_clips_gradients_of_their_true_size(trainer):
+    flags = ["--num-steps", 6, "--log-steps", 2, "--eval-steps", 0]
+    exact = trainer(*flags, "--no-amp", checkpoint="exact.pt")
+    scaled = trainer(*flags, "--amp-dtype", "fp16", checkpoint="scaled.pt")
+    for step in (2, 4, 6):
+        assert scaled.rows[step]["train/grad_norm"] == pytest.approx(exact.rows[step]["train/grad_norm"], rel=0.02)
+
+
 def test_compiled_training_is_training(trainer):
     eager = trainer("--num-steps", 4, "--log-steps", 2, "--no-amp", checkpoint="eager.pt")
     compiled = trainer("--num-steps", 4, "--log-steps", 2, "--no-amp", "--compile", checkpoint="compiled.pt")
@@ -264,7 +299,9 @@ def test_a_dry_run_says_the_size_takes_a_step_and_writes_nothing(trainer, text):
 
 def test_the_profiler_writes_a_trace_and_names_it(trainer):
     run = trainer("--num-steps", 8, "--use-profiler")
-    assert "c.trace.json" in run.out and json.loads((trainer.folder / "c.trace.json").read_text())["traceEvents"]
+    assert "c.trace.json" in run.out
+    events = json.loads((trainer.folder / "c.trace.json").read_text())["traceEvents"]
+    assert len({event["name"] for event in events if event["name"].startswith("ProfilerStep#")}) == 3
 
 
 def test_help_answers_at_once_and_has_every_flag():

@@ -3,13 +3,13 @@
 import pytest
 
 from config import UserError
+from processes import only_one
 from wandb_runs import (
     Job,
     WandbConfig,
     base_run_id,
     distributed_info,
     in_sweep,
-    only_one,
     plan_run,
     remember,
     with_environment,
