@@ -160,6 +160,8 @@ class Pulse(NoPulse):
 
     def leave(self, code):
         self._take_leave()
+        if code > 128 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+            code = 0  # stopped as it was asked to: at any other code torchrun would start the ranks again
         super().leave(code)
 
     def _take_leave(self):

@@ -88,6 +88,54 @@ def test_dropout_is_drawn_anew_by_every_rank_and_step():
     assert tuple(torch.rand(4).tolist()) in masks
 
 
+WATCHED = f"""
+import os, sys; sys.path.insert(0, {str(ROOT)!r})
+import hardware
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from train_ddp import DDPWorld
+from train import main
+wrap, seed_step = DDPWorld.wrap, hardware.seed_step
+
+def note(*what):
+    os.write(3, (" ".join(map(str, what)) + "\\n").encode())
+
+def wrapping(self, model):
+    ddp = wrap(self, model)
+    def hook(state, bucket):
+        note("reduced", self.rank)
+        return allreduce_hook(state, bucket)
+    ddp.register_comm_hook(None, hook)
+    return ddp
+
+def seeding(seed, step, rank, device):
+    note("seed", step, rank)
+    seed_step(seed, step, rank, device)
+
+DDPWorld.wrap, hardware.seed_step = wrapping, seeding
+os.dup2(os.open("notes." + os.environ["RANK"], os.O_WRONLY | os.O_CREAT), 3)
+main(DDPWorld)
+"""
+
+
+def test_gradients_go_over_the_wire_once_a_step_and_each_rank_has_randomness_of_its_own(trainer):
+    (trainer.folder / "watched.py").write_text(WATCHED)
+    args = [part.replace(str(ROOT / "train_ddp.py"), "watched.py")
+            for part in trainer.arguments(["--num-steps", 3, "--grad-accum-steps", 4], ranks=2)]
+    subprocess.run(args, cwd=trainer.folder, env=environment(), check=True, capture_output=True, timeout=120)
+    for rank in range(2):
+        notes = (trainer.folder / f"notes.{rank}").read_text().splitlines()
+        assert notes.count(f"reduced {rank}") == 3 + 1  # one bucket holds this model; one pass comes before the steps
+        assert [note for note in notes if note.startswith("seed")] == [f"seed {step} {rank}" for step in range(3)]
+
+
+def test_a_dry_run_of_ranks_leaves_no_tokens_behind(trainer, text):
+    (trainer.folder / "tmp").mkdir()
+    run = trainer("--train-data", text, "--dry-run", data=False, ranks=2, env={"TMPDIR": str(trainer.folder / "tmp")})
+    assert run.code == 0 and "one step:" in run.out, run.err
+    assert list((trainer.folder / "tmp").glob("mini-llm*")) == [] and {*trainer.folder.iterdir()} == {
+        trainer.folder / "tmp"}
+
+
 def test_a_slow_save_is_not_training_time_on_any_rank(trainer, text, tmp_path):
     script = tmp_path / "slow.py"
     script.write_text(
@@ -178,7 +226,7 @@ def test_two_nodes_make_one_log_one_wandb_run_and_one_checkpoint(trainer, text):
     first, second = (trainer.folder / f"node{node}" for node in range(2))
     assert {path.name for path in second.iterdir()} == {"data"}, "the second node writes its token cache only"
     assert {path.name.removeprefix("minigpt.") for path in (first / "checkpoints").iterdir()} == {
-        "pt", "best.pt", "log", "metrics.jsonl", "config.toml", "tokenizer", "wandb.json", "wandb.lock"}
+        "pt", "best.pt", "lock", "log", "metrics.jsonl", "config.toml", "tokenizer", "wandb.json", "wandb.lock"}
     (wandb_run,) = run_files(first)
     assert wandb_run.name == "two nodes" and [row["step"] for row in wandb_run.rows] == [0, 10]
 

@@ -109,6 +109,14 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_ends_as_if_it_had_not_been(
     assert same(Run(subprocess.CompletedProcess([], code, out, err), trainer.folder, "c.pt"), whole)
 
 
+def test_torchrun_restarts_no_run_that_was_stopped_as_asked(trainer):
+    args = trainer.arguments([*LONG, "--resume", "auto", "--time-limit", 0.2], ranks=2)
+    args[3:3] = ["--max-restarts=2"]
+    run = subprocess.run(args, cwd=trainer.folder, env=environment(), text=True, capture_output=True, timeout=100)
+    assert run.returncode == 0, run.err
+    assert run.stdout.count("stopped by SIGALRM") == run.stdout.count("Using device") == 1, run.stdout
+
+
 def test_a_restart_without_resume_auto_is_refused(monkeypatch):
     from train_ddp import DDPWorld
 
