@@ -4,7 +4,6 @@ Text is tokenized once into two files, `train.bin` and `val.bin`, in a cache fol
 decides their content. Training reads windows of them; which window comes when is a pure function of the step.
 """
 
-import atexit
 import contextlib
 import errno
 import fcntl
@@ -25,8 +24,8 @@ import numpy as np
 import toy
 from config import UserError, arg
 from shards import FORMAT, Shard, ShardWriter, read_meta
-from text import Piece, builtin_sources, find_sources, pieces, source_names
-from tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from text import Piece, builtin_sources, find_sources, pieces, require_hub, source_names
+from tokenizer import OWN, end_of_text, load_tokenizer, save_tokenizer, train_tokenizer
 
 CODE_VERSION = 1  # raise it when the same text would give other tokens: old caches are then left alone
 BATCH = 1 << 21  # characters tokenized in parallel: bounds the memory of tokenization
@@ -89,10 +88,11 @@ class BatchConfig:
 # --- Preparation: text to shards, once
 
 
-def prepare(cfg, vocab_size=0, writes=True, scratch=False):
+def prepare(cfg, vocab_size=0, writes=True, scratch=None):
     """The folder with the token shards that `cfg` describes, made now if it is not there. Safe against other processes
     that want the same folder and against being killed: one process writes, under a lock that dies with it, into a
-    folder that gets its name only when it is whole. Without `writes` it waits for another that writes.
+    folder that gets its name only when it is whole. Without `writes` it waits for another that writes. With `scratch`,
+    a folder of the caller's, what is not in the cache is made there.
 
     Raises UserError for text that cannot be used; nothing stays behind then.
     """
@@ -112,6 +112,7 @@ def prepare(cfg, vocab_size=0, writes=True, scratch=False):
                 *([] if val_sources else [cfg.val_ratio, cfg.data_seed]),
                 cfg.tokenizer_name if tokenizer is None else tokenizer.to_str(),
                 vocab_size if cfg.tokenizer_name == "bpe" else 0,
+                *([] if cfg.tokenizer_name in OWN else [end_of_text(tokenizer, cfg.tokenizer_name)]),
                 *source_names(cfg.val_data), *(source.argument for source in val_sources if source.argument)]
     key.update(json.dumps(settings).encode())
     n_bytes = sum(os.path.getsize(path) for source in [*sources, *val_sources] for path in source.files())
@@ -119,11 +120,12 @@ def prepare(cfg, vocab_size=0, writes=True, scratch=False):
         key.update(_source_digest(source, whole=n_bytes <= 1 << 30) if source else b"|")
     folder = Path(cfg.cache_dir) / key.hexdigest()
     if scratch and not folder.exists():
-        temporary = tempfile.mkdtemp(prefix="mini-llm-")
-        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-        folder = Path(temporary) / key.hexdigest()
+        folder, writes = Path(scratch) / key.hexdigest(), True
+    if writes and not folder.exists():
+        require_hub(sources)
+        require_hub(val_sources, "--val-data")
     while not folder.exists():
-        if not (writes or scratch):
+        if not writes:
             _wait(lambda: not folder.exists(), folder.with_name(folder.name + ".draft"))
             continue
         with _locked_draft(folder) as draft:
@@ -226,22 +228,20 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
         own = pieces(sources, "train", 0.0 if val_sources else cfg.val_ratio, cfg.data_seed)
         return chain(pieces(val_sources, "val"), own)
 
-    started, entropy = time.perf_counter(), None
+    entropy = None
     if cfg.use_toy_data:
         tokenizer, entropy = train_tokenizer("char", [toy.ALPHABET], 0), toy.entropy_rate(cfg.data_seed)
     elif tokenizer is None:
-        sample = (piece.text for piece in stream() if piece.split == "train" or cfg.tokenizer_name == "char")
-        if cfg.tokenizer_name == "bpe":
-            sample = _first_characters(sample, BPE_SAMPLE)
-        tokenizer = train_tokenizer(cfg.tokenizer_name, sample, vocab_size or 4096)
-        log.info("trained a %s tokenizer of %s tokens in %.1f s", cfg.tokenizer_name,
-                 f"{tokenizer.get_vocab_size():,}", time.perf_counter() - started)
-
+        tokenizer = _trained_tokenizer(cfg.tokenizer_name, stream(), vocab_size)
     eos = save_tokenizer(tokenizer, draft / "tokenizer", cfg.tokenizer_name)
+    if eos is None:
+        log.warning("the tokenizer %s names no end-of-text token: documents follow each other with nothing between",
+                    cfg.tokenizer_name)
     size = tokenizer.get_vocab_size(with_added_tokens=True)
     identity = hashlib.blake2b(tokenizer.to_str().encode(), digest_size=32).digest()
-    limits = dict(train=cfg.max_tokens, val=0 if val_sources or not cfg.max_tokens else
-                  max(1, int(cfg.max_tokens * cfg.val_ratio)))
+    limits = dict(train=cfg.max_tokens, val=0)
+    if cfg.max_tokens and not val_sources:
+        limits["val"] = max(1, int(cfg.max_tokens * cfg.val_ratio))
     writers = {split: ShardWriter(draft / f"{split}.bin", size, -1 if eos is None else eos, identity, limit)
                for split, limit in limits.items()}
     n_bytes, n_tokens, started = dict(train=0, val=0), Counter(), time.perf_counter()
@@ -285,6 +285,16 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
         os.fsync(file.fileno())
 
 
+def _trained_tokenizer(name, stream, vocab_size):
+    """On the training text, as far as BPE_SAMPLE; a char tokenizer knows the characters of all text."""
+    began, texts = time.perf_counter(), (piece.text for piece in stream if piece.split == "train" or name == "char")
+    tokenizer = train_tokenizer(name, _first_characters(texts, BPE_SAMPLE) if name == "bpe" else texts,
+                                vocab_size or 4096)
+    log.info("trained a %s tokenizer of %s tokens in %.1f s", name, f"{tokenizer.get_vocab_size():,}",
+             time.perf_counter() - began)
+    return tokenizer
+
+
 def _first_characters(texts, limit):
     for text in texts:
         if limit <= 0:
@@ -309,12 +319,19 @@ class Corpus:
     """Token shards with disjoint training and validation documents, and the order in which training reads them."""
 
     def __init__(self, cfg, vocab_size=0, writes=True, scratch=False):
-        """`scratch`: leave nothing behind; shards that are not in the cache are made in a temporary folder."""
-        self.seq_len, self.seed = cfg.seq_len, cfg.data_seed
-        self.folder = prepare(cfg, vocab_size, writes, scratch)
+        """`scratch`: leave nothing behind; shards that are not in the cache are made in a temporary folder, which is
+        gone once they are open."""
+        if scratch:
+            with tempfile.TemporaryDirectory(prefix="mini-llm-") as folder:
+                self._open(cfg, prepare(cfg, vocab_size, scratch=folder), checks=True)
+        else:
+            self._open(cfg, prepare(cfg, vocab_size, writes), checks=writes)  # once a node: the ranks leave together
+
+    def _open(self, cfg, folder, checks):
+        self.seq_len, self.seed, self.folder = cfg.seq_len, cfg.data_seed, folder
         self.meta = read_meta(self.folder)
         self.train, self.val = (Shard(self.folder / f"{split}.bin") for split in ("train", "val"))
-        if writes:  # once a node is enough: the ranks leave together
+        if checks:
             self.train.require(self.meta, "train")
             self.val.require(self.meta, "val")
         self.vocab_size, self.eos, self.fingerprint = self.train.vocab_size, self.train.eos, self.meta["fingerprint"]

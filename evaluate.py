@@ -20,7 +20,7 @@ from data import spread_windows
 from model import IGNORE
 from pretrained import load_run
 from shards import Shard, ShardWriter, read_meta
-from text import find_sources, pieces, source_names
+from text import find_sources, pieces, require_hub, source_names
 
 FEW = 20  # documents: with fewer, the confidence interval takes windows for what is independent
 
@@ -114,6 +114,7 @@ def open_data(paths, tokenizer, eos, saved, folder):
         return ({name: Shard(shard, *span) for name, span in meta["val_sources"].items()},
                 meta["bytes"]["val"] / meta["tokens"]["val"])
     sources, n_bytes, shards = find_sources(paths, "--data"), 0, {}
+    require_hub(sources, "--data")
     for number, name in enumerate(source_names(paths) or [""]):
         file = Path(folder) / f"{number}.bin"
         writer = ShardWriter(file, tokenizer.get_vocab_size(), -1 if eos is None else eos, bytes(32))

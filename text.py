@@ -47,11 +47,11 @@ def find_sources(paths, label="--train-data"):
         elif os.path.exists(path):
             files = [path]
         elif re.fullmatch(r"[\w-]+(/[\w.-]+)?(:[\w.-]+)?", path) and not path.startswith("-"):
-            _require_hub(f"{label} {path}: no such file, and as a Hugging Face dataset it cannot be reached")
             sources.append(Source("hub", (path,), argument))
             continue
         else:
             raise UserError(f"{label} {path}: no such file or folder")
+        files = [file for file in files if os.path.getsize(file)] or files  # of many, some may be empty
         for file in files:
             _check_readable(file, label)
         sources += [Source("text", (file,), argument) for file in files if Path(file).suffix not in TABLE_SUFFIXES]
@@ -119,9 +119,11 @@ def _check_readable(file, label):
         raise UserError(f"{label} {file}: not UTF-8 text; convert it (iconv -t UTF-8) or give .txt, .jsonl or .parquet")
 
 
-def _require_hub(message):
-    if not hub_reachable():
-        raise UserError(message)
+def require_hub(sources, label="--train-data"):
+    """Raises UserError within seconds where datasets of the hub are wanted, and it cannot be reached."""
+    names = [source.paths[0] for source in sources if source.kind == "hub"]
+    if names and not hub_reachable():
+        raise UserError(f"{label} {names[0]}: no such file, and as a Hugging Face dataset it cannot be reached")
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,8 @@ def pieces(sources, split, val_ratio=0.0, seed=0) -> Iterator[Piece]:
     for source in sources:
         if tails:
             cut, size = tail_start(source.paths[0], val_ratio), os.path.getsize(source.paths[0])
-            parts = [(text_pieces(source.paths[0], 0, cut), "train"), (text_pieces(source.paths[0], cut, size), "val")]
+            # The tail first: with --max-tokens the rest need not be read to the end.
+            parts = [(text_pieces(source.paths[0], cut, size), "val"), (text_pieces(source.paths[0], 0, cut), "train")]
         elif source.kind == "text":
             parts = [(text_pieces(source.paths[0]), None)]
         else:

@@ -98,6 +98,7 @@ def _pretrained(name):
         reachable = file is not None or hub_reachable()
         if file is None and reachable:
             file = _hub_file(name, "tokenizer.json")
+            _hub_file(name, "tokenizer_config.json")  # into the cache, where the end-of-text token is looked up
     if file is not None and os.path.exists(file):
         if not os.path.isfile(file):
             raise UserError(f"--tokenizer-name {name}: {file} is not a file")

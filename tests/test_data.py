@@ -13,6 +13,7 @@ from conftest import ROOT, SHARED
 
 import data
 import text as text_module
+import tokenizer as tokenizer_module
 from config import UserError
 from data import Corpus, DataConfig, permute, prepare
 from shards import HEADER, Shard, ShardWriter
@@ -206,6 +207,16 @@ def test_max_tokens_takes_the_first_tokens_only(text, cache):
     assert np.array_equal(corpus.train.read(0, 5000), whole.train.read(0, 5000))
 
 
+def test_max_tokens_of_one_text_reads_no_further(tmp_path, text, monkeypatch):
+    big = tmp_path / "big.txt"
+    big.write_text(text.read_text() * 100)
+    read = []
+    monkeypatch.setattr(data, "pieces", lambda *args: (read.append(piece) or piece for piece in pieces(*args)))
+    corpus = Corpus(config(big, tmp_path / "cache", max_tokens=1000))
+    assert corpus.train.count == 1000
+    assert sum(len(piece.text) for piece in read) < 6_000_000 < os.path.getsize(big)
+
+
 @pytest.mark.parametrize("max_tokens", [0, 5000])
 def test_bits_per_byte_of_a_byte_tokenizer_is_the_loss_in_bits(text, cache, max_tokens):
     corpus = Corpus(config(text, cache, max_tokens=max_tokens))
@@ -234,6 +245,48 @@ def test_a_rank_that_does_not_write_waits_for_the_one_that_does(text, tmp_path):
     begin = time.monotonic()
     folder = prepare(config(text, tmp_path), writes=False)
     assert folder.exists() and time.monotonic() - begin > 0.9
+
+
+def test_a_dataset_of_the_hub_is_needed_until_it_is_tokenized_and_no_longer(tmp_path, text, monkeypatch):
+    monkeypatch.setattr(text_module, "table_pieces", lambda source: text_pieces(text))
+    monkeypatch.setattr(text_module, "hub_reachable", lambda: True)
+    cfg = config("someone/books", tmp_path / "cache", val_data=[str(text)])
+    folder = prepare(cfg)
+    monkeypatch.setattr(text_module, "hub_reachable", lambda: False)
+    assert prepare(cfg) == folder
+    with pytest.raises(UserError, match="--train-data someone/books: no such file, and .* cannot be reached"):
+        prepare(config("someone/books", tmp_path / "other", val_data=[str(text)]))
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_end_of_text_token_of_the_hub_is_what_its_config_says(tmp_path, text, monkeypatch):
+    """Whatever is in the local cache before: what is fetched first has to bring the config along."""
+    source = load_tokenizer("byte")
+    source.add_special_tokens(["<|end of sentence|>", "<|turn|>"])
+    source.save(str(tmp_path / "tokenizer.json"))
+    fetched, stated = set(), ["<|end of sentence|>"]
+
+    def hub_file(name, file, local_files_only=False):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": stated[0]}))
+        fetched.update([] if local_files_only else [file])
+        return str(tmp_path / file) if file in fetched else None
+
+    monkeypatch.setattr(tokenizer_module, "_hub_file", hub_file)
+    monkeypatch.setattr(tokenizer_module, "hub_reachable", lambda: True)
+    corpus = Corpus(config(text, tmp_path / "cache", tokenizer_name="someone/model"))
+    assert corpus.eos == source.token_to_id("<|end of sentence|>")
+    stated[0] = "<|turn|>"
+    other = Corpus(config(text, tmp_path / "cache", tokenizer_name="someone/model"))
+    assert other.eos == source.token_to_id("<|turn|>") and other.folder != corpus.folder
+
+
+def test_of_many_files_some_may_be_empty(tmp_path, cache, text):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("")
+    (tmp_path / "texts" / "b.txt").write_text(text.read_text())
+    assert Corpus(config(tmp_path / "texts", cache)).fingerprint == Corpus(config(text, cache)).fingerprint
+    with pytest.raises(UserError, match="the file is empty"):
+        find_sources([str(tmp_path / "texts" / "a.txt")])
 
 
 def test_a_truncating_tokenizer_does_not_truncate_the_text(tmp_path, cache, text):
