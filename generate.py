@@ -74,7 +74,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     depend on the others. A context that has outgrown the positions is cut to its last half.
     """
     device, limit, training = next(model.parameters()).device, model.cfg.max_position_embeddings, model.training
-    prompts = [prompt[-limit:] for prompt in prompts]
+    prompts, seeds = [prompt[-limit:] for prompt in prompts], range(len(prompts)) if seeds is None else seeds
     lengths = [len(prompt) for prompt in prompts]
     shortest, total = min(lengths), max(lengths) + max_new_tokens
     ragged, greedy = max(lengths) > shortest, temperature < COLD
@@ -231,7 +231,8 @@ def sample_text(model, tokenizer_folder, eos, max_new_tokens=128, temperature=0.
     steps = generate(model, [[eos or 0]], max_new_tokens, temperature, top_k, seeds=[seed],
                      # A model may be wider than its tokenizer (--vocab-size), and its spare ids mean nothing.
                      vocab_size=tokenizer.get_vocab_size())
-    return tokenizer.decode([token for token, in steps])
+    with hardware.any_kernels():  # a GPU has no deterministic cumulative sum
+        return tokenizer.decode([token for token, in steps])
 
 
 @one_line_errors()

@@ -119,6 +119,17 @@ def seed_step(seed, step, rank, device):
         torch.mps.manual_seed(state)
 
 
+@contextlib.contextmanager
+def any_kernels():
+    """Also those that --deterministic forbids, for what the weights do not depend on."""
+    strict = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(strict)
+
+
 def keep_freed_memory():
     """Have glibc keep the large blocks that each step frees and allocates again, instead of giving them back to the
     kernel, which zeroes every page anew. No effect with another C library."""

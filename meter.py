@@ -120,7 +120,7 @@ class Meter:
         metrics |= {f"smoothed/{name}": value for name, value in self.smoothed.items()}
         memory = memory_metrics(self.world.device)
         metrics |= memory | own | {f"rank/{name}": value for name, value in memory.items()}
-        metrics |= {"time/dt_sec": time.perf_counter() - self.reported, "steps": self.steps}
+        metrics["time/dt_sec"] = time.perf_counter() - self.reported
         metrics |= {f"time/{what}_sec": seconds for what, seconds in self.spent.items()}
         for name, (counts, low, high) in self.watched.items():
             edges = np.linspace(float(low), float(high), len(counts) + 1)

@@ -1,4 +1,4 @@
-"""The batch, the optimizer and its schedule: AdamW, Muon, and the learning rate as a pure function of the step."""
+"""The optimizer and its schedule: AdamW, Muon, and the learning rate as a pure function of the step."""
 
 import inspect
 import math

@@ -115,7 +115,7 @@ class Tracker:
         """`cfg` is the whole configuration, `config` what the run is tracked with. Collective with --use-wandb."""
         self.num_steps, self.amp, self.exit_code = cfg.optim.num_steps, amp, 0
         self.beside, self.is_main, self.sinks, self.file = cfg.checkpoint.beside, world.is_main, [], None
-        self.step, self.wandb = state.step, None
+        self.step, self.wandb, self.since = state.step, None, (time.perf_counter(), state.step)
         wandb, self.plan = self._plan_wandb(cfg, world, state)
         if world.is_main or self.plan:
             self._open(cfg, state.step, wandb, config | distributed_info(world) | dict(
@@ -193,10 +193,13 @@ class Tracker:
     def report(self, state, epochs_per_step, metrics):
         """`metrics` under the names of the README's table: one line, and one row in every sink. What `rank/` names is
         of this rank alone: it goes where ranks write for themselves."""
-        per_step = metrics.get("time/dt_sec", 0) / max(1, metrics.pop("steps", 1))
         metrics |= {"train/tokens": state.tokens, "train/epoch": state.step * epochs_per_step,
                     "amp": float(self.amp != "off")}
+        began, first = self.since
+        per_step = (time.perf_counter() - began) / max(1, state.step - first)  # evaluations and saves included
         log.info("%s", console_line(state.step, self.num_steps, metrics, per_step, self.amp))
+        if state.step == first:  # the evaluation before the first step comes but once
+            self.since = time.perf_counter(), first
         own = {name: metrics.pop(name) for name in list(metrics) if name.startswith("rank/")}
         row = metrics if self.is_main or self.plan and self.plan.primary else {}
         if self.plan and self.plan.suffix is not None:
@@ -249,7 +252,7 @@ def console_line(step, num_steps, m, seconds_per_step, amp):
     else:
         show("{:.3g} TFLOP/s", "train/tflops_per_rank")
     show("dt {:.2f}s", "time/dt_sec")
-    if seconds_per_step:
+    if "lr" in m:  # steps were taken
         parts.append(f"eta {datetime.timedelta(seconds=round((num_steps - step) * seconds_per_step))}")
     return " | ".join([*parts, f"amp {amp}"])
 
@@ -349,7 +352,7 @@ def make_profiler(enabled, path):
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    return torch.profiler.profile(activities=activities, on_trace_ready=on_ready, record_shapes=True,
+    return torch.profiler.profile(activities=activities, on_trace_ready=on_ready,
                                   schedule=torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1))
 
 

@@ -16,7 +16,7 @@ from config import UserError
 from data import DataConfig, prepare
 from export import export
 from generate import Continuation, GenerateConfig, batches, choose, generate, main
-from model import ARCHS
+from model import ARCHS, GPT, GPTConfig
 from pretrained import load_run
 from tokenizer import load_tokenizer, open_tokenizer
 
@@ -86,6 +86,13 @@ def test_batches_hold_every_row_once_and_lengths_that_are_near():
     lengths = [5, 900, 7, 5, 30, 899]
     assert batches(lengths, 8, 10) == [[0, 3, 2], [4], [5, 1]]
     assert batches(lengths, 2, 10) == [[0, 3], [2], [4], [5, 1]]
+
+
+def test_without_seeds_every_text_has_one_of_its_own():
+    model = GPT(GPTConfig(n_layers=1, n_heads=1, d_model=16, vocab_size=50, max_position_embeddings=16))
+    steps = list(generate(model, [[1], [1]], 12))
+    assert steps == list(generate(model, [[1], [1]], 12, seeds=[0, 1]))
+    assert [a for a, _ in steps] != [b for _, b in steps]
 
 
 @pytest.fixture(scope="module")

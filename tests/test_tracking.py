@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import time
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 from conftest import Clock
 
 import meter as meter_module
+import tracking
+from checkpoint import State
 from meter import Meter, histograms
-from tracking import JsonlSink, TensorboardSink, console_line
+from tracking import JsonlSink, TensorboardSink, Tracker, console_line
 from train import World
 
 
@@ -37,6 +40,19 @@ def test_the_console_line_is_the_documented_one():
     assert console_line(10, 50, metrics, 0.15, "bf16") == (
         "epoch 1 step 10/50 | lr 3.30e-05 | step time 0.157s | tok/s 6,538/rank 13,076 global | train loss 10.9411 | "
         "val loss 10.9447 | val ppl 56653.46 | grad norm 1.02 | mfu 12.3% | dt 1.98s | eta 0:00:06 | amp bf16")
+
+
+def test_the_time_left_is_of_all_that_comes_between_steps_but_not_of_the_first_evaluation(monkeypatch):
+    clock = Clock(monkeypatch, tracking)
+    tracker = Tracker.__new__(Tracker)
+    tracker.num_steps, tracker.amp, tracker.is_main, tracker.plan, tracker.sinks = 100, "off", True, None, []
+    tracker.since = clock.now, 0
+    lines = []
+    monkeypatch.setattr(tracking.log, "info", lambda form, line: lines.append(line))
+    for step, seconds in ((0, 50), (10, 10), (20, 30)):  # an evaluation, steps, steps with an evaluation
+        clock.sleep(seconds)
+        tracker.report(State(step=step), 0.1, {"lr": 0.1} if step else {"val/loss": 1.0})
+    assert [re.findall(r"eta (\S+)", line) for line in lines] == [[], ["0:01:30"], ["0:02:40"]]
 
 
 def test_a_line_leaves_out_what_was_not_measured():
