@@ -1,22 +1,25 @@
 #!/usr/bin/env bash
-# What a CUDA machine is to show, in calls of at most nine minutes each. Needs torch, transformers and NumPy; no network,
-# no wandb, no datasets: the tokens are those of Python's standard library.
+# What a CUDA machine is to show, in calls of at most nine minutes each. Needs torch, transformers, accelerate, NumPy and
+# pytest with its xdist; no network, no wandb, no datasets: the tokens are those of Python's own source files.
 #
-#   bench/gpu.sh check                        every test that needs a GPU
-#   bench/gpu.sh speed 124m [PATH/TO/nanoGPT] tokens/s and MFU against the peers; also 350m, 1.5b
-#   bench/gpu.sh best 124m PATH/TO/nanoGPT    the same with larger batches
-#   bench/gpu.sh loss PATH/TO/nanoGPT         time to the validation loss that nanoGPT reaches in five minutes
+#   bench/gpu.sh check                         every test that needs a GPU
+#   bench/gpu.sh speed 124m PATH/TO/nanoGPT    tokens/s and MFU, ours and nanoGPT's compiled; also 350m
+#   bench/gpu.sh speed 124m PATH/TO/nanoGPT 48 the same with another batch: for each its best
+#   bench/gpu.sh trainer 124m                  ours and the Hugging Face Trainer's, bf16, compiled; also 350m
+#   bench/gpu.sh step 1.5b                     ours alone, without a checkpoint: where a step goes; also 124m, 350m
+#   bench/gpu.sh loss PATH/TO/nanoGPT          time to the validation loss that nanoGPT reaches in five minutes
 set -euo pipefail
 cd "$(dirname "$0")/.."
-what=${1:?check, speed, best or loss}
+python=${PYTHON:-python3}
+what=${1:?check, speed, trainer, step or loss}
 case $what in
-check) python -m pytest -o addopts= tests/test_gpu.py ;;  # one at a time, and without the plugins that CI has
-speed) python bench/speed.py --device cuda --size "${2:-124m}" --rounds 2 ${3:+--nanogpt "$3"} --limit 540 ;;
-best)
-  for batch in 48 64; do
-    python bench/speed.py --device cuda --size "${2:-124m}" --rounds 1 --no-trainer --nanogpt "$3" --batch "$batch" --limit 270
-  done ;;
-loss) python bench/loss.py --device cuda --nanogpt "${2:?a checkout of nanoGPT}" --seconds 300 \
+check) TORCHINDUCTOR_COMPILE_THREADS=4 $python -m pytest -o addopts= -n 4 -v --durations=0 tests/test_gpu.py ;;
+speed)
+  $python bench/speed.py --device cuda --size "${2:?a size}" --nanogpt "${3:?a checkout of nanoGPT}" --no-trainer \
+    ${4:+--batch "$4"} --rounds 3 --limit 500 ;;
+trainer) $python bench/speed.py --device cuda --size "${2:?a size}" --rounds 3 --limit 500 ;;
+step) $python bench/step.py --device cuda --size "${2:?a size}" ;;
+loss) $python bench/loss.py --device cuda --nanogpt "${2:?a checkout of nanoGPT}" --seconds 300 \
   --recipe configs/speedrun-gpu.toml ;;
-*) echo "check, speed, best or loss" >&2; exit 2 ;;
+*) echo "check, speed, trainer, step or loss" >&2; exit 2 ;;
 esac

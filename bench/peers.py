@@ -38,25 +38,25 @@ SIZES = {
     "A": Size(4, 4, 128, 64, 12, 60, 1260),
     "B": Size(6, 6, 384, 256, 16, 4, 64),
     "C": Size(4, 4, 256, 512, 2, 10, 110, vocab=50257),  # a small model with GPT-2's vocabulary
-    "124m": Size(12, 12, 768, 1024, 32, 30, 130, vocab=50304),
-    "350m": Size(24, 16, 1024, 1024, 16, 20, 80, vocab=50304),
-    "1.5b": Size(48, 25, 1600, 1024, 8, 10, 40, vocab=50304),
+    "124m": Size(12, 12, 768, 1024, 32, 30, 330, vocab=50304),
+    "350m": Size(24, 16, 1024, 1024, 16, 20, 240, vocab=50304),
+    "1.5b": Size(48, 25, 1600, 1024, 8, 5, 40, vocab=50304),  # for step.py: two checkpoints of 19 GB
 }
 
 
 class Bench:
-    """A folder in which every program finds the same tokens: by character from `text`, or with a tokenizer learned
-    from Python's standard library where there is none."""
+    """A folder in which every program finds the same tokens: those of `text`, a file, by character; or with a tokenizer
+    learned from it those of `code`, patterns, where there is none of Python's standard library."""
 
-    def __init__(self, folder, size, text=None, nanogpt=None, device="cpu"):
+    def __init__(self, folder, size, text=None, nanogpt=None, device="cpu", code=()):
         from data import Corpus, DataConfig
 
         self.folder, self.size, self.device = Path(folder), size, device
-        self.data = ["--cache-dir", self.folder / "cache", *(
-            ["--train-data", text.resolve(), "--tokenizer-name", "char"] if text else [])]
-        cfg = DataConfig(train_data=[str(text.resolve())] if text else [], tokenizer_name="char" if text else "bpe",
-                         seq_len=size.context, cache_dir=str(self.folder / "cache"))
-        self.corpus = Corpus(cfg)
+        paths, tokenizer = ([str(text.resolve())], "char") if text else (list(code), "bpe")
+        self.data = [*(["--train-data", *paths] if paths else []), "--tokenizer-name", tokenizer]
+        cfg = DataConfig(train_data=paths, tokenizer_name=tokenizer, seq_len=size.context,
+                         cache_dir=str(self.folder / "cache"))
+        self.corpus = Corpus(cfg, size.vocab)
         self.vocab = size.vocab or self.corpus.vocab_size
         self.tokens = self.folder / "tokens"  # as nanoGPT has them: ids alone, two bytes each
         self.tokens.mkdir(exist_ok=True)
@@ -72,7 +72,8 @@ class Bench:
     def ours(self, steps, *flags):
         size = self.size
         vocab = ["--vocab-size", size.vocab] if size.vocab else []
-        return self.folder, [sys.executable, ROOT / "train.py", *self.data, "--device", self.device, *vocab,
+        return self.folder, [sys.executable, ROOT / "train.py", *self.data, "--cache-dir", self.folder / "cache",
+                             "--device", self.device, *vocab,
                              "--seq-len", size.context, "--max-position-embeddings", size.context,
                              "--batch-size", size.batch, "--n-layers", size.layers, "--n-heads", size.heads,
                              "--d-model", size.width, "--num-steps", steps, "--beta2", 0.99, "--eval-steps", 0,

@@ -80,15 +80,17 @@ def main():
         from hardware import peak_flops
         from model import GPT, GPTConfig
 
-        flops = GPT(GPTConfig(n_layers=size.layers, n_heads=size.heads, d_model=size.width, vocab_size=bench.vocab,
-                              max_position_embeddings=size.context)).flops_per_token(size.context)
+        with torch.device("meta"):
+            flops = GPT(GPTConfig(n_layers=size.layers, n_heads=size.heads, d_model=size.width, vocab_size=bench.vocab,
+                                  max_position_embeddings=size.context)).flops_per_token(size.context)
         makers, speed, memory, agreement = programs(bench, options), {}, {}, []
         peaks = {torch.float32: [], torch.bfloat16: []}
         for number in range(options.rounds + 1):  # the first warms up
             elapsed = time.perf_counter() - began
-            if number and options.limit and elapsed * (number + 1) / number > options.limit:
+            if number > 1 and options.limit and elapsed * (number + 1) / number > options.limit:
                 print(f"{options.limit:g} s do not hold another round")
                 break
+            rounds = number
             for dtype, found in peaks.items():
                 found.append(matmul_peak(options.device, dtype))
             for name, make in makers.items():
@@ -102,12 +104,10 @@ def main():
                 if name == "mini-llm, default":
                     agreement.append(reported(Path(folder), size) / speed[name][-1])
 
-    if not speed:
-        return
     first, *_ = speed
     ours = speed.get("mini-llm, default")
     print(f"size {options.size}: {size.layers} layers, {size.heads} heads, d {size.width}, T {size.context}, batch "
-          f"{size.batch}, vocabulary {bench.vocab}; {options.rounds} rounds; {machine(options.device)}")
+          f"{size.batch}, vocabulary {bench.vocab}; {rounds} rounds; {machine(options.device)}")
     print("matrix products, best of each round, TFLOP/s: "
           + "; ".join(f"{str(dtype)[6:]} {spread([p / 1e12 for p in found], '.3g')}" for dtype, found in peaks.items()))
     if agreement:

@@ -89,7 +89,8 @@ def environment(**extra):
 def command(script, ranks=None):
     if ranks is None:
         return [sys.executable, str(ROOT / script)]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
+            f"--nproc-per-node={ranks}",
             str(ROOT / script)]
 
 
@@ -110,7 +111,7 @@ def server():
 @pytest.fixture
 def trainer(tmp_path, text, cache):
     """`trainer(*flags, ranks=None)` runs train.py, or train_ddp.py with so many ranks, to its end."""
-    def run(*flags, ranks=None, checkpoint="c.pt", env=None, tiny=True, data=True, timeout=180):
+    def run(*flags, ranks=None, checkpoint="c.pt", env=None, tiny=True, data=True, timeout=300):
         return Run(subprocess.run(arguments(flags, ranks, checkpoint, tiny, data), cwd=tmp_path, text=True,
                                   capture_output=True, env=environment(**(env or {})), timeout=timeout),
                    tmp_path, checkpoint)
