@@ -134,11 +134,15 @@ def plan(cfg):
     return Path(cfg.resume)
 
 
-def claim(cfg):
+def claim(cfg, resume_from):
     """Keeps other runs from writing at the checkpoint path as long as this process lives. Raises UserError where one
-    does."""
-    _lock_file(cfg).parent.mkdir(parents=True, exist_ok=True)
-    if not lock_until_exit(_lock_file(cfg)):
+    does, or has since `plan`."""
+    try:
+        _lock_file(cfg).parent.mkdir(parents=True, exist_ok=True)
+        free = lock_until_exit(_lock_file(cfg))
+    except OSError as error:
+        raise UserError(f"--checkpoint-path {cfg.checkpoint_path}: {error.strerror}; give another path") from None
+    if not free or (resume_from is None and not cfg.overwrite and os.path.exists(cfg.checkpoint_path)):
         raise _in_use(cfg)
 
 
@@ -147,8 +151,8 @@ def _lock_file(cfg):
 
 
 def _in_use(cfg):
-    return UserError(f"--checkpoint-path {cfg.checkpoint_path}: another run writes there now; name another path, or "
-                     f"stop that one first")
+    return UserError(f"--checkpoint-path {cfg.checkpoint_path}: another run writes there now (it holds "
+                     f"{_lock_file(cfg)}); name another path, or stop that one first")
 
 
 def _nearest_folder(path):
@@ -232,7 +236,7 @@ def begin(cfg, resume_from, state):
     path, best = Path(cfg.checkpoint_path), cfg.beside(".best.pt")
     goes_on = resume_from is not None and cfg.continues(resume_from)
     if not goes_on:  # what is there is the history of another run, also where that one never came to a checkpoint
-        _remove(cfg, ".metrics.jsonl", ".rank*.metrics.jsonl")
+        cfg.beside(".metrics.jsonl").unlink(missing_ok=True)
         shutil.rmtree(cfg.beside(".tensorboard"), ignore_errors=True)
     if cfg.overwrite:
         if not (goes_on and _step_of(best) <= state.step):
@@ -244,18 +248,14 @@ def begin(cfg, resume_from, state):
         for file in (cfg.beside(".prev.pt"), cfg.beside(".nonfinite.pt")):
             file.unlink(missing_ok=True)
         if not goes_on:
-            _remove(cfg, ".wandb.json", ".rank*.wandb.json")
+            leftovers = glob.escape(cfg.beside("").name)
+            for pattern in (".wandb.json", ".rank*.wandb.json", ".rank*.metrics.jsonl"):
+                for file in path.parent.glob(leftovers + pattern):
+                    file.unlink()
         for file in cfg.numbered():
             if not goes_on or int(file.stem.rpartition("-")[2]) > state.step:
                 file.unlink(missing_ok=True)
     return state.best_val if best.exists() else math.inf
-
-
-def _remove(cfg, *patterns):
-    """Files beside the checkpoint path, by what their names end in."""
-    stem = glob.escape(cfg.beside("").name)
-    for file in (file for pattern in patterns for file in cfg.beside("").parent.glob(stem + pattern)):
-        file.unlink(missing_ok=True)
 
 
 def _step_of(file):

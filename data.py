@@ -322,7 +322,7 @@ class Corpus:
         """`scratch`: leave nothing behind; shards that are not in the cache are made in a temporary folder, which is
         gone once they are open."""
         if scratch:
-            with tempfile.TemporaryDirectory(prefix="mini-llm-") as folder:
+            with tempfile.TemporaryDirectory(prefix="mini-llm-", ignore_cleanup_errors=True) as folder:
                 self._open(cfg, prepare(cfg, vocab_size, scratch=folder), checks=True)
         else:
             self._open(cfg, prepare(cfg, vocab_size, writes), checks=writes)  # once a node: the ranks leave together

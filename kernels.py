@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 CHUNK = 2**20  # logits that are turned into probabilities at a time: few enough to stay in cache
+ONEDNN = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 LARGE = 2**20  # elements of a product from which on adding the bias to it costs more than a call from Python does
 
 
@@ -22,9 +23,9 @@ class Linear(nn.Linear):
     """(..., in_features) → (..., out_features)."""
 
     def forward(self, x):
-        if (x.dtype == torch.bfloat16 and x.device.type == "cpu" and self.bias is not None
+        if (ONEDNN and x.dtype == torch.bfloat16 and x.device.type == "cpu" and self.bias is not None
                 and x.shape[:-1].numel() * self.out_features >= LARGE and torch.is_grad_enabled()
-                and torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling()):
+                and not torch.compiler.is_compiling()):
             return LinearFunction.apply(x, self.weight, self.bias)
         return super().forward(x)
 

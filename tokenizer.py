@@ -97,8 +97,9 @@ def _pretrained(name):
         file = _hub_file(name, "tokenizer.json", local_files_only=True)
         reachable = file is not None or hub_reachable()
         if file is None and reachable:
+            # Into the cache, where the end-of-text token is looked up; before the file that other ranks look for.
+            _hub_file(name, "tokenizer_config.json")
             file = _hub_file(name, "tokenizer.json")
-            _hub_file(name, "tokenizer_config.json")  # into the cache, where the end-of-text token is looked up
     if file is not None and os.path.exists(file):
         if not os.path.isfile(file):
             raise UserError(f"--tokenizer-name {name}: {file} is not a file")

@@ -225,7 +225,7 @@ def train(cfg, world):
 
     def begin():
         checkpoint.require_space(cfg.checkpoint, 12 * raw.num_params())  # weights and moments
-        checkpoint.claim(cfg.checkpoint)
+        checkpoint.claim(cfg.checkpoint, resume_from)
         corpus.export_tokenizer(cfg.checkpoint.beside(".tokenizer"))
         return checkpoint.begin(cfg.checkpoint, resume_from, state)
 

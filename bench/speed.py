@@ -87,7 +87,9 @@ def main():
         peaks = {torch.float32: [], torch.bfloat16: []}
         for number in range(options.rounds + 1):  # the first warms up
             elapsed = time.perf_counter() - began
-            if number > 1 and options.limit and elapsed * (number + 1) / number > options.limit:
+            if number == 1:
+                warm = elapsed
+            if number > 1 and options.limit and elapsed + (elapsed - warm) / (number - 1) > options.limit:
                 print(f"{options.limit:g} s do not hold another round")
                 break
             rounds = number

@@ -210,6 +210,14 @@ def test_a_branch_begins_without_the_history_of_the_run_that_was_there(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"a.pt", "b.pt", "b.step-00000005.pt"}
 
 
+def test_a_checkpoint_that_came_while_this_run_tokenized_is_not_written_over(tmp_path):
+    cfg = config(tmp_path)
+    assert plan(cfg) is None
+    save_run(cfg, whole(5), 5, latest=True, best=False)
+    with pytest.raises(UserError, match="another run writes there"):
+        checkpoint.claim(cfg, None)
+
+
 def test_where_the_newest_are_damaged_the_error_names_one_that_is_whole(tmp_path):
     cfg = config(tmp_path, keep_last=2)
     for step in (10, 20, 30):
