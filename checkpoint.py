@@ -82,7 +82,7 @@ class CheckpointConfig:
 
 @dataclass
 class State:
-    """Where a run stands. What the loop decides is a function of `step` alone."""
+    """Where a run stands. Batch, learning rate and randomness are functions of `step`."""
 
     step: int = 0  # optimizer steps done
     tokens: int = 0
@@ -105,11 +105,13 @@ def plan(cfg):
         tempfile.TemporaryFile(dir=folder).close()  # asking for the permission is not enough: root has it everywhere
         if _lock_file(cfg).exists():
             with only_one(_lock_file(cfg)) as free:
-                if not free and cfg.resume:
-                    log.info("waiting for the run that still writes to %s", path)
-            with only_one(_lock_file(cfg), PATIENCE if cfg.resume else 0) as free:
-                if not free:
-                    raise _in_use(cfg)
+                pass
+            if not free and cfg.resume:
+                log.info("waiting for the run that still writes to %s", path)
+                with only_one(_lock_file(cfg), PATIENCE) as free:
+                    pass
+            if not free:
+                raise _in_use(cfg)
         cfg.beside(".rank0000.metrics.jsonl.tmp").exists()  # a name too long for that is found out here
         known = [file for file in (path, cfg.beside(".prev.pt")) if file.exists()]  # the newest first
     except OSError as error:

@@ -2,7 +2,7 @@
 
 What the library makes of the same lines passes over the largest tensors of a step several times more: the result of a
 product with a bias, the (T, T) weights of every head, a logit for every token and word (bench/step.py, LOG.md). On a
-GPU the library's own are used; nothing is measured there. `model.py` decides.
+GPU the library's own are used; nothing is measured there. `model.py` decides about attention and the loss.
 
 Shape letters as in model.py: B batch, T time, C d_model, nh heads, hs head size, V vocabulary; N = B * T.
 """
@@ -20,7 +20,7 @@ LARGE = 2**20  # elements of a product from which on adding the bias to it costs
 
 
 class Linear(nn.Linear):
-    """(..., in_features) → (..., out_features)."""
+    """nn.Linear, which for a large result in bf16 on a CPU that learns is LinearFunction."""
 
     def forward(self, x):
         if (ONEDNN and x.dtype == torch.bfloat16 and x.device.type == "cpu" and self.bias is not None
@@ -31,8 +31,8 @@ class Linear(nn.Linear):
 
 
 class LinearFunction(torch.autograd.Function):
-    """x Wᵀ + b in bf16, of W and b in fp32. oneDNN adds b as it writes the product; torch's own linear layer writes b
-    to every row first, and adds the product to that. The bits are the same."""
+    """x Wᵀ + b in bf16: x (..., C), W (D, C) and b (D,) in fp32 → (..., D). oneDNN adds b as it writes the product;
+    torch's own linear layer writes b to every row first, and adds the product to that. The bits are the same."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):

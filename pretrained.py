@@ -208,7 +208,7 @@ def gpt_config(theirs, source):
                     head_dim=first("head_dim", default=width // heads), vocab_size=theirs.vocab_size,
                     max_position_embeddings=theirs.max_position_embeddings, tie_embeddings=theirs.tie_word_embeddings)
     cfg.require_possible()
-    # Whatever our model's configuration says, too, must be the same there; and of RoPE it may say nothing else.
+    # What both configurations state must agree. A field that ours lacks may be, but not one of rope_parameters.
     stated, ours = _flat(theirs.to_dict()), _flat(hugging_face_config(cfg).to_dict())
     for name, value in stated.items():
         if not NO_MATTER.fullmatch(name) and value != ours.get(name, value if "." not in name else None):

@@ -69,7 +69,8 @@ def only_one(path, patience=0):
 
 def lock_until_exit(path):
     """Takes that lock for as long as this process lives, however it ends → whether it got it."""
-    return _locked(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), patience=0)  # never closed
+    # Never closed. Whoever only asks whether it is free holds it for a moment, too.
+    return _locked(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), patience=1)
 
 
 def _locked(file, patience):

@@ -1,4 +1,4 @@
-"""The trainer's end of what speaks to Weights & Biases, which is a process of its own.
+"""The trainer's end: what speaks to Weights & Biases during a run is a process of its own.
 
 The trainer writes its rows to metrics.jsonl anyway. `WandbSink` starts a second process, wandb_follower.py, that reads
 them from there and passes them on. So the file is the queue: it drops nothing and costs the trainer nothing; a W&B that

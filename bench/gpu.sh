@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a CUDA machine is to show, in calls of at most nine minutes each. Needs torch, transformers, accelerate, NumPy and
+# What a CUDA machine is to show, in calls meant for nine minutes each: none has run yet. Needs torch, transformers, accelerate, NumPy and
 # pytest with its xdist; no network, no wandb, no datasets: the tokens are those of Python's own source files.
 #
 #   bench/gpu.sh check                         every test that needs a GPU

@@ -5,7 +5,7 @@ what counts is the wall time of the whole process, from a cold start with empty 
 
 On the CPU nanoGPT trains as its README says: 2000 steps of size A, and its loss is the last that it prints. On a GPU
 it trains 124M for so many --seconds on the source files of torch and transformers, 100 MB that every machine has, and
-its loss is the least that it prints, at the time of that. Ours is that of the whole validation set, and the time that
+its loss is the least that it prints, at the time of that. Ours is that of the recipe's --eval-tokens, and the time that
 of the first report at or below nanoGPT's.
 """
 

@@ -90,8 +90,7 @@ def command(script, ranks=None):
     if ranks is None:
         return [sys.executable, str(ROOT / script)]
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
-            f"--nproc-per-node={ranks}",
-            str(ROOT / script)]
+            f"--nproc-per-node={ranks}", str(ROOT / script)]
 
 
 # For the real SDK against `server`. It sends rows every 15 s else, and takes whole seconds only.
