@@ -267,7 +267,7 @@ def _toml_values(path, table, cls, fields):
     for key, value in table.items():
         if isinstance(value, dict):
             if key not in sections:
-                _refuse_unknown(key, sections, f"--config {path}: section")
+                _refuse_unknown(key, sections, f"--config {path}: section", f"; there are {', '.join(sections)}")
             flat |= value
         else:
             flat[key] = value
@@ -280,9 +280,9 @@ def _toml_values(path, table, cls, fields):
     return values
 
 
-def _refuse_unknown(word, known, what):
+def _refuse_unknown(word, known, what, otherwise=" (see --help)"):
     word = word.split("=")[0]
-    raise UserError(f"{what} {word} is not known{_nearest(word, known) or ' (see --help)'}")
+    raise UserError(f"{what} {word} is not known{_nearest(word, known) or otherwise}")
 
 
 def _nearest(word, known):

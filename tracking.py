@@ -11,13 +11,14 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from logging.handlers import MemoryHandler
 
 import torch
 from tqdm import tqdm
 
-from config import UserError, arg, flatten, to_toml
+from config import RunFailed, UserError, arg, flatten, to_toml
 from hardware import device_name
 from wandb_runs import base_run_id, distributed_info, in_sweep, plan_run, with_environment
 
@@ -173,6 +174,9 @@ class Tracker:
         if kind:
             self.exit_code = 1
             log.error("stopped by %s: %s", kind.__name__, error)
+            if self.file and not issubclass(kind, (RunFailed, KeyboardInterrupt)):  # stderr has it, the log would not
+                with contextlib.suppress(OSError):
+                    traceback.print_exception(error, file=self.file.stream)
             if self.beside(".pt").exists():
                 log.error("the last checkpoint is %s: --resume goes on from it", self.beside(".pt"))
             if self.is_main:
@@ -228,6 +232,7 @@ class Tracker:
 
     def finished(self, files):
         log.info("Training finished. Written: %s", ", ".join(files))
+        log.info("curves: python report.py %s --terminal", shlex.quote(str(self.beside(".pt"))))
 
 
 def console_line(step, num_steps, m, seconds_per_step, amp):

@@ -75,7 +75,7 @@ class Follower:
                 publisher.publish(rows.lines(), last)
                 delivery.check()
             # A sweep would take up again what its agent has ended, or someone has stopped.
-            if self.exit_code == 128 + signal.SIGTERM and not self.stopped and not os.environ.get("WANDB_SWEEP_ID"):
+            if self.exit_code == 128 + signal.SIGTERM and not self.stopped and not self.job.sweep:
                 run.mark_preempting()
             run.finish(exit_code=self.exit_code)
             with contextlib.suppress(SystemExit):  # so it tells that its second process ended badly
@@ -133,8 +133,9 @@ def open_run(job, say, may_go_offline=True, stop=None):
         # The local file is written every second: a kill leaves no W&B process behind to write what it had.
         settings = wandb.Settings(x_transaction_log_flush_interval=1, init_timeout=job.init_timeout,
                                   finish_timeout=job.finish_timeout, console="wrap",
-                                  x_stats_pid=job.pid, git_root=str(SOURCE), program=job.program, stop_fn=stop,
-                                  **mode)
+                                  x_stats_pid=job.pid, git_root=str(SOURCE), program=job.program,
+                                  program_relpath=os.path.relpath(job.program, SOURCE), stop_fn=stop,
+                                  sweep_id=job.sweep or None, **mode)
         return wandb.init(settings=settings, resume="allow", **init)
 
     try:
@@ -146,11 +147,11 @@ def open_run(job, say, may_go_offline=True, stop=None):
             raise
         wandb.teardown()  # else the id counts as in use
         run = start(mode="offline")
-        say("WARNING", f"{reason(error)}; {advice(error)}. Recorded offline meanwhile: "
+        say("WARNING", f"{explained(error)}. Recorded offline meanwhile: "
                        f"wandb sync {shlex.quote(offline_folder(run))}, or {job.sync}")
     else:
         place = f"offline in {offline_folder(run)}; send it later with wandb sync" if run.offline else f"at {run.url}"
-        say("INFO", f"run {run.id} {place}")
+        say("INFO", f"run {run.id}{f' ({run.name})' if run.name else ''} {place}")
     # W&B's own step must grow, and so drops rows that a resumed run repeats: `step` is an axis of ours.
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
@@ -165,7 +166,7 @@ def open_run(job, say, may_go_offline=True, stop=None):
 def describe(run, job):
     """Log the configuration, with what this code and machine are, and the files of the run."""
     facts = job.config | provenance()
-    if os.environ.get("WANDB_SWEEP_ID"):  # what the sweep sets is locked, and comes with the run
+    if job.sweep:  # what the sweep sets is locked, and comes with the run
         facts = {name: value for name, value in facts.items() if name not in dict(run.config)}
     run.config.update(facts, allow_val_change=True)
     diff = git("diff", "HEAD")[:DIFF_CHARACTERS]
@@ -287,6 +288,7 @@ class Publisher:
                 path = Path(shutil.move(path, kept))
             best, config = record.pop("best"), self.job.config
             artifact = wandb.Artifact(f"model-{self.run.id}", type="model",
+                                      description=f"checkpoint of step {record['step']}",
                                       metadata=record | dict(seed=config["seed"], config=config))
             # Immutable: read where it lies, not copied to a cache first.
             artifact.add_file(str(path), name="model.pt", policy="immutable", skip_cache=True)
@@ -320,6 +322,7 @@ ADVICE = [  # in what W&B says → what to do
     (r"api[ _]key|\blogin\b|\b401\b|authenticat|logged in|no-tty", "wandb login, or WANDB_API_KEY"),
     (r"no space left|read-only|not a directory|file exists|\[errno 13\]|disk quota",
      "name a folder of your own with room: --wandb-dir"),
+    (r"\b409\b|previously created and deleted", "an id is given once: go on with --resume --wandb-run-id NEW"),
     (r"\b(403|404)\b|permission|not found|could not find|\bentity\b",
      "check --wandb-entity and --wandb-project, or the key's rights"),
     (r"\b429\b|rate limit|quota|storage", "W&B limits this account: fewer reports (--log-steps), or wait"),
@@ -330,6 +333,12 @@ ADVICE = [  # in what W&B says → what to do
 def advice(error):
     """What a person can do about an error of W&B's."""
     return next(words for pattern, words in ADVICE if re.search(pattern, str(error), re.IGNORECASE))
+
+
+def explained(error):
+    """An error of W&B's, and what a person can do about it, if it does not say so itself."""
+    why, remedy = reason(error), advice(error)
+    return why if remedy.split(",")[0] in why else f"{why}; {remedy}"
 
 
 class Delivery:
@@ -381,6 +390,8 @@ def main():
     out, control = os.fdopen(os.dup(1), "w"), sys.stdin
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the way to the trainer is for `say` alone
     job = Job(**json.loads(control.readline()))
+    # W&B notes what the running process was started with; that is to be the trainer.
+    sys.argv, os.environ["WANDB_PROGRAM"] = [job.program, *job.arguments], job.program
 
     def say(level, text):
         with contextlib.suppress(OSError):  # nobody may be left to listen
@@ -394,7 +405,7 @@ def main():
     try:
         follower.run()
     except Exception as error:
-        say("WARNING", f"{reason(error)}; {advice(error)}. Training goes on without it; send the run later: "
+        say("WARNING", f"{explained(error)}. Training goes on without it; send the run later: "
                        f"{job.sync}")
     # The SDK's own goodbye waits for its second process, and for ever where that is frozen.
     end_children()

@@ -1,6 +1,7 @@
 """Which W&B run a process writes to, under which id, and how it is set up. Flags, environment and rules: no network,
 and nothing of the wandb package, so that a run without W&B pays nothing for it."""
 
+import configparser
 import contextlib
 import dataclasses
 import json
@@ -59,6 +60,9 @@ class WandbConfig:
                             "new, whose runs are synced one by one, or auto")
         if not re.fullmatch(r"[\w.-]{0,64}", final.wandb_run_id):
             raise UserError(f"--wandb-run-id {final.wandb_run_id}: letters, digits, _ . and -, 64 at most")
+        if final.wandb_project in ("runs", "sweeps"):
+            raise UserError(f"--wandb-project {final.wandb_project}: W&B takes this word for a part of its links; take "
+                            f"another name")
         if not re.fullmatch(r"[^/\\#?%:]{1,128}", final.wandb_project):
             raise UserError(f"--wandb-project {final.wandb_project}: 128 characters at most, and none of / \\ # ? % :")
         for tag in final.wandb_tags:
@@ -70,14 +74,16 @@ ENVIRONMENT = dict(wandb_project="WANDB_PROJECT", wandb_entity="WANDB_ENTITY", w
                    wandb_run_id="WANDB_RUN_ID", wandb_group="WANDB_RUN_GROUP", wandb_job_type="WANDB_JOB_TYPE",
                    wandb_tags="WANDB_TAGS", wandb_notes="WANDB_NOTES", wandb_dir="WANDB_DIR", wandb_mode="WANDB_MODE",
                    wandb_init_timeout="WANDB_INIT_TIMEOUT", wandb_finish_timeout="WANDB_FINISH_TIMEOUT")
+SETTINGS = dict(wandb_project="project", wandb_entity="entity", wandb_mode="mode")  # in the file of `wandb offline`
 DEFAULTS = dict(wandb_project="mini-llm", wandb_mode="online", wandb_init_timeout=90.0, wandb_finish_timeout=60.0)
 
 
 def with_environment(cfg, environ=os.environ):
-    """`cfg` with what it leaves open filled in: from the WANDB_* variables, else from DEFAULTS. Raises UserError."""
-    filled = {}
+    """`cfg` with what it leaves open filled in: from the WANDB_* variables, else from the settings that `wandb init`,
+    `wandb offline` and `wandb disabled` write, else from DEFAULTS. Raises UserError."""
+    filled, written = {}, _settings(os.path.join(cfg.wandb_dir or environ.get("WANDB_DIR", ""), "wandb", "settings"))
     for name, variable in ENVIRONMENT.items():
-        text = environ.get(variable, "").strip()
+        text = environ.get(variable, "").strip() or written.get(SETTINGS.get(name), "")
         if getattr(cfg, name) not in ("", [], None):
             continue
         if not text:
@@ -95,6 +101,15 @@ def with_environment(cfg, environ=os.environ):
         else:
             filled[name] = text
     return dataclasses.replace(cfg, **filled)
+
+
+def _settings(path):
+    """What W&B's own commands have written there; {} where there is nothing that can be read."""
+    parser = configparser.ConfigParser(interpolation=None)
+    with contextlib.suppress(OSError, UnicodeDecodeError, configparser.Error, KeyError):
+        parser.read(path)
+        return dict(parser["default"])
+    return {}
 
 
 def distributed_info(world):
@@ -156,7 +171,7 @@ def base_run_id(given, known, path, resumes):
 
 def remember(path, base, job):
     """Keep in `path` which run this is, for a resume after a kill and for `wandb_tools.py sync`."""
-    facts = dict(base=base, init=job.init, shared=job.shared, primary=job.primary, label=job.label)
+    facts = dict(base=base, init=job.init, shared=job.shared, primary=job.primary, label=job.label, sweep=job.sweep)
     draft = path.with_name(path.name + ".tmp")
     draft.write_text(json.dumps(facts))
     draft.replace(path)
@@ -182,3 +197,5 @@ class Job:
     sync: str = ""  # the command that sends later what is missing
     pid: int = dataclasses.field(default_factory=os.getpid)  # whose system metrics are taken
     program: str = dataclasses.field(default_factory=lambda: os.path.abspath(sys.argv[0]))
+    arguments: list = dataclasses.field(default_factory=lambda: sys.argv[1:])
+    sweep: str = dataclasses.field(default_factory=lambda: os.environ.get("WANDB_SWEEP_ID", ""))

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from config import Parser, UserError, read_records
 from processes import only_one
-from wandb_follower import LOST_CODE, Publisher, advice, end_children, import_wandb, open_run, reason
+from wandb_follower import LOST_CODE, Publisher, advice, end_children, explained, import_wandb, open_run, reason
 from wandb_runs import Job, WandbConfig, with_environment
 
 TIMEOUT = 30  # seconds for one request
@@ -116,7 +116,8 @@ def send(facts, path):
     wandb, records = import_wandb(), list(read_records(path))
     config = next((record["config"] for record in reversed(records) if record.get("event") == "config"), {})
     code = next((record["code"] for record in reversed(records) if record.get("event") == "exit"), LOST_CODE)
-    job = Job(facts["init"] | dict(dir=None), config, **{name: facts[name] for name in ("shared", "primary", "label")})
+    job = Job(facts["init"] | dict(dir=None), config, sweep=facts.get("sweep", ""),
+              **{name: facts[name] for name in ("shared", "primary", "label")})
     api = wandb.Api(timeout=TIMEOUT)
     target = "/".join([facts["init"]["entity"] or api.default_entity, facts["init"]["project"], facts["init"]["id"]])
     missing = lacking(records, rows_of(api, target))
@@ -192,7 +193,7 @@ def run(parser):
         print(f"error: {error.filename}: no such file; give the path of a run's checkpoint", file=sys.stderr)
         code = 2
     except Exception as error:
-        print(f"error: {reason(error)}; {advice(error)}", file=sys.stderr)
+        print(f"error: {explained(error)}", file=sys.stderr)
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()

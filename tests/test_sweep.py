@@ -65,7 +65,7 @@ def create(run, tmp_path, text, cache):
         parameters = {name: dict(value=value) for name, value in fixed.items()}
         parameters |= {name: dict(values=values) for name, values in axes.items()}
         command = [str(ROOT / program) if word == "${program}" else word for word in COMMANDS[program]]
-        sweep = dict(program=program, project="sweeps", method="grid", command=[*command, "--resume", "auto"])
+        sweep = dict(program=program, project="trials", method="grid", command=[*command, "--resume", "auto"])
         if file.endswith(".toml"):
             lines = [f"{name} = {json.dumps(value)}" for name, value in sweep.items()]
             lines += [f"parameters.{name}.{kind} = {json.dumps(value)}" for name, spec in parameters.items()
@@ -95,7 +95,7 @@ def assert_is_the_trial(run, sweep_id, folder, **parameters):
     for config in (run.config, saved["config"]):
         assert {name: config[name] for name in parameters} == parameters
     memory = json.loads((folder / f"checkpoints/minigpt.{run.run_id}.wandb.json").read_text())
-    assert run.project == memory["init"]["project"] == "sweeps"
+    assert run.project == memory["init"]["project"] == "trials"
     assert run.config["wandb_run_id"] == saved["state"]["wandb_run_id"] == run.run_id
     rows = reports(folder / f"checkpoints/minigpt.{run.run_id}.metrics.jsonl")
     stored = {row["step"]: row for row in run.history if "train/tokens" in row}

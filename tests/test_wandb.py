@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SHARED, Run, eventually, interrupt_after, on_small_disk, processes_with
+from conftest import ROOT, SHARED, Run, environment, eventually, interrupt_after, on_small_disk, processes_with
 from wandb_file import run_files
 
 WANDB = ["--use-wandb", "--wandb-project", "mini-llm", "--wandb-run-name", "named"]
@@ -44,6 +44,30 @@ def test_a_run_is_tracked_with_all_its_config_and_rows(trainer):
     assert again.code == 0 and "d_model=32" in again.out, again.err
     log = (tracked.folder / "files" / "output.log").read_text()
     assert "step 20/20" in log and "Training finished" in log
+
+
+@pytest.mark.parametrize("command", ["offline", "disabled"])
+def test_what_the_wandb_command_has_switched_off_stays_off(trainer, server, command):
+    subprocess.run([sys.executable, "-m", "wandb", command], cwd=trainer.folder, check=True, capture_output=True)
+    run = trainer("--num-steps", 5, *WANDB, env=server.environment | dict(WANDB_MODE=""))
+    assert run.code == 0 and not server.requests, run.err
+    assert len(run_files(trainer.folder)) == (command == "offline")
+
+
+def test_a_crash_leaves_its_traceback_in_the_runs_log(trainer):
+    (trainer.folder / "crash.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import train\n"
+        "train.lr_at = lambda step, cfg: 1 / (5 - step)\n"
+        "train.main()\n")
+    arguments = trainer.arguments(["--num-steps", 20, *WANDB])
+    arguments[1] = str(trainer.folder / "crash.py")
+    crashed = subprocess.run(arguments, cwd=trainer.folder, env=environment(), capture_output=True, text=True,
+                             timeout=60)
+    (tracked,) = run_files(trainer.folder)
+    assert crashed.returncode == 1 and crashed.stderr.count("Traceback") == 1 and "Traceback" not in crashed.stdout
+    for log in (trainer.folder / "c.log", tracked.folder / "files" / "output.log"):
+        assert "ZeroDivisionError: division by zero" in log.read_text() and "in train_step" in log.read_text()
 
 
 def test_a_killed_run_loses_no_row_and_its_resume_is_the_same_run(trainer):

@@ -1,5 +1,6 @@
 """The real SDK, online, against a W&B server of the tests' own: lifecycles, ranks, and every way that it can fail."""
 
+import json
 import os
 import re
 import shlex
@@ -56,12 +57,15 @@ def test_a_run_online_has_its_rows_files_samples_and_facts(online, server):
     run = online("--num-steps", 40, "--log-steps", 10, "--sample-steps", 20, "--wandb-run-name", "first",
                  "--wandb-job-type", "pretrain", "--wandb-notes", "why", "--wandb-tags", "x")
     assert run.code == 0, run.err
-    assert len(re.findall(r"wandb: run \w+ at http", run.out)) == 1
+    assert len(re.findall(r"wandb: run \w+ \(first\) at http", run.out)) == 1
     stored = only_run(server)
     assert (stored.display_name, stored.job_type, stored.notes, stored.tags) == ("first", "pretrain", "why", ["x"])
     assert (stored.state, stored.exit_code) == ("finished", 0)
     assert values(stored) == {step: row["train/loss"] for step, row in run.rows.items() if "train/loss" in row}
     assert {"c.config.toml", "output.log", "wandb-metadata.json"} <= stored.files.keys()
+    started = json.loads(stored.files["wandb-metadata.json"])
+    assert started["program"] == str(ROOT / "train.py") and started["codePath"] == "train.py"
+    assert started["args"][started["args"].index("--wandb-notes") + 1] == "why"
     assert [row["step"] for row in stored.history if "samples" in row] == [20, 40]
     assert stored.config["world_size"] == 1 and stored.config["lr"] == 1e-3 and stored.events, "system metrics"
 

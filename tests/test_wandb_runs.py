@@ -83,6 +83,18 @@ def test_a_flag_wins_over_the_environment_and_that_over_the_default():
     assert with_environment(WandbConfig(), {}).wandb_project == "mini-llm"
 
 
+def test_what_wandb_init_and_wandb_offline_write_comes_after_the_environment(tmp_path):
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "settings").write_text("[default]\nmode = offline\nproject = 100%\nentity = us\n")
+    here = dict(WANDB_DIR=str(tmp_path))
+    found = with_environment(WandbConfig(), here)
+    assert (found.wandb_mode, found.wandb_project, found.wandb_entity) == ("offline", "100%", "us")
+    found = with_environment(WandbConfig(wandb_project="mine"), here | dict(WANDB_MODE="online"))
+    assert (found.wandb_mode, found.wandb_project, found.wandb_entity) == ("online", "mine", "us")
+    (tmp_path / "wandb" / "settings").write_text("torn")
+    assert with_environment(WandbConfig(), here).wandb_mode == "online"
+
+
 @pytest.mark.parametrize("environ", [{"WANDB_MODE": "bogus"}, *({"WANDB_FINISH_TIMEOUT": seconds} for seconds in
                                                                ("soon", "0", "-5", "nan", "inf"))])
 def test_an_environment_that_makes_no_sense_is_named(environ):
@@ -91,7 +103,7 @@ def test_an_environment_that_makes_no_sense_is_named(environ):
 
 
 @pytest.mark.parametrize("wrong", [dict(wandb_run_mode="shared", wandb_mode="offline"), dict(wandb_run_id="a/b"),
-                                   dict(wandb_project="a/b"), dict(wandb_tags=["x" * 65])])
+                                   dict(wandb_project="a/b"), dict(wandb_project="runs"), dict(wandb_tags=["x" * 65])])
 def test_settings_that_wandb_would_refuse_are_refused_at_once(wrong):
     WandbConfig(**wrong).validate()  # but not where W&B is off
     with pytest.raises(UserError, match="--wandb-"):

@@ -150,10 +150,10 @@ def test_sync_waits_for_the_end_of_a_run_and_completes_a_killed_one(server, trai
     assert (only_run(server).state, only_run(server).exit_code) == ("failed", 137)
 
 
-def leave(folder, stem, run_id, rows, shared=False, label="rank-0"):
+def leave(folder, stem, run_id, rows, shared=False, label="rank-0", **more):
     """What a tracked run leaves beside its checkpoint, to be sent."""
     init = dict(project="p", entity=None, id=run_id)
-    facts = dict(base=run_id, init=init, shared=shared, primary=label == "rank-0", label=label)
+    facts = dict(base=run_id, init=init, shared=shared, primary=label == "rank-0", label=label) | more
     (folder / f"{stem}.wandb.json").write_text(json.dumps(facts))
     lines = [json.dumps(dict(step=step, time=1.8e9) | row) for step, row in enumerate(rows)]
     (folder / f"{stem}.metrics.jsonl").write_text("\n".join(lines))
@@ -170,6 +170,14 @@ def test_sync_sends_every_rank_of_a_shared_run_and_no_neighbour(server, tool, tm
     values = [(row["step"], name, row[name]) for row in only_run(server).history for name in ("loss", "rank/1")
               if name in row]
     assert sorted(values) == [(0, "loss", 3), (0, "rank/1", 3.5), (1, "loss", 2), (1, "rank/1", 2.5)]
+
+
+def test_sync_puts_a_trial_into_its_sweep(server, tool, tmp_path):
+    server.sweeps["s"] = ServerSweep("s", "loopback", "p")
+    leave(tmp_path, "c", "trial", [{"loss": 3.0}, {"loss": 2.0}], sweep="s")
+    code, out, err = tool("sync", "c.pt")
+    assert (code, err) == (0, ""), out
+    assert only_run(server).sweep == "s" and [row["loss"] for row in only_run(server).history] == [3, 2]
 
 
 def test_sync_says_so_where_rows_do_not_arrive_or_cannot_be_compared(server, tool, tmp_path):
