@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED
+from conftest import ROOT, SHARED, environment
 
 import data
 import text as text_module
@@ -236,6 +236,22 @@ def test_shards_are_trained_on_as_they_are(text, cache):
     folder = prepare(config(text, cache))
     with pytest.raises(UserError, match="leave out"):
         prepare(config(folder, cache, val_data=["nowhere.txt"]))
+
+
+def test_prepared_tokens_are_those_that_the_same_flags_train_on(trainer, text):
+    command = [str(ROOT / "prepare.py") if word.endswith("train.py") else word for word in
+               trainer.arguments(["--val-ratio", 0.2, "--cache-dir", "here", "--num-steps", 5])]
+    done = subprocess.run(command, cwd=trainer.folder, env=environment(), text=True, capture_output=True, timeout=60)
+    folder = done.stdout.splitlines()[-1].partition(":")[0]
+    assert done.returncode == 0 and "tokenized" in done.stdout, done.stderr
+    assert sorted(path.name for path in trainer.folder.iterdir()) == ["here"], "no run was begun"
+    found = trainer("--val-ratio", 0.2, "--cache-dir", "here", "--num-steps", 5)
+    moved = trainer("--num-steps", 5, "--train-data", folder, checkpoint="moved.pt")
+    assert found.code == moved.code == 0 and "tokenized" not in found.out + moved.out, found.err + moved.err
+    assert folder in found.out and found.losses() == moved.losses()
+    command[command.index("--train-data") + 1] = "nowhere.txt"
+    refused = subprocess.run(command, cwd=trainer.folder, env=environment(), text=True, capture_output=True)
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
 
 
 def test_a_rank_that_does_not_write_waits_for_the_one_that_does(text, tmp_path):

@@ -34,6 +34,7 @@ ALLOWED = {
     "train_ddp": {"config", "hardware", "ranks", "train"},
     "pretrained": {"archive", "checkpoint", "config", "model", "tokenizer"},
     "export": {"config", "pretrained", "tokenizer"},
+    "prepare": {"config", "data", "pretrained", "tracking", "train"},
     "plots": set(),
     "report": {"config", "plots"},
 }
