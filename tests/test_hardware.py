@@ -3,7 +3,7 @@ import torch
 from conftest import Clock
 
 import hardware
-from hardware import Stopwatch, peak_of
+from hardware import Stopwatch, memory_metrics, peak_of
 
 
 @pytest.mark.parametrize("name, peak", [
@@ -14,6 +14,19 @@ from hardware import Stopwatch, peak_of
 ])
 def test_a_peak_is_that_of_the_very_device_or_unknown(name, peak):
     assert peak_of(name) == peak
+
+
+def test_gpu_memory_is_in_gigabytes_since_the_last_report(monkeypatch):
+    assert memory_metrics(torch.device("cpu")) == {}
+    reset = []
+    for name, value in dict(memory_allocated=2e9, max_memory_allocated=6e9, memory_reserved=8e9).items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60e9, 80e9))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
+    device = torch.device("cuda", 1)
+    assert memory_metrics(device) == {"gpu/allocated_gb": 2, "gpu/peak_gb": 6, "gpu/reserved_gb": 8,
+                                      "gpu/mem_utilization": 0.25}
+    assert reset == [device]
 
 
 def test_a_stopwatch_counts_what_is_inside_and_starts_anew_when_read(monkeypatch):

@@ -86,6 +86,7 @@ def test_speed_counts_training_time_only(monkeypatch):
     assert metrics["tokens_per_sec_per_rank"] == pytest.approx(200 / 0.1)
     assert metrics["train/step_time_sec"] == pytest.approx(0.05)
     assert metrics["train/mfu"] == pytest.approx(metrics["tokens_per_sec_per_rank"] * 1e9 / 1e12)
+    assert metrics["smoothed/mfu"] == metrics["train/mfu"], "the first is not smoothed"
     assert metrics["time/eval_sec"] == pytest.approx(0.2)
     assert metrics["time/checkpoint_sec"] == pytest.approx(0.1)
     assert metrics["time/dt_sec"] == pytest.approx(0.4)
