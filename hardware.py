@@ -94,8 +94,10 @@ def _cpu_multiplies_bf16():
     return any(getattr(torch.cpu, probe, bool)() for probe in probes)
 
 
-def configure(cfg, device):
+def configure(cfg, device, dropout=0.0):
     """Process-wide switches of torch that the flags stand for; returns the device."""
+    if dropout * 16 % 1:
+        torch.backends.cuda.enable_cudnn_sdp(False)  # some of its kernels round to sixteenths (pytorch #174245)
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32, on GPUs that have it
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -121,13 +123,16 @@ def seed_step(seed, step, rank, device):
 
 @contextlib.contextmanager
 def any_kernels():
-    """Also those that --deterministic forbids, for what the weights do not depend on."""
-    strict = torch.are_deterministic_algorithms_enabled()
+    """Also those that --deterministic forbids, for text that the weights do not depend on; but not cuDNN's attention,
+    which plans anew for every length."""
+    strict, cudnn = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled()
     torch.use_deterministic_algorithms(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(strict)
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
 
 
 def keep_freed_memory():

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from config import RunFailed, UserError, arg, flatten, to_toml
-from hardware import device_name
+from hardware import device_name, should_compile
 from wandb_runs import base_run_id, distributed_info, in_sweep, plan_run, with_environment
 
 log = logging.getLogger("mini_llm")
@@ -87,9 +87,11 @@ def log_facts(cfg, world, corpus, raw, precision, accum, state):
     micro = cfg.batch.batch_size * corpus.seq_len
     step_tokens = micro * accum * world.size
     # Weights, gradients and AdamW's moments in fp32; activations as counted by Korthikanti et al. 2022 (34 bytes a
-    # token, layer and channel with flash attention and 16-bit products) and the logits with their gradient.
+    # token, layer and channel with flash attention and 16-bit products) and the logits with their gradient, which
+    # torch.compile and chunks have in one place.
+    compiled = should_compile(cfg.speed, world.device)
     fixed, layers = 16 * n_params, 1 if size.use_activation_checkpoint else size.n_layers
-    per_token = 34 * size.d_model * layers + (2 if raw.chunks_loss else 10) * size.vocab_size
+    per_token = 34 * size.d_model * layers + (2 if raw.chunks_loss or compiled else 10) * size.vocab_size
     activations = micro * per_token * (1 if precision.dtype else 2)
     log.info(f"Using device: {world.device} ({device_name(world.device)}), {world.size} rank{'s'[:world.size > 1]}")
     log.info("Arguments: " + " ".join(f"{name}={value}" for name, value in flatten(cfg).items()

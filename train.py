@@ -1,7 +1,5 @@
-"""Pretrain a GPT on one device: `python train.py`.
-
-The loop here is the only one. `train_ddp.py` runs it with a `World` of many processes.
-"""
+"""Pretrain a GPT on one device: `python train.py`. The loop here is the only one: `train_ddp.py` runs it with a
+`World` of many processes."""
 
 import contextlib
 import dataclasses
@@ -66,7 +64,8 @@ class World:
     saving = contextlib.nullcontext()  # held while a checkpoint is written
 
     def __init__(self, cfg):
-        self.device = hardware.configure(cfg.speed, hardware.choose_device(cfg.speed.device, self.local_rank))
+        device = hardware.choose_device(cfg.speed.device, self.local_rank)
+        self.device = hardware.configure(cfg.speed, device, cfg.model.dropout)
 
     def wrap(self, model):
         """The module whose backward pass averages gradients over the ranks."""

@@ -72,9 +72,9 @@ class WandbSink:
             self.process = self._start()  # at the first report, and not before
 
     def _start(self):
-        # Another's wandb-core must not be ours, and the warnings are to be heard, if only by the follower. Variables set
-        # to nothing the SDK takes for wrong values.
-        unwanted = ("WANDB_SERVICE", "WANDB_SILENT", "WANDB_QUIET")
+        # Another's wandb-core must not be ours, and the warnings are to be heard, if only by the follower. What a
+        # variable says is in the job by now; the SDK fails at some that say nothing, or end in a comma.
+        unwanted = ("WANDB_SERVICE", "WANDB_SILENT", "WANDB_QUIET", "WANDB_TAGS")
         environment = {name: value for name, value in os.environ.items()
                        if name not in unwanted and (value or not name.startswith("WANDB_"))}
         environment.setdefault("WANDB_ERROR_REPORTING", "false")  # else 12 s more at exit when the server hangs

@@ -2,15 +2,14 @@
 
     python bench/ddp.py --size A --ranks 2 --text tinyshakespeare.txt
 
-On a CPU each of N ranks has its share of the cores that the one process has. Speed is a long run less a short one, in
-turn, as in bench/speed.py.
+On a CPU each of N ranks has its share of the cores that the one process has. Speed is taken as in bench/speed.py.
 """
 
 import argparse
 import tempfile
 from pathlib import Path
 
-from peers import ROOT, SIZES, Bench, machine, run, spread
+from peers import ROOT, SIZES, Bench, machine, spread, timed
 
 
 def main():
@@ -37,13 +36,9 @@ def main():
                            ROOT / "train_ddp.py", *flags]
 
         rates = {one: [], many: []}
-        for number in range(options.rounds + 1):
+        for _ in range(options.rounds):
             for make, found in rates.items():
-                if not number:  # warms up
-                    run(*make(size.short))
-                    continue
-                short, long = (run(*make(steps))[0] for steps in (size.short, size.long))
-                found.append((size.long - size.short) * size.tokens / (long - short))
+                found.append(timed(make, size)[0])
     print(f"size {options.size}, global batch {size.batch} x {size.context} tokens, {machine(options.device)}")
     print(f"one process: {spread(rates[one])} tokens/s; {options.ranks} ranks: {spread(rates[many])}; ratio "
           f"{spread([b / a for a, b in zip(rates[one], rates[many], strict=True)], '.3f')}")

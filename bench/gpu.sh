@@ -4,7 +4,7 @@
 #
 #   bench/gpu.sh check                         every test that needs a GPU
 #   bench/gpu.sh speed 124m PATH/TO/nanoGPT    tokens/s and MFU, ours and nanoGPT's compiled; also 350m
-#   bench/gpu.sh speed 124m PATH/TO/nanoGPT 48 the same with another batch: for each its best
+#   bench/gpu.sh speed 124m PATH/TO/nanoGPT 32 the same with another batch: for each its best
 #   bench/gpu.sh trainer 124m                  ours and the Hugging Face Trainer's, bf16, compiled; also 350m
 #   bench/gpu.sh step 1.5b                     ours alone, without a checkpoint: where a step goes; also 124m, 350m
 #   bench/gpu.sh loss PATH/TO/nanoGPT          time to the validation loss that nanoGPT reaches in five minutes

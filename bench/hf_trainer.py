@@ -32,6 +32,7 @@ set_seed(1337)
 model = GPT2LMHeadModel(GPT2Config(
     vocab_size=options.vocab, n_layer=options.layers, n_head=options.heads, n_embd=options.width,
     n_positions=options.context, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False))
+model.loss_type = "ForCausalLM"  # what it takes anyway, with a warning that cuts torch.compile's graph in two
 Trainer(model=model, train_dataset=Windows(f"{options.tokens}/train.bin", options.context), args=TrainingArguments(
     output_dir="trainer", max_steps=options.steps, per_device_train_batch_size=options.batch, learning_rate=1e-3,
     warmup_steps=100, lr_scheduler_type="cosine", weight_decay=0.1, adam_beta2=0.99, max_grad_norm=1.0,

@@ -3,6 +3,7 @@ Hugging Face Trainer (hf_trainer.py)."""
 
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -18,15 +19,15 @@ sys.path.insert(0, str(ROOT))
 
 @dataclass
 class Size:
-    """A model and its batch, and the steps of a short and of a long run: speed is their difference."""
+    """A model and its batch, and the steps, multiples of ten, between which its speed is taken."""
 
     layers: int
     heads: int
     width: int
     context: int
     batch: int
-    short: int
-    long: int
+    first: int
+    last: int
     vocab: int = 0  # 0: the tokenizer's own
 
     @property
@@ -36,11 +37,11 @@ class Size:
 
 SIZES = {
     "A": Size(4, 4, 128, 64, 12, 60, 1260),
-    "B": Size(6, 6, 384, 256, 16, 4, 64),
+    "B": Size(6, 6, 384, 256, 16, 10, 70),
     "C": Size(4, 4, 256, 512, 2, 10, 110, vocab=50257),  # a small model with GPT-2's vocabulary
-    "124m": Size(12, 12, 768, 1024, 32, 30, 330, vocab=50304),
-    "350m": Size(24, 16, 1024, 1024, 16, 20, 240, vocab=50304),
-    "1.5b": Size(48, 25, 1600, 1024, 8, 5, 40, vocab=50304),  # for step.py: two checkpoints of 19 GB
+    "124m": Size(12, 12, 768, 1024, 64, 30, 180, vocab=50304),
+    "350m": Size(24, 16, 1024, 1024, 32, 20, 120, vocab=50304),
+    "1.5b": Size(48, 25, 1600, 1024, 16, 10, 40, vocab=50304),  # for step.py: two checkpoints of 19 GB
 }
 
 
@@ -99,24 +100,36 @@ class Bench:
 
 
 def run(where, command, on_line=None, seconds=None):
-    """Run one command, which must succeed → wall seconds, peak resident MB, its output. `on_line(line, seconds so
-    far)` is called on every line; after `seconds` the command is ended, which then counts as success."""
+    """Run one command → wall seconds, peak resident MB, its output. `on_line(line, seconds so far)` is called on every
+    line; where it returns "end", or after `seconds`, the command is ended. Raises RuntimeError where it fails."""
     began, lines, ended = time.perf_counter(), [], False
     process = subprocess.Popen(list(map(str, command)), cwd=where, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                text=True, env=os.environ | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"})
     for line in process.stdout:
         lines.append(line)
         now = time.perf_counter() - began
-        if on_line:
-            on_line(line, now)
-        if seconds and now > seconds and not ended:
+        enough = on_line and on_line(line, now) == "end"
+        if (enough or seconds and now > seconds) and not ended:
             process.terminate()
             ended = True
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if status and not ended:
-        sys.exit(f"{' '.join(map(str, command))} failed:\n{''.join(lines)[-2000:]}")
+        raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{''.join(lines)[-2000:]}")
     return time.perf_counter() - began, usage.ru_maxrss / 1024, "".join(lines)
+
+
+# After each ten steps: ours, nanoGPT's, the Trainer's.
+PROGRESS = re.compile(r"step \d+/\d+ \| lr|^iter \d+: loss|^\{'loss'")
+
+
+def timed(make, size):
+    """One run → tokens/s between the lines of two steps, and peak resident MB. The last line is left out: ours has
+    evaluated before it."""
+    seen = []
+    _, peak, _ = run(*make(size.last + 10), lambda line, seconds: PROGRESS.search(line) and seen.append(seconds))
+    seen = seen[size.first // 10 - 1:-1]
+    return (len(seen) - 1) * 10 * size.tokens / (seen[-1] - seen[0]), peak
 
 
 def spread(values, form=",.0f"):

@@ -42,7 +42,7 @@ def main():
     for name in options.size:
         with tempfile.TemporaryDirectory() as folder:
             bench = Bench(folder, SIZES[name], device=options.device)
-            every, found = options.every or SIZES[name].short * 2, {kind: [] for kind in KINDS}
+            every, found = options.every or SIZES[name].first * 2, {kind: [] for kind in KINDS}
             for _ in range(options.rounds):
                 for kind, flags in KINDS.items():
                     found[kind].append(measure(bench, SAVES * every, every, flags))

@@ -2,9 +2,9 @@
 
     python bench/speed.py --nanogpt PATH/TO/nanoGPT --text tinyshakespeare.txt --size A
 
-Speed is taken from outside: the wall time of a long run less that of a short one, over the steps between them, so that
-imports, compilation (cached by a first round, which does not count) and the last save cancel. Our own reports must
-agree with it. Each round runs every program once, and ratios are taken within a round.
+Speed is taken from outside: every program prints a line each ten steps, once its device is done with them, and what
+counts is the wall time from the line of a first step, after imports, compilation and warm-up, to that of a last one.
+Our own reports must agree with it. Each round runs every program once, and ratios are taken within a round.
 """
 
 import argparse
@@ -12,10 +12,11 @@ import json
 import statistics
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 
 import torch
-from peers import SIZES, Bench, machine, run, spread
+from peers import SIZES, Bench, machine, spread, timed
 
 
 def programs(bench, options):
@@ -38,9 +39,9 @@ def programs(bench, options):
 
 
 def reported(folder, size):
-    """Tokens a second between the short and the long run's last step, as our reports have it."""
+    """Tokens a second between the same two steps, as our reports have it."""
     rows = [json.loads(line) for line in open(folder / "c.metrics.jsonl")]
-    rows = [row for row in rows if row.get("step", 0) > size.short and "global_tokens_per_sec" in row]
+    rows = [row for row in rows if size.first < row["step"] <= size.last and "global_tokens_per_sec" in row]
     return statistics.harmonic_mean([row["global_tokens_per_sec"] for row in rows])
 
 
@@ -69,7 +70,7 @@ def main():
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--batch", type=int, help="sequences in a step, in place of the size's own")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--limit", type=float, help="seconds after which no other round is begun")
+    parser.add_argument("--limit", type=float, help="seconds that all runs are to fit in")
     options = parser.parse_args()
     began = time.perf_counter()
     size = SIZES[options.size]
@@ -85,31 +86,31 @@ def main():
                                   max_position_embeddings=size.context)).flops_per_token(size.context)
         makers, speed, memory, agreement = programs(bench, options), {}, {}, []
         peaks = {torch.float32: [], torch.bfloat16: []}
-        for number in range(options.rounds + 1):  # the first warms up
-            elapsed = time.perf_counter() - began
-            if number == 1:
-                warm = elapsed
-            if number > 1 and options.limit and elapsed + (elapsed - warm) / (number - 1) > options.limit:
-                print(f"{options.limit:g} s do not hold another round")
+        longest = 0
+        for number, (name, make) in product(range(1, options.rounds + 1), list(makers.items())):
+            if name == next(iter(makers)):
+                for dtype, found in peaks.items():
+                    found.append(matmul_peak(options.device, dtype))
+            start = time.perf_counter()
+            if options.limit and start - began + longest > options.limit:
+                print(f"{options.limit:g} s do not hold another run")
                 break
-            rounds = number
-            for dtype, found in peaks.items():
-                found.append(matmul_peak(options.device, dtype))
-            for name, make in makers.items():
-                if not number:
-                    run(*make(size.short))
-                    continue
-                wall, peak, _ = zip(*(run(*make(steps)) for steps in (size.short, size.long)), strict=True)
-                speed.setdefault(name, []).append((size.long - size.short) * size.tokens / (wall[1] - wall[0]))
-                print(f"round {number}, {name}: {speed[name][-1]:,.0f} tokens/s", flush=True)
-                memory.setdefault(name, []).append(peak[1])
-                if name == "mini-llm, default":
-                    agreement.append(reported(Path(folder), size) / speed[name][-1])
+            try:
+                rate, peak = timed(make, size)
+            except RuntimeError as error:  # the others' figures are worth having
+                print(f"round {number}, {name}: {error}", flush=True)
+                continue
+            longest = max(longest, time.perf_counter() - start)
+            print(f"round {number}, {name}: {rate:,.0f} tokens/s", flush=True)
+            speed.setdefault(name, []).append(rate)
+            memory.setdefault(name, []).append(peak)
+            if name == "mini-llm, default":
+                agreement.append(reported(Path(folder), size) / rate)
 
     first, *_ = speed
     ours = speed.get("mini-llm, default")
     print(f"size {options.size}: {size.layers} layers, {size.heads} heads, d {size.width}, T {size.context}, batch "
-          f"{size.batch}, vocabulary {bench.vocab}; {rounds} rounds; {machine(options.device)}")
+          f"{size.batch}, vocabulary {bench.vocab}; {len(speed[first])} rounds; {machine(options.device)}")
     print("matrix products, best of each round, TFLOP/s: "
           + "; ".join(f"{str(dtype)[6:]} {spread([p / 1e12 for p in found], '.3g')}" for dtype, found in peaks.items()))
     if agreement:
@@ -121,8 +122,9 @@ def main():
           "| ours ÷ it | peak RSS, MB |\n|---|---|---|---|---|---|")
     for name, rates in speed.items():
         peak = max(peaks[torch.float32 if "fp32" in name or "no-amp" in name else torch.bfloat16])
-        against = spread([a / b for a, b in zip(ours, rates, strict=True)], ".2f") if ours else ""
-        relative = spread([a / b for a, b in zip(rates, speed[first], strict=True)], ".2f")
+        # A round that was cut off has no pair.
+        against = spread([a / b for a, b in zip(ours, rates, strict=False)], ".2f") if ours else ""
+        relative = spread([a / b for a, b in zip(rates, speed[first], strict=False)], ".2f")
         print(f"| {name} | {spread(rates)} | {relative} "
               f"| {statistics.median(rates) * flops / peak:.0%} | {against} | {statistics.median(memory[name]):,.0f} |")
 
