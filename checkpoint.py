@@ -40,12 +40,13 @@ class CheckpointConfig:
     checkpoint_path: str = arg("checkpoints/minigpt.pt", "the newest checkpoint; log and metrics lie beside it",
                                metavar="FILE.pt")
     resume: str = arg("", "go on from the checkpoint path; auto: if it is there, else start; or from another FILE",
-                      const="latest", metavar="auto|FILE")
+                      const="latest", metavar="auto|FILE", empty=False)
     overwrite: bool = arg(False, "start over where a checkpoint is")
     save_steps: int = arg(250, "steps between checkpoints; 0: only the last step's", low=0)
     keep_last: int = arg(0, "older checkpoints to keep besides, as FILE.step-N.pt", low=0)
     async_save: bool = arg(False, "write checkpoints from a copy in the CPU's memory while training goes on")
-    time_limit: float = arg(0.0, "minutes after which the run saves and leaves, with exit code 142; 0: none", low=0)
+    time_limit: float = arg(0.0, "minutes after which the run saves and leaves, with exit code 142; 0: none", low=0,
+                            high=10**7)
 
     def validate(self):
         if self.overwrite and self.resume in ("latest", "auto"):
@@ -53,9 +54,11 @@ class CheckpointConfig:
         if os.path.isdir(self.checkpoint_path) or not Path(self.checkpoint_path).stem:
             raise UserError(f"--checkpoint-path {self.checkpoint_path}: is a folder; name a file in it, "
                             f"such as {os.path.join(self.checkpoint_path, 'minigpt.pt')}")
-        if not re.fullmatch(r"(?s)(?!.*\.(prev|best|nonfinite|step-\d+)\.pt$).+\.pt", Path(self.checkpoint_path).name):
+        name = Path(self.checkpoint_path).name
+        if not re.fullmatch(r"(?s)(?!.*\.(prev|best|nonfinite|rank\d+|(step|upload)-[^.]*)\.pt$).+\.pt", name):
             raise UserError(f"--checkpoint-path {self.checkpoint_path}: name a file NAME.pt, and not .best.pt, "
-                            f".prev.pt, .nonfinite.pt or .step-N.pt, which are names of the run's other files")
+                            f".prev.pt, .nonfinite.pt, .step-N.pt, .rankN.pt or .upload-N.pt, which are names of a "
+                            f"run's other files")
 
     def beside(self, suffix):
         """checkpoints/minigpt.pt, `.best.pt` → checkpoints/minigpt.best.pt"""
@@ -67,10 +70,15 @@ class CheckpointConfig:
         return [str(file) for file in [Path(self.checkpoint_path), *map(self.beside, SUFFIXES), *self.numbered()]
                 if file.exists()]
 
+    def matching(self, pattern):
+        """The files beside the checkpoint path whose names go on with that regular expression, sorted."""
+        stem = self.beside("").name
+        return sorted(file for file in self.beside("").parent.glob(glob.escape(stem) + "*")
+                      if re.fullmatch(re.escape(stem) + pattern, file.name))
+
     def numbered(self):
         """The checkpoints of --keep-last, oldest first."""
-        pattern = self.beside(".step-").name
-        return sorted(Path(self.checkpoint_path).parent.glob(glob.escape(pattern) + "*.pt"))
+        return self.matching(r"\.step-\d+\.pt")
 
     def continues(self, resume_from):
         """Whether a run that resumes from that file goes on with the run of the checkpoint path, be it from an earlier
@@ -113,21 +121,23 @@ def plan(cfg):
             if not free:
                 raise _in_use(cfg)
         cfg.beside(".rank0000.metrics.jsonl.tmp").exists()  # a name too long for that is found out here
-        known = [file for file in (path, cfg.beside(".prev.pt")) if file.exists()]  # the newest first
+        known = [file for file in (path, cfg.beside(".prev.pt"), cfg.beside(".best.pt")) if file.exists()]
     except OSError as error:
         raise UserError(f"--checkpoint-path {path}: {folder} cannot be written ({error.strerror}); give a path in a "
                         f"folder of your own") from None
+    # A run that was killed before its first --save-steps may have left its best one alone.
+    newest = known[0] if known == [cfg.beside(".best.pt")] else path
     if not cfg.resume:
         if known and not cfg.overwrite:
             raise UserError(f"--checkpoint-path {path}: there is a checkpoint already; add --resume to go on, "
                             f"--overwrite to start over, or name another path")
         return None
     if cfg.resume == "auto":
-        return path if known else None
+        return newest if known else None
     if cfg.resume == "latest":
         if not known:
             raise UserError(f"--resume: no checkpoint at {path}; leave --resume out to start, or use --resume auto")
-        return path
+        return newest
     if not os.path.isfile(cfg.resume):
         raise UserError(f"--resume {cfg.resume}: no such file; --resume alone takes {path}")
     if known and not cfg.overwrite and not os.path.samefile(cfg.resume, known[0]):
@@ -234,14 +244,15 @@ def apply(payload, parts, continues):
 def begin(cfg, resume_from, state):
     """Before the first step. With --overwrite, what is left of the run that is replaced must not be taken for this
     one's own; a run that rolls back to `resume_from` has that as its newest checkpoint from the start. Returns the
-    least validation loss so far: that of a file, so infinity where there is no `.best.pt`."""
+    least validation loss so far: that of a file, so infinity where there is no `.best.pt`. That may be a newer one than
+    the checkpoint: then what is to be beaten is its loss."""
     path, best = Path(cfg.checkpoint_path), cfg.beside(".best.pt")
     goes_on = resume_from is not None and cfg.continues(resume_from)
     if not goes_on:  # what is there is the history of another run, also where that one never came to a checkpoint
         cfg.beside(".metrics.jsonl").unlink(missing_ok=True)
         shutil.rmtree(cfg.beside(".tensorboard"), ignore_errors=True)
     if cfg.overwrite:
-        if not (goes_on and _step_of(best) <= state.step):
+        if not (goes_on and _state_of(best).get("step", math.inf) <= state.step):
             best.unlink(missing_ok=True)
         if resume_from is not None:
             link(Path(resume_from), path)
@@ -250,19 +261,19 @@ def begin(cfg, resume_from, state):
         for file in (cfg.beside(".prev.pt"), cfg.beside(".nonfinite.pt")):
             file.unlink(missing_ok=True)
         if not goes_on:
-            leftovers = glob.escape(cfg.beside("").name)
-            for pattern in (".wandb.json", ".rank*.wandb.json", ".rank*.metrics.jsonl"):
-                for file in path.parent.glob(leftovers + pattern):
-                    file.unlink()
+            for file in cfg.matching(r"\.wandb\.json|\.rank\d+\.(wandb\.json|metrics\.jsonl)"):
+                file.unlink()
         for file in cfg.numbered():
             if not goes_on or int(file.stem.rpartition("-")[2]) > state.step:
                 file.unlink(missing_ok=True)
-    return state.best_val if best.exists() else math.inf
+    if not best.exists():
+        return math.inf
+    return min(state.best_val, _state_of(best).get("best_val", math.inf)) if goes_on else state.best_val
 
 
-def _step_of(file):
+def _state_of(file):
     saved = peek(file)
-    return saved["state"]["step"] if is_of_a_run(saved) else math.inf
+    return saved["state"] if is_of_a_run(saved) else {}
 
 
 def require_space(cfg, n_bytes):

@@ -62,13 +62,14 @@ def one_line_errors():
         sys.exit(130)
 
 
-def arg(default, help, *, choices=(), const=None, metavar=None, **bounds):
+def arg(default, help, *, choices=(), const=None, metavar=None, empty=True, **bounds):
     """A dataclass field that is also a flag.
 
-    `bounds` are any of above, low, below, high. `const` is the value of a flag given without one (`--resume`).
+    `bounds` are any of above, low, below, high. `const` is the value of a flag given without one (`--resume`). Without
+    `empty`, an empty text is refused: of a shell's variable that is not set, say.
     """
     assert bounds.keys() <= BOUNDS.keys(), bounds
-    metadata = dict(help=help, choices=choices, const=const, metavar=metavar, bounds=bounds)
+    metadata = dict(help=help, choices=choices, const=const, metavar=metavar, empty=empty, bounds=bounds)
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -175,6 +176,14 @@ def positive(text):
 
 
 class Parser(argparse.ArgumentParser):
+    """Every command's: errors are one line, and what is written to a stream that was closed is dropped."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:
+                setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - to the end of the process
+
     def error(self, message):
         raise UserError(f"{message} (see --help)")
 
@@ -234,6 +243,8 @@ def _coerce(label, declared, value):
         raise UserError(f"{label} {value!r}: expected {base.__name__}{_example(field)}")
     if base is str and not _is_text(value):
         raise UserError(f"{label} {value!r}: not UTF-8 text, or with a NUL in it")
+    if value == "" and not meta["empty"]:
+        raise UserError(f"{label} '': is empty; name a file, or leave it out")
     if meta["choices"] and value not in meta["choices"]:
         raise UserError(f"{label} {value}: not one of {', '.join(meta['choices'])}{_nearest(value, meta['choices'])}")
     return value

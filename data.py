@@ -25,7 +25,15 @@ import toy
 from config import UserError, arg
 from shards import FORMAT, Shard, ShardWriter, read_meta
 from text import Piece, builtin_sources, find_sources, pieces, require_hub, source_names
-from tokenizer import OWN, end_of_text, load_tokenizer, save_tokenizer, train_tokenizer
+from tokenizer import (
+    OWN,
+    as_encoded,
+    end_of_text,
+    known_characters,
+    load_tokenizer,
+    save_tokenizer,
+    train_tokenizer,
+)
 
 CODE_VERSION = 1  # raise it when the same text would give other tokens: old caches are then left alone
 BATCH = 1 << 21  # characters tokenized in parallel: bounds the memory of tokenization
@@ -245,6 +253,7 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
     writers = {split: ShardWriter(draft / f"{split}.bin", size, -1 if eos is None else eos, identity, limit)
                for split, limit in limits.items()}
     n_bytes, n_tokens, started = dict(train=0, val=0), Counter(), time.perf_counter()
+    known, left_out = known_characters(tokenizer), 0
     from tqdm import tqdm
 
     total = sum(os.path.getsize(path) for source in [*sources, *val_sources] for path in source.files())
@@ -255,14 +264,19 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
             encoded = tokenizer.encode_batch_fast([piece.text for piece in wanted], add_special_tokens=False)
             for piece, encoding in zip(wanted, encoded, strict=True):
                 written = writers[piece.split].write(encoding.ids)
-                n_bytes[piece.split] += round(len(piece.text.encode("utf-8", "replace")) * written
+                text = as_encoded(piece.text, known)
+                n_bytes[piece.split] += round(len(text.encode("utf-8", "replace")) * written
                                               / max(1, len(encoding.ids)))
+                left_out += len(piece.text) - len(text)
                 if piece.ends_document and eos is not None:
                     written += writers[piece.split].write([eos])
                 n_tokens[piece.split, piece.argument] += written
             bar.update(sum(len(piece.text) for piece in batch))
     for writer in writers.values():
         writer.close()
+    if left_out:
+        log.warning("%s characters are left out: the tokenizer %s has no token for them", f"{left_out:,}",
+                    cfg.tokenizer_name)
     parts = [n_tokens["val", argument] for argument in range(len(cfg.val_data))]
     found = [(f"--val-data {path}", "val", count) for path, count in zip(cfg.val_data, parts, strict=True)]
     found = found or [("--train-data", "val", writers["val"].count)]

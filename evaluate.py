@@ -7,6 +7,7 @@ training, so that the command repeats a run's own `val/loss`.
 import contextlib
 import json
 import math
+import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from model import IGNORE
 from pretrained import load_run
 from shards import Shard, ShardWriter, read_meta
 from text import find_sources, pieces, require_hub, source_names
+from tokenizer import as_encoded, known_characters
 
 FEW = 20  # documents: with fewer, the confidence interval takes windows for what is independent
 
@@ -114,17 +116,22 @@ def open_data(paths, tokenizer, eos, saved, folder):
         return ({name: Shard(shard, *span) for name, span in meta["val_sources"].items()},
                 meta["bytes"]["val"] / meta["tokens"]["val"])
     sources, n_bytes, shards = find_sources(paths, "--data"), 0, {}
+    known, left_out = known_characters(tokenizer), 0
     require_hub(sources, "--data")
     for number, name in enumerate(source_names(paths) or [""]):
         file = Path(folder) / f"{number}.bin"
         writer = ShardWriter(file, tokenizer.get_vocab_size(), -1 if eos is None else eos, bytes(32))
         for piece in pieces([source for source in sources if source.argument == number], "val"):
             writer.write(tokenizer.encode(piece.text, add_special_tokens=False).ids)
-            n_bytes += len(piece.text.encode("utf-8", "replace"))
+            text = as_encoded(piece.text, known)
+            n_bytes += len(text.encode("utf-8", "replace"))
+            left_out += len(piece.text) - len(text)
             if piece.ends_document and eos is not None:
                 writer.write([eos])
         writer.close()
         shards[name] = Shard(file)
+    if left_out:
+        print(f"warning: {left_out:,} characters are left out: the tokenizer has no token for them", file=sys.stderr)
     return shards, n_bytes / max(1, sum(shard.count for shard in shards.values()))
 
 
@@ -241,6 +248,8 @@ def main():
         precision = hardware.choose_precision(speed, device)
         found = evaluate_text(model.to(device), shards, bytes_per_token, cfg, seq_len, precision, device)
     found |= {"checkpoint": cfg.checkpoint_path, "step": saved["state"]["step"]}
+    if cfg.json:  # which has no infinity
+        found["ppl"] = found["ppl"] if math.isfinite(found["ppl"]) else None
     print(json.dumps(found) if cfg.json else report(found))
 
 

@@ -22,7 +22,9 @@ class Meter:
     The training clock stands still in `excluded(...)` and starts after the first step, which warms up and compiles.
     """
 
-    def __init__(self, world, flops_per_token, peak_flops, watch="none"):
+    def __init__(self, world, flops_per_token, peak_flops, watch="none", batch_size=1):
+        """`batch_size`: sequences in a micro-batch."""
+        self.batch_size = batch_size
         self.world, self.flops_per_token, self.peak_flops = world, flops_per_token, peak_flops
         self.what, self.watched = watch if world.is_main else "none", {}
         self.forward = Stopwatch(world.device)  # around what a rank does without waiting for another
@@ -137,12 +139,14 @@ class Meter:
     def state_dict(self):
         """The unfinished interval, for the checkpoint: a resumed run reports the loss of all of it. Collective."""
         loss_sum, count = self.totals()
-        return dict(loss_sum=loss_sum, micro_batches=int(count), smoothed=dict(self.smoothed),
+        return dict(loss_sum=loss_sum, micro_batches=count, batch_size=self.batch_size, smoothed=dict(self.smoothed),
                     skipped=[self.skipped.item(), self.skipped_in_row.item()])
 
     def load_state_dict(self, state):
         self.smoothed = dict(state["smoothed"])
-        self.restored = [float(state["loss_sum"]), int(state["micro_batches"])]
+        # A resumed run may have the same batch in other micro-batches: theirs count for more, or for less.
+        share = state.get("batch_size", self.batch_size) / self.batch_size
+        self.restored = [state["loss_sum"] * share, state["micro_batches"] * share]
         for count, before in zip((self.skipped, self.skipped_in_row), state.get("skipped", (0, 0)), strict=True):
             count.fill_(before)
 

@@ -19,7 +19,7 @@ class OptimConfig:
 
     optimizer: str = arg("adamw", "muon: Muon for the matrices inside the blocks, AdamW for all else",
                          choices=("adamw", "muon"))
-    num_steps: int = arg(1000, "optimizer steps in all", low=1)
+    num_steps: int = arg(1000, "optimizer steps in all", low=1, high=10**9)
     lr: float = arg(1e-3, "peak learning rate", above=0)
     muon_lr: float = arg(0.02, "Muon's peak learning rate; rises and falls with the schedule of --lr", above=0)
     min_lr: float | None = arg(None, "learning rate at the end of the schedule; unset: lr / 10", low=0)

@@ -59,7 +59,8 @@ class InitConfig:
     """Weights to start from"""
 
     init_from: str = arg("", "start from trained weights, which decide the model's sizes: a Hugging Face folder or "
-                             "name (GPT-2, Qwen3, NanoChat), or a checkpoint", metavar="DIR|NAME|FILE.pt")
+                             "name (GPT-2, Qwen3, NanoChat), or a checkpoint", metavar="DIR|NAME|FILE.pt",
+                         empty=False)
 
 
 def settle(cfg, resume_from):

@@ -20,7 +20,7 @@ class RanksConfig:
     """Ranks"""
 
     timeout: int = arg(1800, "seconds that ranks wait for one that does not come, until all leave: more than one needs "
-                             "to tokenize, compile or save while the others wait", low=1, metavar="SECONDS")
+                             "to tokenize, compile or save while the others wait", low=1, high=10**7, metavar="SECONDS")
     check_replicas: int = arg(0, "steps between comparisons of the ranks' weights and optimizer states, bit for bit; "
                                  "0: at the start and before each checkpoint only", low=0)
 

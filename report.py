@@ -63,9 +63,10 @@ class Run:
         return [at for at, _ in pairs], [value for _, value in pairs]
 
     def last(self, metric):
-        """The last value of what was ever measured, or None; inf where it has overflowed."""
+        """The last value of what was ever measured, or None; where it was not finite, inf of a perplexity, else NaN."""
         values = [row[metric] for row in self.rows if metric in row]
-        return (math.inf if values[-1] is None else values[-1]) if values else None
+        unknown = math.inf if metric.endswith("ppl") else math.nan
+        return (unknown if values[-1] is None else values[-1]) if values else None
 
     def best(self):
         """(least validation loss, its step), or None."""

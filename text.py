@@ -1,6 +1,7 @@
 """Where text comes from: files, folders, tables and datasets → documents, in pieces small enough to stream."""
 
 import codecs
+import functools
 import glob
 import logging
 import os
@@ -41,7 +42,8 @@ def find_sources(paths, label="--train-data"):
                 raise UserError(f"{label} {path}: no file matches; quote the pattern and check it with ls")
         elif os.path.isdir(path):
             known = TEXT_SUFFIXES | TABLE_SUFFIXES.keys()
-            files = [str(file) for file in sorted(Path(path).rglob("*")) if file.suffix in known and file.is_file()]
+            files = [str(file) for file in sorted(Path(path).rglob("*"))
+                     if file.suffix in known and file.is_file() and not _is_a_runs(file, Path(path))]
             if not files:
                 raise UserError(f"{label} {path}: no {', '.join(sorted(known))} file in this folder")
         elif os.path.exists(path):
@@ -59,6 +61,18 @@ def find_sources(paths, label="--train-data"):
             tables = tuple(file for file in files if TABLE_SUFFIXES.get(Path(file).suffix) == kind)
             sources += [Source(kind, tables, argument)] if tables else []
     return sources
+
+
+def _is_a_runs(file, folder):
+    """Whether a file within `folder` is what a run has written, or of a token cache: no text to train on."""
+    above = file.relative_to(folder).parents
+    return file.name.endswith((".metrics.jsonl", ".wandb.json", ".stacks.txt")) or any(
+        part.name.endswith((".tokenizer", ".draft")) or _holds_shards(folder / part) for part in above)
+
+
+@functools.cache
+def _holds_shards(folder):
+    return (folder / "meta.json").exists() and (folder / "train.bin").exists()
 
 
 def is_pattern(path):
@@ -162,7 +176,7 @@ def pieces(sources, split, val_ratio=0.0, seed=0) -> Iterator[Piece]:
 def is_validation(index, ratio, seed):
     """Whether document `index` is one of the share `ratio`: a low-discrepancy sequence (multiples of the golden
     ratio), so that even a few dozen documents give the right share."""
-    return (index + seed) * 0.6180339887498949 % 1.0 < ratio
+    return (index + seed % (1 << 20)) * 0.6180339887498949 % 1.0 < ratio  # of a large seed no digit would be left
 
 
 def tail_start(file, ratio):
@@ -231,6 +245,16 @@ def _last_break(text, mark, start, end):
     return None
 
 
+def _has_rows(path):
+    """Whether a Parquet file holds any; of one that is damaged the reader tells."""
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_metadata(path).num_rows > 0
+    except (OSError, pyarrow.ArrowException):
+        return True
+
+
 def table_pieces(source):
     """(text, ends a document) for each row of JSONL or Parquet files or of a dataset of the Hugging Face hub."""
     import datasets
@@ -243,15 +267,18 @@ def table_pieces(source):
             repository, _, config = source.paths[0].partition(":")
             rows = datasets.load_dataset(repository, config or None, split="train", streaming=True)
         else:
-            rows = datasets.load_dataset(source.kind, data_files=[glob.escape(path) for path in source.paths],
+            paths = [path for path in source.paths if source.kind != "parquet" or _has_rows(path)] or source.paths
+            rows = datasets.load_dataset(source.kind, data_files=[glob.escape(path) for path in paths],
                                          split="train", streaming=True)
+        column = None
         for row in rows:
             text = row.get("text")
-            if "text" not in row:
-                strings = [key for key, value in row.items() if isinstance(value, str)]
-                if len(strings) != 1:
+            if "text" not in row:  # then it is the only one with text in it, in all rows
+                strings = {key for key, value in row.items() if isinstance(value, str)}
+                column = column or next(iter(strings), None)
+                if strings - {column} or not strings and all(value is not None for value in row.values()):
                     raise UserError(f"{name}: no column named text (found {', '.join(row)}); rename one of them")
-                text = row[strings[0]]
+                text = row[column] if strings else None
             if not isinstance(text, str | None):
                 raise UserError(f"{name}: the column text has {type(text).__name__}, not text; convert it")
             if text:

@@ -76,6 +76,18 @@ def end_of_text(tokenizer, folder):
     return None if eos is None else tokenizer.token_to_id(eos)
 
 
+def known_characters(tokenizer):
+    """Those that a char tokenizer has tokens for; None for others, which have tokens for every text."""
+    vocabulary = tokenizer.get_vocab(with_added_tokens=False)
+    return None if tokenizer.pre_tokenizer or max(map(len, vocabulary), default=0) > 1 else vocabulary.keys()
+
+
+def as_encoded(text, known):
+    """`text` without the characters that no token stands for: those not among the `known_characters`."""
+    unknown = set(text) - known if known is not None else ()
+    return text.translate(dict.fromkeys(map(ord, unknown))) if unknown else text
+
+
 def _byte_tokenizer():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -157,7 +169,7 @@ def hub_reachable(seconds=3.0):
             answered.set()
         except urllib.request.HTTPError:
             answered.set()
-        except OSError:
+        except (OSError, ValueError):  # the latter of an HF_ENDPOINT that is no address
             pass
 
     # A thread, because a name look-up that hangs heeds no timeout.

@@ -62,6 +62,7 @@ class TrackingConfig:
 def setup_logging(is_main):
     """Messages of all modules to stdout, from the main rank alone, around the progress bar. They are kept, too, for the
     log file, which is opened once it is known that there is something to train."""
+    sys.stdout.reconfigure(errors="replace")  # a sample may hold what this terminal has no character for
     log.handlers, log.propagate = [_ConsoleHandler(), MemoryHandler(1000, flushLevel=logging.CRITICAL)], False
     log.setLevel(logging.INFO if is_main else logging.CRITICAL + 1)
 
@@ -148,7 +149,7 @@ class Tracker:
         self.beside(".log").parent.mkdir(parents=True, exist_ok=True)
         console, toml = None, to_toml(cfg, without=("resume", "overwrite", "dry_run"))
         if self.is_main:
-            self.file = _LogFile(self.beside(".log"), mode="a" if step else "w")
+            self.file = _LogFile(self.beside(".log"), mode="a" if step else "w", encoding="utf-8")
             self.file.setFormatter(FORMATTER)
             console = str(self.beside(".log")), self.beside(".log").stat().st_size
             for early in [handler for handler in log.handlers if isinstance(handler, MemoryHandler)]:
@@ -156,7 +157,7 @@ class Tracker:
                 early.flush()
                 log.removeHandler(early)
             log.addHandler(self.file)
-            self.beside(".config.toml").write_text(toml)
+            self.beside(".config.toml").write_text(toml, "utf-8")
         rows = JsonlSink(self.beside(f"{tag}.metrics.jsonl"), step)
         self.sinks.append(rows)
         if cfg.tracking.use_tensorboard and self.is_main:
@@ -354,7 +355,11 @@ def make_profiler(enabled, path):
     def on_ready(profiler):
         path.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(path))
-        log.info("profile of 3 steps: %s (open it in https://ui.perfetto.dev)", path)
+        if path.exists():  # torch says nothing of a full disk
+            log.info("profile of 3 steps: %s (open it in https://ui.perfetto.dev)", path)
+        else:
+            path.with_name(path.name + ".tmp").unlink(missing_ok=True)
+            log.warning("the profile could not be written: %s", path)
 
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():

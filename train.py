@@ -146,7 +146,8 @@ def train(cfg, world):
     if not saved:
         load_initial(raw, cfg.init, world)
     optimizer, scaler = make_optimizer(raw, cfg.optim, world.device, precision.dtype), precision.scaler()
-    meter = Meter(world, raw.flops_per_token(corpus.seq_len), hardware.peak_flops(world.device), cfg.wandb.wandb_watch)
+    meter = Meter(world, raw.flops_per_token(corpus.seq_len), hardware.peak_flops(world.device), cfg.wandb.wandb_watch,
+                  batch_size)
     guard = StepGuard(cfg.optim, optimizer, scaler, world.device)
     parts = dict(model=raw, optimizer=optimizer, scaler=scaler, guard=guard, meter=meter)
     state = checkpoint.apply(saved, parts, cfg.checkpoint.continues(resume_from)) if saved else State()
@@ -263,13 +264,13 @@ def train(cfg, world):
                 best = state.val_loss < state.best_val
             if metrics:
                 track.report(state, epochs_per_step, metrics)
-            if (latest := due(cfg.checkpoint.save_steps) or signal_number or save_now) or best:
-                with meter.excluded("checkpoint"):  # all ranks wait here, not in the next step, a part of training
-                    saver.save(payload, latest, best, signal_number or state.step == num_steps)
-            if due(cfg.report.sample_steps):
+            if due(cfg.report.sample_steps):  # before saving: after a kill in here the step is repeated with its sample
                 with meter.excluded("sample"), precision.autocast():
                     world.from_main(lambda: track.sample(
                         state.step, lambda: sample_text(raw, cfg.checkpoint.beside(".tokenizer"), corpus.eos)))
+            if (latest := due(cfg.checkpoint.save_steps) or signal_number or save_now) or best:
+                with meter.excluded("checkpoint"):  # all ranks wait here, not in the next step, a part of training
+                    saver.save(payload, latest, best, signal_number or state.step == num_steps)
             if signal_number and state.step < num_steps:
                 track.stopped(signal_number, state.step)
                 break

@@ -320,7 +320,7 @@ def reason(error):
 ADVICE = [  # in what W&B says → what to do
     (r"package is missing", "pip install wandb"),
     (r"api[ _]key|\blogin\b|\b401\b|authenticat|logged in|no-tty", "wandb login, or WANDB_API_KEY"),
-    (r"no space left|read-only|not a directory|file exists|\[errno 13\]|disk quota",
+    (r"no space left|\[errno 2\]|read-only|not a directory|file exists|\[errno 13\]|disk quota",
      "name a folder of your own with room: --wandb-dir"),
     (r"\b409\b|previously created and deleted", "an id is given once: go on with --resume --wandb-run-id NEW"),
     (r"\b(403|404)\b|permission|not found|could not find|\bentity\b",

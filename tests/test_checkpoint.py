@@ -200,6 +200,41 @@ def test_rolling_back_makes_the_file_the_newest_at_once_and_keeps_a_best_one_tha
     assert not best or load(tmp_path / "c.best.pt")["state"]["step"] == best_at
 
 
+def test_a_best_checkpoint_alone_is_one_and_is_gone_on_from(tmp_path):
+    """All that a run leaves that was killed before its first --save-steps."""
+    save_run(config(tmp_path), whole(20), 20, latest=False, best=True)
+    with pytest.raises(UserError, match="there is a checkpoint already"):
+        plan(config(tmp_path))
+    for resume in ("auto", "latest"):
+        cfg = config(tmp_path, resume=resume)
+        assert plan(cfg) == tmp_path / "c.best.pt" and cfg.continues(plan(cfg))
+    save_run(config(tmp_path), whole(30), 30, latest=True, best=False)
+    assert plan(config(tmp_path, resume="auto")) == tmp_path / "c.pt"
+
+
+def test_a_run_that_goes_on_from_before_its_best_checkpoint_has_that_to_beat(tmp_path):
+    cfg = config(tmp_path, resume="latest")
+    for step, loss, best in ((60, 3.2, False), (100, 3.1, True)):
+        saved = whole(step) | {"state": dict(step=step, best_val=loss)}
+        save_run(cfg, saved, step, latest=not best, best=best)
+    assert checkpoint.begin(cfg, tmp_path / "c.pt", State(step=60, best_val=3.2)) == 3.1
+
+
+def test_files_of_a_run_whose_name_begins_alike_are_left_alone(tmp_path):
+    foreign = {"c.step-final.pt", "c.rank-metrics.jsonl", "c.rankx.metrics.jsonl", "c.upload-final.pt", "cc.step-1.pt"}
+    for name in foreign:
+        (tmp_path / name).touch()
+    cfg = config(tmp_path, keep_last=1, overwrite=True)
+    for step in (1, 2):
+        save_run(cfg, whole(step), step, latest=True, best=False)
+    assert [file.name for file in cfg.numbered()] == ["c.step-00000002.pt"]
+    checkpoint.begin(cfg, None, State())
+    assert set(os.listdir(tmp_path)) == foreign
+    for name in ("c.step-final.pt", "c.rank3.pt", "c.upload-x.pt"):
+        with pytest.raises(UserError, match="which are names of a run's other files"):
+            CheckpointConfig(str(tmp_path / name)).validate()
+
+
 def test_a_branch_begins_without_the_history_of_the_run_that_was_there(tmp_path):
     for name in ("a", "b"):
         save_run(CheckpointConfig(str(tmp_path / f"{name}.pt"), keep_last=1), whole(5), 5, latest=True, best=False)

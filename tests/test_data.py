@@ -18,7 +18,7 @@ from config import UserError
 from data import Corpus, DataConfig, permute, prepare
 from shards import HEADER, Shard, ShardWriter
 from text import cut_text, find_sources, is_validation, pieces, source_names, text_pieces
-from tokenizer import END_OF_TEXT, hub_reachable, load_tokenizer, open_tokenizer, train_tokenizer
+from tokenizer import END_OF_TEXT, hub_reachable, known_characters, load_tokenizer, open_tokenizer, train_tokenizer
 
 
 def config(path, cache, **changes):
@@ -273,6 +273,55 @@ def test_a_dataset_of_the_hub_is_needed_until_it_is_tokenized_and_no_longer(tmp_
     with pytest.raises(UserError, match="--train-data someone/books: no such file, and .* cannot be reached"):
         prepare(config("someone/books", tmp_path / "other", val_data=[str(text)]))
     assert not (tmp_path / "other").exists()
+
+
+def test_characters_without_a_token_are_told_of_and_are_no_bytes(tmp_path, text, caplog):
+    tokenizer = train_tokenizer("char", [text.read_text()], 0)
+    (tmp_path / "odd.txt").write_text("".join(char + "жж" for char in text.read_text()[:20_000]))
+    (tmp_path / "plain.txt").write_text(text.read_text()[:20_000])
+    tokenizer_module.save_tokenizer(tokenizer, tmp_path / "chars", "char")
+    found = {}
+    for name in ("odd", "plain"):
+        cfg = config(tmp_path / f"{name}.txt", tmp_path / name, tokenizer_name=str(tmp_path / "chars"))
+        with caplog.at_level("WARNING", logger="mini_llm"):
+            found[name] = Corpus(cfg).meta
+        assert caplog.text.count("40,000 characters are left out") == 1, name
+    for meta in found.values():  # an end-of-text token in each split
+        assert meta["bytes"] == {split: count - 1 for split, count in meta["tokens"].items()}
+    assert known_characters(train_tokenizer("bpe", ["a b"], 300)) is None
+    assert known_characters(load_tokenizer("byte")) is None
+
+
+def test_a_folder_gives_its_text_and_not_what_runs_have_left_there(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text.read_text())
+    folder = prepare(config(tmp_path, tmp_path / "data" / "cache"))
+    for name in ("c.metrics.jsonl", "c.wandb.json", "c.stacks.txt", "c.tokenizer/tokenizer.json"):
+        (tmp_path / "runs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "runs" / name).write_text("{}")
+    (tmp_path / "theirs" / "sub").mkdir(parents=True)
+    (tmp_path / "theirs" / "train.bin").touch()  # nanoGPT's, beside its input.txt
+    (tmp_path / "theirs" / "b.txt").write_text("text")
+    assert [source.paths for source in find_sources([str(tmp_path)])] == [
+        (str(tmp_path / "a.txt"),), (str(tmp_path / "theirs" / "b.txt"),)]
+    (tmp_path / "theirs" / "b.txt").unlink()
+    assert prepare(config(tmp_path, tmp_path / "data" / "cache")) == folder
+
+
+def test_tables_with_files_without_rows_and_rows_without_text(tmp_path):
+    import pyarrow.parquet
+
+    for name, rows in dict(a=["one", None, "two"], b=[], c=["three"]).items():
+        table = pyarrow.table({"content": pyarrow.array(rows, pyarrow.string())})
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
+    assert [piece.text for piece in pieces(find_sources([str(tmp_path)]), "train")] == ["one", "two", "three"]
+    (tmp_path / "d.jsonl").write_text('{"title": "T", "content": null}\n{"title": null, "content": "C"}\n')
+    with pytest.raises(UserError, match="no column named text"):
+        list(pieces(find_sources([str(tmp_path / "d.jsonl")]), "train"))
+
+
+def test_a_large_seed_takes_its_share_for_validation_too():
+    for seed in (1337, 1_764_181_000_123_456, 2**62):
+        assert sum(is_validation(index, 0.1, seed) for index in range(1000)) in range(99, 102), seed
 
 
 def test_the_end_of_text_token_of_the_hub_is_what_its_config_says(tmp_path, text, monkeypatch):

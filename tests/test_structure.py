@@ -18,7 +18,7 @@ ALLOWED = {
     "shards": {"config"},
     "data": {"config", "shards", "text", "tokenizer", "toy"},
     "generate": {"config", "hardware", "model", "pretrained", "tokenizer"},
-    "evaluate": {"config", "data", "hardware", "model", "pretrained", "shards", "text"},
+    "evaluate": {"config", "data", "hardware", "model", "pretrained", "shards", "text", "tokenizer"},
     "processes": {"config"},
     "wandb_runs": {"config"},
     "wandb_sink": {"processes", "wandb_runs"},

@@ -171,6 +171,14 @@ def test_a_resumed_interval_is_of_all_ranks_but_a_ranks_own_loss_is_its_own():
     assert meter.report()["train/loss"] == 3.0
 
 
+def test_an_interval_resumed_in_other_micro_batches_weighs_them_by_their_sequences():
+    saved = dict(loss_sum=12.0, micro_batches=2, batch_size=4, smoothed={})  # 8 sequences of mean 6
+    meter = Meter(Alone(), 1.0, None, batch_size=2)
+    meter.load_state_dict(saved)
+    meter.add(torch.tensor([2.0, 4.0]), torch.ones(()), torch.tensor(True), tokens=10)  # 4 of mean 3
+    assert meter.report()["train/loss"] == 5.0
+
+
 def test_a_histogram_counts_every_value_between_its_edges():
     model = torch.nn.Linear(4, 5)
     torch.nn.init.ones_(model.bias)
