@@ -43,7 +43,7 @@ class CheckpointConfig:
                       const="latest", metavar="auto|FILE", empty=False)
     overwrite: bool = arg(False, "start over where a checkpoint is")
     save_steps: int = arg(250, "steps between checkpoints; 0: only the last step's", low=0)
-    keep_last: int = arg(0, "older checkpoints to keep besides, as FILE.step-N.pt", low=0)
+    keep_last: int = arg(0, "checkpoints to keep, the newest among them, also as FILE.step-N.pt", low=0)
     async_save: bool = arg(False, "write checkpoints from a copy in the CPU's memory while training goes on")
     time_limit: float = arg(0.0, "minutes after which the run saves and leaves, with exit code 142; 0: none", low=0,
                             high=10**7)
@@ -211,7 +211,7 @@ def restore(path, cfg, identity, config):
                         f"it was started with, or start anew with another --checkpoint-path")
     ignored = {"resume", "overwrite", "checkpoint_path", "cache_dir", "init_from"}
     for name, value in config.items():
-        if name not in ignored and payload["config"].get(name, value) != value:
+        if name not in ignored and not name.startswith("wandb_") and payload["config"].get(name, value) != value:
             log.info("resumed with another %s: was %s, is %s", flag(name), payload["config"][name], value)
     if source != path:
         link(source, path)  # else the next save would move the damaged file over the good one

@@ -283,7 +283,8 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
     for where, split, count in [("--train-data", "train", writers["train"].count), *found]:
         if count < cfg.seq_len + 1:
             raise UserError(f"{where}: {count:,} {split} tokens are fewer than one sequence of --seq-len "
-                            f"{cfg.seq_len} + 1; give more text, a smaller --seq-len, or another --val-data")
+                            f"{cfg.seq_len} + 1; give more text, a smaller --seq-len, a larger --val-ratio, or another "
+                            f"--val-data")
     seconds = time.perf_counter() - started
     tokens = sum(writer.count for writer in writers.values())
     log.info("tokenized %.1f MB into %s tokens in %.1f s (%.1f MB/s)", sum(n_bytes.values()) / 1e6, f"{tokens:,}",

@@ -234,7 +234,7 @@ def main():
     model, tokenizer, eos, saved = load_run(cfg.checkpoint_path)
     seq_len = cfg.seq_len or saved["config"]["seq_len"]
     if seq_len > model.cfg.max_position_embeddings:
-        raise UserError(f"--seq-len {seq_len} is above the model's {model.cfg.max_position_embeddings} positions; "
+        raise UserError(f"--seq-len {seq_len} is above the {model.cfg.max_position_embeddings} positions trained; "
                         f"lower it")
     if cfg.stride > seq_len:
         raise UserError(f"--stride {cfg.stride} is above --seq-len {seq_len}: windows would leave tokens out")

@@ -108,6 +108,8 @@ def log_facts(cfg, world, corpus, raw, precision, accum, state):
              f"{activations / 1e9:.2f} activations)")
     log.info(f"step: {step_tokens:,} tokens = {cfg.batch.batch_size} sequences x {corpus.seq_len} x {accum} "
              f"micro-batches x {world.size} ranks; amp {precision.name} ({precision.reason})")
+    if cfg.optim.warmup_steps >= cfg.optim.num_steps:
+        log.warning(f"--warmup-steps {cfg.optim.warmup_steps}: the learning rate rises to the end of the run")
     log.info(f"Resumed at step {state.step}" if state.step else f"Starting from {cfg.init.init_from or 'scratch'}")
 
 
