@@ -98,7 +98,8 @@ def parse(cls, argv=None):
     given, unknown = parser.parse_known_args(argv)
     given = vars(given)
     if unknown:
-        _refuse_unknown(unknown[0], [flag(name) for name in fields] + ["--config"], "flag")
+        kind = "flag" if unknown[0].startswith("-") else "argument"
+        _refuse_unknown(unknown[0], [flag(name) for name in fields] + ["--config"], kind)
 
     path = given.pop("config", None)
     values = {} if path is None else _read_toml(path, cls, fields)
