@@ -36,7 +36,7 @@ def token_nats(model, x, y, precision, device):
 def figures(nats, n_tokens, bytes_per_token):
     """What is reported of a sum of losses in nats over so many tokens."""
     loss = nats / n_tokens
-    return {"loss": loss, "ppl": math.exp(loss) if loss < 700 else math.inf,
+    return {"loss": loss, "ppl": math.inf if loss > 700 else math.exp(loss),
             "bits_per_byte": loss / math.log(2) / bytes_per_token}
 
 

@@ -60,7 +60,6 @@ def export(path, output, dtype="float32"):
     twin = transformers.AutoModelForCausalLM.from_config(hugging_face_config(model.cfg, eos))
     missing, unexpected = twin.load_state_dict(to_hugging_face(model.cfg, model.state_dict()), strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
-    twin.tie_weights()
     spare = list(range(n_tokens, model.cfg.vocab_size))  # of a model that is wider than its tokenizer
     twin.generation_config = transformers.GenerationConfig(
         bos_token_id=eos, eos_token_id=eos, pad_token_id=eos,
@@ -97,7 +96,8 @@ def model_card(path, model, saved, n_tokens, dtype):
         return next(((row[name], row["step"]) for row in reversed(rows) if row.get(name) is not None), None)
 
     def loss(value, step):
-        return f"{value:.4f} nats per token (perplexity {math.exp(min(value, 700)):.2f}) at step {step:,}"
+        at = f" at step {step:,}" if step is not None else ""
+        return f"{value:.4f} nats per token (perplexity {math.exp(min(value, 700)):.2f}){at}"
 
     def data(split, files, fingerprint):
         tokens = f"{counts[split]:,}" if split in counts else "unknown"
@@ -109,7 +109,7 @@ def model_card(path, model, saved, n_tokens, dtype):
     losses = [("training loss", last("train/loss")), ("validation loss", last("val/loss")),
               ("best validation loss so far", best)]
     if best is None and math.isfinite(state["best_val"]):
-        losses.append(("best validation loss so far", (state["best_val"], state["step"])))
+        losses.append(("best validation loss so far", (state["best_val"], None)))  # which step's, only the metrics know
     settings = {name: value for name, value in config.items() if value not in (None, "", [])
                 and not name.startswith(("wandb_", "use_")) and not name.endswith(("_dir", "_path", "_data"))
                 and name not in NO_SETTINGS}

@@ -75,9 +75,10 @@ class GPTConfig:
         rough = self.d_model * (self.n_layers * 2 * (self.n_heads * self.head_size + self.ff_size)
                                 + self.vocab_size + self.max_position_embeddings)
         if rough > 1e12:
-            raise UserError(f"--d-model {self.d_model} with --n-layers {self.n_layers}, --d-ff {self.ff_size}, "
-                            f"--vocab-size {self.vocab_size} and --max-position-embeddings "
-                            f"{self.max_position_embeddings}: {rough:.0e} parameters, which no device holds")
+            raise UserError(f"--d-model {self.d_model} with --n-layers {self.n_layers}, --n-heads {self.n_heads} of "
+                            f"--head-dim {self.head_size}, --d-ff {self.ff_size}, --vocab-size {self.vocab_size} and "
+                            f"--max-position-embeddings {self.max_position_embeddings}: {rough:.0e} parameters, "
+                            f"which no device holds")
 
     @property
     def parts(self):

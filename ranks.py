@@ -10,6 +10,7 @@ import datetime
 import functools
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -180,7 +181,7 @@ class Pulse(NoPulse):
         """Leave because of an exception of this rank. One in a collective tells of another rank, failed or gone: who
         finds that ends this process, too."""
         advice = out_of_memory(error)
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
+        if isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and re.search(r"\bgloo\b", str(error)):
             self.silent = min(self.silent, 5)
             time.sleep(15)
         elif not advice:

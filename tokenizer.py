@@ -181,7 +181,7 @@ def hub_reachable(seconds=3.0):
 
 def _eos_token(tokenizer, name):
     """The end-of-text token: what the tokenizer's own config says, else the first of the usual names that it has."""
-    source = Path(name) / "tokenizer_config.json" if os.path.isdir(name) else None
+    source = Path(name) / "tokenizer_config.json" if name not in OWN and os.path.isdir(name) else None
     if source is None and name not in OWN:
         found = _hub_file(name, "tokenizer_config.json", local_files_only=True)
         source = Path(found) if found else None

@@ -18,7 +18,7 @@ from logging.handlers import MemoryHandler
 import torch
 from tqdm import tqdm
 
-from config import RunFailed, UserError, arg, flatten, to_toml
+from config import RunFailed, UserError, arg, flatten, read_records, to_toml
 from hardware import device_name, should_compile
 from wandb_runs import base_run_id, distributed_info, in_sweep, plan_run, with_environment
 
@@ -272,12 +272,9 @@ class JsonlSink:
     exit. On resume, lines after the checkpoint's step are cut off: the run will write them again."""
 
     def __init__(self, path, start_step):
-        kept = []
-        if start_step and path.exists():
-            with open(path) as file:
-                kept = [line for line in file if _row_step(line) <= start_step]
+        kept = read_records(path) if start_step and path.exists() else ()
         draft = path.with_name(path.name + ".tmp")
-        draft.write_text("".join(kept))
+        draft.write_text("".join(json.dumps(record) + "\n" for record in kept if record["step"] <= start_step))
         draft.replace(path)
         self.path, self.file = path, open(path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
         self.unwritten, self.failed = b"", False
@@ -314,13 +311,6 @@ class JsonlSink:
         if self.unwritten:
             log.error("%s lacks its last %d rows", self.path, self.unwritten.count(b"\n"))
         self.file.close()
-
-
-def _row_step(line):
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):  # the torn last line of a killed run
-        return math.inf
 
 
 class TensorboardSink:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests run side by side, a process on each core
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 # A GPU machine may have nothing but torch, transformers and pytest.
@@ -75,6 +76,11 @@ class Run:
         import torch
 
         return torch.load(self.checkpoint, weights_only=True)["model"]
+
+
+# What may lie where a file is expected.
+PUT = {"a folder": os.mkdir, "a pipe": os.mkfifo, "a device": lambda path: os.symlink("/dev/zero", path),
+       "a circle": lambda path: os.symlink(path, path), "nothing": lambda path: None}
 
 
 def environment(**extra):

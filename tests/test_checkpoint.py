@@ -200,6 +200,12 @@ def test_rolling_back_makes_the_file_the_newest_at_once_and_keeps_a_best_one_tha
     assert not best or load(tmp_path / "c.best.pt")["state"]["step"] == best_at
 
 
+def test_a_resumed_run_knows_its_least_loss():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    saved = dict(optimizer=optimizer.state_dict(), state=dict(step=5, best_val=1.5))
+    assert checkpoint.apply(saved, dict(optimizer=optimizer), True).best_val == 1.5
+
+
 def test_a_best_checkpoint_alone_is_one_and_is_gone_on_from(tmp_path):
     """All that a run leaves that was killed before its first --save-steps."""
     save_run(config(tmp_path), whole(20), 20, latest=False, best=True)

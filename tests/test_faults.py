@@ -188,6 +188,17 @@ train.main(DDPWorld if "RANK" in __import__("os").environ else train.World)
 """
 
 
+def test_fp16_leaves_a_batch_without_a_loss_out_too(trainer):
+    (trainer.folder / "planted.py").write_text(PLANTED.format(root=str(ROOT), every=5))
+    _, _, *rest = trainer.arguments(["--num-steps", 30, "--amp-dtype", "fp16", "--eval-steps", 0, "--max-bad-steps",
+                                     29])
+    run = subprocess.run([sys.executable, "planted.py", *rest], cwd=trainer.folder, env=environment(),
+                         capture_output=True, text=True)
+    assert run.returncode == 0 and "steps skipped" in run.stdout, run.stderr
+    saved = torch.load(trainer.folder / "c.pt", weights_only=True)
+    assert 0 < saved["meter"]["skipped"][0] < 30 and all(map(torch.isfinite, map(torch.sum, saved["model"].values())))
+
+
 @pytest.mark.parametrize("ranks", [None, 2])
 def test_a_batch_without_a_loss_is_left_out_counted_and_resumed_over(trainer, ranks):
     (trainer.folder / "planted.py").write_text(PLANTED.format(root=str(ROOT), every=5))

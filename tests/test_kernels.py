@@ -51,6 +51,15 @@ def test_attention_is_that_of_the_fused_kernel_for_views_of_one_tensor():
         assert torch.allclose(own, library, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype, T, learns", [
+    (torch.float32, 64, True), (torch.bfloat16, model_module.EXPLICIT_ATTENTION + 1, True),
+    (torch.bfloat16, 64, False)])
+def test_attention_is_the_librarys_where_its_own_is_no_faster(monkeypatch, dtype, T, learns):
+    monkeypatch.setattr(CausalAttention, "apply", lambda *_: pytest.fail("explicit products"))
+    q, k, v = (draw(1, 1, T, 4, dtype=dtype, seed=seed).requires_grad_(learns) for seed in range(3))
+    assert attend(q, k, v).shape == q.shape
+
+
 def test_dropped_weights_keep_the_mean_of_attention():
     q, k, v = (draw(2, 4, 64, 16, dtype=torch.bfloat16, seed=seed) for seed in range(3))
     dropped = attend(torch.zeros_like(q, requires_grad=True), k, torch.ones_like(v), dropout=0.5)

@@ -10,6 +10,7 @@ import zipfile
 
 import pytest
 import torch
+from conftest import PUT
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_config import Car
@@ -276,10 +277,6 @@ def test_a_foreign_meta_json_is_refused_in_a_line_or_does_no_harm(tmp_path_facto
     else:
         (folder / "meta.json").write_text(json.dumps(json.loads(content) | meta if isinstance(meta, dict) else meta))
     everything(folder)
-
-
-PUT = {"a folder": os.mkdir, "a pipe": os.mkfifo, "a device": lambda path: os.symlink("/dev/zero", path),
-       "a circle": lambda path: os.symlink(path, path), "nothing": lambda path: None}
 
 
 @pytest.mark.parametrize("put", PUT)

@@ -36,6 +36,7 @@ def test_a_run_is_tracked_with_all_its_config_and_rows(trainer):
         assert plain(row) == {name: value for name, value in jsonl.items() if name != "time"}
         assert row["_timestamp"] == jsonl["time"]
     assert [row["step"] for row in tracked.samples] == [20]
+    assert tracked.axes == {"step": "", "*": "step"}, "W&B's own step would drop what a resume repeats"
     memory = json.loads((trainer.folder / "c.wandb.json").read_text())
     assert memory["base"] == memory["init"]["id"] == tracked.run_id
     resolved = tracked.folder / "files" / "c.config.toml"

@@ -61,8 +61,7 @@ run.finish()"""))
 
 def test_two_processes_share_a_run(server, start):
     writers = [start(f"""
-settings = wandb.Settings(mode="shared", x_primary={rank == 0}, x_label="rank{rank}",
-                          x_update_finish_state={rank == 0})
+settings = wandb.Settings(mode="shared", x_primary={rank == 0}, x_label="rank{rank}", x_update_finish_state=True)
 run = wandb.init(project="p", id="r", config={{"rank{rank}": True}}, settings=settings)
 for step in range(20): run.log({{"step": step, "rank": {rank}}})
 run.finish()""") for rank in range(2)]

@@ -33,7 +33,7 @@ class RunFile:
     """What one local run holds: `rows` of reports, and apart from them the rows of the samples' table."""
 
     def __init__(self, path):
-        self.folder, self.rows, self.samples, self.config = path.parent, [], [], {}
+        self.folder, self.rows, self.samples, self.config, self.axes = path.parent, [], [], {}, {}
         self.run_id = self.name = self.project = self.group = self.exit_code = None
         for record in records(path):
             kind = record.WhichOneof("record_type")
@@ -47,6 +47,8 @@ class RunFile:
                 self.config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
             elif kind == "config":
                 self.config |= {item.key: json.loads(item.value_json) for item in record.config.update}
+            elif kind == "metric":
+                self.axes[record.metric.glob_name or record.metric.name] = record.metric.step_metric
             elif kind == "exit":
                 self.exit_code = record.exit.exit_code
 
