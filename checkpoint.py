@@ -266,9 +266,7 @@ def begin(cfg, resume_from, state):
         for file in cfg.numbered():
             if not goes_on or int(file.stem.rpartition("-")[2]) > state.step:
                 file.unlink(missing_ok=True)
-    if not best.exists():
-        return math.inf
-    return min(state.best_val, _state_of(best).get("best_val", math.inf)) if goes_on else state.best_val
+    return min(state.best_val, _state_of(best).get("best_val", math.inf)) if best.exists() else math.inf
 
 
 def _state_of(file):

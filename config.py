@@ -146,6 +146,12 @@ def to_toml(config, without=()):
     return "\n".join(lines)
 
 
+def without_infinity(record):
+    """A dict as JSON can have it: null where a number is infinite or NaN."""
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()}
+
+
 def read_json(path):
     """The JSON object in a file. Raises ValueError, saying why, whatever is there in its place."""
     try:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import hardware
-from config import UserError, arg, one_line_errors, parse
+from config import UserError, arg, one_line_errors, parse, without_infinity
 from data import spread_windows
 from model import IGNORE
 from pretrained import load_run
@@ -248,9 +248,7 @@ def main():
         precision = hardware.choose_precision(speed, device)
         found = evaluate_text(model.to(device), shards, bytes_per_token, cfg, seq_len, precision, device)
     found |= {"checkpoint": cfg.checkpoint_path, "step": saved["state"]["step"]}
-    if cfg.json:  # which has no infinity
-        found["ppl"] = found["ppl"] if math.isfinite(found["ppl"]) else None
-    print(json.dumps(found) if cfg.json else report(found))
+    print(json.dumps(without_infinity(found)) if cfg.json else report(found))
 
 
 if __name__ == "__main__":

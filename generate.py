@@ -33,8 +33,7 @@ class GenerateConfig:
                               high=10**7)
     temperature: float = arg(0.8, "below 1: likelier tokens more often; 0: always the likeliest", low=0)
     top_k: int = arg(50, "choose among the so many likeliest tokens; 0: among all", low=0)
-    top_p: float = arg(1.0, "choose among the fewest tokens whose probability reaches this", low=1e-6,
-                       high=1)
+    top_p: float = arg(1.0, "choose among the fewest tokens whose probability reaches this", low=1e-6, high=1)
     seed: int = arg(1337, "of the choices; each continuation's are its own, whatever is generated beside it", low=0)
     stop: list[str] = arg([], "texts that end a continuation, and are left out of it")
     batch_size: int = arg(32, "continuations computed at once, at most", low=1)

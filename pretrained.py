@@ -301,14 +301,14 @@ def _require(condition, message):
 
 def load_model(path):
     """The model of a checkpoint, in evaluation mode, and the checkpoint. Learned positions from --seq-len on, which no
-    step has trained, are left out. Raises UserError."""
+    step has trained, are left out, unless the run began with weights that may have them. Raises UserError."""
     saved = _checkpoint(path, "--checkpoint-path")
     try:
         model = GPT(model_config(saved))
         model.load_state_dict(saved["model"])
         trained = saved["config"]["seq_len"]
-        learned = not model.cfg.parts.rope_theta and not saved["config"].get("init_from")  # these come trained
-        if learned and trained < model.cfg.max_position_embeddings:
+        drawn = not model.cfg.parts.rope_theta and not saved["config"].get("init_from")
+        if drawn and trained < model.cfg.max_position_embeddings:
             model.pos_emb = torch.nn.Embedding.from_pretrained(model.pos_emb.weight[:trained].detach(), freeze=False)
             model.cfg = dataclasses.replace(model.cfg, max_position_embeddings=trained)
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, UserError) as error:

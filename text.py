@@ -1,7 +1,6 @@
 """Where text comes from: files, folders, tables and datasets → documents, in pieces small enough to stream."""
 
 import codecs
-import functools
 import glob
 import logging
 import os
@@ -42,8 +41,7 @@ def find_sources(paths, label="--train-data"):
                 raise UserError(f"{label} {path}: no file matches; quote the pattern and check it with ls")
         elif os.path.isdir(path):
             known = TEXT_SUFFIXES | TABLE_SUFFIXES.keys()
-            files = [str(file) for file in sorted(Path(path).rglob("*"))
-                     if file.suffix in known and file.is_file() and not _is_a_runs(file, Path(path))]
+            files = [str(file) for file in _texts_and_tables(Path(path), known)]
             if not files:
                 raise UserError(f"{label} {path}: no {', '.join(sorted(known))} file in this folder")
         elif os.path.exists(path):
@@ -63,16 +61,14 @@ def find_sources(paths, label="--train-data"):
     return sources
 
 
-def _is_a_runs(file, folder):
-    """Whether a file within `folder` is what a run has written, or of a token cache: no text to train on."""
-    above = file.relative_to(folder).parents
-    return file.name.endswith((".metrics.jsonl", ".wandb.json", ".stacks.txt")) or any(
-        part.name.endswith((".tokenizer", ".draft")) or _holds_shards(folder / part) for part in above)
-
-
-@functools.cache
-def _holds_shards(folder):
-    return (folder / "meta.json").exists() and (folder / "train.bin").exists()
+def _texts_and_tables(folder, suffixes):
+    """The files in a folder and below, but for those that runs have written there, and token caches."""
+    found = sorted(folder.rglob("*"))
+    ours = {file.parent for file in found if file.name == "tokenizer.json" and file.parent.suffix == ".tokenizer"
+            or file.name == "meta.json" and (file.parent / "train.bin").exists()
+            or file.name == "tokenizer" and re.fullmatch(r"[0-9a-f]{24}\.draft", file.parent.name)}
+    return [file for file in found if file.suffix in suffixes and file.is_file() and ours.isdisjoint(file.parents)
+            and not file.name.endswith((".metrics.jsonl", ".wandb.json", ".stacks.txt"))]
 
 
 def is_pattern(path):

@@ -77,7 +77,7 @@ def end_of_text(tokenizer, folder):
 
 
 def known_characters(tokenizer):
-    """Those that a char tokenizer has tokens for; None for others, which have tokens for every text."""
+    """Those that a char tokenizer has tokens for; None for others, which are taken to have tokens for every text."""
     vocabulary = tokenizer.get_vocab(with_added_tokens=False)
     return None if tokenizer.pre_tokenizer or max(map(len, vocabulary), default=0) > 1 else vocabulary.keys()
 

@@ -18,7 +18,7 @@ from logging.handlers import MemoryHandler
 import torch
 from tqdm import tqdm
 
-from config import RunFailed, UserError, arg, flatten, read_records, to_toml
+from config import RunFailed, UserError, arg, flatten, read_records, to_toml, without_infinity
 from hardware import device_name, should_compile
 from wandb_runs import base_run_id, distributed_info, in_sweep, plan_run, with_environment
 
@@ -284,9 +284,8 @@ class JsonlSink:
         return str(self.path), self.path.stat().st_size
 
     def log(self, step, record):
-        row = {name: None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no infinity
-               for name, value in record.items()}
-        self.unwritten += json.dumps({"step": step, "time": time.time(), **row}).encode() + b"\n"
+        row = {"step": step, "time": time.time(), **without_infinity(record)}
+        self.unwritten += json.dumps(row).encode() + b"\n"
         self._write()
 
     def _write(self):

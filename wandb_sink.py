@@ -12,7 +12,6 @@ import glob
 import json
 import logging
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -61,8 +60,7 @@ class WandbSink:
     def _links(self):
         """This rank's own: other ranks may share the folder."""
         prefix = self.beside(f"{self.tag}.upload-")
-        return sorted(link for link in prefix.parent.glob(glob.escape(prefix.name) + "*.pt")
-                      if re.fullmatch(r"\d+", link.stem.removeprefix(prefix.name)))
+        return sorted(prefix.parent.glob(glob.escape(prefix.name) + "[0-9]" * 8 + "*.pt"))
 
     def _forget_links(self):
         for link in self._links():

@@ -10,6 +10,7 @@ Our own reports must agree with it. Each round runs every program once, and rati
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from itertools import product
@@ -87,7 +88,7 @@ def main():
         makers, speed, memory, agreement = programs(bench, options), {}, {}, []
         peaks = {torch.float32: [], torch.bfloat16: []}
         longest = 0
-        for number, (name, make) in product(range(1, options.rounds + 1), list(makers.items())):
+        for number, (name, make) in product(range(1, options.rounds + 1), makers.items()):
             if name == next(iter(makers)):
                 for dtype, found in peaks.items():
                     found.append(matmul_peak(options.device, dtype))
@@ -107,6 +108,8 @@ def main():
             if name == "mini-llm, default":
                 agreement.append(reported(Path(folder), size) / rate)
 
+    if not speed:
+        sys.exit("no program has run to its end")
     first, *_ = speed
     ours = speed.get("mini-llm, default")
     print(f"size {options.size}: {size.layers} layers, {size.heads} heads, d {size.width}, T {size.context}, batch "

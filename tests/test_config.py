@@ -1,9 +1,10 @@
+import math
 from dataclasses import dataclass, field
 
 import pytest
 from conftest import ROOT
 
-from config import UserError, arg, flatten, one_line_errors, parse
+from config import UserError, arg, flatten, one_line_errors, parse, without_infinity
 
 
 @dataclass
@@ -41,6 +42,11 @@ def test_defaults_then_toml_then_flags(tmp_path):
     assert car.engine == Engine(cylinders=8, power=3.0, idle_speed=700)
     assert car.trip.stops == ["a", "b"]
     assert parse(Car, []) == Car()
+
+
+def test_what_json_has_no_number_for_is_null():
+    record = without_infinity({"ppl": math.inf, "loss": math.nan, "step": 3, "lr": 0.1, "name": "inf"})
+    assert record == {"ppl": None, "loss": None, "step": 3, "lr": 0.1, "name": "inf"}
 
 
 def test_flags_of_every_kind():

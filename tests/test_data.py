@@ -298,12 +298,19 @@ def test_a_folder_gives_its_text_and_not_what_runs_have_left_there(tmp_path, tex
     for name in ("c.metrics.jsonl", "c.wandb.json", "c.stacks.txt", "c.tokenizer/tokenizer.json"):
         (tmp_path / "runs" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "runs" / name).write_text("{}")
-    (tmp_path / "theirs" / "sub").mkdir(parents=True)
+    (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "train.bin").touch()  # nanoGPT's, beside its input.txt
-    (tmp_path / "theirs" / "b.txt").write_text("text")
-    assert [source.paths for source in find_sources([str(tmp_path)])] == [
-        (str(tmp_path / "a.txt"),), (str(tmp_path / "theirs" / "b.txt"),)]
-    (tmp_path / "theirs" / "b.txt").unlink()
+    killed = tmp_path / "data" / "cache" / f"{'0' * 24}.draft" / "tokenizer"
+    killed.mkdir(parents=True)
+    (killed / "tokenizer.json").write_text("{}")
+    theirs = [tmp_path / "theirs" / "b.txt", tmp_path / "novel.draft" / "c.txt", tmp_path / "on.tokenizer" / "d.txt"]
+    for file in theirs:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("text")
+    assert {source.paths for source in find_sources([str(tmp_path)])} == {
+        (str(file),) for file in (tmp_path / "a.txt", *theirs)}
+    for file in theirs:
+        file.unlink()
     assert prepare(config(tmp_path, tmp_path / "data" / "cache")) == folder
 
 

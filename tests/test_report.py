@@ -150,6 +150,8 @@ def test_a_run_that_was_resumed_and_is_still_going(tmp_path):
     assert run.ending() == "none yet" and "resumed at step 20" in run.story() and "last report" in run.story()
     assert run.rows[-1]["step"] == 40 and run.series("train/loss")[0] == list(range(2, 41, 2))
     assert run.series("val/ppl")[0] == [10, 20, 30, 40]  # at step 0 it has overflowed
+    run.rows[-1] |= {"val/ppl": None, "val/loss": None}
+    assert run.last("val/ppl") == math.inf and math.isnan(run.last("val/loss")) and run.last("no such") is None
     assert run.series("lr", "time")[0][-1] == 20 * 60  # not the hours in which nothing ran
     assert run.series("lr", "tokens")[0][-1] == 40 * 2048
 

@@ -224,6 +224,35 @@ def test_a_branch_leaves_its_trunk_alone(trainer):
     assert "Resumed at step 5" in branch.out and trunk.checkpoint.read_bytes() == before
 
 
+def test_a_run_killed_with_nothing_but_its_best_checkpoint_goes_on_from_that(trainer):
+    flags = ["--eval-steps", 20, "--log-steps", 20, "--save-steps", 0, "--lr-scheduler", "none"]
+    interrupt_after(trainer.arguments([*flags, "--num-steps", 100_000]), trainer.folder, r"step 60/", signal.SIGKILL)
+    assert (trainer.folder / "c.best.pt").exists() and not (trainer.folder / "c.pt").exists()
+    refused = trainer(*flags, "--num-steps", 200)
+    assert refused.code == 2 and "there is a checkpoint already" in refused.err
+    whole = trainer(*flags, "--num-steps", 200, checkpoint="whole.pt")
+    resumed = trainer(*flags, "--num-steps", 200, "--resume", "auto")
+    assert resumed.code == 0 and same(resumed, whole), resumed.err
+    assert re.search(r"Resumed at step [1-9]", resumed.out)
+
+
+def test_a_console_that_is_closed_or_narrow_is_no_reason_to_end(trainer):
+    arguments = trainer.arguments(["--num-steps", 20, "--sample-steps", 10])
+    closed = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *arguments], cwd=trainer.folder,
+                            env=environment(), timeout=60)
+    assert closed.returncode == 0 and "Training finished" in (trainer.folder / "c.log").read_text()
+    (trainer.folder / "odd.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import train\n"
+        "train.sample_text = lambda *_: 'Zwölf €'\n"
+        "train.main()\n")
+    arguments[1] = str(trainer.folder / "odd.py")
+    narrow = subprocess.run([*arguments, "--overwrite"], cwd=trainer.folder, capture_output=True, text=True, timeout=60,
+                            env=environment(PYTHONIOENCODING="ascii"))
+    assert narrow.returncode == 0 and "Zw?lf ?" in narrow.stdout, narrow.stderr
+    assert "Zwölf €" in (trainer.folder / "c.log").read_text("utf-8")
+
+
 def test_two_runs_never_write_to_one_path(trainer):
     """The second is refused, or where it is to go on from the first, waits for that to end."""
     long = ["--num-steps", 100_000, "--log-steps", 1000, "--eval-steps", 0]  # few lines: nobody reads them
@@ -366,11 +395,14 @@ WRONG = {
     "heads": (["--n-heads", "5"], ["--n-heads 5", "--d-model 32", "try"]),
     "kv heads": (["--n-kv-heads", "3"], ["--n-kv-heads 3", "--n-heads 2"]),
     "no checkpoint to resume": (["--resume"], ["--resume", "no checkpoint"]),
+    "nothing to resume": (["--resume", ""], ["--resume ''", "is empty"]),
+    "steps without end": (["--num-steps", "10000000000"], ["--num-steps", "at most"]),
     "no such file to resume": (["--resume", "nowhere.pt"], ["--resume nowhere.pt", "no such file"]),
     "a name of another of its files": (["--checkpoint-path", "c.best.pt"], ["c.best.pt", "NAME.pt"]),
     "another suffix": (["--checkpoint-path", "c.ckpt"], ["c.ckpt", "NAME.pt"]),
     "truncated checkpoint": (["--resume", "truncated.pt"], ["truncated.pt", "damaged", "--overwrite"]),
-    "batch that does not divide": (["--global-batch-tokens", "1000"], ["--global-batch-tokens 1000", "try 1024"]),
+    "batch that does not divide": (["--global-batch-tokens", "1000", "--cache-dir", "not yet"],
+                                   ["--global-batch-tokens 1000", "try 1024"]),
     "two ways to say the batch": (["--global-batch-tokens", "1024", "--grad-accum-steps", "2"], ["give one of them"]),
     "negative learning rate": (["--lr", "-1"], ["--lr -1", "greater than 0"]),
     "learning rate that is no number": (["--lr", "nan"], ["--lr nan", "finite"]),

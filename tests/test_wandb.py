@@ -50,7 +50,7 @@ def test_a_run_is_tracked_with_all_its_config_and_rows(trainer):
 @pytest.mark.parametrize("command", ["offline", "disabled"])
 def test_what_the_wandb_command_has_switched_off_stays_off(trainer, server, command):
     subprocess.run([sys.executable, "-m", "wandb", command], cwd=trainer.folder, check=True, capture_output=True)
-    run = trainer("--num-steps", 5, *WANDB, env=server.environment | dict(WANDB_MODE=""))
+    run = trainer("--num-steps", 5, *WANDB, env=server.environment | dict(WANDB_MODE="", WANDB_TAGS="a,"))
     assert run.code == 0 and not server.requests, run.err
     assert len(run_files(trainer.folder)) == (command == "offline")
 

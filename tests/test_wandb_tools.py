@@ -9,6 +9,8 @@ import pytest
 from conftest import QUICK, ROOT, environment, eventually, processes_with
 from wandb_server import ServerSweep, WandbServer
 
+from wandb_follower import explained
+
 TOOLS = [sys.executable, str(ROOT / "wandb_tools.py")]
 FAILING = {  # what fails, and how → the step that says so, and what to do
     "no key": ("login", "wandb login, or WANDB_API_KEY"),
@@ -102,6 +104,13 @@ def test_check_without_the_package_says_how_to_get_it(server, tmp_path):
                           env=surroundings(server, tmp_path), timeout=60)
     step, advice = done.stdout.splitlines()
     assert done.returncode == 1 and step.startswith("package  FAIL") and advice.strip() == "pip install wandb"
+
+
+def test_advice_is_given_once():
+    missing = "the wandb package is missing: pip install wandb"
+    assert explained(RuntimeError(missing)) == missing
+    assert explained(RuntimeError("409 Conflict")) == ("409 Conflict; an id is given once: go on with --resume "
+                                                       "--wandb-run-id NEW")
 
 
 def test_sync_completes_a_run_whose_uploads_had_failed(server, trainer, tool):
