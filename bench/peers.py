@@ -1,6 +1,8 @@
 """The programs that the benchmarks compare, on the same tokens: ours, nanoGPT's own unmodified train.py, and the
 Hugging Face Trainer (hf_trainer.py)."""
 
+import contextlib
+import math
 import os
 import pickle
 import re
@@ -100,23 +102,30 @@ class Bench:
 
 
 def run(where, command, on_line=None, seconds=None):
-    """Run one command → wall seconds, peak resident MB, its output. `on_line(line, seconds so far)` is called on every
-    line; where it returns "end", or after `seconds`, the command is ended. Raises RuntimeError where it fails."""
-    began, lines, ended = time.perf_counter(), [], False
+    """Run one command → wall seconds, peak resident MB as of its last line, its output. `on_line(line, seconds so far)`
+    is called on every line; where it returns "end", or after `seconds`, the command is ended. Raises RuntimeError where
+    it fails."""
+    began, lines, ended, peak = time.perf_counter(), [], False, math.nan
     process = subprocess.Popen(list(map(str, command)), cwd=where, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                text=True, env=os.environ | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"})
     for line in process.stdout:
         lines.append(line)
-        now = time.perf_counter() - began
+        now, peak = time.perf_counter() - began, peak_resident_mb(process.pid) or peak
         enough = on_line and on_line(line, now) == "end"
         if (enough or seconds and now > seconds) and not ended:
             process.terminate()
             ended = True
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if status and not ended:
+    if process.wait() and not ended:
         raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{''.join(lines)[-2000:]}")
-    return time.perf_counter() - began, usage.ru_maxrss / 1024, "".join(lines)
+    return time.perf_counter() - began, peak, "".join(lines)
+
+
+def peak_resident_mb(pid):
+    """The most memory that a process has had resident so far; None where that cannot be read. Not its ru_maxrss, which
+    begins with what the process that started it has."""
+    with contextlib.suppress(OSError):  # gone, or not Linux
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+        return found and int(found[1]) / 1024
 
 
 # After each ten steps: ours, nanoGPT's, the Trainer's.

@@ -78,6 +78,9 @@ class Run:
         return torch.load(self.checkpoint, weights_only=True)["model"]
 
 
+# An expression for a process of its own. Not ru_maxrss, which begins with what the process that starts it has.
+PEAK_MB = r"int(__import__('re').search(r'VmHWM:\s+(\d+)', open('/proc/self/status').read())[1]) // 1024"
+
 # What may lie where a file is expected.
 PUT = {"a folder": os.mkdir, "a pipe": os.mkfifo, "a device": lambda path: os.symlink("/dev/zero", path),
        "a circle": lambda path: os.symlink(path, path), "nothing": lambda path: None}

@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED, environment
+from conftest import PEAK_MB, ROOT, SHARED, environment
 
 import data
 import text as text_module
@@ -519,6 +519,7 @@ def test_a_hub_that_never_answers_is_given_up_within_seconds(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no peak memory to read here")
 def test_memory_stays_flat_however_large_the_text(tmp_path, text):
     """40 MB, of which a copy in Python objects would already show; MINI_LLM_BIG_TEXT_MB asks for more."""
     megabytes = int(os.environ.get("MINI_LLM_BIG_TEXT_MB", "40"))
@@ -528,12 +529,12 @@ def test_memory_stays_flat_however_large_the_text(tmp_path, text):
     with open(big, "w") as file:
         for _ in range(megabytes):
             file.write(" ".join(rng.choices(words, k=170_000))[:999_999] + "\n")
-    code = (f"import sys, time, resource; sys.path.insert(0, {str(ROOT)!r}); from data import *; t = time.time(); "
+    code = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from data import *; t = time.time(); "
             f"c = Corpus(DataConfig(train_data=[{str(big)!r}], cache_dir={str(tmp_path / 'cache')!r})); "
-            f"print(time.time() - t, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, c.train.count)")
+            f"print(time.time() - t, {PEAK_MB}, c.train.count)")
     first, second = (subprocess.run([sys.executable, "-c", code], capture_output=True, text=True) for _ in range(2))
     assert first.returncode == 0, first.stderr
     seconds, peak_mb, _ = map(float, first.stdout.split())
     print(f"{megabytes} MB in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s), peak {peak_mb:.0f} MB")
-    assert peak_mb < 1500  # 240 to 910, by what else runs: the tokenizer works on all cores
+    assert peak_mb < 500, "240 as it is; with the ids in a list 860"
     assert float(second.stdout.split()[0]) < 2
