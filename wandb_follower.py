@@ -5,6 +5,7 @@ the trainer does not notice.
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -54,7 +56,7 @@ class Follower:
         time.sleep(max(self.seconds / 2, self.seconds - 1))  # a little less: the trainer is to be out by then
         end_children()
         self.say("WARNING", f"not finished within {self.seconds:g} s, ended; send the rest later: {self.job.sync}")
-        os._exit(0)
+        leave()
 
     def stop(self):
         self.stopped = True
@@ -105,8 +107,24 @@ def end_children():
             os.kill(child, signal.SIGKILL)
 
 
+@functools.cache
+def scratch():
+    """Where the SDK makes its temporary folders: it removes them in a goodbye that `leave` does without."""
+    return tempfile.TemporaryDirectory(prefix="mini-llm-", ignore_cleanup_errors=True)
+
+
+def leave(code=0):
+    """End this process without the SDK's goodbye, which waits for its second process, and for ever where that is frozen
+    or has found no server."""
+    end_children()
+    with contextlib.suppress(OSError):
+        scratch().cleanup()
+    os._exit(code)
+
+
 def import_wandb():
     """The wandb package. Raises RuntimeError where it is missing: a run folder of that name can be imported, too."""
+    tempfile.tempdir = scratch().name
     try:
         import wandb
 
@@ -407,9 +425,7 @@ def main():
     except Exception as error:
         say("WARNING", f"{explained(error)}. Training goes on without it; send the run later: "
                        f"{job.sync}")
-    # The SDK's own goodbye waits for its second process, and for ever where that is frozen.
-    end_children()
-    os._exit(0)
+    leave()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from config import Parser, UserError, read_records
 from processes import only_one
-from wandb_follower import LOST_CODE, Publisher, advice, end_children, explained, import_wandb, open_run, reason
+from wandb_follower import LOST_CODE, Publisher, advice, explained, import_wandb, leave, open_run, reason
 from wandb_runs import Job, WandbConfig, with_environment
 
 TIMEOUT = 30  # seconds for one request
@@ -197,8 +197,7 @@ def run(parser):
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    end_children()
-    os._exit(code or 0)  # the SDK's exit handler may wait for ever for a wandb-core that found no server
+    leave(code or 0)
 
 
 def main():

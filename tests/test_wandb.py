@@ -21,8 +21,12 @@ def plain(row):
 
 
 def test_a_run_is_tracked_with_all_its_config_and_rows(trainer):
-    run = trainer("--num-steps", 20, "--log-steps", 5, *WANDB, "--wandb-tags", "a", "b", "--wandb-group", "g")
+    temporary = trainer.folder / "tmp"
+    temporary.mkdir()
+    run = trainer("--num-steps", 20, "--log-steps", 5, *WANDB, "--wandb-tags", "a", "b", "--wandb-group", "g",
+                  env={"TMPDIR": str(temporary)})
     assert run.code == 0, run.err
+    assert not [path for path in temporary.iterdir() if not path.name.startswith("torchinductor")]
     (tracked,) = run_files(trainer.folder)
     assert (tracked.project, tracked.name, tracked.group, tracked.exit_code) == ("mini-llm", "named", "g", 0)
     expected = dict(d_model=32, lr=1e-3, world_size=1, rank=0, wandb_tags=["a", "b"], device=tracked.config["device"])
