@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from config import RunFailed, UserError, arg, flatten, read_records, to_toml, without_infinity
 from hardware import device_name, should_compile
-from wandb_runs import base_run_id, distributed_info, in_sweep, plan_run, with_environment
+from wandb_runs import base_run_id, distributed_info, in_sweep, plan_run, provenance, with_environment
 
 log = logging.getLogger("mini_llm")
 
@@ -167,6 +167,7 @@ class Tracker:
         if self.plan:
             from wandb_sink import WandbSink
 
+            config |= provenance()
             self.wandb = WandbSink(wandb, self.plan, self.beside, tag, config, rows.place(), console, toml)
             self.sinks.append(self.wandb)
         self._record(step, event="config", config=config)

@@ -13,7 +13,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -25,7 +24,6 @@ from wandb_runs import Job
 
 SOURCE = Path(__file__).resolve().parent
 POLL = 1.0  # seconds between two looks at the file; each takes time from a core that training may want
-DIFF_CHARACTERS = 1 << 20  # of uncommitted changes that are kept with a run
 LOST_CODE = 137  # told to W&B where the trainer has vanished without a word: as after a SIGKILL
 
 
@@ -150,7 +148,8 @@ def open_run(job, say, may_go_offline=True, stop=None):
     def start(**mode):
         # The local file is written every second: a kill leaves no W&B process behind to write what it had.
         settings = wandb.Settings(x_transaction_log_flush_interval=1, init_timeout=job.init_timeout,
-                                  finish_timeout=job.finish_timeout, console="wrap",
+                                  finish_timeout=job.finish_timeout, console="wrap" if job.live else "off",
+                                  x_disable_meta=not job.live, x_disable_stats=not job.live,
                                   x_stats_pid=job.pid, git_root=str(SOURCE), program=job.program,
                                   program_relpath=os.path.relpath(job.program, SOURCE), stop_fn=stop,
                                   sweep_id=job.sweep or None, **mode)
@@ -182,13 +181,12 @@ def open_run(job, say, may_go_offline=True, stop=None):
 
 
 def describe(run, job):
-    """Log the configuration, with what this code and machine are, and the files of the run."""
-    facts = job.config | provenance()
+    """Log the configuration and the files of the run."""
+    facts = job.config
     if job.sweep:  # what the sweep sets is locked, and comes with the run
         facts = {name: value for name, value in facts.items() if name not in dict(run.config)}
     run.config.update(facts, allow_val_change=True)
-    diff = git("diff", "HEAD")[:DIFF_CHARACTERS]
-    for name, text in (job.files | ({"diff.patch": diff + "\n"} if diff else {})).items():
+    for name, text in job.files.items():
         path = Path(run.dir, name)
         path.write_text(text)
         run.save(str(path), base_path=run.dir, policy="now")
@@ -212,27 +210,6 @@ def await_run(job):
         if time.monotonic() > deadline:
             raise TimeoutError(f"the first process has not opened {path}")
         time.sleep(1)
-
-
-def git(*words):
-    """What git says about this code; "" where it is no repository, or there is no git."""
-    try:
-        return subprocess.run(["git", "-C", str(SOURCE), *words], capture_output=True, text=True, timeout=10,
-                              check=True, errors="replace").stdout.rstrip("\n")
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-def provenance():
-    """Commit and state of this code, and the versions of what it runs on."""
-    from importlib import metadata
-
-    commit = git("rev-parse", "HEAD")
-    facts = dict(git_commit=commit, git_dirty=bool(git("status", "--porcelain"))) if commit else {}
-    for package in ("torch", "numpy", "transformers", "tokenizers", "datasets", "wandb"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            facts[f"version/{package}"] = metadata.version(package)
-    return facts | {"version/python": sys.version.split()[0]}
 
 
 def samples_before(path, offset):

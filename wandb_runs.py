@@ -9,12 +9,16 @@ import os
 import re
 import secrets
 import string
+import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from config import UserError, arg, flag
 
+SOURCE = Path(__file__).resolve().parent
+DIFF_CHARACTERS = 1 << 20  # of uncommitted changes that are kept with a run
 MODES = ("online", "offline", "disabled")
 OLD_MODES = {"run": "online", "dryrun": "offline"}  # what W&B itself still takes in WANDB_MODE
 
@@ -177,6 +181,27 @@ def remember(path, base, job):
     draft.replace(path)
 
 
+def git(*words):
+    """What git says about this code; "" where it is no repository, or there is no git."""
+    try:
+        return subprocess.run(["git", "-C", str(SOURCE), *words], capture_output=True, text=True, timeout=10,
+                              check=True, errors="replace").stdout.rstrip("\n")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def provenance():
+    """Commit and state of this code, and the versions of what it runs on."""
+    from importlib import metadata
+
+    commit = git("rev-parse", "HEAD")
+    facts = dict(git_commit=commit, git_dirty=bool(git("status", "--porcelain"))) if commit else {}
+    for package in ("torch", "numpy", "transformers", "tokenizers", "datasets", "wandb"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            facts[f"version/{package}"] = metadata.version(package)
+    return facts | {"version/python": sys.version.split()[0]}
+
+
 @dataclass
 class Job:
     """What the process that speaks to W&B has to know: it gets it as JSON."""
@@ -184,6 +209,7 @@ class Job:
     init: dict  # for wandb.init: project, entity, id, name, group, …
     config: dict
     mode: str = "online"
+    live: bool = True  # the run is under way; one that is sent later says nothing of the machine that sends it
     shared: bool = False
     primary: bool = True
     label: str = ""

@@ -21,7 +21,7 @@ import threading
 from pathlib import Path
 
 from processes import child_processes, only_one
-from wandb_runs import Job, remember
+from wandb_runs import DIFF_CHARACTERS, Job, git, remember
 
 FOLLOWER = Path(__file__).with_name("wandb_follower.py")
 FAILURE_TIMEOUT = 15  # seconds for uploads, at most, after a signal or an error: other ranks may be waiting
@@ -45,10 +45,12 @@ class WandbSink:
                     group=cfg.wandb_group or plan.group or None, job_type=cfg.wandb_job_type or None,
                     tags=cfg.wandb_tags or None, notes=cfg.wandb_notes or None, dir=cfg.wandb_dir or None)
         tool = os.path.relpath(FOLLOWER.with_name("wandb_tools.py"))
+        diff = git("diff", "HEAD")[:DIFF_CHARACTERS]
+        files = {beside(".config.toml").name: toml} | ({"diff.patch": diff + "\n"} if diff else {})
         self.job = Job(init, config, mode=cfg.wandb_mode, shared=plan.shared, primary=plan.primary, label=plan.label,
                        init_timeout=cfg.wandb_init_timeout, finish_timeout=cfg.wandb_finish_timeout,
-                       files={beside(".config.toml").name: toml}, policy=cfg.wandb_log_checkpoints, rows=rows,
-                       console=console, lock=str(beside(f"{tag}.wandb.lock")),
+                       files=files, policy=cfg.wandb_log_checkpoints, rows=rows, console=console,
+                       lock=str(beside(f"{tag}.wandb.lock")),
                        sync=f"python {shlex.quote(tool)} sync {shlex.quote(str(beside('.pt')))}")
         self.beside, self.tag, self.process = beside, tag, None
         self.closing = self.given_up = False

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from config import Parser, UserError, read_records
 from processes import only_one
 from wandb_follower import LOST_CODE, Publisher, advice, explained, import_wandb, leave, open_run, reason
-from wandb_runs import Job, WandbConfig, with_environment
+from wandb_runs import ENVIRONMENT, Job, WandbConfig, with_environment
 
 TIMEOUT = 30  # seconds for one request
 ARRIVAL = 10  # seconds until what was sent can be read
@@ -28,6 +28,7 @@ ARRIVAL = 10  # seconds until what was sent can be read
 def check(args):
     """Each step that a tracked run takes, and how to mend the one that fails."""
     settings = with_environment(WandbConfig(use_wandb=True, wandb_project=args.project, wandb_entity=args.entity))
+    forget_environment()
     folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     facts = {}
 
@@ -47,7 +48,8 @@ def check(args):
     def write():
         init = dict(project=settings.wandb_project, entity=settings.wandb_entity or None, job_type="check",
                     name="check", id=None, dir=folder.name)
-        facts["run"] = run = open_run(Job(init, {}, finish_timeout=TIMEOUT), lambda *_: None, may_go_offline=False)
+        job = Job(init, {}, live=False, finish_timeout=TIMEOUT)
+        facts["run"] = run = open_run(job, lambda *_: None, may_go_offline=False)
         run.log({"step": 0, "check": 1.0})
         run.finish()
         return f"a row written to {run.entity}/{run.project}, run {run.id}"
@@ -84,16 +86,23 @@ def awaited(look, arrived):
 def rows_of(api, target):
     """The rows that the server holds of a run; none where there is no such run. Raises what else may go wrong."""
     api.flush()
-    try:
-        return list(api.run(target).scan_history())
+    try:  # not from the SDK's cache, where an export may lie from before a resume
+        return list(api.run(target).scan_history(use_cache=False))
     except Exception as error:
         if "could not find run" in str(error).lower():
             return []
         raise
 
 
+def forget_environment():
+    """What WANDB_* variables say of a run is for the next one that is trained, not for those that are handled here."""
+    for variable in {"WANDB_SWEEP_ID", *ENVIRONMENT.values()} - {"WANDB_MODE", "WANDB_DIR"}:
+        os.environ.pop(variable, None)
+
+
 def sync(args):
     """Send what the server lacks of a run, row by row, from the files beside its checkpoint."""
+    forget_environment()
     path = Path(args.run)
     stem = path.name.removesuffix(".metrics.jsonl").removesuffix(".pt")
     ours = re.compile(re.escape(stem) + r"(\.rank\d+)?\.wandb\.json")
@@ -115,8 +124,9 @@ def send(facts, path):
     """Bring the server's run up to `path`, a metrics.jsonl → what was done, in words."""
     wandb, records = import_wandb(), list(read_records(path))
     config = next((record["config"] for record in reversed(records) if record.get("event") == "config"), {})
-    code = next((record["code"] for record in reversed(records) if record.get("event") == "exit"), LOST_CODE)
-    job = Job(facts["init"] | dict(dir=None), config, sweep=facts.get("sweep", ""),
+    # A run that was resumed and killed has an exit of a life before.
+    last = next((record for record in reversed(records) if record.get("event") in ("config", "exit")), {})
+    job = Job(facts["init"] | dict(dir=None), config, live=False, sweep=facts.get("sweep", ""),
               **{name: facts[name] for name in ("shared", "primary", "label")})
     api = wandb.Api(timeout=TIMEOUT)
     target = "/".join([facts["init"]["entity"] or api.default_entity, facts["init"]["project"], facts["init"]["id"]])
@@ -127,7 +137,7 @@ def send(facts, path):
     publisher = Publisher(run, job, print, [record for record in records if record.get("event") == "sample"
                                             and record not in missing])
     publisher.publish(map(json.dumps, missing))
-    run.finish(exit_code=code)
+    run.finish(exit_code=last.get("code", LOST_CODE))
     # The SDK does not say where an upload has failed for good.
     if lost := awaited(lambda: lacking(missing, rows_of(api, target)), lambda lost: not lost):
         raise RuntimeError(f"{len(lost)} of {len(missing)} rows did not arrive at {target}")
@@ -164,7 +174,7 @@ def download(args):
         (folder / "config.json").write_text(json.dumps(run.config, indent=1))
         (folder / "summary.json").write_text(json.dumps(dict(run.summary), indent=1, default=dict))
         with open(folder / "history.jsonl", "w") as file:
-            rows = [file.write(json.dumps(row) + "\n") for row in run.scan_history()]
+            rows = [file.write(json.dumps(row) + "\n") for row in run.scan_history(use_cache=False)]
         files = [file for file in run.files() if _stays_inside(file.name)]
         for file in files:
             file.download(root=str(folder / "files"), replace=True)
@@ -192,6 +202,8 @@ def run(parser):
     except FileNotFoundError as error:
         print(f"error: {error.filename}: no such file; give the path of a run's checkpoint", file=sys.stderr)
         code = 2
+    except KeyboardInterrupt:
+        code = 130
     except Exception as error:
         print(f"error: {explained(error)}", file=sys.stderr)
         code = 1

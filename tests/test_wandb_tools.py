@@ -84,8 +84,8 @@ def only_run(server):
 
 
 def test_check_goes_through_every_step_and_leaves_nothing(server, tool, tmp_path):
-    code, out, err = tool("check")
-    assert (code, err) == (0, ""), out
+    code, out, err = tool("check", WANDB_RUN_ID="mine", WANDB_NAME="mine", WANDB_PROJECT="ours")
+    assert (code, err) == (0, "") and "/ours, run" in out and "mine" not in out, out
     assert [line.split()[:2] for line in out.splitlines()[:-1]] == [
         [step, "ok"] for step in ("package", "login", "server", "write", "read")]
     assert "deleted" in out and not server.runs and not (tmp_path / "wandb").exists()
@@ -166,6 +166,30 @@ def leave(folder, stem, run_id, rows, shared=False, label="rank-0", **more):
     (folder / f"{stem}.wandb.json").write_text(json.dumps(facts))
     lines = [json.dumps(dict(step=step, time=1.8e9) | row) for step, row in enumerate(rows)]
     (folder / f"{stem}.metrics.jsonl").write_text("\n".join(lines))
+
+
+def test_sync_says_of_a_run_what_it_was_and_not_where_it_is_sent_from(server, tool, tmp_path):
+    """Finished once, resumed, killed; sent from a shell that is set up for another run."""
+    leave(tmp_path, "c", "one", [{"event": "exit", "code": 0}, {"event": "config", "config": {"git_commit": "then"}},
+                                 {"loss": 2.0}])
+    code, out, err = tool("sync", "c.pt", WANDB_RUN_ID="today", WANDB_NAME="today", WANDB_TAGS="today",
+                          WANDB_NOTES="today", WANDB_SWEEP_ID="today")
+    run = only_run(server)
+    assert (code, err) == (0, "") and (run.state, run.exit_code) == ("failed", 137), out
+    assert run.config == {"git_commit": "then"} and run.run_id == run.display_name == "one"
+    assert not run.tags and not run.notes and not run.sweep
+    assert not run.events and not {"wandb-metadata.json", "output.log", "diff.patch"} & run.files.keys()
+
+
+@pytest.mark.parametrize("command", ["download", "sync"])
+def test_interrupted_it_ends_without_a_traceback(server, tool, tmp_path, command):
+    leave(tmp_path, "c", "one", [{"loss": 2.0}])
+    server.fail("graphql", "hang")
+    process = subprocess.Popen([*TOOLS, command, {"download": "p/one", "sync": "c.pt"}[command]], cwd=tmp_path,
+                               env=surroundings(server, tmp_path), stderr=subprocess.PIPE, text=True)
+    eventually(lambda: server.requests, 60)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "" and process.returncode == 130
 
 
 def test_sync_sends_every_rank_of_a_shared_run_and_no_neighbour(server, tool, tmp_path):
