@@ -24,7 +24,7 @@ import numpy as np
 import toy
 from config import UserError, arg
 from shards import FORMAT, Shard, ShardWriter, read_meta
-from text import Piece, builtin_sources, find_sources, pieces, require_hub, source_names
+from text import Piece, builtin_sources, files_of, find_sources, pieces, require_hub, source_names
 from tokenizer import (
     OWN,
     as_encoded,
@@ -105,7 +105,8 @@ def prepare(cfg, vocab_size=0, writes=True, scratch=None):
     Raises UserError for text that cannot be used; nothing stays behind then.
     """
     if cfg.is_shards:
-        if cfg.val_data or cfg.max_tokens or cfg.tokenizer_name not in ("bpe", "byte", "char"):
+        theirs = read_meta(Path(cfg.train_data[0]))["tokenizer"]
+        if cfg.val_data or cfg.max_tokens or cfg.tokenizer_name not in (*OWN, theirs):
             raise UserError(f"--train-data {cfg.train_data[0]}: token shards are trained on as they are; leave out "
                             f"--val-data, --max-tokens and --tokenizer-name")
         return Path(cfg.train_data[0])
@@ -114,6 +115,8 @@ def prepare(cfg, vocab_size=0, writes=True, scratch=None):
     else:
         sources = find_sources(cfg.train_data) if cfg.train_data else builtin_sources()
         val_sources = find_sources(cfg.val_data, "--val-data")
+        for file in files_of(sources) & files_of(val_sources):
+            log.warning("%s is in --train-data and in --val-data: a validation loss is of text trained on", file)
     tokenizer = load_tokenizer(cfg.tokenizer_name)
     key = hashlib.blake2b(digest_size=12)
     settings = [CODE_VERSION, FORMAT, cfg.use_toy_data, cfg.max_tokens,
@@ -139,8 +142,8 @@ def prepare(cfg, vocab_size=0, writes=True, scratch=None):
         with _locked_draft(folder) as draft:
             if draft is not None:
                 _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources)
-                (draft / ".lock").unlink()
                 os.replace(draft, folder)
+                (folder / ".lock").unlink()  # not before: who comes then would take the draft for a killed writer's
     return folder
 
 
@@ -345,6 +348,7 @@ class Corpus:
     def _open(self, cfg, folder, checks):
         self.seq_len, self.seed, self.folder = cfg.seq_len, cfg.data_seed, folder
         self.meta = read_meta(self.folder)
+        self.facts = {f"corpus_{name}": self.meta[name] for name in ("tokens", "tokenizer")} | dict(corpus=str(folder))
         self.train, self.val = (Shard(self.folder / f"{split}.bin") for split in ("train", "val"))
         if checks:
             self.train.require(self.meta, "train")

@@ -104,15 +104,18 @@ def model_card(path, model, saved, n_tokens, dtype):
         return f"| {split} | {', '.join(f'`{file}`' for file in files)} | {tokens} | `{fingerprint}` |"
 
     built_in = "a Markov chain" if config["use_toy_data"] else "Python's standard library"
-    val_files = config["val_data"] or [f"{config['val_ratio']:.3g} of the text above"]
+    # Text that was divided here; token shards and the Markov chain come divided, and with a tokenizer.
+    divided = not config["use_toy_data"] and Path(facts.get("corpus", "")) not in map(Path, config["train_data"])
+    val_files = config["val_data"] or [f"{config['val_ratio']:.3g} of the text above" if divided else "of the same"]
     best = min(((row["val/loss"], row["step"]) for row in rows if row.get("val/loss") is not None), default=None)
     losses = [("training loss", last("train/loss")), ("validation loss", last("val/loss")),
               ("best validation loss so far", best)]
     if best is None and math.isfinite(state["best_val"]):
         losses.append(("best validation loss so far", (state["best_val"], None)))  # which step's, only the metrics know
+    unused = NO_SETTINGS if divided else {*NO_SETTINGS, "tokenizer_name", "val_ratio"}
     settings = {name: value for name, value in config.items() if value not in (None, "", [])
                 and not name.startswith(("wandb_", "use_")) and not name.endswith(("_dir", "_path", "_data"))
-                and name not in NO_SETTINGS}
+                and name not in unused}
     link = _wandb_link(path)
     spare = f", and {cfg.vocab_size - n_tokens:,} ids without meaning" if cfg.vocab_size > n_tokens else ""
     return "\n".join([
@@ -125,7 +128,7 @@ def model_card(path, model, saved, n_tokens, dtype):
         f"| heads | {cfg.n_heads} of {cfg.head_size}, {cfg.kv_heads} for keys and values |",
         f"| width | {cfg.d_model}, {cfg.ff_size} in the MLP |",
         f"| context | {cfg.max_position_embeddings:,} tokens; trained on sequences of {identity['--seq-len']:,} |",
-        f"| vocabulary | {n_tokens:,} tokens{spare} (`{config['tokenizer_name']}`) |",
+        f"| vocabulary | {n_tokens:,} tokens{spare} (`{facts.get('corpus_tokenizer', config['tokenizer_name'])}`) |",
         f"| embeddings | {'shared by input and output' if cfg.tied else 'input and output apart'} |",
         *([f"| started from | `{config['init_from']}` |"] if config.get("init_from") else []),
         "\n## Data\n", "| | files | tokens | fingerprint |", "|---|---|---|---|",
@@ -147,7 +150,7 @@ def _wandb_link(path):
     memory, log = beside_run(path, ".wandb.json"), beside_run(path, ".log")
     if not memory.exists():
         return ""
-    found = re.findall(r"wandb.*: run \S+ at (https?://\S+)", log.read_text() if log.exists() else "")
+    found = re.findall(r"wandb.*: run .+ at (https?://\S+)", log.read_text() if log.exists() else "")
     run = json.loads(memory.read_text())["init"]
     return found[-1] if found else f"run {run['id']} of project {run['project']}"
 

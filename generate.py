@@ -3,6 +3,7 @@
 A base model continues its prompt, and nothing more: an empty one is continued from the end-of-text token.
 """
 
+import math
 import os
 import sys
 import time
@@ -66,15 +67,17 @@ class Config:
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seeds=None, vocab_size=None):
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seeds=None, vocab_size=None,
+             context=math.inf):
     """Continue `prompts`, B lists of at least one id each. Yields, step by step, a list of B ids, with None for a row
     whose prompt is still being read or which has its `max_new_tokens`. Ids are below `vocab_size`, where that is given.
 
     All rows stand at the same position in every step, so that nothing is padded or masked: the ends of longer prompts
     are read token by token. Row i draws from `seeds[i]` (anything numpy's default_rng takes), so that it does not
-    depend on the others. A context that has outgrown the positions is cut to its last half.
+    depend on the others. A context that has outgrown the positions, or `context` tokens, is cut to its last half.
     """
-    device, limit, training = next(model.parameters()).device, model.cfg.max_position_embeddings, model.training
+    device, training = next(model.parameters()).device, model.training
+    limit = min(context, model.cfg.max_position_embeddings)
     prompts, seeds = [prompt[-limit:] for prompt in prompts], range(len(prompts)) if seeds is None else seeds
     lengths = [len(prompt) for prompt in prompts]
     shortest, total = min(lengths), max(lengths) + max_new_tokens
@@ -226,12 +229,13 @@ def write_texts(model, tokenizer, eos, cfg, out):
     return n_tokens
 
 
-def sample_text(model, tokenizer_folder, eos, max_new_tokens=128, temperature=0.8, top_k=50, seed=1337):
+def sample_text(model, tokenizer_folder, corpus, max_new_tokens=128, temperature=0.8, top_k=50, seed=1337):
     """Text that `model` continues from nothing: from the end-of-text token, or where there is none from token 0."""
     tokenizer = open_tokenizer(tokenizer_folder)
-    steps = generate(model, [[eos or 0]], max_new_tokens, temperature, top_k, seeds=[seed],
-                     # A model may be wider than its tokenizer (--vocab-size), and its spare ids mean nothing.
-                     vocab_size=tokenizer.get_vocab_size())
+    steps = generate(model, [[corpus.eos or 0]], max_new_tokens, temperature, top_k, seeds=[seed],
+                     # A model may be wider than its tokenizer (--vocab-size), and longer than what it is trained on:
+                     # its spare ids and positions mean nothing.
+                     vocab_size=tokenizer.get_vocab_size(), context=corpus.seq_len)
     with hardware.any_kernels():  # a GPU has no deterministic cumulative sum
         return tokenizer.decode([token for token, in steps])
 

@@ -119,14 +119,14 @@ def beside_run(path, suffix):
 def _source_config(source):
     """The GPTConfig of --init-from's weights."""
     if os.path.isfile(source):
-        return model_config(_checkpoint(source, "--init-from"))
+        return model_parts(_checkpoint(source, "--init-from"))[0]
     return gpt_config(_hugging_face("AutoConfig", source), source)
 
 
 def _source_weights(source, cfg):
     """The state dict, ours, of --init-from's weights."""
     if os.path.isfile(source):
-        return _checkpoint(source, "--init-from")["model"]
+        return model_parts(_checkpoint(source, "--init-from"))[1]
     theirs, found = _hugging_face("AutoModelForCausalLM", source, dtype=torch.float32, use_safetensors=True,
                                   output_loading_info=True)
     if missing := sorted(found["missing_keys"]):
@@ -300,17 +300,12 @@ def _require(condition, message):
 
 
 def load_model(path):
-    """The model of a checkpoint, in evaluation mode, and the checkpoint. Learned positions from --seq-len on, which no
-    step has trained, are left out, unless the run began with weights that may have them. Raises UserError."""
+    """The model of a checkpoint, in evaluation mode, and the checkpoint. Raises UserError."""
     saved = _checkpoint(path, "--checkpoint-path")
     try:
-        model = GPT(model_config(saved))
-        model.load_state_dict(saved["model"])
-        trained = saved["config"]["seq_len"]
-        drawn = not model.cfg.parts.rope_theta and not saved["config"].get("init_from")
-        if drawn and trained < model.cfg.max_position_embeddings:
-            model.pos_emb = torch.nn.Embedding.from_pretrained(model.pos_emb.weight[:trained].detach(), freeze=False)
-            model.cfg = dataclasses.replace(model.cfg, max_position_embeddings=trained)
+        cfg, weights = model_parts(saved)
+        model = GPT(cfg)
+        model.load_state_dict(weights)
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, UserError) as error:
         raise UserError(f"--checkpoint-path {path}: its weights are not of the model that it states "
                         f"({str(error).splitlines()[0]})") from None
@@ -337,11 +332,17 @@ def load_run(path):
     return model, tokenizer, end_of_text(tokenizer, folder), saved
 
 
-def model_config(saved):
-    """The GPTConfig of a checkpoint's model."""
+def model_parts(saved):
+    """The GPTConfig of a checkpoint's model, and its weights. Learned positions from --seq-len on, which no step has
+    trained, are left out, unless the run began with weights, which were without such."""
     names = {item.name for item in dataclasses.fields(GPTConfig)}
     known = {name: value for name, value in saved["config"].items() if name in names}
-    return GPTConfig(**known | {"vocab_size": saved["identity"]["--vocab-size"]})
+    cfg = GPTConfig(**known | {"vocab_size": saved["identity"]["--vocab-size"]})
+    if cfg.parts.rope_theta or saved["config"].get("init_from"):
+        return cfg, saved["model"]
+    trained = min(saved["config"]["seq_len"], cfg.max_position_embeddings)
+    weights = saved["model"] | {"pos_emb.weight": saved["model"]["pos_emb.weight"][:trained]}
+    return dataclasses.replace(cfg, max_position_embeddings=trained), weights
 
 
 def _checkpoint(path, named_by):

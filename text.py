@@ -31,6 +31,11 @@ class Source:
         return () if self.kind == "hub" else self.paths
 
 
+def files_of(sources):
+    """The files of all of them, each by its one true path."""
+    return {os.path.realpath(file) for source in sources for file in source.files()}
+
+
 def find_sources(paths, label="--train-data"):
     """Paths, globs, folders and dataset names → Sources. Raises UserError for whatever is not there or not text."""
     sources = []

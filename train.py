@@ -233,7 +233,7 @@ def train(cfg, world):
     world.rehearse(lambda: forward_backward(accum - 1))
     optimizer.zero_grad(set_to_none=True)
 
-    facts = config | dict(n_params=raw.num_params(), accum_steps=accum, corpus_tokens=corpus.meta["tokens"])
+    facts = config | corpus.facts | dict(n_params=raw.num_params(), accum_steps=accum)
     with (Tracker(cfg, world, state, precision.name, facts) as track,
           make_profiler(cfg.tracking.use_profiler and world.is_main, cfg.checkpoint.beside(".trace.json")) as profiler,
           StopSignal(world, cfg.checkpoint.time_limit) as stop,
@@ -267,7 +267,7 @@ def train(cfg, world):
             if due(cfg.report.sample_steps):  # before saving: after a kill in here the step is repeated with its sample
                 with meter.excluded("sample"), precision.autocast():
                     world.from_main(lambda: track.sample(
-                        state.step, lambda: sample_text(raw, cfg.checkpoint.beside(".tokenizer"), corpus.eos)))
+                        state.step, lambda: sample_text(raw, cfg.checkpoint.beside(".tokenizer"), corpus)))
             if (latest := due(cfg.checkpoint.save_steps) or signal_number or save_now) or best:
                 with meter.excluded("checkpoint"):  # all ranks wait here, not in the next step, a part of training
                     saver.save(payload, latest, best, signal_number or state.step == num_steps)

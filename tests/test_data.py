@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -252,6 +253,34 @@ def test_prepared_tokens_are_those_that_the_same_flags_train_on(trainer, text):
     command[command.index("--train-data") + 1] = "nowhere.txt"
     refused = subprocess.run(command, cwd=trainer.folder, env=environment(), text=True, capture_output=True)
     assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
+
+
+def test_shards_may_be_named_with_their_own_tokenizer(text, tmp_path):
+    """As a recipe names it that has prepared them, and is to train on them."""
+    folder = prepare(config(text, tmp_path))
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | {"tokenizer": "gpt2"}))
+    assert prepare(DataConfig(train_data=[str(folder)], tokenizer_name="gpt2")) == folder
+    with pytest.raises(UserError, match="leave out"):
+        prepare(DataConfig(train_data=[str(folder)], tokenizer_name="other"))
+
+
+def test_text_that_is_trained_on_and_validated_on_is_named(text, tmp_path, caplog):
+    (tmp_path / "link.txt").symlink_to(text)
+    (tmp_path / "other.txt").write_text("a b c d " * 400)
+    for held_out, told in (("link.txt", True), ("other.txt", False)):
+        caplog.clear()
+        prepare(DataConfig(train_data=[str(text)], val_data=[str(tmp_path / held_out)], tokenizer_name="byte",
+                           cache_dir=str(tmp_path / "cache")))
+        assert (f"{text} is in --train-data and in --val-data" in caplog.text) == told
+
+
+def test_a_draft_is_locked_until_it_has_its_name(text, tmp_path, monkeypatch):
+    rename, locked = os.replace, []
+    monkeypatch.setattr(os, "replace", lambda old, new: (locked.append((Path(old) / ".lock").exists()),
+                                                         rename(old, new)))
+    folder = prepare(config(text, tmp_path))
+    assert locked[-1] and not (folder / ".lock").exists()
 
 
 def test_a_rank_that_does_not_write_waits_for_the_one_that_does(text, tmp_path):

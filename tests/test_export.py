@@ -119,7 +119,7 @@ def test_the_card_says_what_was_trained_on_what(exported, tuned, text, tmp_path)
             (shutil.copytree if file.is_dir() else shutil.copy)(file, tmp_path / file.name)
     (tmp_path / "qwen3.wandb.json").write_text(json.dumps(dict(init=dict(id="abc", project="p"))))
     with open(tmp_path / "qwen3.log", "a") as log:
-        log.write("[2026-01-01 00:00:00] wandb: run abc at https://wandb.ai/me/p/runs/abc\n")
+        log.write("[2026-01-01 00:00:00] wandb: run abc (swift-sun-3) at https://wandb.ai/me/p/runs/abc\n")
     export.export(tmp_path / "qwen3.pt", str(tmp_path / "out"), "bfloat16")
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"best validation loss so far: {saved['state']['best_val']:.4f}" in card and "(bfloat16)" in card

@@ -1,9 +1,12 @@
 import contextlib
+import dataclasses
 import io
 import json
+import math
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -15,7 +18,7 @@ from test_model import build, randomized
 from config import UserError
 from data import DataConfig, prepare
 from export import export
-from generate import Continuation, GenerateConfig, batches, choose, generate, main
+from generate import Continuation, GenerateConfig, batches, choose, generate, main, sample_text
 from model import ARCHS, GPT, GPTConfig
 from pretrained import load_run
 from tokenizer import load_tokenizer, open_tokenizer
@@ -54,6 +57,19 @@ def test_a_prompt_among_others_is_continued_as_it_is_alone(arch, options):
     together = continued(model, prompts, 60, seeds=range(5), **options)
     assert together == [continued(model, [prompt], 60, seeds=[i], **options)[0] for i, prompt in enumerate(prompts)]
     assert [len(row) for row in together] == [60] * 5 and model.training
+
+
+def test_positions_beyond_the_context_are_not_used(run_folder):
+    model = randomized(build("gpt2")).eval()
+    with torch.no_grad():
+        model.pos_emb.weight[20:] = math.nan
+    (free,), (kept,) = (continued(model, prompts_of(3), 40, temperature=0, context=context) for context in (48, 20))
+    short = GPT(dataclasses.replace(model.cfg, max_position_embeddings=20))
+    short.load_state_dict(model.state_dict() | {"pos_emb.weight": model.pos_emb.weight[:20]})
+    assert kept == continued(short, prompts_of(3), 40, temperature=0)[0] != free
+    model, tokenizer = load_run(run_folder / "c.pt")[0], run_folder / "c.tokenizer"
+    whole = sample_text(model, tokenizer, SimpleNamespace(eos=None, seq_len=1000))
+    assert len(whole) > 100 and whole != sample_text(model, tokenizer, SimpleNamespace(eos=None, seq_len=8))
 
 
 def test_seeds_decide_and_ids_stay_below_the_tokenizers():

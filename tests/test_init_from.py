@@ -8,7 +8,7 @@ from conftest import TUNED
 
 from config import UserError, parse
 from model import ARCHS, GPT
-from pretrained import SIZES, gpt_config, hugging_face_config, load_initial, settle
+from pretrained import SIZES, gpt_config, hugging_face_config, load_initial, load_model, settle
 from train import Config, World
 
 
@@ -117,6 +117,17 @@ def test_one_of_our_own_checkpoints_will_do_too(tuned):
     raw = GPT(model)
     load_initial(raw, cfg.init, World(cfg))
     assert all(torch.equal(tensor, raw.state_dict()[name]) for name, tensor in run.weights().items())
+
+
+def test_positions_that_no_step_has_trained_do_not_come_back(trainer):
+    """64 positions, 32 of them trained; a run that begins with those; and one that trains on 16 of them."""
+    shape = ["--num-steps", 2, "--tokenizer-name", "byte", "--lr", 1e-9, "--weight-decay", 0]
+    first = trainer(*shape, "--seq-len", 32, "--max-position-embeddings", 64, checkpoint="a.pt")
+    then = trainer(*shape, "--seq-len", 16, "--init-from", "a.pt", checkpoint="b.pt", tiny=False)
+    assert first.code == then.code == 0, first.err + then.err
+    (trained, _), (kept, _) = (load_model(trainer.folder / name) for name in ("a.pt", "b.pt"))
+    assert trained.cfg.max_position_embeddings == kept.cfg.max_position_embeddings == 32
+    assert torch.allclose(trained.pos_emb.weight, kept.pos_emb.weight, atol=1e-6)
 
 
 def test_weights_that_are_not_whole_are_refused(tuned, tmp_path):
