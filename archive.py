@@ -3,6 +3,7 @@ plain values that `torch.load(path, weights_only=True)` reads, with its SHA-256 
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -12,6 +13,9 @@ from pathlib import Path
 import torch
 from torch.utils._pytree import tree_map_only
 
+import hardware
+from config import UserError
+
 COMMENT = b"sha256:"
 
 
@@ -20,7 +24,8 @@ class DamagedCheckpoint(Exception):
 
 
 def load(path):
-    """A verified checkpoint, its tensors on the CPU. Raises DamagedCheckpoint, naming the file and what is wrong."""
+    """A verified checkpoint, its tensors on the CPU. Raises DamagedCheckpoint, naming the file and what is wrong, and
+    UserError where that may be whole, but cannot be read now: another must not be taken for the newest then."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for, a device read without end
             raise DamagedCheckpoint(f"{path} is not a file")
@@ -33,8 +38,11 @@ def load(path):
     except DamagedCheckpoint:
         raise
     except Exception as error:  # torch.load raises many types, from pickle's to zip's
-        raise DamagedCheckpoint(f"{path} is not readable as a checkpoint "
-                                f"({(str(error).splitlines() or [type(error).__name__])[0][:100]})") from None
+        why = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        if isinstance(error, OSError) and error.errno != errno.ELOOP or hardware.out_of_memory(error):
+            raise UserError(f"{path} cannot be read now ({why}); try again, with the rights and the memory for "
+                            f"it") from None
+        raise DamagedCheckpoint(f"{path} is not readable as a checkpoint ({why})") from None
 
 
 def peek(path):

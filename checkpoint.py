@@ -241,18 +241,19 @@ def apply(payload, parts, continues):
     return state if continues else dataclasses.replace(state, wandb_run_id="")  # a branch is a run of its own
 
 
-def begin(cfg, resume_from, state):
+def begin(cfg, resume_from, state, eval_tokens):
     """Before the first step. With --overwrite, what is left of the run that is replaced must not be taken for this
     one's own; a run that rolls back to `resume_from` has that as its newest checkpoint from the start. Returns the
-    least validation loss so far: that of a file, so infinity where there is no `.best.pt`. That may be a newer one than
-    the checkpoint: then what is to be beaten is its loss."""
+    least validation loss so far: that of a file, so infinity where there is no `.best.pt`, or its loss is over other
+    than `eval_tokens`. It may be a newer one than the checkpoint: then what is to be beaten is its loss."""
     path, best = Path(cfg.checkpoint_path), cfg.beside(".best.pt")
     goes_on = resume_from is not None and cfg.continues(resume_from)
     if not goes_on:  # what is there is the history of another run, also where that one never came to a checkpoint
-        cfg.beside(".metrics.jsonl").unlink(missing_ok=True)
+        for suffix in (".metrics.jsonl", ".log"):
+            cfg.beside(suffix).unlink(missing_ok=True)
         shutil.rmtree(cfg.beside(".tensorboard"), ignore_errors=True)
     if cfg.overwrite:
-        if not (goes_on and _state_of(best).get("step", math.inf) <= state.step):
+        if not goes_on or _saved(best)["state"].get("step", 0) > state.step:
             best.unlink(missing_ok=True)
         if resume_from is not None:
             link(Path(resume_from), path)
@@ -266,18 +267,21 @@ def begin(cfg, resume_from, state):
         for file in cfg.numbered():
             if not goes_on or int(file.stem.rpartition("-")[2]) > state.step:
                 file.unlink(missing_ok=True)
-    return min(state.best_val, _state_of(best).get("best_val", math.inf)) if best.exists() else math.inf
+    saved = _saved(best)
+    comparable = saved["config"].get("eval_tokens") == eval_tokens
+    return saved["state"].get("best_val", math.inf) if comparable else math.inf
 
 
-def _state_of(file):
+def _saved(file):
+    """Configuration and state of a checkpoint; {} each where it cannot be read."""
     saved = peek(file)
-    return saved["state"] if is_of_a_run(saved) else {}
+    return saved if is_of_a_run(saved) else {"config": {}, "state": {}}
 
 
 def require_space(cfg, n_bytes):
     """Raises UserError where the disk cannot hold the checkpoints of a run, of about `n_bytes` each: the newest, the
-    one before, the best, those of --keep-last, and the one being written."""
-    wanted = 3 + bool(cfg.save_steps) + cfg.keep_last  # of one save alone there is none before
+    one before, which are the first of --keep-last, the best, and the one being written."""
+    wanted = 2 + max(1 + bool(cfg.save_steps), cfg.keep_last)  # of one save alone there is none before
     files = [file for file in map(Path, cfg.files()) if file.suffix == ".pt"]
     files += cfg.beside("").parent.glob(glob.escape(cfg.beside("").name) + "*.pt.tmp")  # of a save that was killed
     ours = {file.stat().st_ino: file.stat().st_size for file in files}
@@ -285,6 +289,19 @@ def require_space(cfg, n_bytes):
     if missing > 0:
         raise UserError(f"--checkpoint-path {cfg.checkpoint_path}: {wanted} checkpoints of {n_bytes / 1e9:.2g} GB need "
                         f"{missing / 1e9:.2g} GB more than is free; make room, or name a path on another disk")
+
+
+def save_nonfinite(cfg, payload):
+    """Keep what a run halted with → where that is, and how to go on, in words."""
+    path = cfg.beside(".nonfinite.pt")
+    try:
+        save(path, payload)
+        kept = f"the weights before are in {path}"
+    except OSError as error:
+        kept = f"the weights before could not be saved ({error.strerror})"
+    if not os.path.exists(cfg.checkpoint_path):
+        return f"{kept}, and there is no checkpoint yet: start again with a lower --lr"
+    return f"{kept}, and --resume with a lower --lr goes on from the last checkpoint"
 
 
 def load_latest(path, cfg):

@@ -207,7 +207,8 @@ def evaluate_text(model, shards, bytes_per_token, cfg, seq_len, precision, devic
         n_tokens[name] += int(counted.sum())
         targets = firsts[:, None] + 1 + np.arange(y.shape[1])  # (B, T) positions
         documents.add(order[name] + np.searchsorted(starts[name], targets, side="right"), losses, counted)
-        windows.add(order[name] + np.broadcast_to(firsts[:, None], y.shape), losses, counted)
+        if len(documents.sums) < FEW:  # else they are not asked for, and there may be millions
+            windows.add(order[name] + np.broadcast_to(firsts[:, None], y.shape), losses, counted)
     kind, clusters = ("documents", documents) if len(documents.sums) >= FEW else ("windows", windows)
     return figures(sum(nats.values()), sum(n_tokens.values()), bytes_per_token) | {
         "ci95": clusters.interval(), "clusters": f"{len(clusters.sums)} {kind}", "tokens": sum(n_tokens.values()),
@@ -239,7 +240,10 @@ def main():
     if cfg.stride > seq_len:
         raise UserError(f"--stride {cfg.stride} is above --seq-len {seq_len}: windows would leave tokens out")
     with tempfile.TemporaryDirectory() as folder:
-        shards, bytes_per_token = open_data(cfg.data or [own_validation_set(saved)], tokenizer, eos, saved, folder)
+        try:
+            shards, bytes_per_token = open_data(cfg.data or [own_validation_set(saved)], tokenizer, eos, saved, folder)
+        except OSError as error:  # a full disk
+            raise UserError(f"{error.filename or folder}: {error.strerror}; make room there, or set TMPDIR") from None
         for name, shard in shards.items():
             if shard.count < (2 if cfg.stride else seq_len + 1):
                 raise UserError(f"--data {name or ' '.join(cfg.data)}: {shard.count} tokens are fewer than one "

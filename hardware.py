@@ -228,6 +228,13 @@ def out_of_memory(error):
     return None
 
 
+def explained(error):
+    """What to say of an error whose cause is known; None for another."""
+    if type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):
+        return f"torch.compile failed: {(str(error).strip().splitlines() or ['?'])[0][:200]}; add --no-compile"
+    return out_of_memory(error)
+
+
 def memory_metrics(device):
     """GPU memory in GB of this process since the last call, {} on a CPU."""
     if device.type != "cuda":

@@ -41,6 +41,12 @@ class OptimConfig:
             raise UserError(f"--min-lr {self.min_lr} is above --lr {self.lr}; lower it, or leave it out for lr / 10")
 
 
+def saved_bytes(optimizer):
+    """What weights and the optimizer's state take in a checkpoint: AdamW has two moments a weight, Muon one."""
+    return sum(4 * p.numel() * (2 if "momentum" in group else 3) for group in optimizer.param_groups
+               for p in group["params"])
+
+
 def lr_at(step, cfg):
     """The learning rate of optimizer step `step`, counted from 0: a linear warm-up that reaches the peak in its last
     step, then the schedule, which reaches `min_lr` in the run's last step."""

@@ -76,6 +76,9 @@ def settle(cfg, resume_from):
         model = dataclasses.replace(model, **{name: saved[name] for name in SIZES if name not in stated})
         init = InitConfig(saved.get("init_from", ""))
     elif init.init_from:
+        if cfg.checkpoint.overwrite and cfg.checkpoint.continues(init.init_from):
+            raise UserError(f"--init-from {init.init_from}: --overwrite would remove it; name another "
+                            f"--checkpoint-path")
         sizes = _sizes(_source_config(init.init_from))
         for name, value in stated.items():
             if value != sizes[name]:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from config import RunFailed
-from hardware import out_of_memory
+from hardware import explained
 
 CONNECT = 60  # seconds that a rank knocks at torchrun's store
 SILENT = 120  # seconds without a word from a rank's thread, which speaks through any work, until it counts as stopped
@@ -180,7 +180,7 @@ class Pulse(NoPulse):
     def fail(self, error):
         """Leave because of an exception of this rank. One in a collective tells of another rank, failed or gone: who
         finds that ends this process, too."""
-        advice = out_of_memory(error)
+        advice = explained(error)
         if isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and re.search(r"\bgloo\b", str(error)):
             self.silent = min(self.silent, 5)
             time.sleep(15)

@@ -21,7 +21,7 @@ from generate import sample_text
 from hardware import SpeedConfig
 from meter import Meter
 from model import GPT, GPTConfig
-from optim import OptimConfig, StepGuard, lr_at, make_optimizer, set_lr
+from optim import OptimConfig, StepGuard, lr_at, make_optimizer, saved_bytes, set_lr
 from pretrained import InitConfig, load_initial, settle
 from processes import RanksConfig, StopSignal, stop_when_orphaned
 from tracking import ReportConfig, Tracker, TrackingConfig, log_facts, make_profiler, setup_logging
@@ -61,6 +61,7 @@ class World:
     size = local_size = 1
     managers = 0  # processes above this one that it is to end with
     is_main = True  # global rank 0: the one that logs and saves
+    rehearses = False  # whether something settles in a forward and backward pass that steps then go by
     saving = contextlib.nullcontext()  # held while a checkpoint is written
 
     def __init__(self, cfg):
@@ -74,9 +75,6 @@ class World:
     def grad_sync(self, model, last):
         """Around forward and backward of a micro-batch: gradients are averaged in the last one only."""
         return contextlib.nullcontext()
-
-    def rehearse(self, one_pass):
-        """Before the first step: `one_pass()`, forward and backward, if something settles in it that steps go by."""
 
     def sum(self, values):
         """Numbers → their sums over the ranks, float64."""
@@ -113,8 +111,8 @@ class World:
     @staticmethod
     def crash(error):
         """What no one asked for. Returns where the traceback is worth seeing."""
-        if hardware.out_of_memory(error):
-            World.fail(hardware.out_of_memory(error), 1)
+        if known := hardware.explained(error):
+            World.fail(known, 1)
 
     @staticmethod
     def leave(code):
@@ -197,16 +195,14 @@ def train(cfg, world):
 
     def halt(what, step):
         """Give up after a batch, that of `step` counted from 0: the same decision on every rank."""
-        last, path = payload(), cfg.checkpoint.beside(".nonfinite.pt")
+        last = payload()
 
         def keep():
             with world.saving:
-                checkpoint.save(path, last)
+                return checkpoint.save_nonfinite(cfg.checkpoint, last)
 
-        world.from_main(keep)
-        samples = corpus.samples(step, step_samples)[:64].tolist()
-        raise NonFinite(f"loss or gradient {what} at step {step + 1}, which read the samples {samples}; the weights "
-                        f"before are in {path}, and --resume with a lower --lr goes on from the last checkpoint")
+        kept, samples = world.from_main(keep), corpus.samples(step, step_samples)[:64].tolist()
+        raise NonFinite(f"loss or gradient {what} at step {step + 1}, which read the samples {samples}; {kept}")
 
     evaluate_now = meter.excluded("eval")(lambda: evaluate(fast, corpus, cfg, precision, world))
 
@@ -224,14 +220,15 @@ def train(cfg, world):
         return 0
 
     def begin():
-        checkpoint.require_space(cfg.checkpoint, 12 * raw.num_params())  # weights and moments
+        checkpoint.require_space(cfg.checkpoint, saved_bytes(optimizer))
         checkpoint.claim(cfg.checkpoint, resume_from)
         corpus.export_tokenizer(cfg.checkpoint.beside(".tokenizer"))
-        return checkpoint.begin(cfg.checkpoint, resume_from, state)
+        return checkpoint.begin(cfg.checkpoint, resume_from, state, cfg.report.eval_tokens)
 
+    if world.rehearses or cfg.checkpoint.overwrite:  # nothing is replaced before a pass is known to fit
+        forward_backward(accum - 1)
+        optimizer.zero_grad(set_to_none=True)
     state.best_val = world.from_main(begin)
-    world.rehearse(lambda: forward_backward(accum - 1))
-    optimizer.zero_grad(set_to_none=True)
 
     facts = config | corpus.facts | dict(n_params=raw.num_params(), accum_steps=accum)
     with (Tracker(cfg, world, state, precision.name, facts) as track,

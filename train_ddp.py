@@ -20,6 +20,8 @@ from train import World, main
 
 
 class DDPWorld(World):
+    rehearses = True  # DDP then lays its buckets out anew: with three ranks or more, sums have other last bits
+
     managers = 1  # torchrun
     pulse = NoPulse()  # of the class: an error may come before there is a world
 
@@ -49,9 +51,6 @@ class DDPWorld(World):
 
     def grad_sync(self, model, last):
         return contextlib.nullcontext() if last else model.no_sync()
-
-    def rehearse(self, one_pass):
-        one_pass()  # DDP then lays its buckets out anew: with three ranks or more, sums have other last bits
 
     def sum(self, values):
         return self._reduce(values, dist.ReduceOp.SUM, torch.float64)

@@ -103,7 +103,7 @@ def main():
                 continue
             longest = max(longest, time.perf_counter() - start)
             print(f"round {number}, {name}: {rate:,.0f} tokens/s", flush=True)
-            speed.setdefault(name, []).append(rate)
+            speed.setdefault(name, {})[number] = rate
             memory.setdefault(name, []).append(peak)
             if name == "mini-llm, default":
                 agreement.append(reported(Path(folder), size) / rate)
@@ -111,7 +111,13 @@ def main():
     if not speed:
         sys.exit("no program has run to its end")
     first, *_ = speed
-    ours = speed.get("mini-llm, default")
+    ours = speed.get("mini-llm, default", {})
+
+    def ratios(a, b):
+        """Of the rounds in which both have run to the end."""
+        both = [a[number] / b[number] for number in a.keys() & b.keys()]
+        return spread(both, ".2f") if both else ""
+
     print(f"size {options.size}: {size.layers} layers, {size.heads} heads, d {size.width}, T {size.context}, batch "
           f"{size.batch}, vocabulary {bench.vocab}; {len(speed[first])} rounds; {machine(options.device)}")
     print("matrix products, best of each round, TFLOP/s: "
@@ -120,16 +126,14 @@ def main():
         print(f"our reports ÷ measured from outside: {spread(agreement, '.3f')}")
     if options.device == "cuda" and (sheet := peak_flops(torch.device("cuda"))) and ours:
         print(f"MFU of mini-llm over the data sheet's {sheet / 1e12:.0f} TFLOP/s: "
-              + spread([rate * flops / sheet for rate in ours], ".1%"))
+              + spread([rate * flops / sheet for rate in ours.values()], ".1%"))
     print(f"\n| program | tokens/s, median (least–largest) | ÷ {first} | share of the matrix products' peak "
           "| ours ÷ it | peak RSS, MB |\n|---|---|---|---|---|---|")
     for name, rates in speed.items():
         peak = max(peaks[torch.float32 if "fp32" in name or "no-amp" in name else torch.bfloat16])
-        # A round that was cut off has no pair.
-        against = spread([a / b for a, b in zip(ours, rates, strict=False)], ".2f") if ours else ""
-        relative = spread([a / b for a, b in zip(rates, speed[first], strict=False)], ".2f")
-        print(f"| {name} | {spread(rates)} | {relative} "
-              f"| {statistics.median(rates) * flops / peak:.0%} | {against} | {statistics.median(memory[name]):,.0f} |")
+        share = statistics.median(rates.values()) * flops / peak
+        print(f"| {name} | {spread(rates.values())} | {ratios(rates, speed[first])} | {share:.0%} "
+              f"| {ratios(ours, rates)} | {statistics.median(memory[name]):,.0f} |")
 
 
 if __name__ == "__main__":

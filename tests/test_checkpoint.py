@@ -1,3 +1,4 @@
+import errno
 import math
 import os
 import pickle
@@ -156,9 +157,12 @@ def test_a_large_tensor_written_in_one_block_is_hashed_right(tmp_path):
     assert archive.read_digest(tmp_path / "c.pt") == archive.file_digest(tmp_path / "c.pt")
 
 
+EVAL_TOKENS = 100
+
+
 def whole(step):
-    return payload(step) | {"format": checkpoint.FORMAT, "identity": {}, "config": {}, "model": {},
-                            "state": {"step": step}}
+    return payload(step) | {"format": checkpoint.FORMAT, "identity": {}, "config": {"eval_tokens": EVAL_TOKENS},
+                            "model": {}, "state": {"step": step, "best_val": 1.5}}
 
 
 def test_a_fallback_mends_the_newest_so_that_a_kill_in_the_next_save_loses_nothing(tmp_path, monkeypatch):
@@ -177,11 +181,27 @@ def test_a_fallback_mends_the_newest_so_that_a_kill_in_the_next_save_loses_nothi
     assert load_latest(tmp_path / "c.pt", cfg)[0]["step"] == 1
 
 
+@pytest.mark.parametrize("error", [OSError(errno.ESTALE, "Stale file handle"), PermissionError(errno.EACCES, "denied"),
+                                   MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: not enough")])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch, error):
+    cfg = config(tmp_path)
+    for step in (1, 2):
+        save_run(cfg, whole(step), step, latest=True, best=False)
+
+    def fail(path):
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"c\.pt cannot be read now"):
+        patch.setattr(archive, "file_digest", fail)
+        checkpoint.restore(tmp_path / "c.pt", cfg, {}, {})
+    assert checkpoint.restore(tmp_path / "c.pt", cfg, {}, {})["step"] == 2
+
+
 def test_starting_over_leaves_nothing_of_the_old_run_in_force(tmp_path):
     cfg = config(tmp_path, keep_last=2, overwrite=True)
     for step in (900, 1000):
         save_run(cfg, whole(step), step, latest=True, best=True)
-    assert checkpoint.begin(cfg, None, State()) == math.inf
+    assert checkpoint.begin(cfg, None, State(), EVAL_TOKENS) == math.inf
     assert os.listdir(tmp_path) == []
     assert plan(config(tmp_path, resume="auto")) is None
 
@@ -193,7 +213,7 @@ def test_rolling_back_makes_the_file_the_newest_at_once_and_keeps_a_best_one_tha
     cfg = config(tmp_path, keep_last=3, overwrite=True)
     for step in (10, 20, 30):
         save_run(cfg, whole(step), step, latest=True, best=step == best_at)
-    assert checkpoint.begin(cfg, tmp_path / back_to, State(step=20, best_val=1.5)) == least
+    assert checkpoint.begin(cfg, tmp_path / back_to, State(step=20, best_val=1.5), EVAL_TOKENS) == least
     assert load(tmp_path / "c.pt")["state"]["step"] == 20
     best = {"c.best.pt"} if least < math.inf else set()
     assert set(os.listdir(tmp_path)) == {"c.pt", "c.step-00000010.pt", "c.step-00000020.pt"} | best
@@ -223,7 +243,10 @@ def test_a_run_that_goes_on_from_before_its_best_checkpoint_has_that_to_beat(tmp
     for step, loss, best in ((60, 3.2, False), (100, 3.1, True)):
         saved = whole(step) | {"state": dict(step=step, best_val=loss)}
         save_run(cfg, saved, step, latest=not best, best=best)
-    assert checkpoint.begin(cfg, tmp_path / "c.pt", State(step=60, best_val=3.2)) == 3.1
+    assert checkpoint.begin(cfg, tmp_path / "c.pt", State(step=60, best_val=3.2), EVAL_TOKENS) == 3.1
+    assert checkpoint.begin(cfg, tmp_path / "c.pt", State(step=60, best_val=3.2), 0) == math.inf  # of another set
+    (tmp_path / "c.best.pt").write_bytes(b"damaged")
+    assert checkpoint.begin(cfg, tmp_path / "c.pt", State(step=60, best_val=3.2), EVAL_TOKENS) == math.inf
 
 
 def test_files_of_a_run_whose_name_begins_alike_are_left_alone(tmp_path):
@@ -234,7 +257,7 @@ def test_files_of_a_run_whose_name_begins_alike_are_left_alone(tmp_path):
     for step in (1, 2):
         save_run(cfg, whole(step), step, latest=True, best=False)
     assert [file.name for file in cfg.numbered()] == ["c.step-00000002.pt"]
-    checkpoint.begin(cfg, None, State())
+    checkpoint.begin(cfg, None, State(), EVAL_TOKENS)
     assert set(os.listdir(tmp_path)) == foreign
     for name in ("c.step-final.pt", "c.rank3.pt", "c.upload-x.pt"):
         with pytest.raises(UserError, match="which are names of a run's other files"):
@@ -245,9 +268,10 @@ def test_a_branch_begins_without_the_history_of_the_run_that_was_there(tmp_path)
     for name in ("a", "b"):
         save_run(CheckpointConfig(str(tmp_path / f"{name}.pt"), keep_last=1), whole(5), 5, latest=True, best=False)
     (tmp_path / "a.metrics.jsonl").write_text('{"step": 3}\n')
+    (tmp_path / "a.log").write_text("of the run that was there\n")
     (tmp_path / "a.tensorboard").mkdir()
     cfg = CheckpointConfig(str(tmp_path / "a.pt"), resume=str(tmp_path / "b.pt"), overwrite=True, keep_last=1)
-    checkpoint.begin(cfg, tmp_path / "b.pt", State(step=5))
+    checkpoint.begin(cfg, tmp_path / "b.pt", State(step=5), EVAL_TOKENS)
     assert {path.name for path in tmp_path.iterdir()} == {"a.pt", "b.pt", "b.step-00000005.pt"}
 
 

@@ -1,6 +1,7 @@
 """train_ddp.py under the real torchrun, with gloo on the CPU. One process is the oracle of many."""
 
 import json
+import os
 import re
 import signal
 import socket
@@ -165,6 +166,20 @@ def test_a_signal_saves_on_agreement_and_the_run_goes_on(trainer, signal_number)
     resumed = trainer(*flags, "--resume", ranks=2)
     assert resumed.code == 0 and f"Resumed at step {step}" in resumed.out, resumed.err
     assert same(resumed, straight)
+
+
+def test_a_signal_to_one_rank_alone_stops_them_all(trainer):
+    flags = ["--num-steps", 100000, "--log-steps", 10, "--eval-steps", 0, "--save-steps", 0]
+    process = subprocess.Popen(trainer.arguments(flags, ranks=2), cwd=trainer.folder, text=True, env=environment(),
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    for line in process.stdout:
+        if "step 30/" in line:
+            break
+    os.kill(_rank_process(process.pid, 1), signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    step = int(re.search(r"stopped by SIGTERM at step (\d+), saved", out)[1])
+    assert process.returncode != 0
+    assert torch.load(trainer.folder / "c.pt", weights_only=True)["state"]["step"] == step
 
 
 def test_a_rank_that_dies_takes_the_others_with_it(trainer):

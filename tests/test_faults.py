@@ -83,8 +83,8 @@ def test_only_a_last_checkpoint_that_cannot_be_written_fails_the_run(trainer):
 
 def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path, monkeypatch):
     cfg = CheckpointConfig(checkpoint_path=str(tmp_path / "new" / "c.pt"), keep_last=2)
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: Free(5_900))
-    with pytest.raises(UserError, match="6 checkpoints of 1e-06 GB need 1e-07 GB more"):
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: Free(3_900))
+    with pytest.raises(UserError, match="4 checkpoints of 1e-06 GB need 1e-07 GB more"):
         checkpoint.require_space(cfg, 1_000)
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "c.pt").write_bytes(bytes(100))
@@ -232,6 +232,30 @@ def test_too_many_bad_steps_in_a_row_halt_and_name_the_samples(trainer):
     assert re.search(r"not finite in 4 steps in a row, the last at step 4, which read the samples \[\d+(, \d+){3}\]",
                      run.stderr)
     assert (trainer.folder / "c.nonfinite.pt").exists()
+    assert "there is no checkpoint yet: start again with a lower --lr" in run.stderr
+    run = subprocess.run([sys.executable, "-c", SMALL_FILES.format(root=str(ROOT)), "planted.py", *rest,
+                          "--checkpoint-path", "full.pt"],
+                         cwd=trainer.folder, env=environment(), capture_output=True, text=True)
+    assert run.returncode == 1 and len(run.stderr.strip().splitlines()) == 1, run.stderr
+    assert "could not be saved (File too large)" in run.stderr and "read the samples [" in run.stderr
+
+
+@pytest.mark.parametrize("ranks", [None, 2])
+def test_a_run_that_does_not_fit_replaces_nothing(trainer, ranks):
+    assert trainer("--num-steps", 5).code == 0
+    before = {path.name: path.read_bytes() for path in trainer.folder.glob("c.*") if path.is_file()}
+    (trainer.folder / "large.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import torch, train, train_ddp\n"
+        "def forward(self, *_): raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 TiB')\n"
+        "train.GPT.forward = forward\n"
+        f"train.main({'train_ddp.DDPWorld' if ranks else ''})\n")
+    arguments = ["large.py" if word.endswith(".py") else word for word in
+                 trainer.arguments(["--num-steps", 5, "--overwrite"], ranks=ranks)]
+    run = subprocess.run(arguments, cwd=trainer.folder, env=environment(), capture_output=True, text=True, timeout=100)
+    assert run.returncode == 1 and "out of memory" in run.stderr.splitlines()[0], run.stderr
+    after = {path.name: path.read_bytes() for path in trainer.folder.glob("c.*") if path.is_file()}
+    assert before.items() <= after.items()
 
 
 def test_a_time_limit_saves_and_leaves_and_sigusr1_saves_and_goes_on(trainer):

@@ -58,6 +58,8 @@ WRONG = {
     "vocabulary": (["--vocab-size", "512"], ["--vocab-size 512", "have 257"]),
     "window above positions": (["--seq-len", "65"], ["--seq-len 65", "64 of --init-from"]),
     "tokenizer of the text": (["--tokenizer-name", "bpe"], ["--tokenizer-name", "own tokenizer"]),
+    "itself": (["--init-from", "x/c.best.pt", "--checkpoint-path", "x/c.pt", "--overwrite"],
+               ["x/c.best.pt", "--overwrite would remove it", "another --checkpoint-path"]),
     "no weights": (["--init-from", "{empty}"], ["{empty}", "no config.json with *.safetensors"]),
     "unknown name offline": (["--init-from", "no/such"], ["no/such", "cannot be reached"]),
     "other model": (["--init-from", "{other}"], ["{other}", "model_type llama"]),

@@ -11,7 +11,7 @@ ALLOWED = {
     "kernels": set(),
     "model": {"config", "kernels"},
     "optim": {"config"},
-    "archive": set(),
+    "archive": {"config", "hardware"},
     "checkpoint": {"archive", "config", "hardware", "processes"},
     "tokenizer": {"config"},
     "text": {"config", "tokenizer"},

@@ -297,6 +297,13 @@ def test_compiled_training_is_training(trainer):
     assert eager.weights().keys() == compiled.weights().keys()
 
 
+def test_without_a_compiler_one_line_says_how_to_do_without(trainer):
+    run = trainer("--num-steps", 4, "--compile", env=dict(CXX="/no/compiler",
+                                                          TORCHINDUCTOR_CACHE_DIR=str(trainer.folder / "inductor")))
+    assert run.code == 1 and run.err.count("\n") == 1, run.err
+    assert "torch.compile failed" in run.err and "compiler" in run.err and "--no-compile" in run.err
+
+
 def test_non_finite_loss_halts_with_the_last_good_checkpoint_kept(trainer):
     run = trainer("--num-steps", 40, "--save-steps", 2, "--log-steps", 2, "--lr", 1e30, "--grad-clip-norm", 0,
                   "--warmup-steps", 0, "--no-amp", "--eval-steps", 0)
