@@ -268,8 +268,9 @@ def begin(cfg, resume_from, state, eval_tokens):
             if not goes_on or int(file.stem.rpartition("-")[2]) > state.step:
                 file.unlink(missing_ok=True)
     saved = _saved(best)
-    comparable = saved["config"].get("eval_tokens") == eval_tokens
-    return saved["state"].get("best_val", math.inf) if comparable else math.inf
+    if not best.exists() or saved["config"].get("eval_tokens", eval_tokens) != eval_tokens:
+        return math.inf
+    return saved["state"].get("best_val", state.best_val)
 
 
 def _saved(file):
