@@ -40,8 +40,8 @@ def load(path):
     except Exception as error:  # torch.load raises many types, from pickle's to zip's
         why = (str(error).splitlines() or [type(error).__name__])[0][:100]
         if isinstance(error, OSError) and error.errno != errno.ELOOP or hardware.out_of_memory(error):
-            raise UserError(f"{path} cannot be read now ({why}); try again, with the rights and the memory for "
-                            f"it") from None
+            raise UserError(f"{path} cannot be read now ({why}); try again when it can be, or move it away to go on "
+                            f"from the one before") from None
         raise DamagedCheckpoint(f"{path} is not readable as a checkpoint ({why})") from None
 
 

@@ -267,8 +267,12 @@ def begin(cfg, resume_from, state, eval_tokens):
         for file in cfg.numbered():
             if not goes_on or int(file.stem.rpartition("-")[2]) > state.step:
                 file.unlink(missing_ok=True)
+    if not best.exists():
+        return math.inf
     saved = _saved(best)
-    if not best.exists() or saved["config"].get("eval_tokens", eval_tokens) != eval_tokens:
+    if (of := saved["config"].get("eval_tokens", eval_tokens)) != eval_tokens:
+        link(best, kept := cfg.beside(f".best-of-{of}.pt"))
+        log.info("the least loss so far is over --eval-tokens %d, and not compared; its weights stay in %s", of, kept)
         return math.inf
     return saved["state"].get("best_val", state.best_val)
 
@@ -300,7 +304,7 @@ def save_nonfinite(cfg, payload):
         kept = f"the weights before are in {path}"
     except OSError as error:
         kept = f"the weights before could not be saved ({error.strerror})"
-    if not os.path.exists(cfg.checkpoint_path):
+    if not any(cfg.beside(suffix).exists() for suffix in (".pt", ".prev.pt", ".best.pt")):
         return f"{kept}, and there is no checkpoint yet: start again with a lower --lr"
     return f"{kept}, and --resume with a lower --lr goes on from the last checkpoint"
 
@@ -325,7 +329,7 @@ def load_latest(path, cfg):
 def _way_back(cfg):
     """What to do where the checkpoint to resume from is lost."""
     for file in (*reversed(cfg.numbered()), cfg.beside(".best.pt")):
-        with contextlib.suppress(DamagedCheckpoint):
+        with contextlib.suppress(DamagedCheckpoint, UserError):
             load(file)
             return f"--resume {file} --overwrite goes back to that one, which is whole"
     return f"no other checkpoint beside {cfg.checkpoint_path} is whole; --overwrite starts over"

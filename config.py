@@ -147,9 +147,12 @@ def to_toml(config, without=()):
 
 
 def without_infinity(record):
-    """A dict as JSON can have it: null where a number is infinite or NaN."""
-    return {name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in record.items()}
+    """A value as JSON can have it: null where a number, in whatever list or dict, is infinite or NaN."""
+    if isinstance(record, dict):
+        return {name: without_infinity(value) for name, value in record.items()}
+    if isinstance(record, list):
+        return [without_infinity(value) for value in record]
+    return None if isinstance(record, float) and not math.isfinite(record) else record
 
 
 def read_json(path):

@@ -115,8 +115,9 @@ def prepare(cfg, vocab_size=0, writes=True, scratch=None):
     else:
         sources = find_sources(cfg.train_data) if cfg.train_data else builtin_sources()
         val_sources = find_sources(cfg.val_data, "--val-data")
-        for file in files_of(sources) & files_of(val_sources):
-            log.warning("%s is in --train-data and in --val-data: a validation loss is of text trained on", file)
+        if both := sorted(files_of(sources) & files_of(val_sources)):
+            log.warning("%s (%d in all) is in --train-data and in --val-data, and so validates text that is trained on",
+                        both[0], len(both))
     tokenizer = load_tokenizer(cfg.tokenizer_name)
     key = hashlib.blake2b(digest_size=12)
     settings = [CODE_VERSION, FORMAT, cfg.use_toy_data, cfg.max_tokens,

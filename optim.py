@@ -41,9 +41,9 @@ class OptimConfig:
             raise UserError(f"--min-lr {self.min_lr} is above --lr {self.lr}; lower it, or leave it out for lr / 10")
 
 
-def saved_bytes(optimizer):
-    """What weights and the optimizer's state take in a checkpoint: AdamW has two moments a weight, Muon one."""
-    return sum(4 * p.numel() * (2 if "momentum" in group else 3) for group in optimizer.param_groups
+def state_bytes(optimizer):
+    """What the optimizer's state takes from the first step on: AdamW has two moments a weight, Muon one."""
+    return sum(4 * p.numel() * (1 if "momentum" in group else 2) for group in optimizer.param_groups
                for p in group["params"])
 
 

@@ -239,8 +239,9 @@ def terminal_plot(panel, runs, x="step", smooth=0, width=80, height=12, color=Fa
     out = [f"{panel.title} ({panel.unit})" + (key if len(runs) == 1 and panel.line and panel.points else "")]
     for row, text in enumerate(canvas.rows(color)):
         out.append(f"{ticks.get(row, ''):>{margin - 2}} {'┤' if row in ticks else '│'}{text}")
-    ends = f"{short(left):<{(columns - len(label)) // 2}}{label}"
-    return [*out, f"{'':{margin - 1}}└{'─' * columns}", f"{'':{margin}}{ends}{short(right):>{columns - len(ends)}}"]
+    ends = f"{short(left):<{max(0, columns - len(label)) // 2}}{label}"
+    return [*out, f"{'':{margin - 1}}└{'─' * columns}",
+            f"{'':{margin}}{ends}{short(right):>{max(0, columns - len(ends))}}"]
 
 
 class _Canvas:

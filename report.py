@@ -25,7 +25,7 @@ from plots import MARKS, figure, looks, panels_of, short, terminal_plot
 
 ROWS = ".metrics.jsonl"
 DEFAULT = "checkpoints/minigpt.pt"
-NOT_COMPARED = ("command", "checkpoint_path", "cache_dir", "resume", "overwrite", "n_params")  # nor wandb_…
+NOT_COMPARED = ("command", "checkpoint_path", "cache_dir", "resume", "overwrite", "n_params", "corpus")  # nor wandb_…
 EMPTY = "(nothing: the model ended the text at once)"
 X_METRICS = {"step": "step", "tokens": "train/tokens"}
 
@@ -313,7 +313,7 @@ def excerpt(log):
     """Of a log, all but the flags and most reports: the first two, the middle one and the last are shown."""
     entries = re.split(r"\n(?=\[\d{4}-)", log.rstrip("\n"))
     reports = [entry for entry in entries if re.match(r"\[[^]]*\] epoch \d+ step ", entry)]
-    kept = {*reports[:2], reports[len(reports) // 2], reports[-1]}
+    kept = {*reports[:2], *reports[len(reports) // 2:][:1], *reports[-1:]}
     lines = []
     for entry in entries:
         if re.match(r"\[[^]]*\] Arguments: ", entry):
@@ -358,7 +358,7 @@ def main():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}") from None
+        raise UserError(f"{error.filename or 'the report cannot be written'}: {error.strerror}") from None
 
 
 if __name__ == "__main__":

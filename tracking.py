@@ -183,8 +183,8 @@ class Tracker:
             if self.file and not issubclass(kind, (RunFailed, KeyboardInterrupt)):  # stderr has it, the log would not
                 with contextlib.suppress(OSError):
                     traceback.print_exception(error, file=self.file.stream)
-            if self.beside(".pt").exists():
-                log.error("the last checkpoint is %s: --resume goes on from it", self.beside(".pt"))
+            if known := [file for file in map(self.beside, (".pt", ".best.pt")) if file.exists()]:
+                log.error("the last checkpoint is %s: --resume goes on from it", known[0])
             if self.is_main:
                 self._record(self.step, event="alert", title=f"stopped by {kind.__name__}", text=str(error),
                              level="ERROR")

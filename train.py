@@ -21,7 +21,7 @@ from generate import sample_text
 from hardware import SpeedConfig
 from meter import Meter
 from model import GPT, GPTConfig
-from optim import OptimConfig, StepGuard, lr_at, make_optimizer, saved_bytes, set_lr
+from optim import OptimConfig, StepGuard, lr_at, make_optimizer, set_lr, state_bytes
 from pretrained import InitConfig, load_initial, settle
 from processes import RanksConfig, StopSignal, stop_when_orphaned
 from tracking import ReportConfig, Tracker, TrackingConfig, log_facts, make_profiler, setup_logging
@@ -220,14 +220,17 @@ def train(cfg, world):
         return 0
 
     def begin():
-        checkpoint.require_space(cfg.checkpoint, saved_bytes(optimizer))
+        checkpoint.require_space(cfg.checkpoint, 4 * raw.num_params() + state_bytes(optimizer))
         checkpoint.claim(cfg.checkpoint, resume_from)
         corpus.export_tokenizer(cfg.checkpoint.beside(".tokenizer"))
         return checkpoint.begin(cfg.checkpoint, resume_from, state, cfg.report.eval_tokens)
 
-    if world.rehearses or cfg.checkpoint.overwrite:  # nothing is replaced before a pass is known to fit
+    if world.rehearses or cfg.checkpoint.overwrite:  # nothing is replaced before a step is known to fit
+        held = torch.empty(0 if state.step else state_bytes(optimizer), dtype=torch.uint8, device=world.device)
         forward_backward(accum - 1)
         optimizer.zero_grad(set_to_none=True)
+        world.sum([len(held)])  # every rank has come so far
+        del held
     state.best_val = world.from_main(begin)
 
     facts = config | corpus.facts | dict(n_params=raw.num_params(), accum_steps=accum)

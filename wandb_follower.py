@@ -114,6 +114,7 @@ def scratch():
 def leave(code=0):
     """End this process without the SDK's goodbye, which waits for its second process, and for ever where that is frozen
     or has found no server."""
+    threading.excepthook = lambda *_: None  # the SDK's threads may miss their second process in what is left of time
     end_children()
     with contextlib.suppress(OSError):
         scratch().cleanup()
@@ -144,12 +145,15 @@ def open_run(job, say, may_go_offline=True, stop=None):
 
     if init.get("dir"):
         os.makedirs(init["dir"], exist_ok=True)  # else the SDK goes to a temporary folder
+    if job.lock and not os.access(init.get("dir") or os.environ.get("WANDB_DIR") or ".", os.W_OK):
+        init = init | dict(dir=os.path.dirname(job.lock) or ".")  # beside the checkpoint, for the same reason
 
     def start(**mode):
         # The local file is written every second: a kill leaves no W&B process behind to write what it had.
         settings = wandb.Settings(x_transaction_log_flush_interval=1, init_timeout=job.init_timeout,
                                   finish_timeout=job.finish_timeout, console="wrap" if job.live else "off",
                                   x_disable_meta=not job.live, x_disable_stats=not job.live,
+                                  disable_git=not job.live, git_commit=job.config.get("git_commit"), host=job.host,
                                   x_stats_pid=job.pid, git_root=str(SOURCE), program=job.program,
                                   program_relpath=os.path.relpath(job.program, SOURCE), stop_fn=stop,
                                   sweep_id=job.sweep or None, **mode)

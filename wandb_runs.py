@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import platform
 import re
 import secrets
 import string
@@ -175,7 +176,8 @@ def base_run_id(given, known, path, resumes):
 
 def remember(path, base, job):
     """Keep in `path` which run this is, for a resume after a kill and for `wandb_tools.py sync`."""
-    facts = dict(base=base, init=job.init, shared=job.shared, primary=job.primary, label=job.label, sweep=job.sweep)
+    facts = dict(base=base, init=job.init, shared=job.shared, primary=job.primary, label=job.label, sweep=job.sweep,
+                 host=job.host, program=job.program)
     draft = path.with_name(path.name + ".tmp")
     draft.write_text(json.dumps(facts))
     draft.replace(path)
@@ -222,6 +224,7 @@ class Job:
     lock: str = ""  # a file
     sync: str = ""  # the command that sends later what is missing
     pid: int = dataclasses.field(default_factory=os.getpid)  # whose system metrics are taken
+    host: str = dataclasses.field(default_factory=platform.node)
     program: str = dataclasses.field(default_factory=lambda: os.path.abspath(sys.argv[0]))
     arguments: list = dataclasses.field(default_factory=lambda: sys.argv[1:])
     sweep: str = dataclasses.field(default_factory=lambda: os.environ.get("WANDB_SWEEP_ID", ""))

@@ -127,7 +127,7 @@ def send(facts, path):
     # A run that was resumed and killed has an exit of a life before.
     last = next((record for record in reversed(records) if record.get("event") in ("config", "exit")), {})
     job = Job(facts["init"] | dict(dir=None), config, live=False, sweep=facts.get("sweep", ""),
-              **{name: facts[name] for name in ("shared", "primary", "label")})
+              **{name: facts[name] for name in ("shared", "primary", "label", "host", "program") if name in facts})
     api = wandb.Api(timeout=TIMEOUT)
     target = "/".join([facts["init"]["entity"] or api.default_entity, facts["init"]["project"], facts["init"]["id"]])
     missing = lacking(records, rows_of(api, target))

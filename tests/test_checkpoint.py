@@ -245,6 +245,7 @@ def test_a_run_that_goes_on_from_before_its_best_checkpoint_has_that_to_beat(tmp
         save_run(cfg, saved, step, latest=not best, best=best)
     assert checkpoint.begin(cfg, tmp_path / "c.pt", State(step=60, best_val=3.2), EVAL_TOKENS) == 3.1
     assert checkpoint.begin(cfg, tmp_path / "c.pt", State(step=60, best_val=3.2), 0) == math.inf  # of another set
+    assert load(tmp_path / f"c.best-of-{EVAL_TOKENS}.pt")["state"]["step"] == 100
     (tmp_path / "c.best.pt").write_bytes(b"damaged")
     assert checkpoint.begin(cfg, tmp_path / "c.pt", State(step=60, best_val=3.2), EVAL_TOKENS) == 3.2
 

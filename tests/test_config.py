@@ -45,8 +45,10 @@ def test_defaults_then_toml_then_flags(tmp_path):
 
 
 def test_what_json_has_no_number_for_is_null():
-    record = without_infinity({"ppl": math.inf, "loss": math.nan, "step": 3, "lr": 0.1, "name": "inf"})
-    assert record == {"ppl": None, "loss": None, "step": 3, "lr": 0.1, "name": "inf"}
+    record = without_infinity({"ppl": math.inf, "loss": math.nan, "step": 3, "lr": 0.1, "name": "inf",
+                               "ci95": [math.nan, 1.0], "losses": {"a": -math.inf}})
+    assert record == {"ppl": None, "loss": None, "step": 3, "lr": 0.1, "name": "inf", "ci95": [None, 1.0],
+                      "losses": {"a": None}}
 
 
 def test_flags_of_every_kind():

@@ -272,7 +272,7 @@ def test_text_that_is_trained_on_and_validated_on_is_named(text, tmp_path, caplo
         caplog.clear()
         prepare(DataConfig(train_data=[str(text)], val_data=[str(tmp_path / held_out)], tokenizer_name="byte",
                            cache_dir=str(tmp_path / "cache")))
-        assert (f"{text} is in --train-data and in --val-data" in caplog.text) == told
+        assert (f"{text} (1 in all) is in --train-data and in --val-data" in caplog.text) == told
 
 
 def test_a_draft_is_locked_until_it_has_its_name(text, tmp_path, monkeypatch):

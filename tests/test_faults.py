@@ -225,7 +225,7 @@ def test_a_batch_without_a_loss_is_left_out_counted_and_resumed_over(trainer, ra
 
 def test_too_many_bad_steps_in_a_row_halt_and_name_the_samples(trainer):
     (trainer.folder / "planted.py").write_text(PLANTED.format(root=str(ROOT), every=1))
-    _, _, *rest = trainer.arguments(["--num-steps", 30, "--log-steps", 2, "--max-bad-steps", 4])
+    _, _, *rest = trainer.arguments(["--num-steps", 30, "--log-steps", 2, "--max-bad-steps", 4, "--eval-steps", 0])
     run = subprocess.run([sys.executable, "planted.py", *rest], cwd=trainer.folder, env=environment(),
                          capture_output=True, text=True)
     assert run.returncode == 1 and len(run.stderr.strip().splitlines()) == 1, run.stderr

@@ -167,6 +167,13 @@ def test_a_folder_that_is_full_costs_one_warning(trainer, tmp_path):
     assert run.code == 0 and run.rows[300] and "wandb_tools.py sync c.pt" in run.out, run.out
 
 
+def test_a_folder_that_may_not_be_written_is_left_for_that_of_the_checkpoint(trainer, tmp_path):
+    command = trainer.arguments(["--num-steps", 20, *WANDB, "--wandb-dir", "disk", "--wandb-log-checkpoints", "last"])
+    run = Run(on_small_disk("64k", 'mount -o remount,ro disk; "$@"', command, tmp_path), tmp_path, "c.pt")
+    (tracked,) = run_files(tmp_path)
+    assert run.code == 0 and tracked.rows and list(tracked.folder.rglob("*.pt")), run.out
+
+
 def test_without_the_package_training_goes_on(trainer, tmp_path):
     (tmp_path / "wandb").mkdir()  # a run folder of that name is importable, too
     (tmp_path / "sitecustomize.py").write_text(

@@ -171,13 +171,13 @@ def leave(folder, stem, run_id, rows, shared=False, label="rank-0", **more):
 def test_sync_says_of_a_run_what_it_was_and_not_where_it_is_sent_from(server, tool, tmp_path):
     """Finished once, resumed, killed; sent from a shell that is set up for another run."""
     leave(tmp_path, "c", "one", [{"event": "exit", "code": 0}, {"event": "config", "config": {"git_commit": "then"}},
-                                 {"loss": 2.0}])
+                                 {"loss": 2.0}], host="there", program="/there/train.py")
     code, out, err = tool("sync", "c.pt", WANDB_RUN_ID="today", WANDB_NAME="today", WANDB_TAGS="today",
-                          WANDB_NOTES="today", WANDB_SWEEP_ID="today")
+                          WANDB_NOTES="today", WANDB_SWEEP_ID="today", WANDB_DISABLE_GIT="")
     run = only_run(server)
     assert (code, err) == (0, "") and (run.state, run.exit_code) == ("failed", 137), out
     assert run.config == {"git_commit": "then"} and run.run_id == run.display_name == "one"
-    assert not run.tags and not run.notes and not run.sweep
+    assert not run.tags and not run.notes and not run.sweep and run.origin == ("there", "then", "/there/train.py")
     assert not run.events and not {"wandb-metadata.json", "output.log", "diff.patch"} & run.files.keys()
 
 
