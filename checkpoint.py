@@ -55,7 +55,7 @@ class CheckpointConfig:
             raise UserError(f"--checkpoint-path {self.checkpoint_path}: is a folder; name a file in it, "
                             f"such as {os.path.join(self.checkpoint_path, 'minigpt.pt')}")
         name = Path(self.checkpoint_path).name
-        if not re.fullmatch(r"(?s)(?!.*\.(prev|best|nonfinite|rank\d+|(step|upload)-[^.]*)\.pt$).+\.pt", name):
+        if not re.fullmatch(r"(?s)(?!.*\.(prev|best|nonfinite|rank\d+|(step|upload|best-of)-[^.]*)\.pt$).+\.pt", name):
             raise UserError(f"--checkpoint-path {self.checkpoint_path}: name a file NAME.pt, and not .best.pt, "
                             f".prev.pt, .nonfinite.pt, .step-N.pt, .rankN.pt or .upload-N.pt, which are names of a "
                             f"run's other files")
@@ -84,7 +84,7 @@ class CheckpointConfig:
         """Whether a run that resumes from that file goes on with the run of the checkpoint path, be it from an earlier
         of its files, or branches off."""
         file, path = map(Path, map(os.path.realpath, (resume_from, self.checkpoint_path)))
-        ours = re.escape(path.stem) + r"(\.(prev|best|nonfinite|step-\d+))?\.pt"
+        ours = re.escape(path.stem) + r"(\.(prev|best(-of-\d+)?|nonfinite|step-\d+))?\.pt"
         return file == path or file.parent == path.parent and bool(re.fullmatch(ours, file.name))
 
 

@@ -116,7 +116,7 @@ def _saved_config(path, cfg):
 def beside_run(path, suffix):
     """checkpoints/minigpt.best.pt, `.tokenizer` → checkpoints/minigpt.tokenizer"""
     path = Path(path)
-    return path.with_name(re.sub(r"\.(best|prev|nonfinite|step-\d+)$", "", path.stem) + suffix)
+    return path.with_name(re.sub(r"\.(best(-of-\d+)?|prev|nonfinite|step-\d+)$", "", path.stem) + suffix)
 
 
 def _source_config(source):

@@ -126,7 +126,7 @@ def find(word):
     if path.is_dir():
         raise UserError(f"{word}: is a folder; name a run{_known(path)}")
     stem = path.name.removesuffix(ROWS) if path.name.endswith(ROWS) else path.stem
-    for name in stem, re.sub(r"\.(best|prev|nonfinite|step-\d+)$", "", stem):
+    for name in stem, re.sub(r"\.(best(-of-\d+)?|prev|nonfinite|step-\d+)$", "", stem):
         if (rows := path.with_name(name + ROWS)).is_file():
             return rows
     raise UserError(f"{word}: there is no {path.with_name(stem + ROWS)}{_known(path.parent)}")

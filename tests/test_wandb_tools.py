@@ -186,7 +186,9 @@ def test_interrupted_it_ends_without_a_traceback(server, tool, tmp_path, command
     leave(tmp_path, "c", "one", [{"loss": 2.0}])
     server.fail("graphql", "hang")
     process = subprocess.Popen([*TOOLS, command, {"download": "p/one", "sync": "c.pt"}[command]], cwd=tmp_path,
-                               env=surroundings(server, tmp_path), stderr=subprocess.PIPE, text=True)
+                               env=surroundings(server, tmp_path), stderr=subprocess.PIPE, text=True,
+                               # A shell starts what is to run in its background with Ctrl-C ignored.
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     eventually(lambda: server.requests, 60)
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60)[1] == "" and process.returncode == 130
