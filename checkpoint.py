@@ -74,7 +74,7 @@ class CheckpointConfig:
         """The files beside the checkpoint path whose names go on with that regular expression, sorted."""
         stem = self.beside("").name
         return sorted(file for file in self.beside("").parent.glob(glob.escape(stem) + "*")
-                      if re.fullmatch(re.escape(stem) + pattern, file.name))
+                      if re.fullmatch(f"{re.escape(stem)}({pattern})", file.name))
 
     def numbered(self):
         """The checkpoints of --keep-last, oldest first."""
@@ -262,7 +262,7 @@ def begin(cfg, resume_from, state, eval_tokens):
         for file in (cfg.beside(".prev.pt"), cfg.beside(".nonfinite.pt")):
             file.unlink(missing_ok=True)
         if not goes_on:
-            for file in cfg.matching(r"\.wandb\.json|\.rank\d+\.(wandb\.json|metrics\.jsonl)"):
+            for file in cfg.matching(r"\.best-of-\d+\.pt|\.wandb\.json|\.rank\d+\.(wandb\.json|metrics\.jsonl)"):
                 file.unlink()
         for file in cfg.numbered():
             if not goes_on or int(file.stem.rpartition("-")[2]) > state.step:

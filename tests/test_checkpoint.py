@@ -201,6 +201,8 @@ def test_starting_over_leaves_nothing_of_the_old_run_in_force(tmp_path):
     cfg = config(tmp_path, keep_last=2, overwrite=True)
     for step in (900, 1000):
         save_run(cfg, whole(step), step, latest=True, best=True)
+    for name in ("c.best-of-64.pt", "c.wandb.json", "c.rank1.wandb.json", "c.rank1.metrics.jsonl"):
+        (tmp_path / name).touch()
     assert checkpoint.begin(cfg, None, State(), EVAL_TOKENS) == math.inf
     assert os.listdir(tmp_path) == []
     assert plan(config(tmp_path, resume="auto")) is None
