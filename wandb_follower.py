@@ -20,9 +20,8 @@ import time
 from pathlib import Path
 
 from processes import child_processes, only_one
-from wandb_runs import Job
+from wandb_runs import SOURCE, Job
 
-SOURCE = Path(__file__).resolve().parent
 POLL = 1.0  # seconds between two looks at the file; each takes time from a core that training may want
 LOST_CODE = 137  # told to W&B where the trainer has vanished without a word: as after a SIGKILL
 

@@ -169,12 +169,7 @@ def test_a_signal_saves_on_agreement_and_the_run_goes_on(trainer, signal_number)
 
 
 def test_a_signal_to_one_rank_alone_stops_them_all(trainer):
-    flags = ["--num-steps", 100000, "--log-steps", 10, "--eval-steps", 0, "--save-steps", 0]
-    process = subprocess.Popen(trainer.arguments(flags, ranks=2), cwd=trainer.folder, text=True, env=environment(),
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    for line in process.stdout:
-        if "step 30/" in line:
-            break
+    process = _at_step_30(trainer, "--save-steps", 0)
     os.kill(_rank_process(process.pid, 1), signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     step = int(re.search(r"stopped by SIGTERM at step (\d+), saved", out)[1])
@@ -183,12 +178,7 @@ def test_a_signal_to_one_rank_alone_stops_them_all(trainer):
 
 
 def test_a_rank_that_dies_takes_the_others_with_it(trainer):
-    flags = ["--num-steps", 100000, "--log-steps", 10, "--eval-steps", 0, "--save-steps", 20]
-    process = subprocess.Popen(trainer.arguments(flags, ranks=2), cwd=trainer.folder, text=True, env=environment(),
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    for line in process.stdout:
-        if "step 30/" in line:
-            break
+    process = _at_step_30(trainer, "--save-steps", 20)
     victim = _rank_process(process.pid, 1)
     begin = time.monotonic()
     subprocess.run(["kill", "-9", str(victim)], check=True)
@@ -196,6 +186,16 @@ def test_a_rank_that_dies_takes_the_others_with_it(trainer):
     assert process.wait(timeout=60) != 0
     assert time.monotonic() - begin < 45
     assert torch.load(trainer.folder / "c.pt", weights_only=True)["state"]["step"] >= 20
+
+
+def _at_step_30(trainer, *flags):
+    """torchrun of two ranks in the midst of a run without end."""
+    flags = ["--num-steps", 100000, "--log-steps", 10, "--eval-steps", 0, *flags]
+    process = subprocess.Popen(trainer.arguments(flags, ranks=2), cwd=trainer.folder, text=True, env=environment(),
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while "step 30/" not in (line := process.stdout.readline()):
+        assert line, "it has ended"
+    return process
 
 
 def _rank_process(parent, rank):
