@@ -250,7 +250,8 @@ def main():
                                 f"window of --seq-len {seq_len} + 1; give more text, or --stride {seq_len}, which "
                                 f"takes shorter ones, too")
         precision = hardware.choose_precision(speed, device)
-        found = evaluate_text(model.to(device), shards, bytes_per_token, cfg, seq_len, precision, device)
+        with hardware.enough_memory("lower --batch-size, or take --device cpu"):
+            found = evaluate_text(model.to(device), shards, bytes_per_token, cfg, seq_len, precision, device)
     found |= {"checkpoint": cfg.checkpoint_path, "step": saved["state"]["step"]}
     print(json.dumps(without_infinity(found)) if cfg.json else report(found))
 

@@ -248,7 +248,8 @@ def main():
         sys.stdout.reconfigure(errors="replace")
         model, tokenizer, eos, _ = load_run(cfg.checkpoint_path)
         began = time.perf_counter()
-        n_tokens = write_texts(model.to(device), tokenizer, eos, cfg, sys.stdout)
+        with hardware.enough_memory("lower --batch-size, or take --device cpu"):
+            n_tokens = write_texts(model.to(device), tokenizer, eos, cfg, sys.stdout)
         seconds = time.perf_counter() - began
         print(f"{n_tokens:,} tokens in {seconds:.2f} s: {n_tokens / seconds:,.0f} tokens/s on {device.type}",
               file=sys.stderr)

@@ -219,13 +219,23 @@ class Stopwatch:
         return seconds
 
 
-def out_of_memory(error):
+def out_of_memory(error, advice="lower --batch-size and raise --grad-accum-steps, or --use-activation-checkpoint"):
     """What to say of an error that is for want of memory; None for another."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
         what = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        return (f"out of memory: {what}; lower --batch-size and raise --grad-accum-steps, or "
-                f"--use-activation-checkpoint")
+        return f"out of memory: {what}; {advice}"
     return None
+
+
+@contextlib.contextmanager
+def enough_memory(advice):
+    """Makes want of memory in here the user's to mend, by `advice`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if said := out_of_memory(error, advice):
+            raise UserError(said) from None
+        raise
 
 
 def explained(error):

@@ -61,7 +61,6 @@ class World:
     size = local_size = 1
     managers = 0  # processes above this one that it is to end with
     is_main = True  # global rank 0: the one that logs and saves
-    rehearses = False  # whether something settles in a forward and backward pass that steps then go by
     saving = contextlib.nullcontext()  # held while a checkpoint is written
 
     def __init__(self, cfg):
@@ -225,12 +224,13 @@ def train(cfg, world):
         corpus.export_tokenizer(cfg.checkpoint.beside(".tokenizer"))
         return checkpoint.begin(cfg.checkpoint, resume_from, state, cfg.report.eval_tokens)
 
-    if world.rehearses or cfg.checkpoint.overwrite:  # nothing is replaced before a step is known to fit
-        held = torch.empty(0 if state.step else state_bytes(optimizer), dtype=torch.uint8, device=world.device)
-        forward_backward(accum - 1)
-        optimizer.zero_grad(set_to_none=True)
-        world.sum([len(held)])  # every rank has come so far
-        del held
+    # A first pass that counts for nothing, with room held for the optimizer's moments: what does not fit or compile is
+    # found before anything is written. It is also where DDP rebuilds its buckets, which changes the order of its sums.
+    held = torch.empty(0 if state.step else state_bytes(optimizer), dtype=torch.uint8, device=world.device)
+    forward_backward(accum - 1)
+    optimizer.zero_grad(set_to_none=True)
+    world.sum([len(held)])  # every rank has come so far
+    del held
     state.best_val = world.from_main(begin)
 
     facts = config | corpus.facts | dict(n_params=raw.num_params(), accum_steps=accum)

@@ -21,7 +21,6 @@ from train import World, main
 
 class DDPWorld(World):
     managers = 1  # torchrun
-    rehearses = True  # DDP then lays its buckets out anew: with three ranks or more, sums have other last bits
     pulse = NoPulse()  # of the class: an error may come before there is a world
 
     def __init__(self, cfg):

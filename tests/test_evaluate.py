@@ -36,6 +36,15 @@ def evaluate(folder, *flags):
     return json.loads(shown(main, folder, "--checkpoint-path", "c.pt", "--precision", "fp32", "--json", *flags))
 
 
+def test_want_of_memory_is_one_line(run_folder, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 TiB")
+
+    monkeypatch.setattr("evaluate.token_nats", full)
+    monkeypatch.chdir(run_folder)
+    assert "2 TiB; lower --batch-size" in refused(main, ["--checkpoint-path", "c.pt"], monkeypatch, capsys)
+
+
 def encoded(folder, name):
     """The ids of a text as training has them: its documents, each with an end-of-text token after it."""
     _, tokenizer, eos, _ = load_run(folder / "c.pt")
