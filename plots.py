@@ -51,18 +51,28 @@ PANELS = [
 
 def panels_of(runs, sources, x="step"):
     """The panels for which a run has values over `x`; each of the validation `sources` has its own."""
-    own = [Panel("val_" + "".join(c if c.isalnum() else "_" for c in source), f"Validation loss: {source}",
-                 "nats per token", points=f"val/loss/{source}") for source in sources]
+    names = ["val_" + "".join(c if c.isalnum() else "_" for c in source) for source in sources]
+    own = [Panel(name if names.count(name) == 1 else f"{name}_{i}", f"Validation loss: {source}", "nats per token",
+                 points=f"val/loss/{source}") for i, (name, source) in enumerate(zip(names, sources, strict=True))]
     return [panel for panel in PANELS + own
             if any(run.series(metric, x)[0] for run in runs for metric in panel.metrics())]
 
 
-def short(value, like=None):
+def short(value, like=None, digits=3):
     """12,345,678 → 12.3M: for tables, and for ticks, where the greatest, `like`, has the unit for all."""
     for bound, unit, sign in (1e12, 1e12, "T"), (1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k"):
-        if value and abs(like or value) >= bound:
-            return f"{value / unit:.3g}{sign}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+        if value and abs(like or value) >= 0.9995 * bound:  # what rounds to the bound is written as it
+            return f"{value / unit:.{digits}g}{sign}"
+    return f"{value:,.{max(0, digits - 4)}f}" if abs(value) >= 999.5 else f"{value:.{digits}g}"
+
+
+def ticks(values, like=None):
+    """Labels of an axis: `short`, with as many digits as tell them apart."""
+    for digits in range(3, 10):
+        labels = [short(value, like, digits) for value in values]
+        if len(set(labels)) == len(set(values)):
+            break
+    return labels
 
 
 def smoothed(values, window):
@@ -200,7 +210,9 @@ def _axes(ax, panel, runs, label):
         ax.set_ylim(0, 1.1 * max(values))
     ax.margins(x=0.015)
     for direction, greatest in (ax.xaxis, ax.get_xlim()[1]), (ax.yaxis, 0 if panel.is_log(values) else max(values)):
-        direction.set_major_formatter(FuncFormatter(lambda value, _, like=greatest: short(value, like)))
+        formatter = FuncFormatter(lambda value, _, like=greatest: short(value, like))
+        formatter.format_ticks = lambda values, like=greatest: ticks(values, like)  # of all at once
+        direction.set_major_formatter(formatter)
 
 
 def terminal_plot(panel, runs, x="step", smooth=0, width=80, height=12, color=False):
@@ -219,8 +231,8 @@ def terminal_plot(panel, runs, x="step", smooth=0, width=80, height=12, color=Fa
     log = panel.is_log(values)
     left, right = min(xs[0] for *_, xs, _ in curves), max(xs[-1] for *_, xs, _ in curves)
     bottom, top = 0 if panel.from_zero else min(values), max(values)
-    ticks = {0: short(top), height - 1: short(bottom)}
-    margin = max(map(len, ticks.values())) + 2
+    edges = dict(zip((0, height - 1), ticks((top, bottom)), strict=True))
+    margin = max(map(len, edges.values())) + 2
     columns = width - margin
 
     def place(at, value):
@@ -238,7 +250,7 @@ def terminal_plot(panel, runs, x="step", smooth=0, width=80, height=12, color=Fa
     key = f"   {'⠒ ' + panel.line_label if panel.line else ''}{'   ● validation' if panel.points else ''}"
     out = [f"{panel.title} ({panel.unit})" + (key if len(runs) == 1 and panel.line and panel.points else "")]
     for row, text in enumerate(canvas.rows(color)):
-        out.append(f"{ticks.get(row, ''):>{margin - 2}} {'┤' if row in ticks else '│'}{text}")
+        out.append(f"{edges.get(row, ''):>{margin - 2}} {'┤' if row in edges else '│'}{text}")
     ends = f"{short(left):<{max(0, columns - len(label)) // 2}}{label}"
     return [*out, f"{'':{margin - 1}}└{'─' * columns}",
             f"{'':{margin}}{ends}{short(right):>{max(0, columns - len(ends))}}"]

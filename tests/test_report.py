@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, environment
 
 import report
-from plots import PANELS, figure, panels_of, smoothed
+from plots import PANELS, figure, panels_of, short, smoothed, ticks
 
 NASTY = "Once <script>alert('x')</script> & <img src=http://example.com/x.png>\n\x1b[31m```red \ud83d"
 
@@ -217,3 +217,18 @@ def test_smoothing_keeps_a_line_and_averages_noise():
     assert smoothed(line, 5) == pytest.approx(line) and smoothed([4.0], 5) == [4.0]
     assert smoothed([0.0, 3, 0, 3, 0, 3, 0], 3)[1:-1] == pytest.approx([1, 2, 1, 2, 1])
     assert min(smoothed([1.0, 1, 1, 900, 1, 1], 5)) >= 1  # or it had no place on a log scale
+
+
+def test_labels_tell_ticks_apart():
+    assert [short(value) for value in (999.7, 9_999.7, 999_960_000, 0, -1234)] == ["1,000", "10k", "1B", "0", "-1,234"]
+    assert ticks([2.0012, 2.0014]) == ["2.0012", "2.0014"] and ticks([12_000, 12_010], 12_010) == ["12k", "12.01k"]
+    assert ticks([0, 20_000, 40_000], 40_000) == ["0", "20k", "40k"] and ticks([5, 5]) == ["5", "5"]
+
+
+def test_validation_sets_of_like_names_have_panels_of_their_own():
+    class Run:
+        def series(self, metric, x):
+            return ([1], [2.0]) if metric.startswith("val/loss/") else ([], [])
+
+    assert [panel.name for panel in panels_of([Run()], ["a-b.txt", "a.b.txt", "c"])] == [
+        "val_a_b_txt_0", "val_a_b_txt_1", "val_c"]
