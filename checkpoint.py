@@ -1,4 +1,4 @@
-"""A run's checkpoints: which file it goes on from, what it saves when, and one behind the newest kept.
+"""A run's checkpoints: which file it resumes from, what it saves when, and the previous one kept as a fallback.
 
 `--checkpoint-path checkpoints/minigpt.pt` names the newest. Beside it, with the same stem, lie `.prev.pt` (the one
 before), `.best.pt` (least validation loss), `.step-N.pt` (with `--keep-last`), and the run's log and metrics.
@@ -28,7 +28,7 @@ from processes import lock_until_exit, only_one
 FORMAT = 1
 SUFFIXES = (".prev.pt", ".best.pt", ".nonfinite.pt", ".log", ".metrics.jsonl", ".config.toml", ".tokenizer",
             ".tensorboard", ".trace.json", ".wandb.json")
-PATIENCE = 180  # seconds that a run which resumes waits for the one before, which may still be saving, or its node gone
+PATIENCE = 180  # seconds --resume waits for the lock of the run before: it may still be saving, or its node gone
 
 log = logging.getLogger("mini_llm")
 
@@ -39,18 +39,18 @@ class CheckpointConfig:
 
     checkpoint_path: str = arg("checkpoints/minigpt.pt", "the newest checkpoint; log and metrics lie beside it",
                                metavar="FILE.pt")
-    resume: str = arg("", "go on from the checkpoint path; auto: if it is there, else start; or from another FILE",
+    resume: str = arg("", "resume from the checkpoint path; auto: if it is there, else start; FILE: from that",
                       const="latest", metavar="auto|FILE", empty=False)
     overwrite: bool = arg(False, "start over where a checkpoint is")
-    save_steps: int = arg(250, "steps between checkpoints; 0: only the last step's", low=0)
-    keep_last: int = arg(0, "checkpoints to keep, the newest among them, also as FILE.step-N.pt", low=0)
+    save_steps: int = arg(250, "steps between checkpoints; 0: only the last step's", ge=0)
+    keep_last: int = arg(0, "how many of the newest checkpoints to keep as FILE.step-N.pt, too; 0: none", ge=0)
     async_save: bool = arg(False, "write checkpoints from a copy in the CPU's memory while training goes on")
-    time_limit: float = arg(0.0, "minutes after which the run saves and leaves, with exit code 142; 0: none", low=0,
-                            high=10**7)
+    time_limit: float = arg(0.0, "minutes after which the run saves and leaves, with exit code 142; 0: none", ge=0,
+                            le=10**7)
 
     def validate(self):
         if self.overwrite and self.resume in ("latest", "auto"):
-            raise UserError("--resume goes on from the checkpoint that --overwrite gives up: leave one of them out")
+            raise UserError("--resume continues the checkpoint that --overwrite discards: give only one of them")
         if os.path.isdir(self.checkpoint_path) or not Path(self.checkpoint_path).stem:
             raise UserError(f"--checkpoint-path {self.checkpoint_path}: is a folder; name a file in it, "
                             f"such as {os.path.join(self.checkpoint_path, 'minigpt.pt')}")
@@ -81,8 +81,8 @@ class CheckpointConfig:
         return self.matching(r"\.step-\d+\.pt")
 
     def continues(self, resume_from):
-        """Whether a run that resumes from that file goes on with the run of the checkpoint path, be it from an earlier
-        of its files, or branches off."""
+        """Whether resuming from that file continues the run at the checkpoint path (the file is one of its own) or
+        branches off from it."""
         file, path = map(Path, map(os.path.realpath, (resume_from, self.checkpoint_path)))
         ours = re.escape(path.stem) + r"(\.(prev|best(-of-\d+)?|nonfinite|step-\d+))?\.pt"
         return file == path or file.parent == path.parent and bool(re.fullmatch(ours, file.name))
@@ -141,8 +141,8 @@ def plan(cfg):
     if not os.path.isfile(cfg.resume):
         raise UserError(f"--resume {cfg.resume}: no such file; --resume alone takes {path}")
     if known and not cfg.overwrite and not os.path.samefile(cfg.resume, known[0]):
-        raise UserError(f"--resume {cfg.resume}: {path} is there too; --overwrite rolls back to the file named, "
-                        f"another --checkpoint-path branches off from it")
+        raise UserError(f"--resume {cfg.resume}: {path} exists, too; --overwrite rolls it back to that file, "
+                        f"a new --checkpoint-path branches off")
     return Path(cfg.resume)
 
 
@@ -242,10 +242,10 @@ def apply(payload, parts, continues):
 
 
 def begin(cfg, resume_from, state, eval_tokens):
-    """Before the first step. With --overwrite, what is left of the run that is replaced must not be taken for this
-    one's own; a run that rolls back to `resume_from` has that as its newest checkpoint from the start. Returns the
-    least validation loss so far: that of a file, so infinity where there is no `.best.pt`, or its loss is over other
-    than `eval_tokens`. It may be a newer one than the checkpoint: then what is to be beaten is its loss."""
+    """Clears what a replaced run has left, before the first step: its log and metrics unless this run continues it,
+    with --overwrite also its checkpoints; a rollback makes `resume_from` the newest at once. Returns the validation
+    loss to beat: that of `.best.pt`, which may be newer than the checkpoint resumed from; infinity where there is none
+    or it was measured over other than `eval_tokens`."""
     path, best = Path(cfg.checkpoint_path), cfg.beside(".best.pt")
     goes_on = resume_from is not None and cfg.continues(resume_from)
     if not goes_on:  # what is there is the history of another run, also where that one never came to a checkpoint
@@ -272,7 +272,7 @@ def begin(cfg, resume_from, state, eval_tokens):
     saved = _saved(best)
     if (of := saved["config"].get("eval_tokens", eval_tokens)) != eval_tokens:
         link(best, kept := cfg.beside(f".best-of-{of}.pt"))
-        log.info("the least loss so far is over --eval-tokens %d, and not compared; its weights stay in %s", of, kept)
+        log.info("the best loss so far is over --eval-tokens %d: not comparable; its weights stay in %s", of, kept)
         return math.inf
     return saved["state"].get("best_val", state.best_val)
 
@@ -301,9 +301,9 @@ def save_nonfinite(cfg, payload):
     path = cfg.beside(".nonfinite.pt")
     try:
         save(path, payload)
-        kept = f"the weights before are in {path}"
+        kept = f"the weights, which these steps left unchanged, are in {path}"
     except OSError as error:
-        kept = f"the weights before could not be saved ({error.strerror})"
+        kept = f"the weights could not be saved ({error.strerror})"
     if not any(cfg.beside(suffix).exists() for suffix in (".pt", ".prev.pt", ".best.pt")):
         return f"{kept}, and there is no checkpoint yet: start again with a lower --lr"
     return f"{kept}, and --resume with a lower --lr goes on from the last checkpoint"
@@ -363,22 +363,22 @@ class Saver:
         """`state` is the run's own; `written(path, state, best)` is called for each file, on the main rank."""
         self.cfg, self.world, self.state, self.written = cfg, world, state, written
         self.pool, self.copies = ThreadPoolExecutor(1, "save"), []
-        self.future = self.under_way = None  # the latter on every rank: (step, least loss before) of what is written
+        self.future = self.under_way = None  # under_way, on every rank: (step, best_val before) of the save in progress
 
     def save(self, payload, latest, best, last):
         """Save what `payload()` returns; `best`: its validation loss is the least so far. A save that fails is logged,
         and the next one is another try; of the `last` one NotSaved is raised."""
-        self.settle()
+        self.conclude()
         before = self.state.best_val
         if best:
             self.state.best_val = self.state.val_loss
         now, self.under_way = payload(), (self.state.step, before)
         self.world.from_main(lambda: self._begin(now, latest, best))
         if last or not self.cfg.async_save:
-            self.settle(last=last)
+            self.conclude(last=last)
 
-    def settle(self, wait=True, last=False):
-        """See to the save under way: report the file, or that there is none."""
+    def conclude(self, wait=True, last=False):
+        """Conclude the save in progress, if it is done or after a `wait`: report its file, or its failure."""
         if not self.under_way:
             return
         try:

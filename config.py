@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import math
+import operator
 import os
 import sys
 import tomllib
@@ -18,12 +19,8 @@ import types
 import typing
 from pathlib import Path
 
-BOUNDS = {
-    "above": (lambda value, bound: value > bound, "greater than"),
-    "low": (lambda value, bound: value >= bound, "at least"),
-    "below": (lambda value, bound: value < bound, "less than"),
-    "high": (lambda value, bound: value <= bound, "at most"),
-}
+BOUNDS = {"gt": (operator.gt, "greater than"), "ge": (operator.ge, "at least"),
+          "lt": (operator.lt, "less than"), "le": (operator.le, "at most")}
 
 
 class UserError(Exception):
@@ -51,7 +48,7 @@ def needed_packages():
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Around a command's main: what is the user's to mend is one line on stderr, and exit code 2."""
+    """Around a command's main: a user's mistake is one line on stderr and exit code 2."""
     try:
         with needed_packages():
             yield
@@ -65,8 +62,8 @@ def one_line_errors():
 def arg(default, help, *, choices=(), const=None, metavar=None, empty=True, **bounds):
     """A dataclass field that is also a flag.
 
-    `bounds` are any of above, low, below, high. `const` is the value of a flag given without one (`--resume`). Without
-    `empty`, an empty text is refused: of a shell's variable that is not set, say.
+    `bounds`: any of gt, ge, lt, le. `const`: the value of a flag given without one (`--resume`). With `empty=False` an
+    empty string is refused, such as an unset shell variable gives.
     """
     assert bounds.keys() <= BOUNDS.keys(), bounds
     metadata = dict(help=help, choices=choices, const=const, metavar=metavar, empty=empty, bounds=bounds)
@@ -147,7 +144,7 @@ def to_toml(config, without=()):
 
 
 def without_infinity(record):
-    """A value as JSON can have it: null where a number, in whatever list or dict, is infinite or NaN."""
+    """`record` with None (JSON's null) in place of every infinite or NaN float, at any depth."""
     if isinstance(record, dict):
         return {name: without_infinity(value) for name, value in record.items()}
     if isinstance(record, list):
@@ -233,7 +230,7 @@ def _coerce(label, declared, value):
     if typing.get_origin(kind) is list:
         items = value if isinstance(value, list) else [value]
         if wrong := [item for item in items if not _is_text(item)]:
-            raise UserError(f"{label} {wrong[0]!r}: expected texts, in UTF-8")
+            raise UserError(f"{label} {wrong[0]!r}: expected UTF-8 text")
         return items
     if base in (int, float) and not isinstance(value, bool) and isinstance(value, (str, int, float)):
         try:
@@ -252,7 +249,7 @@ def _coerce(label, declared, value):
     if not isinstance(value, base) or (isinstance(value, bool) and base is not bool):
         raise UserError(f"{label} {value!r}: expected {base.__name__}{_example(field)}")
     if base is str and not _is_text(value):
-        raise UserError(f"{label} {value!r}: not UTF-8 text, or with a NUL in it")
+        raise UserError(f"{label} {value!r}: not UTF-8 text, or it contains a NUL")
     if value == "" and not meta["empty"]:
         raise UserError(f"{label} '': is empty; name a file, or leave it out")
     if meta["choices"] and value not in meta["choices"]:

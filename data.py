@@ -53,13 +53,13 @@ class DataConfig:
     val_data: list[str] = arg([], "text to validate on; several also get a loss each; nothing: a share of the "
                                   "training text", metavar="PATH")
     val_ratio: float = arg(0.1, "share of the training text kept for validation where there is no --val-data",
-                           above=0, below=1)
+                           gt=0, lt=1)
     tokenizer_name: str = arg("bpe", "bpe (trained on the text), byte, char, or a Hugging Face tokenizer's name or "
                                      "folder, such as gpt2", metavar="NAME")
-    seq_len: int = arg(256, "tokens in a training sequence", low=1)
+    seq_len: int = arg(256, "tokens in a training sequence", ge=1)
     use_toy_data: bool = arg(False, "train on a Markov chain whose entropy is known, and so the best possible loss")
-    max_tokens: int = arg(0, "train on the first so many tokens only; 0: all", low=0)
-    data_seed: int = arg(1337, "seed of the order of the samples and of the choice of validation documents", low=0)
+    max_tokens: int = arg(0, "train on the first so many tokens only; 0: all", ge=0)
+    data_seed: int = arg(1337, "seed of the order of the samples and of the choice of validation documents", ge=0)
     cache_dir: str = arg("data/cache", "where token shards are kept", metavar="DIR")
 
     def validate(self):
@@ -76,9 +76,9 @@ class DataConfig:
 class BatchConfig:
     """Batch"""
 
-    batch_size: int = arg(8, "sequences in one micro-batch of one rank", low=1)
-    grad_accum_steps: int = arg(1, "micro-batches in one optimizer step", low=1)
-    global_batch_tokens: int = arg(0, "tokens in one step of all ranks, from which --grad-accum-steps follows", low=0)
+    batch_size: int = arg(8, "sequences in one micro-batch of one rank", ge=1)
+    grad_accum_steps: int = arg(1, "micro-batches in one optimizer step", ge=1)
+    global_batch_tokens: int = arg(0, "tokens in one step of all ranks, from which --grad-accum-steps follows", ge=0)
     dry_run: bool = arg(False, "say what would be trained and how large it is, take one step, write nothing")
 
     def accum_steps(self, world_size, seq_len):
@@ -106,7 +106,7 @@ def prepare(cfg, vocab_size=0, writes=True, scratch=None):
     """
     if cfg.is_shards:
         theirs = read_meta(Path(cfg.train_data[0]))["tokenizer"]
-        if cfg.val_data or cfg.max_tokens or cfg.tokenizer_name not in (*OWN, theirs):
+        if cfg.val_data or cfg.max_tokens or cfg.tokenizer_name not in ("bpe", theirs):
             raise UserError(f"--train-data {cfg.train_data[0]}: token shards are trained on as they are; leave out "
                             f"--val-data, --max-tokens and --tokenizer-name")
         return Path(cfg.train_data[0])
@@ -144,7 +144,7 @@ def prepare(cfg, vocab_size=0, writes=True, scratch=None):
             if draft is not None:
                 _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources)
                 os.replace(draft, folder)
-                (folder / ".lock").unlink()  # not before: who comes then would take the draft for a killed writer's
+                (folder / ".lock").unlink()  # after the rename: else another process could lock and empty the draft
     return folder
 
 
@@ -199,7 +199,7 @@ def _lock(fd):
 
 
 def _wait(blocked, draft):
-    """Until not `blocked()`, as long as something happens in `draft`. Raises UserError where nothing does for long."""
+    """Waits while `blocked()`. Raises UserError if nothing in `draft` changes for PREPARE_PATIENCE seconds."""
     begun, told = time.time(), False
     while blocked():
         if not told and time.time() - begun > 1:
@@ -247,7 +247,7 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
         tokenizer = _trained_tokenizer(cfg.tokenizer_name, stream(), vocab_size)
     eos = save_tokenizer(tokenizer, draft / "tokenizer", cfg.tokenizer_name)
     if eos is None:
-        log.warning("the tokenizer %s names no end-of-text token: documents follow each other with nothing between",
+        log.warning("the tokenizer %s has no end-of-text token: documents are concatenated without a separator",
                     cfg.tokenizer_name)
     size = tokenizer.get_vocab_size(with_added_tokens=True)
     identity = hashlib.blake2b(tokenizer.to_str().encode(), digest_size=32).digest()
@@ -287,8 +287,8 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
     for where, split, count in [("--train-data", "train", writers["train"].count), *found]:
         if count < cfg.seq_len + 1:
             raise UserError(f"{where}: {count:,} {split} tokens are fewer than one sequence of --seq-len "
-                            f"{cfg.seq_len} + 1; give more text, a smaller --seq-len, a larger --val-ratio, or another "
-                            f"--val-data")
+                            f"{cfg.seq_len} + 1; give more text, a smaller --seq-len, a larger --val-ratio, "
+                            f"{'or a larger --max-tokens' if cfg.max_tokens else 'or another --val-data'}")
     seconds = time.perf_counter() - started
     tokens = sum(writer.count for writer in writers.values())
     log.info("tokenized %.1f MB into %s tokens in %.1f s (%.1f MB/s)", sum(n_bytes.values()) / 1e6, f"{tokens:,}",
@@ -305,7 +305,7 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
 
 
 def _trained_tokenizer(name, stream, vocab_size):
-    """On the training text, as far as BPE_SAMPLE; a char tokenizer knows the characters of all text."""
+    """bpe: trained on BPE_SAMPLE characters of the training text; char: on all text, validation too."""
     began, texts = time.perf_counter(), (piece.text for piece in stream if piece.split == "train" or name == "char")
     tokenizer = train_tokenizer(name, _first_characters(texts, BPE_SAMPLE) if name == "bpe" else texts,
                                 vocab_size or 4096)
@@ -352,8 +352,8 @@ class Corpus:
         self.facts = {f"corpus_{name}": self.meta[name] for name in ("tokens", "tokenizer")} | dict(corpus=str(folder))
         self.train, self.val = (Shard(self.folder / f"{split}.bin") for split in ("train", "val"))
         if checks:
-            self.train.require(self.meta, "train")
-            self.val.require(self.meta, "val")
+            self.train.verify(self.meta, "train")
+            self.val.verify(self.meta, "val")
         self.vocab_size, self.eos, self.fingerprint = self.train.vocab_size, self.train.eos, self.meta["fingerprint"]
         self.val_sources = {name: Shard(self.val.path, *span) for name, span in self.meta["val_sources"].items()}
         self.n_windows = self.train.windows(self.seq_len)

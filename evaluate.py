@@ -24,7 +24,7 @@ from shards import Shard, ShardWriter, read_meta
 from text import find_sources, pieces, require_hub, source_names
 from tokenizer import as_encoded, known_characters
 
-FEW = 20  # documents: with fewer, the confidence interval takes windows for what is independent
+MIN_DOCUMENTS = 20  # with fewer, the confidence interval clusters by window, not by document
 
 
 def token_nats(model, x, y, precision, device):
@@ -67,13 +67,13 @@ class EvaluateConfig:
     data: list[str] = arg([], "text: whatever --train-data takes, several with a loss each, or a folder of token "
                               "shards, for its validation set; nothing: the run's own, if its --cache-dir is there",
                           metavar="PATH")
-    seq_len: int = arg(0, "tokens in a window; 0: the run's --seq-len", low=0)
+    seq_len: int = arg(0, "tokens in a window; 0: the run's --seq-len", ge=0)
     stride: int = arg(0, "tokens between windows that overlap: each token but the first is predicted from at least "
                          "--seq-len - --stride before it, if there are; 0: windows that do not overlap, as in training",
-                      low=0)
+                      ge=0)
     eval_tokens: int = arg(0, "take windows of so many tokens, spread evenly, as a run's --eval-tokens does; 0: all",
-                           low=0)
-    batch_size: int = arg(8, "windows computed at once", low=1)
+                           ge=0)
+    batch_size: int = arg(8, "windows computed at once", ge=1)
     precision: str = arg("auto", "auto: as in training, bf16 where the device does it fast",
                          choices=("auto", "fp32", "bf16", "fp16"))
     device: str = arg("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cuda", "cpu", "mps"))
@@ -112,7 +112,7 @@ def open_data(paths, tokenizer, eos, saved, folder):
         if meta["tokenizer_hash"][:16] != saved["identity"]["the tokenizer"]:
             raise UserError(f"--data {paths[0]}: shards of another tokenizer than the checkpoint's; give the "
                             f"text itself")
-        Shard(shard).require(meta, "val")
+        Shard(shard).verify(meta, "val")
         return ({name: Shard(shard, *span) for name, span in meta["val_sources"].items()},
                 meta["bytes"]["val"] / meta["tokens"]["val"])
     sources, n_bytes, shards = find_sources(paths, "--data"), 0, {}
@@ -207,9 +207,9 @@ def evaluate_text(model, shards, bytes_per_token, cfg, seq_len, precision, devic
         n_tokens[name] += int(counted.sum())
         targets = firsts[:, None] + 1 + np.arange(y.shape[1])  # (B, T) positions
         documents.add(order[name] + np.searchsorted(starts[name], targets, side="right"), losses, counted)
-        if len(documents.sums) < FEW:  # else they are not asked for, and there may be millions
+        if len(documents.sums) < MIN_DOCUMENTS:  # else they are not asked for, and there may be millions
             windows.add(order[name] + np.broadcast_to(firsts[:, None], y.shape), losses, counted)
-    kind, clusters = ("documents", documents) if len(documents.sums) >= FEW else ("windows", windows)
+    kind, clusters = ("documents", documents) if len(documents.sums) >= MIN_DOCUMENTS else ("windows", windows)
     return figures(sum(nats.values()), sum(n_tokens.values()), bytes_per_token) | {
         "ci95": clusters.interval(), "clusters": f"{len(clusters.sums)} {kind}", "tokens": sum(n_tokens.values()),
         "seq_len": seq_len, "stride": cfg.stride, "precision": precision.name,
@@ -246,7 +246,8 @@ def main():
             raise UserError(f"{error.filename or folder}: {error.strerror}; make room there, or set TMPDIR") from None
         for name, shard in shards.items():
             if shard.count < (2 if cfg.stride else seq_len + 1):
-                raise UserError(f"--data {name or ' '.join(cfg.data)}: {shard.count} tokens are fewer than one "
+                where = f"--data {name or ' '.join(cfg.data)}" if cfg.data else "the run's own validation set"
+                raise UserError(f"{where}: {shard.count} tokens are fewer than one "
                                 f"window of --seq-len {seq_len} + 1; give more text, or --stride {seq_len}, which "
                                 f"takes shorter ones, too")
         precision = hardware.choose_precision(speed, device)

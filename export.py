@@ -3,6 +3,7 @@
 The folder loads with `transformers.AutoModelForCausalLM.from_pretrained(DIR)`, with nothing of ours installed.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -68,10 +69,11 @@ def export(path, output, dtype="float32"):
         twin.to(getattr(torch, dtype)).save_pretrained(output)
         for file in filter(Path.is_file, tokenizer.iterdir()):
             shutil.copy(file, output)
-        _complete_tokenizer(Path(output) / "tokenizer_config.json", model.cfg.max_position_embeddings)
+        try:
+            _complete_tokenizer(Path(output) / "tokenizer_config.json", model.cfg.max_position_embeddings)
+        except ValueError as error:
+            raise UserError(f"{tokenizer}: tokenizer_config.json is damaged: {error}") from None
         (Path(output) / "README.md").write_text(model_card(path, model, saved, n_tokens, dtype))
-    except ValueError as error:
-        raise UserError(f"{tokenizer}: tokenizer_config.json is damaged: {error}") from None
     except OSError as error:
         raise UserError(f"--output {output}: {error.strerror or error}; name a folder that can be written") from None
 
@@ -150,9 +152,13 @@ def _wandb_link(path):
     memory, log = beside_run(path, ".wandb.json"), beside_run(path, ".log")
     if not memory.exists():
         return ""
-    found = re.findall(r"wandb.*: run .+ at (https?://\S+)", log.read_text() if log.exists() else "")
-    run = json.loads(memory.read_text())["init"]
-    return found[-1] if found else f"run {run['id']} of project {run['project']}"
+    lines = log.read_text("utf-8", errors="replace") if log.exists() else ""
+    if found := re.findall(r"wandb.*: run .+ at (https?://\S+)", lines):
+        return found[-1]
+    with contextlib.suppress(ValueError, KeyError):  # damaged
+        run = read_json(memory)["init"]
+        return f"run {run['id']} of project {run['project']}"
+    return ""
 
 
 @one_line_errors()

@@ -19,25 +19,25 @@ from pretrained import load_run
 from tokenizer import open_tokenizer
 
 RULE = "-" * 15  # between two texts
-COLD = 1e-6  # a temperature by which logits cannot be divided
+COLD = 1e-6  # below this temperature decoding is greedy: dividing logits by it would overflow
 
 
 @dataclass
 class GenerateConfig:
     """Generate"""
 
-    checkpoint_path: str = arg("checkpoints/minigpt.pt", "the checkpoint that writes", metavar="FILE.pt")
+    checkpoint_path: str = arg("checkpoints/minigpt.pt", "the checkpoint to generate with", metavar="FILE.pt")
     prompt: list[str] = arg([], "texts to continue, which may be empty; none: one empty text")
     prompt_file: str = arg("", "more texts to continue, one a line; -: standard input", metavar="FILE|-")
-    num_samples: int = arg(1, "continuations of each prompt", low=1, high=10**6)
-    max_new_tokens: int = arg(256, "tokens of a continuation, at most; the end-of-text token ends it sooner", low=1,
-                              high=10**7)
-    temperature: float = arg(0.8, "below 1: likelier tokens more often; 0: always the likeliest", low=0)
-    top_k: int = arg(50, "choose among the so many likeliest tokens; 0: among all", low=0)
-    top_p: float = arg(1.0, "choose among the fewest tokens whose probability reaches this", low=1e-6, high=1)
-    seed: int = arg(1337, "of the choices; each continuation's are its own, whatever is generated beside it", low=0)
+    num_samples: int = arg(1, "continuations of each prompt", ge=1, le=10**6)
+    max_new_tokens: int = arg(256, "tokens of a continuation, at most; the end-of-text token ends it sooner", ge=1,
+                              le=10**7)
+    temperature: float = arg(0.8, "below 1: likelier tokens more often; 0: always the likeliest", ge=0)
+    top_k: int = arg(50, "sample from this many likeliest tokens; 0: from all", ge=0)
+    top_p: float = arg(1.0, "nucleus: sample from the fewest tokens whose probability reaches this", ge=1e-6, le=1)
+    seed: int = arg(1337, "seed; each continuation has its own stream, whatever is generated beside it", ge=0)
     stop: list[str] = arg([], "texts that end a continuation, and are left out of it")
-    batch_size: int = arg(32, "continuations computed at once, at most", low=1)
+    batch_size: int = arg(32, "continuations computed at once, at most", ge=1)
     device: str = arg("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cuda", "cpu", "mps"))
 
     def validate(self):
@@ -236,7 +236,7 @@ def sample_text(model, tokenizer_folder, corpus, max_new_tokens=128, temperature
                      # A model may be wider than its tokenizer (--vocab-size), and longer than what it is trained on:
                      # its spare ids and positions mean nothing.
                      vocab_size=tokenizer.get_vocab_size(), context=corpus.seq_len)
-    with hardware.any_kernels():  # a GPU has no deterministic cumulative sum
+    with hardware.allow_nondeterministic():  # a GPU has no deterministic cumulative sum
         return tokenizer.decode([token for token, in steps])
 
 

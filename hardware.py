@@ -1,4 +1,4 @@
-"""What this machine can do: its device, its fast number format, its peak, its memory."""
+"""The hardware: choice of device and precision, peak FLOP/s, seeding, device timing, memory."""
 
 import contextlib
 import ctypes
@@ -17,8 +17,9 @@ from config import UserError, arg
 # Dense bf16 peak in FLOP/s, from the vendors' data sheets (without sparsity), by the device's whole name: an NVL, PCIe,
 # Ti or Laptop variant is another device.
 PEAK_FLOPS = {r"H100( SXM5)? \d+GB HBM3": 989e12, r"H100 PCIe": 756e12, r"H100 NVL": 835e12, r"H200": 989e12,
-              r"GH200 \d+GB": 989e12, r"B200": 2250e12, r"A100[- ].*": 312e12, r"A10G": 70e12, r"L40S": 362e12,
-              r"L40": 181e12, r"L4": 121e12, r"GeForce RTX 4090": 165e12, r"GeForce RTX 3090": 71e12}
+              r"GH200 \d+GB": 989e12, r"B200": 2250e12, r"A100-(SXM4|SXM|PCIE)-\d+GB|A100 \d+GB PCIe": 312e12,
+              r"A10G": 70e12, r"L40S": 362e12, r"L40": 181e12, r"L4": 121e12,
+              r"GeForce RTX 4090": 165e12, r"GeForce RTX 3090": 71e12}
 
 
 @dataclass
@@ -122,8 +123,8 @@ def seed_step(seed, step, rank, device):
 
 
 @contextlib.contextmanager
-def any_kernels():
-    """Also those that --deterministic forbids, for text that the weights do not depend on; but not cuDNN's attention,
+def allow_nondeterministic():
+    """Allows what --deterministic forbids, for sampling, which training does not depend on; but no cuDNN attention,
     which plans anew for every length."""
     strict, cudnn = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled()
     torch.use_deterministic_algorithms(False)
@@ -220,7 +221,7 @@ class Stopwatch:
 
 
 def out_of_memory(error, advice="lower --batch-size and raise --grad-accum-steps, or --use-activation-checkpoint"):
-    """What to say of an error that is for want of memory; None for another."""
+    """The message for an out-of-memory error; None for any other."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
         what = (str(error).splitlines() or [type(error).__name__])[0][:200]
         return f"out of memory: {what}; {advice}"
@@ -229,7 +230,7 @@ def out_of_memory(error, advice="lower --batch-size and raise --grad-accum-steps
 
 @contextlib.contextmanager
 def enough_memory(advice):
-    """Makes want of memory in here the user's to mend, by `advice`."""
+    """Turns running out of memory in here into a UserError that ends with `advice`."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -239,7 +240,7 @@ def enough_memory(advice):
 
 
 def explained(error):
-    """What to say of an error whose cause is known; None for another."""
+    """The message for an error whose cause is known; None for any other."""
     if type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):
         return f"torch.compile failed: {(str(error).strip().splitlines() or ['?'])[0][:200]}; add --no-compile"
     return out_of_memory(error)

@@ -1,8 +1,8 @@
 """Linear layers, attention and the loss on a CPU, with backward passes of their own.
 
-What the library makes of the same lines passes over the largest tensors of a step several times more: the result of a
-product with a bias, the (T, T) weights of every head, a logit for every token and word (bench/step.py, LOG.md). On a
-GPU the library's own are used; nothing is measured there. `model.py` decides about attention and the loss.
+PyTorch's own versions make several more passes over the largest tensors of a step: the output of a linear layer with a
+bias, the (T, T) weights of every head, a logit for every token and word (bench/step.py, LOG.md). On a GPU PyTorch's own
+are used; nothing was measured there. `model.py` decides about attention and the loss.
 
 Shape letters as in model.py: B batch, T time, C d_model, nh heads, hs head size, V vocabulary; N = B * T.
 """
@@ -14,13 +14,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-CHUNK = 2**20  # logits that are turned into probabilities at a time: few enough to stay in cache
+CHUNK = 2**20  # logits turned into probabilities at a time: few enough to stay in cache
 ONEDNN = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-LARGE = 2**20  # elements of a product from which on adding the bias to it costs more than a call from Python does
+LARGE = 2**20  # output elements from which on fusing the bias saves more than the call from Python costs
 
 
 class Linear(nn.Linear):
-    """nn.Linear, which for a large result in bf16 on a CPU that learns is LinearFunction."""
+    """nn.Linear; in training on a CPU, large bf16 outputs with a bias go through LinearFunction."""
 
     def forward(self, x):
         if (ONEDNN and x.dtype == torch.bfloat16 and x.device.type == "cpu" and self.bias is not None
@@ -91,7 +91,7 @@ class HeadCrossEntropy(torch.autograd.Function):
     fp32."""
 
     @staticmethod
-    def forward(ctx, x, head, targets, ignore, learns):
+    def forward(ctx, x, head, targets, ignore, needs_grad):
         logits = x @ head.t()  # (N, V)
         targets = targets[:, None]
         nats = torch.empty(targets.shape)
@@ -104,7 +104,7 @@ class HeadCrossEntropy(torch.autograd.Function):
             own = scores.gather(1, target)
             total = scores.exp_().sum(dim=1, keepdim=True)
             nat.copy_((total.log() - own) * counted)
-            if learns:  # what is left of the probabilities without the target
+            if needs_grad:  # softmax - one_hot(target)
                 part.copy_(scores.mul_(counted / total).scatter_add_(1, target, -counted))
         ctx.save_for_backward(logits, x, head)
         return nats.squeeze(1)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from config import UserError, arg
 from kernels import CausalAttention, Linear, head_cross_entropy
 
-IGNORE = -1  # a target that carries no loss
+IGNORE = -1  # ignore_index: targets left out of the loss
 # On a CPU, by measurement (LOG.md): the longest context for which attention by plain products in bf16 beats the fused
 # kernel, and the least vocabulary for which the loss by chunks of logits beats one pass.
 EXPLICIT_ATTENTION, CHUNKED_VOCABULARY = 512, 1024
@@ -29,7 +29,7 @@ class Arch:
     norm_eps: float
     bias: bool  # in every linear layer but the head
     rope_theta: float  # 0: learned absolute positions instead of RoPE
-    rope_sign: int  # nanochat turns queries and keys the other way round
+    rope_sign: int  # -1: nanochat rotates in the opposite direction
     qk_norm: str  # RMSNorm of queries and keys: no, before or after RoPE
     mlp: str  # gelu: tanh approximation; swiglu; relu2
     embed_norm: bool
@@ -49,21 +49,21 @@ class GPTConfig:
     """Model"""
 
     arch: str = arg("gpt2", "which architecture, exactly", choices=tuple(ARCHS))
-    n_layers: int = arg(4, "transformer blocks", low=1, high=10_000)
-    n_heads: int = arg(4, "attention heads (queries)", low=1)
-    n_kv_heads: int = arg(0, "key/value heads of grouped-query attention; 0: as many as n_heads", low=0)
-    d_model: int = arg(256, "width of the residual stream", low=1)
-    d_ff: int = arg(0, "width of the MLP; 0: 4 x d_model, or 3 x for SwiGLU", low=0)
-    head_dim: int = arg(0, "width of one head; 0: d_model / n_heads", low=0)
-    dropout: float = arg(0.0, "probability, on embeddings, attention weights and residual branches", low=0, below=1)
-    max_position_embeddings: int = arg(1024, "longest sequence, in tokens", low=1)
-    vocab_size: int = arg(0, "tokens that a bpe tokenizer learns, or a model wider than its tokenizer; "
-                             "0: 4096 for bpe, else the tokenizer's own size", low=0)
+    n_layers: int = arg(4, "transformer blocks", ge=1, le=10_000)
+    n_heads: int = arg(4, "attention heads (queries)", ge=1)
+    n_kv_heads: int = arg(0, "key/value heads of grouped-query attention; 0: as many as n_heads", ge=0)
+    d_model: int = arg(256, "width of the residual stream", ge=1)
+    d_ff: int = arg(0, "width of the MLP; 0: 4 x d_model, or 3 x for SwiGLU", ge=0)
+    head_dim: int = arg(0, "width of one head; 0: d_model / n_heads", ge=0)
+    dropout: float = arg(0.0, "probability, on embeddings, attention weights and residual branches", ge=0, lt=1)
+    max_position_embeddings: int = arg(1024, "longest sequence, in tokens", ge=1)
+    vocab_size: int = arg(0, "size of a trained bpe tokenizer, or of an embedding wider than the tokenizer; "
+                             "0: 4096 for bpe, else the tokenizer's own size", ge=0)
     tie_embeddings: bool | None = arg(None, "share input and output embedding; unset: as the architecture has it")
     use_activation_checkpoint: bool = arg(False, "recompute blocks in the backward pass: less memory, a third slower")
 
-    def require_possible(self):
-        """Raises UserError for sizes that no model can have. For whoever knows them: --init-from may decide them."""
+    def validate_sizes(self):
+        """Raises UserError for impossible sizes. Not `validate`, which runs before --init-from has set them."""
         if not self.head_dim and self.d_model % self.n_heads:
             raise UserError(f"--n-heads {self.n_heads} does not divide --d-model {self.d_model}; "
                             f"try --d-model {self.n_heads * max(1, round(self.d_model / self.n_heads))}")
@@ -71,7 +71,7 @@ class GPTConfig:
             raise UserError(f"--n-kv-heads {self.n_kv_heads} does not divide --n-heads {self.n_heads}; "
                             f"try --n-kv-heads {math.gcd(self.n_heads, self.n_kv_heads)}")
         if self.parts.rope_theta and self.head_size % 2:
-            raise UserError(f"--head-dim {self.head_size} is odd, and RoPE turns pairs of dimensions; use an even one")
+            raise UserError(f"--head-dim {self.head_size} is odd, and RoPE rotates pairs of dimensions; take an even")
         rough = self.d_model * (self.n_layers * 2 * (self.n_heads * self.head_size + self.ff_size)
                                 + self.vocab_size + self.max_position_embeddings)
         if rough > 1e12:
@@ -102,7 +102,7 @@ class GPTConfig:
 
 
 def autocast_dtype(device):
-    """What autocast has matrix products in on `device`; None where it is off."""
+    """The dtype in which autocast runs matrix products on `device`; None if it is off."""
     # Dynamo before torch 2.12 cannot trace the first question, and would cut the graph in three.
     known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type)
     if known and torch.is_autocast_enabled(device.type):
@@ -136,7 +136,7 @@ def rope_angles(cfg):
 
 
 def rotate(x, rope):
-    """Turn each pair (i, i + hs/2) of x, (B, n, T, hs), by its position's angle; rope is (2, T, hs / 2)."""
+    """Rotate each pair (i, i + hs/2) of x, (B, n, T, hs), by its position's angle; rope is (2, T, hs / 2)."""
     (cos, sin), (x1, x2) = rope, x.float().chunk(2, dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).type_as(x)
 
@@ -258,9 +258,9 @@ class GPT(nn.Module):
         """tokens (B, T) int64, targets (B, T) with IGNORE where nothing is to be predicted → the cross-entropy in
         nats per token, their mean (or `reduction="none"`: each, (B * T,)). Without targets → logits (B, T, V)."""
         x = self.hidden(tokens)
-        # Gradients of fp16 need their scale before they are rounded; under torch.compile each chunk would be unrolled.
-        alone = autocast_dtype(x.device) is not torch.float16 and not torch.compiler.is_compiling()
-        if targets is not None and self.chunks_loss and alone:
+        # The chunks round their gradients before fp16's loss scale reaches them; torch.compile would unroll them.
+        may_chunk = autocast_dtype(x.device) is not torch.float16 and not torch.compiler.is_compiling()
+        if targets is not None and self.chunks_loss and may_chunk:
             nats = head_cross_entropy(x.flatten(0, 1), self.head_weight.to(x.dtype), targets.flatten(), IGNORE)
             return nats if reduction == "none" else nats.sum() / (targets != IGNORE).sum()
         logits = self.logits(x)
@@ -271,7 +271,7 @@ class GPT(nn.Module):
 
     @property
     def chunks_loss(self):
-        """Whether the loss is made of chunks of logits, which then take 2 bytes in bf16, and not 10."""
+        """Whether the loss is computed in chunks: a logit in bf16 then takes 2 bytes instead of 10."""
         return (self.head_weight.device.type == "cpu" and self.cfg.vocab_size >= CHUNKED_VOCABULARY
                 and not self.cfg.parts.softcap)
 

@@ -19,22 +19,22 @@ class OptimConfig:
 
     optimizer: str = arg("adamw", "muon: Muon for the matrices inside the blocks, AdamW for all else",
                          choices=("adamw", "muon"))
-    num_steps: int = arg(1000, "optimizer steps in all", low=1, high=10**9)
-    lr: float = arg(1e-3, "peak learning rate", above=0)
-    muon_lr: float = arg(0.02, "Muon's peak learning rate; rises and falls with the schedule of --lr", above=0)
-    min_lr: float | None = arg(None, "learning rate at the end of the schedule; unset: lr / 10", low=0)
+    num_steps: int = arg(1000, "optimizer steps in all", ge=1, le=10**9)
+    lr: float = arg(1e-3, "peak learning rate", gt=0)
+    muon_lr: float = arg(0.02, "Muon's peak learning rate; rises and falls with the schedule of --lr", gt=0)
+    min_lr: float | None = arg(None, "learning rate at the end of the schedule; unset: lr / 10", ge=0)
     lr_scheduler: str = arg("cosine", "shape after the warm-up; wsd: constant, then linear over the last fifth",
                             choices=("cosine", "wsd", "linear", "none"))
-    warmup_steps: int = arg(100, "steps over which the learning rate rises to its peak", low=0)
-    weight_decay: float = arg(0.1, "decoupled, on matrices only", low=0)
-    beta1: float = arg(0.9, "AdamW's decay of the first moment", low=0, below=1)
-    beta2: float = arg(0.95, "AdamW's decay of the second moment", low=0, below=1)
-    grad_clip_norm: float = arg(1.0, "largest norm of the gradient; 0: no clipping", low=0)
-    max_bad_steps: int = arg(10, "steps in a row with a loss or gradient that is no number, which are left out, until "
-                                 "the run halts at the next report", low=1)
-    skip_loss_spikes: float = arg(0.0, "leave out steps whose gradient norm is so many standard deviations above the "
-                                       "mean of the last 128; 0: none, else such as 6", low=0)
-    seed: int = arg(1337, "seed of the weights and of dropout", low=0)
+    warmup_steps: int = arg(100, "steps over which the learning rate rises to its peak", ge=0)
+    weight_decay: float = arg(0.1, "decoupled, on matrices only", ge=0)
+    beta1: float = arg(0.9, "AdamW's decay of the first moment", ge=0, lt=1)
+    beta2: float = arg(0.95, "AdamW's decay of the second moment", ge=0, lt=1)
+    grad_clip_norm: float = arg(1.0, "maximum norm, to which gradients are clipped; 0: off", ge=0)
+    max_bad_steps: int = arg(10, "halt at the next report after this many steps in a row with a NaN or infinite "
+                                 "gradient; each of them is skipped", ge=1)
+    skip_loss_spikes: float = arg(0.0, "skip steps whose gradient norm is more than X standard deviations above the "
+                                       "mean of the last 128; 0: off; 6 is a usual value", ge=0)
+    seed: int = arg(1337, "seed of the weights and of dropout", ge=0)
 
     def validate(self):
         if self.min_lr is not None and self.min_lr > self.lr:
@@ -42,7 +42,7 @@ class OptimConfig:
 
 
 def state_bytes(optimizer):
-    """What the optimizer's state takes from the first step on: AdamW has two moments a weight, Muon one."""
+    """Bytes of optimizer state after the first step: AdamW keeps two fp32 moments a weight, Muon one."""
     return sum(4 * p.numel() * (1 if "momentum" in group else 2) for group in optimizer.param_groups
                for p in group["params"])
 
@@ -84,27 +84,27 @@ def set_lr(optimizer, lr):
 
 
 class StepGuard:
-    """The optimizer's step, which changes nothing where the gradient is no number, or with --skip-loss-spikes far from
-    the last ones: a loss spikes one step after its gradient, which is why the gradient is judged (as in OLMo 2).
+    """The optimizer's step, skipped if the gradient is NaN or infinite or, with --skip-loss-spikes, its norm far above
+    the last ones: the loss spikes one step after the gradient norm, so the norm is what is judged (as in OLMo 2).
 
     Decided on the device: the fused kernels and Muon read a flag, and nothing waits for it. The norm is that of all
     ranks together, so all decide alike.
     """
 
-    WINDOW, FEW = 128, 32  # norms that are looked back at; that are needed to tell
+    WINDOW, MIN_NORMS = 128, 32  # norms in the window; how many it must hold before a step can be skipped
 
     def __init__(self, cfg, optimizer, scaler, device):
         self.deviations, self.optimizer, self.scaler = cfg.skip_loss_spikes, optimizer, scaler
         if self.deviations and scaler.is_enabled():
-            raise UserError("--skip-loss-spikes: in fp16 it is the scaler that leaves steps out; take --amp-dtype bf16")
+            raise UserError("--skip-loss-spikes: in fp16 it is the scaler that skips steps; take --amp-dtype bf16")
         self.norms = torch.full((self.WINDOW,), math.nan, device=device)
 
     def step(self, grad_norm, step):
-        """Take step number `step`, or leave it out → whether it was taken, a bool on the device."""
+        """Take step number `step`, or skip it → whether it was taken, a bool on the device."""
         taken = torch.isfinite(grad_norm)
         if self.deviations:
             taken &= grad_norm <= self._limit()
-            # Also the norm of a step left out: where gradients have grown for good, the limit follows.
+            # Also the norm of a skipped step: where gradients have grown for good, the limit follows.
             last = self.norms[step % self.WINDOW]
             last.copy_(torch.where(torch.isfinite(grad_norm), grad_norm, last))
         if self.scaler.is_enabled():
@@ -119,7 +119,7 @@ class StepGuard:
     def _limit(self):
         mean = self.norms.nanmean()
         deviation = (self.norms - mean).square().nanmean().sqrt()
-        return torch.where((~self.norms.isnan()).sum() >= self.FEW, mean + self.deviations * deviation, math.inf)
+        return torch.where((~self.norms.isnan()).sum() >= self.MIN_NORMS, mean + self.deviations * deviation, math.inf)
 
     def state_dict(self):
         return dict(norms=self.norms) if self.deviations else {}
@@ -135,7 +135,7 @@ class MuonAdamW(Optimizer):
     A matrix moves by its Nesterov momentum, orthogonalized, times max(1, rows / columns)**0.5 (Jordan's scale).
     """
 
-    found_inf = None  # a scalar on the device: 1.0 for a step that is to change nothing
+    found_inf = None  # a scalar on the device: 1.0 for a step to skip
 
     def __init__(self, groups, matmul_dtype=None):
         self.dtype = torch.bfloat16 if matmul_dtype == torch.bfloat16 else torch.float32

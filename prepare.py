@@ -8,7 +8,7 @@ machine, and name that as --train-data.
 
 from config import one_line_errors, parse
 from data import Corpus
-from pretrained import settle
+from pretrained import resolve_init
 from tracking import setup_logging
 from train import Config
 
@@ -21,7 +21,7 @@ class Preparation(Config):
 def main():
     cfg = parse(Preparation)
     setup_logging(is_main=True)
-    model, _ = settle(cfg, None)
+    model, _ = resolve_init(cfg, None)
     corpus = Corpus(cfg.data, model.vocab_size)
     tokens = corpus.meta["tokens"]
     print(f"{corpus.folder}: {tokens['train']:,} tokens to train on, {tokens['val']:,} to validate on")

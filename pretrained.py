@@ -1,6 +1,6 @@
 """Trained weights, from wherever they lie: our checkpoints, and Hugging Face folders of GPT-2, Qwen3 and NanoChat.
 
-`--init-from` starts a run from them: `settle` gives it their sizes, `load_initial` the weights themselves.
+`--init-from` starts a run from them: `resolve_init` gives it their sizes, `load_initial` the weights themselves.
 
 `to_hugging_face` and `from_hugging_face` carry weights both ways for all three architectures, with equal logits.
 """
@@ -63,8 +63,8 @@ class InitConfig:
                          empty=False)
 
 
-def settle(cfg, resume_from):
-    """What `cfg.model` and `cfg.init` come to, for the main rank: the sizes of --init-from's weights, or of the
+def resolve_init(cfg, resume_from):
+    """The (model, init) that the flags come to, for the main rank: the sizes of --init-from's weights, or those in the
     checkpoint of a run that began so; then --init-from is not read again. Raises UserError."""
     model, init = cfg.model, cfg.init
     stated = {name: value for name in SIZES if name in cfg.given
@@ -85,7 +85,7 @@ def settle(cfg, resume_from):
                 raise UserError(f"{flag(name)} {value}: the weights of --init-from {init.init_from} have "
                                 f"{sizes[name]}; leave it out")
         model = dataclasses.replace(model, **sizes)
-    model.require_possible()
+    model.validate_sizes()
     if cfg.data.seq_len > model.max_position_embeddings:
         advice = "lower it" if init.init_from else "raise the latter or lower the former"
         raise UserError(f"--seq-len {cfg.data.seq_len} is above --max-position-embeddings "
@@ -93,7 +93,7 @@ def settle(cfg, resume_from):
     learned = cfg.data.tokenizer_name in ("bpe", "char") and not (cfg.data.is_shards or cfg.data.use_toy_data)
     if init.init_from and learned:
         own = beside_run(init.init_from, ".tokenizer") if os.path.isfile(init.init_from) else init.init_from
-        raise UserError(f"--init-from {init.init_from}: its weights know the tokens of their own tokenizer only; add "
+        raise UserError(f"--init-from {init.init_from}: its weights fit only the tokenizer they were trained with; add "
                         f"--tokenizer-name {own}")
     return model, init
 
@@ -211,7 +211,7 @@ def gpt_config(theirs, source):
                     d_ff=first("intermediate_size", "n_inner", default=4 * width),
                     head_dim=first("head_dim", default=width // heads), vocab_size=theirs.vocab_size,
                     max_position_embeddings=theirs.max_position_embeddings, tie_embeddings=theirs.tie_word_embeddings)
-    cfg.require_possible()
+    cfg.validate_sizes()
     # What both configurations state must agree. A field that ours lacks may be, but not one of rope_parameters.
     stated, ours = _flat(theirs.to_dict()), _flat(hugging_face_config(cfg).to_dict())
     for name, value in stated.items():
@@ -237,8 +237,9 @@ def hugging_face_config(cfg, eos=None):
 
     common = dict(vocab_size=cfg.vocab_size, bos_token_id=eos, eos_token_id=eos, tie_word_embeddings=cfg.tied)
     if cfg.arch == "gpt2":
-        _require(cfg.kv_heads == cfg.n_heads and cfg.head_size * cfg.n_heads == cfg.d_model,
-                 "GPT-2 has as many key/value heads as query heads, of d_model / n_heads each")
+        if (cfg.kv_heads, cfg.head_size * cfg.n_heads) != (cfg.n_heads, cfg.d_model):
+            raise UserError("--arch: GPT-2 has as many key/value heads as query heads, of d_model / n_heads each; "
+                            "transformers' class cannot hold this model")
         return transformers.GPT2Config(n_positions=cfg.max_position_embeddings, n_embd=cfg.d_model,
                                        n_layer=cfg.n_layers, n_head=cfg.n_heads, n_inner=cfg.ff_size,
                                        resid_pdrop=cfg.dropout, embd_pdrop=cfg.dropout, attn_pdrop=cfg.dropout,
@@ -297,11 +298,6 @@ def _oriented(cfg, stem, tensor):
     return tensor.T.contiguous() if conv1d else tensor.contiguous()
 
 
-def _require(condition, message):
-    if not condition:
-        raise UserError(f"--arch: {message}; transformers' class cannot hold this model")
-
-
 def load_model(path):
     """The model of a checkpoint, in evaluation mode, and the checkpoint. Raises UserError."""
     saved = _checkpoint(path, "--checkpoint-path")
@@ -310,7 +306,7 @@ def load_model(path):
         model = GPT(cfg)
         model.load_state_dict(weights)
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, UserError) as error:
-        raise UserError(f"--checkpoint-path {path}: its weights are not of the model that it states "
+        raise UserError(f"--checkpoint-path {path}: its weights do not fit its own configuration "
                         f"({str(error).splitlines()[0]})") from None
     return model.eval(), saved
 

@@ -1,4 +1,4 @@
-"""What a process is told: to stop, to save, that what started it is gone, that another has what it wants."""
+"""Signals to stop or save, processes whose launcher has died, and lock files."""
 
 import contextlib
 import fcntl
@@ -19,10 +19,10 @@ LAST_CALL = 600  # seconds from the request to stop until an orphan ends itself
 class RanksConfig:
     """Ranks"""
 
-    timeout: int = arg(1800, "seconds that ranks wait for one that does not come, until all leave: more than one needs "
-                             "to tokenize, compile or save while the others wait", low=1, high=10**7, metavar="SECONDS")
+    timeout: int = arg(1800, "seconds that ranks wait for a stalled one before all exit; must exceed the longest time "
+                             "that one tokenizes, compiles or saves alone", ge=1, le=10**7, metavar="SECONDS")
     check_replicas: int = arg(0, "steps between comparisons of the ranks' weights and optimizer states, bit for bit; "
-                                 "0: at the start and before each checkpoint only", low=0)
+                                 "0: at the start and before each checkpoint only", ge=0)
 
 
 def parent_of(pid):
@@ -62,7 +62,7 @@ def stop_when_orphaned(generations):
 
 @contextlib.contextmanager
 def only_one(path, patience=0):
-    """Holds the lock of a file that only one process may have → whether it got it within `patience` seconds."""
+    """Holds an exclusive lock on a file; yields whether it could be had within `patience` seconds."""
     with open(path, "a") as file:  # for writing, without which NFS gives no lock
         yield _locked(file, patience)
 
@@ -127,5 +127,5 @@ class StopSignal:
     def agreed(self):
         """The signal to stop by (0: none) and whether to save now: what any rank has received, the same on each."""
         asked, self.save = self.save, False
-        number, asked = divmod(self.world.max(2 * self.received + asked), 2)
+        number, asked = self.world.max([self.received, asked])
         return number, bool(asked)

@@ -1,7 +1,7 @@
-"""What becomes of a run of many ranks when one of them dies, hangs, fails, or is not like the others.
+"""Fault detection: when one rank dies, hangs, fails or diverges, all exit, and one line says which and why.
 
-Each rank has a `Pulse`, a thread that says once a second, through torchrun's key-value store, how far the rank has
-come, and listens for the next rank's. The training step does not know of it: no collective, no device is waited for.
+Each rank has a `Pulse`, a heartbeat thread: once a second it publishes the rank's progress in torchrun's key-value
+store and checks the next rank's. The training step does not know of it: no collective, no device is waited for.
 """
 
 import collections
@@ -26,8 +26,8 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 from config import RunFailed
 from hardware import explained
 
-CONNECT = 60  # seconds that a rank knocks at torchrun's store
-SILENT = 120  # seconds without a word from a rank's thread, which speaks through any work, until it counts as stopped
+CONNECT = 60  # seconds to connect to torchrun's store
+SILENT = 120  # seconds without a heartbeat, which goes on through any work, until a rank counts as stopped
 LAST_SAVE = 20  # seconds that a save in progress has to be completed in; torchrun kills after 30
 RESUME = "--resume auto goes on from the last checkpoint"
 
@@ -38,12 +38,12 @@ class RankFault(RunFailed):
 
 def join(backend, timeout):
     """Join the process group that torchrun's variables describe. Returns this rank's Pulse."""
-    limit = datetime.timedelta(seconds=timeout + 60)  # of a collective: the pulse speaks before
-    # torchrun's store is there before its ranks are: one that does not answer has gone, with its torchrun.
+    limit = datetime.timedelta(seconds=timeout + 60)  # of a collective: the pulse reports before that
+    # torchrun's store is up before its ranks start: one that does not answer has died, with its torchrun.
     has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    knocking = datetime.timedelta(seconds=CONNECT) if has_store else limit
+    connect = datetime.timedelta(seconds=CONNECT) if has_store else limit
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=knocking))
+        store, rank, size = next(dist.rendezvous("env://", timeout=connect))
     except dist.DistError:
         raise RankFault(f"rank {os.environ['RANK']} cannot reach torchrun's store at {os.environ['MASTER_ADDR']}:"
                         f"{os.environ['MASTER_PORT']}: start again, with --resume auto") from None
@@ -58,11 +58,11 @@ def join(backend, timeout):
 
 
 class NoPulse:
-    """Before ranks know of each other."""
+    """Null object: how a rank ends before the process group exists."""
 
     def end(self, reason, code):
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(5)  # the main rank says the same, and ends the others by leaving; if it does not, they say it
+            time.sleep(5)  # the main rank reports the same, and its exit ends the others; else they report it
         _say(reason)
         self.leave(code)
 
@@ -79,8 +79,8 @@ class NoPulse:
 
 
 class Pulse(NoPulse):
-    """This rank's word to the others, and its ear. Who finds that a rank is gone or does not move puts down why; every
-    rank leaves by that, and one says it: rank 0, if it can."""
+    """This rank's heartbeat, and its watch on the next rank's. Whoever finds a rank gone or stalled stores why; every
+    rank exits with that reason, and one prints it: rank 0, if it can."""
 
     def __init__(self, store, rank, size, timeout):
         self.store, self.rank, self.size, self.timeout, self.silent = store, rank, size, timeout, min(timeout, SILENT)
@@ -140,7 +140,7 @@ class Pulse(NoPulse):
         return f"{names} {have} stopped {self._where()}: nothing from {them} for {seconds} s (--timeout); {RESUME}"
 
     def end(self, reason="", code=1, frozen=None):
-        """Leave, and have all ranks leave, for the first reason that any of them gave. Does not return."""
+        """Exit, and make all ranks exit, with the first reason that any of them stored. Does not return."""
         with self.leaving:  # the main thread or the pulse's own, whoever comes first
             try:
                 code, reason = self.store.compare_set("reason", "", f"{code} {reason}").decode().split(" ", 1)
@@ -153,7 +153,7 @@ class Pulse(NoPulse):
                     self.store.set("said", "")
             except Exception:  # no store any more
                 _say(reason)
-            if frozen and frozen["node"] == self.me["node"]:  # it would not hear of it
+            if frozen and frozen["node"] == self.me["node"]:  # it cannot exit by itself
                 with contextlib.suppress(OSError):
                     os.kill(frozen["pid"], signal.SIGKILL)
             self.saving.acquire(timeout=LAST_SAVE)
@@ -171,15 +171,15 @@ class Pulse(NoPulse):
             self._publish()
 
     def _on_sigterm(self, number, frame):
-        """Outside the loop, where it means to save. torchrun sends it when a rank has died: time to say so."""
+        """Outside the loop (inside, StopSignal saves). torchrun sends it when a rank died: time to report which."""
         if not self.leaving.locked():
             self._take_leave()
             time.sleep(10)
             os._exit(128 + number)
 
     def fail(self, error):
-        """Leave because of an exception of this rank. One in a collective tells of another rank, failed or gone: who
-        finds that ends this process, too."""
+        """Exit because of an exception in this rank. One in a collective means that another rank failed or is gone:
+        whoever finds that ends this process, too."""
         advice = explained(error)
         if isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and re.search(r"\bgloo\b", str(error)):
             self.silent = min(self.silent, 5)
@@ -205,7 +205,7 @@ def _exists(pid):
 
 
 def require_same(mine, what, error, advice):
-    """Collective. Raises `error` on every rank where one has another dict than most, naming the rank and the keys."""
+    """Collective. Raises `error` on every rank if any rank's dict differs from most, naming the rank and the keys."""
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     if found := differences(everyone):
@@ -213,7 +213,7 @@ def require_same(mine, what, error, advice):
 
 
 def differences(everyone):
-    """Dicts of all ranks, in their order → who differs from most ranks in what, in words; "" if all are equal."""
+    """The ranks' dicts, in order → which rank differs from most, and in what, in words; "" if all are equal."""
     tally = collections.Counter(json.dumps(one) for one in everyone)
     usual = json.loads(tally.most_common(1)[0][0])  # of two ranks: the first's
     found = []

@@ -296,7 +296,7 @@ def write_readme(run, readme):
     log = run.path.with_name(run.path.name.removesuffix(ROWS) + ".log")
     if not log.is_file():
         raise UserError(f"{log}: not there, and the console's lines are in it")
-    lines = excerpt(log.read_text())
+    lines = excerpt(log.read_text("utf-8", errors="replace"))
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", lines)), default=0))
     plot = readme.parent / "docs" / "loss.svg"
     plot.parent.mkdir(exist_ok=True)

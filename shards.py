@@ -89,9 +89,9 @@ class Shard:
             raise UserError(f"{self.path} is damaged at token {first}; remove its folder and prepare it again")
         return ids
 
-    def require(self, meta, split):
-        """Raises UserError where these are not the tokens that were written. A very large file is spared the reading:
-        of it the header, the length and each id that is read are checked."""
+    def verify(self, meta, split):
+        """Raises UserError if these are not the tokens that were written. A file above 1 GiB is not read for that: its
+        header and length are checked here, and each id when it is read."""
         digest, size = hashlib.blake2b(digest_size=16), self.count * self.dtype.itemsize
         for at in range(0, size if size <= 1 << 30 else 0, 1 << 22):
             digest.update(os.pread(self.fd, min(1 << 22, size - at), HEADER.size + at))

@@ -177,7 +177,7 @@ def pieces(sources, split, val_ratio=0.0, seed=0) -> Iterator[Piece]:
 def is_validation(index, ratio, seed):
     """Whether document `index` is one of the share `ratio`: a low-discrepancy sequence (multiples of the golden
     ratio), so that even a few dozen documents give the right share."""
-    return (index + seed % (1 << 20)) * 0.6180339887498949 % 1.0 < ratio  # of a large seed no digit would be left
+    return (index + seed % (1 << 20)) * 0.6180339887498949 % 1.0 < ratio  # a large seed would use up the float's digits
 
 
 def tail_start(file, ratio):
@@ -274,7 +274,7 @@ def table_pieces(source):
         column = None
         for row in rows:
             text = row.get("text")
-            if "text" not in row:  # then it is the only one with text in it, in all rows
+            if "text" not in row:  # then the one column of strings, the same in every row
                 strings = {key for key, value in row.items() if isinstance(value, str)}
                 column = column or next(iter(strings), None)
                 if strings - {column} or not strings and all(value is not None for value in row.values()):

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import traceback
+import types
 from dataclasses import dataclass
 from logging.handlers import MemoryHandler
 
@@ -29,11 +30,11 @@ log = logging.getLogger("mini_llm")
 class ReportConfig:
     """Evaluation and reports"""
 
-    log_steps: int = arg(10, "steps between reports", low=1)
+    log_steps: int = arg(10, "steps between reports", ge=1)
     eval_steps: int | None = arg(None, "steps between evaluations; 0: only the first and the last; unset: 20 a run, "
-                                       "but not more often than reports", low=0)
-    eval_tokens: int = arg(16384, "validation tokens of one evaluation, spread evenly over the set; 0: all", low=0)
-    sample_steps: int = arg(0, "steps between samples of generated text; 0: only at the end", low=0)
+                                       "but not more often than reports", ge=0)
+    eval_tokens: int = arg(16384, "validation tokens of one evaluation, spread evenly over the set; 0: all", ge=0)
+    sample_steps: int = arg(0, "steps between samples of generated text; 0: only at the end", ge=0)
 
     def eval_every(self, num_steps):
         if self.eval_steps is not None:
@@ -109,7 +110,7 @@ def log_facts(cfg, world, corpus, raw, precision, accum, state):
     log.info(f"step: {step_tokens:,} tokens = {cfg.batch.batch_size} sequences x {corpus.seq_len} x {accum} "
              f"micro-batches x {world.size} ranks; amp {precision.name} ({precision.reason})")
     if cfg.optim.warmup_steps >= cfg.optim.num_steps:
-        log.warning(f"--warmup-steps {cfg.optim.warmup_steps}: the learning rate rises to the end of the run")
+        log.warning(f"--warmup-steps {cfg.optim.warmup_steps} is not below --num-steps: the run ends in the warm-up")
     log.info(f"Resumed at step {state.step}" if state.step else f"Starting from {cfg.init.init_from or 'scratch'}")
 
 
@@ -135,12 +136,12 @@ class Tracker:
         if not cfg.wandb.use_wandb:
             return None, None
 
-        def settle():
+        def resolve():
             wandb = with_environment(cfg.wandb)
             return wandb, base_run_id(in_sweep() or wandb.wandb_run_id, state.wandb_run_id, self.beside(".wandb.json"),
                                       bool(cfg.checkpoint.resume))
 
-        wandb, state.wandb_run_id = world.from_main(settle)  # also where another node's environment says otherwise
+        wandb, state.wandb_run_id = world.from_main(resolve)  # also where another node's environment says otherwise
         if wandb.wandb_mode == "disabled":
             return None, None
         return wandb, plan_run(wandb.wandb_run_mode, wandb.wandb_rank_scope, state.wandb_run_id,
@@ -342,7 +343,7 @@ class TensorboardSink:
 def make_profiler(enabled, path):
     """A torch.profiler that traces three steps after three of warm-up, or a null object with the same `step()`."""
     if not enabled:
-        return contextlib.nullcontext(_NoProfiler())
+        return contextlib.nullcontext(types.SimpleNamespace(step=lambda: None))
 
     def on_ready(profiler):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -358,8 +359,3 @@ def make_profiler(enabled, path):
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     return torch.profiler.profile(activities=activities, on_trace_ready=on_ready,
                                   schedule=torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1))
-
-
-class _NoProfiler:
-    def step(self):
-        pass

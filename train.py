@@ -22,7 +22,7 @@ from hardware import SpeedConfig
 from meter import Meter
 from model import GPT, GPTConfig
 from optim import OptimConfig, StepGuard, lr_at, make_optimizer, set_lr, state_bytes
-from pretrained import InitConfig, load_initial, settle
+from pretrained import InitConfig, load_initial, resolve_init
 from processes import RanksConfig, StopSignal, stop_when_orphaned
 from tracking import ReportConfig, Tracker, TrackingConfig, log_facts, make_profiler, setup_logging
 from wandb_runs import WandbConfig, in_sweep
@@ -59,7 +59,7 @@ class World:
 
     rank = local_rank = node_rank = 0
     size = local_size = 1
-    managers = 0  # processes above this one that it is to end with
+    launchers = 0  # processes above this one (torchrun): when one of them dies, this one saves and exits
     is_main = True  # global rank 0: the one that logs and saves
     saving = contextlib.nullcontext()  # held while a checkpoint is written
 
@@ -72,7 +72,7 @@ class World:
         return model
 
     def grad_sync(self, model, last):
-        """Around forward and backward of a micro-batch: gradients are averaged in the last one only."""
+        """Context of a micro-batch's forward and backward: gradients are all-reduced in the last one only."""
         return contextlib.nullcontext()
 
     def sum(self, values):
@@ -83,44 +83,44 @@ class World:
         """Numbers of each rank, in the order of ranks."""
         return [list(values)]
 
-    def max(self, value):
-        """A whole number → the largest of all ranks."""
-        return value
+    def max(self, values):
+        """Ints → the maximum of each over the ranks."""
+        return list(values)
 
     def from_main(self, make):
-        """What `make()` returns, or raises, on the main rank: the same on every rank."""
+        """Calls `make()` on the main rank alone; every rank gets its result, or its exception."""
         return make()
 
     def at(self, step):
-        """This rank has come to that step."""
+        """Notes which step, counted from 1, this rank is in: for fault reports."""
 
     def require_same(self, mine, what):
-        """Collective. Raises UserError on every rank where one's dict differs, naming rank and key."""
+        """Collective. Raises UserError on every rank if any rank's dict differs, naming rank and key."""
 
     def require_replicas(self, model, optimizer):
-        """Collective. Raises RunFailed on every rank where one has other weights or moments."""
+        """Collective. Raises RunFailed on every rank if weights or optimizer states differ between ranks."""
 
     @staticmethod
     def fail(error, code):
-        """Tell the user of an error and leave; there may be no world yet."""
+        """Prints one line and exits. Static, since the error may come before there is a World."""
         with contextlib.suppress(OSError):  # nobody is left to read it
             print(f"error: {error}", file=sys.stderr)
         sys.exit(code)
 
     @staticmethod
     def crash(error):
-        """What no one asked for. Returns where the traceback is worth seeing."""
+        """After an unexpected exception: exits with one line if the cause is known, else returns."""
         if known := hardware.explained(error):
             World.fail(known, 1)
 
     @staticmethod
     def leave(code):
-        """End the process, once every rank is done."""
+        """Exits, once every rank is done."""
         sys.exit(code)
 
 
 class NonFinite(RunFailed):
-    """The loss or the gradient is no number, step after step."""
+    """The loss or gradient was NaN or infinite for --max-bad-steps steps in a row."""
 
 
 def train(cfg, world):
@@ -128,7 +128,7 @@ def train(cfg, world):
     dry_run, batch_size = cfg.batch.dry_run, cfg.batch.batch_size
     world.require_same({flag(name): value for name, value in flatten(cfg).items()}, "flags")
     resume_from = None if dry_run else world.from_main(lambda: checkpoint.plan(cfg.checkpoint))
-    cfg.model, cfg.init = world.from_main(lambda: settle(cfg, resume_from))
+    cfg.model, cfg.init = world.from_main(lambda: resolve_init(cfg, resume_from))
     accum, config = cfg.batch.accum_steps(world.size, cfg.data.seq_len), flatten(cfg)
     corpus = Corpus(cfg.data, cfg.model.vocab_size, writes=world.local_rank == 0, scratch=dry_run)
     step_samples = batch_size * accum * world.size
@@ -156,7 +156,7 @@ def train(cfg, world):
     log_facts(cfg, world, corpus, raw, precision, accum, state)
 
     def forward_backward(micro):
-        """A micro-batch of this rank → its loss. Gradients add up; in the last one they are averaged over the ranks."""
+        """One micro-batch of this rank → its loss. Gradients accumulate; the last one all-reduces them."""
         with world.grad_sync(model, last=micro == accum - 1):
             with meter.forward, precision.autocast():
                 batch = corpus.batch(state.step, micro, accum, batch_size, world.rank, world.size)
@@ -166,8 +166,8 @@ def train(cfg, world):
 
     def train_step():
         """One optimizer step of all ranks → (losses of this rank's micro-batches, gradient norm, whether the step was
-        taken), on the device; None where fp16 overflowed: then nothing has changed but the scale, and the step is to be
-        repeated."""
+        taken), on the device; None if fp16 overflowed: then only the loss scale has changed, and the caller repeats the
+        step."""
         world.at(state.step + 1)
         hardware.seed_step(cfg.optim.seed, state.step, world.rank, world.device)
         set_lr(optimizer, lr_at(state.step, cfg.optim))
@@ -182,7 +182,7 @@ def train(cfg, world):
         if scaler.get_scale() < scale:
             if scale >= 1:
                 return None
-            scaler.update(2.0**16)  # no scale helps: the batch is left out, as in other formats
+            scaler.update(2.0**16)  # not finite at any scale: the batch is skipped, as in other formats
         return torch.stack(losses), norm, taken
 
     def payload():
@@ -193,7 +193,7 @@ def train(cfg, world):
             torch=str(torch.__version__))
 
     def halt(what, step):
-        """Give up after a batch, that of `step` counted from 0: the same decision on every rank."""
+        """Saves the weights and raises NonFinite, naming the samples of `step`, counted from 0. Collective."""
         last = payload()
 
         def keep():
@@ -224,13 +224,13 @@ def train(cfg, world):
         corpus.export_tokenizer(cfg.checkpoint.beside(".tokenizer"))
         return checkpoint.begin(cfg.checkpoint, resume_from, state, cfg.report.eval_tokens)
 
-    # A first pass that counts for nothing, with room held for the optimizer's moments: what does not fit or compile is
-    # found before anything is written. It is also where DDP rebuilds its buckets, which changes the order of its sums.
-    held = torch.empty(0 if state.step else state_bytes(optimizer), dtype=torch.uint8, device=world.device)
+    # A discarded forward and backward pass, with room reserved for the optimizer's state: what does not fit or compile
+    # shows before anything is written. Also, DDP rebuilds its buckets after its first: 3+ ranks' sums then differ.
+    reserved = torch.empty(0 if state.step else state_bytes(optimizer), dtype=torch.uint8, device=world.device)
     forward_backward(accum - 1)
     optimizer.zero_grad(set_to_none=True)
-    world.sum([len(held)])  # every rank has come so far
-    del held
+    world.sum([len(reserved)])  # a barrier: it fits on every rank
+    del reserved
     state.best_val = world.from_main(begin)
 
     facts = config | corpus.facts | dict(n_params=raw.num_params(), accum_steps=accum)
@@ -253,7 +253,7 @@ def train(cfg, world):
             if cfg.ranks.check_replicas and state.step % cfg.ranks.check_replicas == 0:
                 world.require_replicas(raw, optimizer)
             if due(cfg.report.log_steps):
-                saver.settle(wait=False)
+                saver.conclude(wait=False)
                 metrics = meter.report(ends_interval=state.step % cfg.report.log_steps == 0)
                 metrics["lr"] = lr_at(state.step - 1, cfg.optim)  # the rate of the step just taken
                 if meter.skipped_in_row >= cfg.optim.max_bad_steps:
@@ -269,7 +269,7 @@ def train(cfg, world):
                     world.from_main(lambda: track.sample(
                         state.step, lambda: sample_text(raw, cfg.checkpoint.beside(".tokenizer"), corpus)))
             if (latest := due(cfg.checkpoint.save_steps) or signal_number or save_now) or best:
-                with meter.excluded("checkpoint"):  # all ranks wait here, not in the next step, a part of training
+                with meter.excluded("checkpoint"):  # all ranks wait here: saving is not training time
                     saver.save(payload, latest, best, signal_number or state.step == num_steps)
             if signal_number and state.step < num_steps:
                 track.stopped(signal_number, state.step)
@@ -282,7 +282,7 @@ def train(cfg, world):
 def main(world_type=World):
     try:
         cfg = parse(Config)
-        stop_when_orphaned(world_type.managers + bool(in_sweep()))  # a sweep's agent is one, too
+        stop_when_orphaned(world_type.launchers + bool(in_sweep()))  # a sweep's agent is one, too
         world = world_type(cfg)
         setup_logging(world.is_main)
         with needed_packages():

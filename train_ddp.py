@@ -20,8 +20,8 @@ from train import World, main
 
 
 class DDPWorld(World):
-    managers = 1  # torchrun
-    pulse = NoPulse()  # of the class: an error may come before there is a world
+    launchers = 1  # torchrun
+    pulse = NoPulse()  # on the class: an error may come before there is a World
 
     def __init__(self, cfg):
         told = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"
@@ -53,8 +53,8 @@ class DDPWorld(World):
     def sum(self, values):
         return self._reduce(values, dist.ReduceOp.SUM, torch.float64)
 
-    def max(self, value):
-        return self._reduce([value], dist.ReduceOp.MAX, torch.int64)[0]
+    def max(self, values):
+        return self._reduce(values, dist.ReduceOp.MAX, torch.int64)
 
     def _reduce(self, values, op, dtype):
         tensor = torch.tensor(values, dtype=dtype)

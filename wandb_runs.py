@@ -41,7 +41,7 @@ class WandbConfig:
     wandb_mode: str = arg("", "offline keeps the run here for `wandb sync` (WANDB_MODE; else online)", choices=MODES)
     wandb_run_mode: str = arg("auto", "auto: one process writes; shared: every rank writes to the same run; new: "
                                       "every rank has a run, and they are grouped", choices=("auto", "shared", "new"))
-    wandb_rank_scope: str = arg("global", "that is so for all nodes together, or for each node (worker) by itself",
+    wandb_rank_scope: str = arg("global", "apply --wandb-run-mode to all nodes together, or to each node (worker)",
                                 choices=("global", "worker"))
     wandb_log_checkpoints: str = arg("none", "checkpoints to upload as artifacts", choices=("none", "best", "last",
                                                                                            "all"))
@@ -49,9 +49,9 @@ class WandbConfig:
                            choices=("none", "gradients", "parameters", "all"))
     wandb_init_timeout: float | None = arg(None, "seconds after which W&B goes on offline if it cannot be reached "
                                                  "(WANDB_INIT_TIMEOUT; else 90); training waits for none of them",
-                                           above=0)
+                                           gt=0)
     wandb_finish_timeout: float | None = arg(None, "seconds that the end of a run waits for uploads at most "
-                                                   "(WANDB_FINISH_TIMEOUT; else 60)", above=0)
+                                                   "(WANDB_FINISH_TIMEOUT; else 60)", gt=0)
 
     def validate(self):
         if not self.use_wandb:

@@ -1,4 +1,4 @@
-"""Whether a run still moves: a heartbeat for supervisors, and where it stands when it does not."""
+"""Hang detection: a heartbeat file for supervisors, and the stacks of all threads when a run hangs."""
 
 import contextlib
 import faulthandler
@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 POLL = 1.0  # seconds between two looks
-FACTOR = 10  # a step, or an evaluation or a save, that takes so many times the median hangs
-LEAST = 30.0  # seconds that anything may take: a short hiccup is none
-FEW, FIRST = 20, 600.0  # before so many are known, seconds that anything may take: the first ones compile
+FACTOR = 10  # a step, evaluation or save counts as hung after this many times its median duration
+LEAST = 30.0  # seconds that anything may take: a short hiccup is no hang
+FEW, FIRST = 20, 600.0  # before so many durations are known, seconds that anything may take: the first ones compile
 
 log = logging.getLogger("mini_llm")
 
@@ -21,10 +21,10 @@ log = logging.getLogger("mini_llm")
 class Watchdog:
     """A thread that reads what the loop is doing from its Meter, so that the loop does nothing for it.
 
-    While the run moves, the main rank's writes `heartbeat`, if there is such a path: a file that has grown old tells a
-    supervisor that the run hangs or is gone. Where something takes far longer than before, the stacks of all threads go
-    to FILE.stacks.txt beside the checkpoint, once: every rank's own, since those that wait point at the one that does
-    not come.
+    While the run advances, the main rank's thread touches `heartbeat`, if given: a file that has grown old tells a
+    supervisor that the run hangs or is gone. If something takes far longer than before, the stacks of all threads go to
+    FILE.stacks.txt beside the checkpoint, once: each rank writes its own, and those that wait point at the one that is
+    missing.
     """
 
     def __init__(self, meter, state, heartbeat, beside, rank):

@@ -11,12 +11,12 @@ from config import UserError, arg, flatten, one_line_errors, parse, without_infi
 class Engine:
     """Engine"""
 
-    cylinders: int = arg(4, "how many", low=1, high=16)
-    power: float = arg(1.5, "in kW", above=0)
+    cylinders: int = arg(4, "how many", ge=1, le=16)
+    power: float = arg(1.5, "in kW", gt=0)
     fuel: str = arg("petrol", "what burns", choices=("petrol", "diesel"))
     turbo: bool = arg(False, "with a turbo")
     heated: bool | None = arg(None, "unset: by the weather")
-    idle_speed: int | None = arg(None, "unset: by the fuel", low=0)
+    idle_speed: int | None = arg(None, "unset: by the fuel", ge=0)
 
 
 @dataclass

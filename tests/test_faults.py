@@ -308,14 +308,14 @@ def test_what_a_thread_fails_to_save_is_told_undone_and_tried_again(tmp_path, ca
                   lambda path, at, best: written.append((path.name, at.step, best)))
     save_all = partial(saver.save, lambda: {"state": torch.tensor(state.step)}, latest=True)
     save_all(best=True, last=False)
-    saver.settle()
+    saver.conclude()
     (tmp_path / "c.pt.tmp").mkdir()  # the draft cannot be written
     state.step, state.val_loss = 2, 2.0
     save_all(best=True, last=False)
     state.step, state.val_loss = 3, 1.5
     save_all(best=True, last=False)  # fails, too; and tells of the one before
     assert "step 2 could not be saved" in caplog.text and state.best_val == 1.5
-    saver.settle()
+    saver.conclude()
     assert "step 3 could not be saved" in caplog.text and state.best_val == 3.0, "that of the file"
     with pytest.raises(NotSaved, match="step 3"):
         save_all(best=False, last=True)

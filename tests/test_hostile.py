@@ -27,7 +27,7 @@ import generate
 import train
 from config import UserError, parse
 from data import Corpus, DataConfig, prepare
-from pretrained import load_initial, settle
+from pretrained import load_initial, resolve_init
 from text import find_sources
 from tokenizer import load_tokenizer, open_tokenizer
 
@@ -263,7 +263,7 @@ def theirs(gpt2_folder, tmp_path, monkeypatch):
 
 def start_from(folder):
     cfg = parse(train.Config, ["--init-from", str(folder), "--tokenizer-name", "byte", "--seq-len", "32"])
-    cfg.model, cfg.init = settle(cfg, None)
+    cfg.model, cfg.init = resolve_init(cfg, None)
     raw = train.GPT(cfg.model)
     load_initial(raw, cfg.init, train.World(cfg))
     return raw
@@ -375,7 +375,7 @@ def test_a_tokenizer_config_that_is_odd_is_refused_or_does_no_harm(text, tmp_pat
                                    ["--n-layers", 10_000, "--d-model", 65536]])
 def test_a_model_that_no_machine_holds_is_refused_at_once(flags):
     def settled():
-        return settle(parse(train.Config, list(map(str, flags))), None)
+        return resolve_init(parse(train.Config, list(map(str, flags))), None)
 
     assert str(flags[-1]) in line_of(settled)
 

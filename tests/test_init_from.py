@@ -8,7 +8,7 @@ from conftest import TUNED
 
 from config import UserError, parse
 from model import ARCHS, GPT
-from pretrained import SIZES, gpt_config, hugging_face_config, load_initial, load_model, settle
+from pretrained import SIZES, gpt_config, hugging_face_config, load_initial, load_model, resolve_init
 from train import Config, World
 
 
@@ -42,7 +42,7 @@ def test_a_resumed_run_needs_the_folder_no_more(trainer, tuned):
     config.write_text("\n".join(line for line in config.read_text().splitlines() if line.split(" =")[0] not in gone))
     flags = ["--config", config, "--checkpoint-path", trainer.folder / "gpt2.pt", "--resume"]  # all but the model's
     without = parse(Config, list(map(str, flags)))
-    model, init = settle(without, without.checkpoint.checkpoint_path)
+    model, init = resolve_init(without, without.checkpoint.checkpoint_path)
     assert (model.n_heads, model.d_model) == (4, 32) and init.init_from == str(tuned["gpt2"][0])
     run = trainer(*flags, "--num-steps", 42, "--init-from", "gone", checkpoint="gpt2.pt", tiny=False, data=False,
                   env=dict(OMP_NUM_THREADS="1"))
@@ -84,14 +84,14 @@ def test_what_does_not_go_with_the_weights_is_refused_by_name(argv, case):
     (make, names), (flags, words) = argv, WRONG[case]
     cfg = parse(Config, make(*flags))
     with pytest.raises(UserError) as error:
-        settle(cfg, None)
+        resolve_init(cfg, None)
     assert all(word.format(**names) in str(error.value) for word in words) and "\n" not in str(error.value)
 
 
 def test_flags_that_agree_with_the_weights_are_fine(argv):
     make, _ = argv
     cfg = parse(Config, make("--arch", "gpt2", "--n-heads", "4", "--d-ff", "0", "--tie-embeddings", "--dropout", "0.1"))
-    model, init = settle(cfg, None)
+    model, init = resolve_init(cfg, None)
     assert (model.d_model, model.d_ff, model.vocab_size, model.dropout) == (32, 128, 257, 0.1) and init == cfg.init
 
 
@@ -114,7 +114,7 @@ def test_what_our_architecture_is_not_is_refused_by_its_field(arch, field, value
 def test_one_of_our_own_checkpoints_will_do_too(tuned):
     run = tuned["nanochat"][1]
     cfg = parse(Config, ["--init-from", str(run.checkpoint), "--tokenizer-name", "byte", "--seq-len", "32"])
-    model, _ = settle(cfg, None)
+    model, _ = resolve_init(cfg, None)
     assert (model.arch, model.d_ff, model.n_kv_heads, model.vocab_size) == ("nanochat", 56, 2, TUNED["nanochat"])
     raw = GPT(model)
     load_initial(raw, cfg.init, World(cfg))
