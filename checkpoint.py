@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import hardware
 from archive import DamagedCheckpoint, link, load, peek, save
-from config import RunFailed, UserError, arg, flag
+from config import RunFailed, UserError, arg, beside_run, flag
 from processes import lock_until_exit, only_one
 
 FORMAT = 1
@@ -84,8 +84,7 @@ class CheckpointConfig:
         """Whether resuming from that file continues the run at the checkpoint path (the file is one of its own) or
         branches off from it."""
         file, path = map(Path, map(os.path.realpath, (resume_from, self.checkpoint_path)))
-        ours = re.escape(path.stem) + r"(\.(prev|best(-of-\d+)?|nonfinite|step-\d+))?\.pt"
-        return file == path or file.parent == path.parent and bool(re.fullmatch(ours, file.name))
+        return file == path or beside_run(file, ".pt") == path
 
 
 @dataclass
@@ -252,6 +251,8 @@ def begin(cfg, resume_from, state, eval_tokens):
         for suffix in (".metrics.jsonl", ".log"):
             cfg.beside(suffix).unlink(missing_ok=True)
         shutil.rmtree(cfg.beside(".tensorboard"), ignore_errors=True)
+        if resume_from is not None:  # a branch has a W&B run of its own
+            cfg.beside(".wandb.json").unlink(missing_ok=True)
     if cfg.overwrite:
         if not goes_on or _saved(best)["state"].get("step", 0) > state.step:
             best.unlink(missing_ok=True)

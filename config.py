@@ -13,12 +13,20 @@ import json
 import math
 import operator
 import os
+import re
 import sys
 import tomllib
 import types
 import typing
 from pathlib import Path
 
+# What others call these flags (nanoGPT, the Hugging Face Trainer), for "did you mean".
+ELSEWHERE = {"learning_rate": "lr", "max_iters": "num_steps", "max_steps": "num_steps", "block_size": "seq_len",
+             "output_dir": "checkpoint_path", "out_dir": "checkpoint_path", "init_from_checkpoint": "resume",
+             "resume_from_checkpoint": "resume", "hidden_size": "d_model", "n_embd": "d_model", "dtype": "amp_dtype",
+             "bf16": "amp", "fp16": "amp", "gradient_accumulation_steps": "grad_accum_steps", "wandb_log": "use_wandb",
+             "max_grad_norm": "grad_clip_norm", "grad_clip": "grad_clip_norm", "log_interval": "log_steps",
+             "eval_interval": "eval_steps", "dataset": "train_data", "tokenizer": "tokenizer_name"}
 BOUNDS = {"gt": (operator.gt, "greater than"), "ge": (operator.ge, "at least"),
           "lt": (operator.lt, "less than"), "le": (operator.le, "at most")}
 
@@ -165,6 +173,14 @@ def read_json(path):
     return value
 
 
+def beside_run(path, suffix):
+    """checkpoints/minigpt.best.pt, `.tokenizer` → checkpoints/minigpt.tokenizer, which all checkpoints of a run share.
+    `path`: any of them, or the run's metrics.jsonl."""
+    path = Path(path)
+    stem = path.name.removesuffix(".metrics.jsonl").removesuffix(".pt")
+    return path.with_name(re.sub(r"\.(best(-of-\d+)?|prev|nonfinite|step-\d+)$", "", stem) + suffix)
+
+
 def read_records(path):
     """The records of a metrics.jsonl, in order. A torn line, of a run that was killed or still writes, is left out."""
     with open(path, errors="replace") as file:
@@ -304,7 +320,11 @@ def _refuse_unknown(word, known, what, otherwise=" (see --help)"):
 
 
 def _nearest(word, known):
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    def plain(name):
+        return name.lstrip("-").replace("-", "_")
+
+    close = ([name for name in known if plain(name) == ELSEWHERE.get(plain(word))]
+             or difflib.get_close_matches(word, known, n=1, cutoff=0.6))
     return f"; did you mean {close[0]}?" if close else ""
 
 

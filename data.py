@@ -7,6 +7,7 @@ decides their content. Training reads windows of them; which window comes when i
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import logging
@@ -31,11 +32,12 @@ from tokenizer import (
     end_of_text,
     known_characters,
     load_tokenizer,
+    open_tokenizer,
     save_tokenizer,
     train_tokenizer,
 )
 
-CODE_VERSION = 1  # raise it when the same text would give other tokens: old caches are then left alone
+CODE_VERSION = 2  # raise it when the same text would give other tokens: old caches are then left alone
 BATCH = 1 << 21  # characters tokenized in parallel: bounds the memory of tokenization
 BPE_SAMPLE = 1 << 25  # characters that a bpe tokenizer is trained on, at most
 PREPARE_PATIENCE = 900  # seconds without progress after which a process stops waiting for the one that tokenizes
@@ -306,20 +308,12 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
 
 def _trained_tokenizer(name, stream, vocab_size):
     """bpe: trained on BPE_SAMPLE characters of the training text; char: on all text, validation too."""
-    began, texts = time.perf_counter(), (piece.text for piece in stream if piece.split == "train" or name == "char")
-    tokenizer = train_tokenizer(name, _first_characters(texts, BPE_SAMPLE) if name == "bpe" else texts,
-                                vocab_size or 4096)
+    began, texts = time.perf_counter(), (piece for piece in stream if piece.split == "train" or name == "char")
+    texts = _take(texts, BPE_SAMPLE) if name == "bpe" else texts
+    tokenizer = train_tokenizer(name, (piece.text for piece in texts), vocab_size or 4096)
     log.info("trained a %s tokenizer of %s tokens in %.1f s", name, f"{tokenizer.get_vocab_size():,}",
              time.perf_counter() - began)
     return tokenizer
-
-
-def _first_characters(texts, limit):
-    for text in texts:
-        if limit <= 0:
-            return
-        limit -= len(text)
-        yield text
 
 
 def _take(stream, characters):
@@ -362,6 +356,14 @@ class Corpus:
             if not shard.windows(self.seq_len):
                 raise UserError(f"--seq-len {self.seq_len}: {shard.path}{name and f' ({name})'} holds {shard.count:,} "
                                 f"tokens, less than one sequence; give more text or a smaller --seq-len")
+
+    @functools.cached_property
+    def start(self):
+        """The token from which a text is generated that continues nothing: end-of-text if training has it before other
+        text, in its first million tokens; else, as with a single document, that of a newline, or 0."""
+        if self.eos is not None and self.eos in self.train.read(0, min(self.train.count - 1, 1 << 20)):
+            return self.eos
+        return (open_tokenizer(self.folder / "tokenizer").encode("\n", add_special_tokens=False).ids or [0])[-1]
 
     def export_tokenizer(self, folder):
         """Copy the tokenizer to `folder`, for whoever uses the checkpoint without the data."""

@@ -94,8 +94,9 @@ class Config:
 def own_validation_set(saved):
     """The folder of the token shards that the checkpoint's run was validated on. Raises UserError."""
     config = saved["config"]
-    for file in Path(config["cache_dir"]).glob("*/meta.json"):
-        with contextlib.suppress(UserError):  # another's, and damaged
+    given = (Path(path) / "meta.json" for path in config["train_data"])  # a folder of token shards, perhaps
+    for file in (*given, *Path(config["cache_dir"]).glob("*/meta.json")):
+        with contextlib.suppress(UserError):  # none, or another's, and damaged
             if read_meta(file.parent)["fingerprint"]["val"] == saved["identity"]["the validation data"]:
                 return str(file.parent)
     was = config["val_data"] or config["train_data"]

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from config import UserError, arg, one_line_errors, parse, read_json, read_records
-from pretrained import beside_run, hugging_face_config, load_model, to_hugging_face, tokenizer_folder
+from config import UserError, arg, beside_run, one_line_errors, parse, read_json, read_records
+from pretrained import hugging_face_config, load_model, to_hugging_face, tokenizer_folder
 from tokenizer import end_of_text, open_tokenizer
 
 SAMPLING = dict(do_sample=True, temperature=0.8, top_k=50)  # as train.py's own samples are drawn
@@ -63,12 +63,15 @@ def export(path, output, dtype="float32"):
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
     spare = list(range(n_tokens, model.cfg.vocab_size))  # of a model that is wider than its tokenizer
     twin.generation_config = transformers.GenerationConfig(
-        bos_token_id=eos, eos_token_id=eos, pad_token_id=eos,
+        bos_token_id=saved.get("start", eos), eos_token_id=eos, pad_token_id=eos,
         suppress_tokens=spare if 0 < len(spare) <= SPARE_IDS else None, **SAMPLING)
     try:
         twin.to(getattr(torch, dtype)).save_pretrained(output)
         for file in filter(Path.is_file, tokenizer.iterdir()):
             shutil.copy(file, output)
+        if known.encode("a").ids != known.encode("a", add_special_tokens=False).ids:
+            known.post_processor = None  # it puts tokens around a text that training had not
+            (Path(output) / "tokenizer.json").write_text(known.to_str(pretty=True), "utf-8")
         try:
             _complete_tokenizer(Path(output) / "tokenizer_config.json", model.cfg.max_position_embeddings)
         except ValueError as error:

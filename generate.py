@@ -1,6 +1,7 @@
 """What a model writes: `python generate.py --checkpoint-path checkpoints/minigpt.pt --prompt "def main"`.
 
-A base model continues its prompt, and nothing more: an empty one is continued from the end-of-text token.
+A base model continues its prompt, and nothing more: an empty one from the end-of-text token, or where training had no
+two documents, from a newline.
 """
 
 import math
@@ -8,6 +9,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -181,8 +183,8 @@ def batches(lengths, batch_size, max_new_tokens):
     return found
 
 
-def encode(tokenizer, eos, prompt):
-    """The ids of a prompt: of an empty one the end-of-text token, or where there is none token 0."""
+def encode(tokenizer, start, prompt):
+    """The ids of a prompt; of an empty one, that of `start`."""
     try:
         prompt.encode()
     except UnicodeEncodeError:
@@ -190,14 +192,14 @@ def encode(tokenizer, eos, prompt):
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids
     if prompt and not ids:
         raise UserError(f"--prompt {prompt!r}: the tokenizer knows none of these characters; give another")
-    return ids or [eos or 0]
+    return ids or [start]
 
 
-def write_texts(model, tokenizer, eos, cfg, out):
+def write_texts(model, tokenizer, eos, start, cfg, out):
     """Generate what `cfg` asks for and write it to `out`: one text as it comes, of several each when it and those
     before it are done. Returns how many tokens were generated."""
     texts = [text for text in cfg.prompts() for _ in range(cfg.num_samples)]
-    ids = [encode(tokenizer, eos, text) for text in texts]
+    ids = [encode(tokenizer, start, text) for text in texts]
     seeds = [[cfg.seed, *divmod(row, cfg.num_samples)] for row in range(len(texts))]
     finished, n_tokens, n_written = {}, 0, 0
 
@@ -230,14 +232,14 @@ def write_texts(model, tokenizer, eos, cfg, out):
 
 
 def sample_text(model, tokenizer_folder, corpus, max_new_tokens=128, temperature=0.8, top_k=50, seed=1337):
-    """Text that `model` continues from nothing: from the end-of-text token, or where there is none from token 0."""
+    """Text that `model` continues from nothing: from `corpus.start`."""
     tokenizer = open_tokenizer(tokenizer_folder)
-    steps = generate(model, [[corpus.eos or 0]], max_new_tokens, temperature, top_k, seeds=[seed],
+    steps = generate(model, [[corpus.start]], max_new_tokens, temperature, top_k, seeds=[seed],
                      # A model may be wider than its tokenizer (--vocab-size), and longer than what it is trained on:
                      # its spare ids and positions mean nothing.
                      vocab_size=tokenizer.get_vocab_size(), context=corpus.seq_len)
     with hardware.allow_nondeterministic():  # a GPU has no deterministic cumulative sum
-        return tokenizer.decode([token for token, in steps])
+        return tokenizer.decode(list(takewhile(lambda token: token != corpus.eos, (token for token, in steps))))
 
 
 @one_line_errors()
@@ -246,10 +248,11 @@ def main():
         cfg = parse(Config).generate
         device = hardware.choose_device(cfg.device)
         sys.stdout.reconfigure(errors="replace")
-        model, tokenizer, eos, _ = load_run(cfg.checkpoint_path)
+        model, tokenizer, eos, saved = load_run(cfg.checkpoint_path)
+        start = saved.get("start", eos or 0)
         began = time.perf_counter()
         with hardware.enough_memory("lower --batch-size, or take --device cpu"):
-            n_tokens = write_texts(model.to(device), tokenizer, eos, cfg, sys.stdout)
+            n_tokens = write_texts(model.to(device), tokenizer, eos, start, cfg, sys.stdout)
         seconds = time.perf_counter() - began
         print(f"{n_tokens:,} tokens in {seconds:.2f} s: {n_tokens / seconds:,.0f} tokens/s on {device.type}",
               file=sys.stderr)

@@ -56,11 +56,11 @@ class Precision:
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
 
 
-def choose_device(name, local_rank=0):
+def choose_device(name, local_rank=0, alone=True):
     """auto|cuda|cpu|mps → torch.device. Raises UserError for a device that is not there."""
     has_mps = torch.backends.mps.is_available()
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if name == "auto":  # Metal has no collectives
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps and alone else "cpu"
     if name == "cuda":
         if not torch.cuda.is_available():
             raise UserError("--device cuda: this PyTorch sees no CUDA device; use --device cpu, or check nvidia-smi "

@@ -6,6 +6,7 @@ A run here is anything with a `name` and with `series(metric, x)` → (xs, ys), 
 import math
 import statistics
 from dataclasses import dataclass
+from itertools import pairwise
 
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000"]  # Okabe and Ito
 ANSI = [94, 91, 92, 95, 93, 96, 37, 90]
@@ -67,12 +68,10 @@ def short(value, like=None, digits=3):
 
 
 def ticks(values, like=None):
-    """Labels of an axis: `short`, with as many digits as tell them apart."""
-    for digits in range(3, 10):
-        labels = [short(value, like, digits) for value in values]
-        if len(set(labels)) == len(set(values)):
-            break
-    return labels
+    """Labels of an axis: `short`, with as many digits as their distance asks for."""
+    near = min((high - low for low, high in pairwise(sorted(set(values)))), default=math.inf) / 50
+    digits = next((n for n in range(3, 10) if all(abs(float(f"{value:.{n}g}") - value) < near for value in values)), 9)
+    return [short(value, like, digits) for value in values]
 
 
 def smoothed(values, window):

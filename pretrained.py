@@ -16,7 +16,7 @@ import torch
 
 import checkpoint
 from archive import DamagedCheckpoint, load, peek
-from config import UserError, arg, flag, read_json
+from config import UserError, arg, beside_run, flag, read_json
 from model import ARCHS, GPT, GPTConfig
 from tokenizer import end_of_text, hub_reachable, open_tokenizer
 
@@ -111,12 +111,6 @@ def _saved_config(path, cfg):
         if isinstance(config := peek(file).get("config"), dict):
             return config
     return {}
-
-
-def beside_run(path, suffix):
-    """checkpoints/minigpt.best.pt, `.tokenizer` → checkpoints/minigpt.tokenizer"""
-    path = Path(path)
-    return path.with_name(re.sub(r"\.(best(-of-\d+)?|prev|nonfinite|step-\d+)$", "", path.stem) + suffix)
 
 
 def _source_config(source):

@@ -12,7 +12,6 @@ import html
 import io
 import math
 import os
-import re
 import shutil
 import signal
 import statistics
@@ -20,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from config import Parser, UserError, one_line_errors, positive, read_records
+from config import Parser, UserError, beside_run, one_line_errors, positive, read_records
 from plots import MARKS, figure, looks, panels_of, short, terminal_plot
 
 ROWS = ".metrics.jsonl"
@@ -37,6 +36,8 @@ class Run:
         self.path, self.name, self.rows, self.samples, self.alerts = path, path.name.removesuffix(ROWS), [], [], []
         self.config, self.code, self.starts = {}, None, []
         for record in read_records(path):
+            for name in [name for name in record if name.startswith(("gradients/", "parameters/"))]:
+                del record[name]  # histograms, which are W&B's to show
             event, step = record.get("event"), record["step"]
             if event == "config":  # one each time that the run was started or resumed
                 self.config, self.code = record["config"], None
@@ -125,11 +126,9 @@ def find(word):
     path = Path(word)
     if path.is_dir():
         raise UserError(f"{word}: is a folder; name a run{_known(path)}")
-    stem = path.name.removesuffix(ROWS) if path.name.endswith(ROWS) else path.stem
-    for name in stem, re.sub(r"\.(best(-of-\d+)?|prev|nonfinite|step-\d+)$", "", stem):
-        if (rows := path.with_name(name + ROWS)).is_file():
-            return rows
-    raise UserError(f"{word}: there is no {path.with_name(stem + ROWS)}{_known(path.parent)}")
+    if not (rows := beside_run(path, ROWS)).is_file():
+        raise UserError(f"{word}: there is no {rows}{_known(path.parent)}")
+    return rows
 
 
 def _known(folder):
@@ -284,47 +283,6 @@ def print_text(runs, x, smooth):
             print(f"\n{run.name}, sample at step {step:,}:\n{printable}")
 
 
-BEGIN, END = "<!-- run:begin -->", "<!-- run:end -->"
-
-
-def write_readme(run, readme):
-    """Rewrite what is between the markers of `readme` with the run's log, shortened, and its curve."""
-    text = readme.read_text()
-    marked = re.search(f"^{BEGIN}\n.*?^{END}$", text, re.MULTILINE | re.DOTALL)
-    if not marked:
-        raise UserError(f"{readme}: no line {BEGIN} and after it {END}; put both where the run shall be shown")
-    log = run.path.with_name(run.path.name.removesuffix(ROWS) + ".log")
-    if not log.is_file():
-        raise UserError(f"{log}: not there, and the console's lines are in it")
-    lines = excerpt(log.read_text("utf-8", errors="replace"))
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", lines)), default=0))
-    plot = readme.parent / "docs" / "loss.svg"
-    plot.parent.mkdir(exist_ok=True)
-    from matplotlib import rc_context
-
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "mini-llm"}):  # small, and equal for equal runs
-        figure(panels([run])[0], [run]).savefig(plot, metadata={"Date": None})
-    shown = f"{fence}\n{lines}\n{fence}\n\n![training and validation loss over steps](docs/loss.svg)"
-    readme.write_text(f"{text[:marked.start()]}{BEGIN}\n{shown}\n{END}{text[marked.end():]}")
-    return [str(readme), str(plot)]
-
-
-def excerpt(log):
-    """Of a log, all but the flags and most reports: the first two, the middle one and the last are shown."""
-    entries = re.split(r"\n(?=\[\d{4}-)", log.rstrip("\n"))
-    reports = [entry for entry in entries if re.match(r"\[[^]]*\] epoch \d+ step ", entry)]
-    kept = {*reports[:2], *reports[len(reports) // 2:][:1], *reports[-1:]}
-    lines = []
-    for entry in entries:
-        if re.match(r"\[[^]]*\] Arguments: ", entry):
-            continue
-        if entry not in reports or entry in kept:
-            lines.append(entry)
-        elif lines[-1] != "…":
-            lines.append("…")
-    return "\n".join(lines)
-
-
 @one_line_errors()
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -335,18 +293,12 @@ def main():
     parser.add_argument("--smooth", metavar="N", type=positive, default=0,
                         help="reports that the bold curves average; 1: none (default: a 25th of the run, at most 100)")
     parser.add_argument("--terminal", action="store_true", help="print text plots, and write nothing")
-    parser.add_argument("--readme", metavar="FILE", nargs="?", const="README.md",
-                        help=f"rewrite FILE (README.md) between {BEGIN} and {END}, and docs/loss.svg beside it")
     try:
         args = parser.parse_args()
         runs = load(args.runs)
         if args.terminal:
             sys.stdout.reconfigure(errors="replace")
             return print_text(runs, args.x, args.smooth)
-        if args.readme:
-            if len(runs) > 1:
-                raise UserError("--readme shows one run: name one")
-            return print("wrote " + ", ".join(write_readme(runs[0], Path(args.readme))))
         folder = Path(args.output) if args.output else runs[0].path.with_name(
             runs[0].path.name.removesuffix(ROWS) + ".report")
         images = write_page(runs, folder, args.x, args.smooth)

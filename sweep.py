@@ -84,8 +84,8 @@ def agent(args):
     count = ["--count", str(args.count)] if args.count else []
     # A signal ends the trial, which saves, before it ends the agent: else both would be gone before it has.
     command = [sys.executable, "-m", "wandb", "agent", "--forward-signals", *count, args.sweep]
-    agents = [subprocess.Popen(command, env=environment, preexec_fn=_end_with_this_process)
-              for _ in range(args.agents)]
+    agents = [subprocess.Popen(command, env=environment | gpus, preexec_fn=_end_with_this_process)
+              for gpus in shares(args.agents)]
     received = []
 
     def forward(number, frame):
@@ -98,6 +98,20 @@ def agent(args):
         signal.signal(number, forward)
     codes = [code if code >= 0 else 128 - code for code in [one.wait() for one in agents]]  # -9: ended by signal 9
     return 128 + received[0] if received else max(codes)
+
+
+def shares(agents):
+    """The environment of each agent that gives it GPUs of its own: as many to each; where there are fewer than agents,
+    some share one."""
+    if agents == 1:
+        return [{}]
+    import torch
+
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
+    gpus = gpus.split(",") if gpus else []
+    n = len(gpus) // agents
+    own = [gpus[i * n:(i + 1) * n] or gpus[i % len(gpus):][:1] if gpus else [] for i in range(agents)]
+    return [dict(CUDA_VISIBLE_DEVICES=",".join(these)) if these else {} for these in own]
 
 
 def _end_with_this_process():

@@ -14,6 +14,8 @@ from pathlib import Path
 from config import UserError
 from tokenizer import END_OF_TEXT, hub_reachable
 
+log = logging.getLogger("mini_llm")
+
 PIECE = 1 << 15  # characters given to the tokenizer at once
 TEXT_SUFFIXES = {".txt", ".text", ".md"}
 TABLE_SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -21,7 +23,7 @@ TABLE_SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 @dataclass(frozen=True)
 class Source:
-    """`kind`: text, json, parquet, or hub (a dataset's name). A text source is one file; others may be several."""
+    """`kind`: text, json, parquet, or hub (NAME[:CONFIG][@SPLIT]). A text source is one file; others may be several."""
 
     kind: str
     paths: tuple[str, ...]
@@ -32,48 +34,64 @@ class Source:
 
 
 def files_of(sources):
-    """The files of all of them, each by its one true path."""
-    return {os.path.realpath(file) for source in sources for file in source.files()}
+    """The files of all of them, each by its one true path, and the datasets of the hub by name."""
+    return {os.path.realpath(file) if source.files() else file for source in sources for file in source.paths}
 
 
 def find_sources(paths, label="--train-data"):
     """Paths, globs, folders and dataset names → Sources. Raises UserError for whatever is not there or not text."""
-    sources = []
+    sources, known, again = [], set(), 0
     for argument, path in enumerate(paths):
         if is_pattern(path):
             files = [file for file in sorted(matching(path)) if os.path.isfile(file)]
             if not files:
                 raise UserError(f"{label} {path}: no file matches; quote the pattern and check it with ls")
         elif os.path.isdir(path):
-            known = TEXT_SUFFIXES | TABLE_SUFFIXES.keys()
-            files = [str(file) for file in _texts_and_tables(Path(path), known)]
+            suffixes = TEXT_SUFFIXES | TABLE_SUFFIXES.keys()
+            files = [str(file) for file in _texts_and_tables(Path(path), suffixes)]
             if not files:
-                raise UserError(f"{label} {path}: no {', '.join(sorted(known))} file in this folder")
+                raise UserError(f"{label} {path}: no {', '.join(sorted(suffixes))} file in this folder")
         elif os.path.exists(path):
             files = [path]
-        elif re.fullmatch(r"[\w-]+(/[\w.-]+)?(:[\w.-]+)?", path) and not path.startswith("-"):
+        elif _is_hub_name(path):
             sources.append(Source("hub", (path,), argument))
             continue
         else:
             raise UserError(f"{label} {path}: no such file or folder")
         files = [file for file in files if os.path.getsize(file)] or files  # of many, some may be empty
+        if label == "--train-data":  # a file read twice could be on both sides of the validation split
+            new = {}
+            for file in files:
+                if (real := os.path.realpath(file)) not in known:
+                    new.setdefault(real, file)
+            known, again, files = known | new.keys(), again + len(files) - len(new), list(new.values())
         for file in files:
             _check_readable(file, label)
         sources += [Source("text", (file,), argument) for file in files if Path(file).suffix not in TABLE_SUFFIXES]
         for kind in ("json", "parquet"):
             tables = tuple(file for file in files if TABLE_SUFFIXES.get(Path(file).suffix) == kind)
             sources += [Source(kind, tables, argument)] if tables else []
+    if again:
+        log.warning("%d files are named more than once in %s, and are read once", again, label)
     return sources
 
 
+def _is_hub_name(path):
+    """Whether it can be a dataset of the hub, and is not more likely a file that is missing."""
+    missing = Path(path).suffix in TEXT_SUFFIXES | TABLE_SUFFIXES.keys() or os.path.isdir(Path(path).parts[0])
+    return re.fullmatch(r"\w[\w-]*(/[\w.-]+)?(:[\w.-]+)?(@[\w.-]+)?", path) and not missing
+
+
 def _texts_and_tables(folder, suffixes):
-    """The files in a folder and below, but for those that runs have written there, and token caches."""
-    found = sorted(folder.rglob("*"))
+    """The files in a folder and below, but for hidden ones, what runs and W&B have written there, and token caches."""
+    found = sorted(file for file in folder.rglob("*")
+                   if not any(part[0] == "." for part in file.relative_to(folder).parts))
     ours = {file.parent for file in found if file.name == "tokenizer.json" and file.parent.suffix == ".tokenizer"
             or file.name == "meta.json" and (file.parent / "train.bin").exists()
-            or file.name == "tokenizer" and re.fullmatch(r"[0-9a-f]{24}\.draft", file.parent.name)}
+            or file.name == "tokenizer" and re.fullmatch(r"[0-9a-f]{24}\.draft", file.parent.name)
+            or re.fullmatch(r"run-\w+\.wandb", file.name)}
     return [file for file in found if file.suffix in suffixes and file.is_file() and ours.isdisjoint(file.parents)
-            and not file.name.endswith((".metrics.jsonl", ".wandb.json", ".stacks.txt"))]
+            and not file.name.endswith((".metrics.jsonl", ".wandb.json", ".trace.json", ".stacks.txt"))]
 
 
 def is_pattern(path):
@@ -189,7 +207,8 @@ def tail_start(file, ratio):
         stream.seek(first)
         window = stream.read(1 << 20)
     if (found := window.find(mark)) >= 0:
-        if first + found + len(mark) < size:
+        rest = window[found + len(mark):]
+        if rest.strip() or first + len(window) < size:  # another document follows
             return first + found + len(mark)
         start = min(start, first + found)  # not within the file's last mark
     window = window[start - first:]
@@ -265,8 +284,9 @@ def table_pieces(source):
     datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs, the error below says
     try:
         if source.kind == "hub":
-            repository, _, config = source.paths[0].partition(":")
-            rows = datasets.load_dataset(repository, config or None, split="train", streaming=True)
+            name, _, split = source.paths[0].partition("@")
+            repository, _, config = name.partition(":")
+            rows = datasets.load_dataset(repository, config or None, split=split or "train", streaming=True)
         else:
             paths = [path for path in source.paths if source.kind != "parquet" or _has_rows(path)] or source.paths
             rows = datasets.load_dataset(source.kind, data_files=[glob.escape(path) for path in paths],
@@ -289,6 +309,6 @@ def table_pieces(source):
     except Exception as error:  # datasets wraps what its readers raise in many types of its own
         reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
         if source.kind == "hub":
-            raise UserError(f"{name}: {reason}; one of several configurations is named as {name.split(':')[0]}:NAME") \
-                from None
+            raise UserError(f"{source.paths[0]}: {reason}; name a configuration as {repository}:NAME, a split other "
+                            f"than train as {name}@SPLIT") from None
         raise UserError(f"{name}: not readable as {source.kind}: {reason}") from None

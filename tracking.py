@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -19,7 +20,7 @@ from logging.handlers import MemoryHandler
 import torch
 from tqdm import tqdm
 
-from config import RunFailed, UserError, arg, flatten, read_records, to_toml, without_infinity
+from config import RunFailed, UserError, arg, flatten, to_toml, without_infinity
 from hardware import device_name, should_compile
 from wandb_runs import base_run_id, distributed_info, in_sweep, plan_run, provenance, with_environment
 
@@ -274,9 +275,12 @@ class JsonlSink:
     exit. On resume, lines after the checkpoint's step are cut off: the run will write them again."""
 
     def __init__(self, path, start_step):
-        kept = read_records(path) if start_step and path.exists() else ()
         draft = path.with_name(path.name + ".tmp")
-        draft.write_text("".join(json.dumps(record) + "\n" for record in kept if record["step"] <= start_step))
+        with open(draft, "wb") as file, open(path if start_step and path.exists() else os.devnull, "rb") as before:
+            for line in before:  # not parsed: histograms are megabytes
+                step = re.match(rb'\{"step": (\d+), "time": ', line)
+                if step and int(step[1]) <= start_step and line.endswith(b"}\n"):
+                    file.write(line)
         draft.replace(path)
         self.path, self.file = path, open(path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
         self.unwritten, self.failed = b"", False

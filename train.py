@@ -64,7 +64,7 @@ class World:
     saving = contextlib.nullcontext()  # held while a checkpoint is written
 
     def __init__(self, cfg):
-        device = hardware.choose_device(cfg.speed.device, self.local_rank)
+        device = hardware.choose_device(cfg.speed.device, self.local_rank, alone=not self.launchers)
         self.device = hardware.configure(cfg.speed, device, cfg.model.dropout)
 
     def wrap(self, model):
@@ -190,7 +190,7 @@ def train(cfg, world):
         world.require_replicas(raw, optimizer)
         return {name: part.state_dict() for name, part in parts.items()} | dict(
             format=checkpoint.FORMAT, state=dataclasses.asdict(state), identity=identity, config=config,
-            torch=str(torch.__version__))
+            start=corpus.start, torch=str(torch.__version__))
 
     def halt(what, step):
         """Saves the weights and raises NonFinite, naming the samples of `step`, counted from 0. Collective."""

@@ -217,9 +217,12 @@ def await_run(job):
 
 def samples_before(path, offset):
     """The records of samples in the first `offset` bytes of a metrics.jsonl."""
+    found = []
     with open(path, "rb") as file:
-        records = map(json.loads, file.read(offset).splitlines())
-        return [record for record in records if record.get("event") == "sample"]
+        while file.tell() < offset:
+            if b'"event": "sample"' in (line := file.readline()):  # else not parsed: histograms are megabytes
+                found.append(json.loads(line))
+    return [record for record in found if record.get("event") == "sample"]
 
 
 class Publisher:
@@ -243,17 +246,18 @@ class Publisher:
                 self.run.log({"step": step, "_timestamp": at} | {name: _plain(name, value)
                                                                  for name, value in record.items()})
             case "sample":
-                self._sample(step, record["text"])
+                self._sample(step, at, record["text"])
             case "checkpoint":
                 self.waiting.append(record | {"step": step})
             case "alert":
                 self.run.alert(**record)
 
-    def _sample(self, step, text):
+    def _sample(self, step, at, text):
         import wandb
 
         self.samples = sorted([*self.samples, [step, text]])[-100:]
-        self.run.log({"step": step, "samples": wandb.Table(columns=["step", "text"], data=self.samples)})
+        table = wandb.Table(columns=["step", "text"], data=self.samples)
+        self.run.log({"step": step, "_timestamp": at, "samples": table})
 
     def _upload_waiting(self, last):
         """Upload the checkpoints that wait, one at a time and of all but `all` only the newest, then forget the file.
@@ -289,7 +293,9 @@ class Publisher:
                                       description=f"checkpoint of step {record['step']}",
                                       metadata=record | dict(seed=config["seed"], config=config))
             # Immutable: read where it lies, not copied to a cache first.
-            artifact.add_file(str(path), name="model.pt", policy="immutable", skip_cache=True)
+            for file, name in [(path, "model.pt"), *((file, f"model.tokenizer/{file.name}")
+                                                     for file in Path(self.job.tokenizer).glob("*.json"))]:
+                artifact.add_file(str(file), name=name, policy="immutable", skip_cache=True)
             logged = self.run.log_artifact(artifact, aliases=["latest", f"step-{record['step']}"] + ["best"] * best)
             if not self.run.offline:
                 logged.wait()

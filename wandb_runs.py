@@ -222,6 +222,7 @@ class Job:
     rows: tuple = ("", 0)  # metrics.jsonl, and the byte from which this run writes in it
     console: tuple | None = None  # the same of the log file
     lock: str = ""  # a file
+    tokenizer: str = ""  # the folder beside the checkpoints, which goes with each
     sync: str = ""  # the command that sends later what is missing
     pid: int = dataclasses.field(default_factory=os.getpid)  # whose system metrics are taken
     host: str = dataclasses.field(default_factory=platform.node)

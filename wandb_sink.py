@@ -13,13 +13,13 @@ import json
 import logging
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import archive
 from processes import child_processes, only_one
 from wandb_runs import DIFF_CHARACTERS, Job, git, remember
 
@@ -50,7 +50,7 @@ class WandbSink:
         self.job = Job(init, config, mode=cfg.wandb_mode, shared=plan.shared, primary=plan.primary, label=plan.label,
                        init_timeout=cfg.wandb_init_timeout, finish_timeout=cfg.wandb_finish_timeout,
                        files=files, policy=cfg.wandb_log_checkpoints, rows=rows, console=console,
-                       lock=str(beside(f"{tag}.wandb.lock")),
+                       lock=str(beside(f"{tag}.wandb.lock")), tokenizer=str(beside(".tokenizer")),
                        sync=f"python {shlex.quote(tool)} sync {shlex.quote(str(beside('.pt')))}")
         self.beside, self.tag, self.process = beside, tag, None
         self.closing = self.given_up = False
@@ -76,7 +76,8 @@ class WandbSink:
     def _start(self):
         # Another's wandb-core must not be ours, and the warnings are to be heard, if only by the follower. What a
         # variable says is in the job by now; the SDK fails at some that say nothing, or end in a comma.
-        unwanted = ("WANDB_SERVICE", "WANDB_SILENT", "WANDB_QUIET", "WANDB_TAGS")
+        unwanted = ("WANDB_SERVICE", "WANDB_SILENT", "WANDB_QUIET", "WANDB_TAGS", "WANDB_FORK_FROM",
+                    "WANDB_RESUME_FROM")
         environment = {name: value for name, value in os.environ.items()
                        if name not in unwanted and (value or not name.startswith("WANDB_"))}
         environment.setdefault("WANDB_ERROR_REPORTING", "false")  # else 12 s more at exit when the server hangs
@@ -118,11 +119,7 @@ class WandbSink:
             waiting.pop(1).unlink(missing_ok=True)  # the first may be under way
         link = self.beside(f"{self.tag}.upload-{step:08d}.pt")
         try:
-            link.unlink(missing_ok=True)
-            try:
-                os.link(path, link)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(path, link)
+            archive.link(path, link)
         except OSError as error:
             self._say(logging.WARNING, f"checkpoint of step {step} not uploaded: {error}")
             return None

@@ -16,7 +16,7 @@ import time
 from collections import defaultdict
 from pathlib import Path, PurePosixPath
 
-from config import Parser, UserError, read_records
+from config import Parser, UserError, beside_run, read_records
 from processes import only_one
 from wandb_follower import LOST_CODE, Publisher, advice, explained, import_wandb, leave, open_run, reason
 from wandb_runs import ENVIRONMENT, Job, WandbConfig, with_environment
@@ -104,7 +104,7 @@ def sync(args):
     """Send what the server lacks of a run, row by row, from the files beside its checkpoint."""
     forget_environment()
     path = Path(args.run)
-    stem = path.name.removesuffix(".metrics.jsonl").removesuffix(".pt")
+    stem = beside_run(path, "").name
     ours = re.compile(re.escape(stem) + r"(\.rank\d+)?\.wandb\.json")
     memories = [memory for memory in path.parent.glob(glob.escape(stem) + "*") if ours.fullmatch(memory.name)]
     if not memories:
@@ -145,13 +145,15 @@ def send(facts, path):
 
 
 def lacking(records, stored):
-    """Of a metrics.jsonl's records, the reports and samples that the server's rows do not hold."""
+    """Of a metrics.jsonl's records, the reports and samples that the server's rows do not hold. A row is known by its
+    step and its time: a run that was rolled back has been at the step before."""
     names = defaultdict(set)
     for row in stored:
-        names[row.get("step")] |= {name for name, value in row.items() if value is not None}
+        names[row.get("step"), round(row.get("_timestamp") or 0, 3)] |= {name for name, value in row.items()
+                                                                        if value is not None}
     wanted = [(record, {"samples"} if "event" in record else record.keys() - {"step", "time"}) for record in records
               if record.get("event", "sample") == "sample"]
-    return [record for record, needs in wanted if not needs <= names[record["step"]]]
+    return [record for record, needs in wanted if not needs <= names[record["step"], round(record["time"], 3)]]
 
 
 def download(args):

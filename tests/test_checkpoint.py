@@ -130,7 +130,7 @@ def test_plan_decides_from_flags_and_files(tmp_path):
 
 
 @pytest.mark.parametrize("cfg, words", [
-    (CheckpointConfig(resume="auto", overwrite=True), "leave one of them out"),
+    (CheckpointConfig(resume="auto", overwrite=True), "give only one of them"),
     (CheckpointConfig(checkpoint_path="/tmp"), "is a folder"),
 ])
 def test_flags_that_contradict_are_refused(cfg, words):

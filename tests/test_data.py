@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import tokenizer as tokenizer_module
 from config import UserError
 from data import Corpus, DataConfig, permute, prepare
 from shards import HEADER, Shard, ShardWriter
-from text import cut_text, find_sources, is_validation, pieces, source_names, text_pieces
+from text import cut_text, files_of, find_sources, is_validation, pieces, source_names, text_pieces
 from tokenizer import END_OF_TEXT, hub_reachable, known_characters, load_tokenizer, open_tokenizer, train_tokenizer
 
 
@@ -290,6 +291,51 @@ def test_a_rank_that_does_not_write_waits_for_the_one_that_does(text, tmp_path):
     begin = time.monotonic()
     folder = prepare(config(text, tmp_path), writes=False)
     assert folder.exists() and time.monotonic() - begin > 0.9
+
+
+def test_a_text_begins_as_training_has_them_begin(tmp_path, text, cache):
+    """With the end-of-text token, which stands before none of a single document; with a newline then."""
+    (tmp_path / "many.txt").write_text("<|endoftext|>".join(text.read_text().splitlines()))
+    many, one = Corpus(config(tmp_path / "many.txt", cache)), Corpus(config(text, cache))
+    assert many.start == many.eos and one.start != one.eos
+    assert open_tokenizer(one.folder / "tokenizer").decode([one.start]) == "\n"
+
+
+def test_a_file_named_twice_is_read_once(tmp_path, caplog):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(name)
+    (tmp_path / "link.txt").symlink_to(tmp_path / "a.txt")
+    sources = find_sources([str(tmp_path), f"{tmp_path}/*.txt"])
+    assert [Path(source.paths[0]).name for source in sources] == ["a.txt", "b.txt"]
+    assert "4 files are named more than once" in caplog.text
+
+
+def test_a_folder_gives_no_hidden_files_nor_those_of_a_profiler_or_wandb(tmp_path):
+    for name in ("a.txt", ".notes/b.txt", ".c.txt", "c.trace.json", "wandb/offline-run-1-x/files/requirements.txt",
+                 "wandb/offline-run-1-x/run-x.wandb"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    assert [source.paths for source in find_sources([str(tmp_path)])] == [(str(tmp_path / "a.txt"),)]
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\n \n"])
+def test_a_mark_at_the_end_of_a_file_leaves_no_validation_text_of_nothing(tmp_path, end):
+    (tmp_path / "a.txt").write_text("a line of text\n" * 4000 + END_OF_TEXT + end)
+    texts = Counter()
+    for piece in pieces(find_sources([str(tmp_path / "a.txt")]), "train", 0.1):
+        texts[piece.split] += len(piece.text)
+    assert texts["val"] == pytest.approx(6000, abs=50) and texts["train"] == pytest.approx(54_000, abs=50)
+
+
+def test_a_file_that_is_missing_is_no_dataset_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for path in "train.txt", "some/rows.jsonl", "data/train", "../a/b":
+        with pytest.raises(UserError, match="no such file or folder"):
+            find_sources([path])
+    names = ["c4", "some/data-set_1.0", "some/books:en@validation"]
+    assert [source.kind for source in find_sources(names)] == ["hub"] * 3
+    assert files_of(find_sources(names)) & files_of(find_sources(["c4"])) == {"c4"}
 
 
 def test_a_dataset_of_the_hub_is_needed_until_it_is_tokenized_and_no_longer(tmp_path, text, monkeypatch):

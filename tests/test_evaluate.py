@@ -10,11 +10,11 @@ import torch
 from conftest import ROOT, TINY, environment
 from test_generate import command, refused, shown
 
-from evaluate import Clusters, figures, main, sliding_windows, window_batches
+from evaluate import Clusters, figures, main, own_validation_set, sliding_windows, window_batches
 from export import export
 from model import IGNORE
 from pretrained import load_run
-from shards import Shard, ShardWriter
+from shards import Shard, ShardWriter, read_meta
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +73,12 @@ def test_the_command_repeats_the_runs_own_validation_loss(run_folder):
         for name, value in (("loss", found["loss"]), ("ppl", found["ppl"]), ("bits_per_byte", found["bits_per_byte"]),
                             ("loss/a", found["losses"]["a"]), ("loss/b", found["losses"]["b"])):
             assert value == pytest.approx(row[f"val/{name}"], rel=1e-6), name
+    shards = next(run_folder.glob("cache/*/val.bin")).parent.rename(run_folder / "shards")
+    try:  # of a run on token shards, which lie where it found them
+        assert own_validation_set(dict(config=dict(cache_dir="none", train_data=[str(shards)]),
+                                       identity={"the validation data": read_meta(shards)["fingerprint"]["val"]}))
+    finally:
+        shards.rename(run_folder / "cache" / "shards")
     assert own["step"] == 20 and own["seq_len"] == 32 and own["clusters"] == "60 documents"
     assert own["ci95"][0] < own["loss"] < own["ci95"][1]
 

@@ -161,3 +161,21 @@ def test_ctranslate2_computes_the_same(exported, tmp_path, arch):
     assert torch.allclose(logits, expected, atol=1e-4)
     greedy = engine.generate_batch([prompt.tokens], max_length=32, sampling_topk=1, include_prompt_in_result=False)
     assert greedy[0].sequences_ids[0] == greedy_ids(ours, prompt.ids)
+
+
+def test_the_exported_tokenizer_puts_nothing_around_a_text(tuned, tmp_path):
+    """As training had it, though Llama's and BERT's do."""
+    from tokenizers import Tokenizer, processors
+    from transformers import AutoTokenizer
+
+    shutil.copy(tuned["qwen3"][1].checkpoint, tmp_path / "c.pt")
+    shutil.copytree(tuned["qwen3"][1].checkpoint.with_suffix(".tokenizer"), tmp_path / "c.tokenizer")
+    file = tmp_path / "c.tokenizer" / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    bare = tokenizer.encode(PROMPT).ids
+    tokenizer.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A", pair=None,
+                                                             special_tokens=[("<|endoftext|>", 256)])
+    tokenizer.save(str(file))
+    assert tokenizer.encode(PROMPT).ids == [256, *bare]
+    export.export(tmp_path / "c.pt", str(tmp_path / "hf"))
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf")(PROMPT)["input_ids"] == bare

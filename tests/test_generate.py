@@ -68,8 +68,11 @@ def test_positions_beyond_the_context_are_not_used(run_folder):
     short.load_state_dict(model.state_dict() | {"pos_emb.weight": model.pos_emb.weight[:20]})
     assert kept == continued(short, prompts_of(3), 40, temperature=0)[0] != free
     model, tokenizer = load_run(run_folder / "c.pt")[0], run_folder / "c.tokenizer"
-    whole = sample_text(model, tokenizer, SimpleNamespace(eos=None, seq_len=1000))
-    assert len(whole) > 100 and whole != sample_text(model, tokenizer, SimpleNamespace(eos=None, seq_len=8))
+    whole = sample_text(model, tokenizer, SimpleNamespace(start=0, eos=None, seq_len=1000))
+    ids = load_run(run_folder / "c.pt")[1].encode(whole).ids
+    ended = sample_text(model, tokenizer, SimpleNamespace(start=0, eos=ids[5], seq_len=1000))
+    assert len(ended) < len(whole) and whole.startswith(ended)
+    assert len(whole) > 100 and whole != sample_text(model, tokenizer, SimpleNamespace(start=0, eos=None, seq_len=8))
 
 
 def test_seeds_decide_and_ids_stay_below_the_tokenizers():
@@ -205,9 +208,9 @@ def test_the_command_continues_prompts_as_transformers_does_on_the_exported_fold
     tokenizer = transformers.AutoTokenizer.from_pretrained(run_folder / "hf")
     texts = []
     for prompt in prompts:
-        ids = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt")["input_ids"]
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"] if prompt else None  # none: from its bos_token_id
         out = theirs.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
-        texts.append(tokenizer.decode(out[0], skip_special_tokens=True))
+        texts.append(tokenizer.decode(out[0][not prompt:], skip_special_tokens=True))
     assert ours.stdout == "\n---------------\n".join(texts) + "\n"
     assert "36 tokens in" in ours.stderr and "tokens/s on cpu" in ours.stderr
 

@@ -21,7 +21,7 @@ ALLOWED = {
     "evaluate": {"config", "data", "hardware", "model", "pretrained", "shards", "text", "tokenizer"},
     "processes": {"config"},
     "wandb_runs": {"config"},
-    "wandb_sink": {"processes", "wandb_runs"},
+    "wandb_sink": {"archive", "processes", "wandb_runs"},
     "wandb_follower": {"processes", "wandb_runs"},
     "wandb_tools": {"config", "processes", "wandb_follower", "wandb_runs"},
     "sweep": {"config", "wandb_follower", "wandb_runs", "wandb_tools"},

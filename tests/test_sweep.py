@@ -13,7 +13,7 @@ import torch
 from conftest import QUICK, ROOT, TINY, environment, eventually, processes_with
 
 from config import flatten, parse
-from sweep import COMMANDS, read_sweep
+from sweep import COMMANDS, read_sweep, shares
 from train import Config
 
 AGENT = [sys.executable, "-m", "wandb", "agent"]
@@ -178,6 +178,15 @@ def test_a_sweep_file_that_is_none_is_one_line(run, tmp_path, contents, words):
 def test_a_wrong_flag_is_one_line(run, flags, words):
     code, out, err = run(*SWEEP, "agent", "loopback/mini-llm/sweep0", *flags)
     assert (code, out, err.count("\n")) == (2, "", 1) and words in err
+
+
+@pytest.mark.parametrize(("visible", "agents", "expected"), [
+    ("0,1,2,3", 2, ["0,1", "2,3"]), ("4,5,6", 2, ["4", "5"]), ("0,1", 4, ["0", "1", "0", "1"]), ("", 2, [None, None]),
+    ("0,1", 1, [None]),
+])
+def test_agents_have_gpus_of_their_own(monkeypatch, visible, agents, expected):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [share.get("CUDA_VISIBLE_DEVICES") for share in shares(agents)] == expected
 
 
 def test_processes_are_refused_where_torchrun_does_not_start_the_trials(create, run):

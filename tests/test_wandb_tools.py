@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import QUICK, ROOT, environment, eventually, processes_with
+from conftest import QUICK, ROOT, command, environment, eventually, processes_with
 from wandb_server import ServerSweep, WandbServer
 
 from wandb_follower import explained
@@ -126,7 +126,7 @@ def test_sync_completes_a_run_whose_uploads_had_failed(server, trainer, tool):
     assert [row["step"] for row in stored.history if "samples" in row] == [10, 20]
     assert (stored.state, stored.exit_code) == ("finished", 0) and stored.config["d_model"] == 32
     known = len(server.requests)
-    code, out, err = tool("sync", "c.pt")
+    code, out, err = tool("sync", "c.best.pt")
     assert (code, err) == (0, "") and "has every row" in out
     assert not {"filestream", "upsert"} & {kind for _, kind, _ in server.requests[known:]}
 
@@ -256,6 +256,10 @@ def test_download_brings_all_of_a_run(server, trainer, tool):
     assert [row[0] for row in json.loads(table.read_text())["data"]] == [10]
     assert (folder / "artifacts" / f"model-{stored.run_id}-v0" / "model.pt").read_bytes() == (
         run.checkpoint.read_bytes())
+    model = f"{folder.parent.name}/{folder.name}/artifacts/model-{stored.run_id}-v0/model.pt"
+    made = subprocess.run([*command("generate.py"), "--checkpoint-path", model, "--max-new-tokens", "5"],
+                          cwd=trainer.folder, capture_output=True, text=True, env=environment())
+    assert made.returncode == 0 and "5 tokens" in made.stderr, made.stderr  # its tokenizer came along
 
 
 def test_download_of_a_missing_run_is_one_line(tool):

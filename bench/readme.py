@@ -1,0 +1,68 @@
+"""Show a run in the README: its log, shortened, and its loss curve.
+
+    python train.py && python bench/readme.py checkpoints/minigpt.pt README.md
+
+rewrites README.md between two markers, and docs/loss.svg beside it.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from config import UserError, beside_run, one_line_errors  # noqa: E402
+from plots import figure  # noqa: E402
+from report import load, panels  # noqa: E402
+
+BEGIN, END = "<!-- run:begin -->", "<!-- run:end -->"
+
+
+def write_readme(run, readme):
+    """Rewrite what is between the markers of `readme` with the run's log, shortened, and its curve."""
+    text = readme.read_text()
+    marked = re.search(f"^{BEGIN}\n.*?^{END}$", text, re.MULTILINE | re.DOTALL)
+    if not marked:
+        raise UserError(f"{readme}: no line {BEGIN} and after it {END}; put both where the run is to be shown")
+    log = beside_run(run.path, ".log")
+    if not log.is_file():
+        raise UserError(f"{log}: not there, and the console's lines are in it")
+    lines = excerpt(log.read_text("utf-8", errors="replace"))
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", lines)), default=0))
+    plot = readme.parent / "docs" / "loss.svg"
+    plot.parent.mkdir(exist_ok=True)
+    from matplotlib import rc_context
+
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "mini-llm"}):  # small, and equal for equal runs
+        figure(panels([run])[0], [run]).savefig(plot, metadata={"Date": None})
+    shown = f"{fence}\n{lines}\n{fence}\n\n![training and validation loss over steps](docs/loss.svg)"
+    readme.write_text(f"{text[:marked.start()]}{BEGIN}\n{shown}\n{END}{text[marked.end():]}")
+    return [str(readme), str(plot)]
+
+
+def excerpt(log):
+    """Of a log, all but the flags and most reports: the first two, the middle one and the last are shown."""
+    entries = re.split(r"\n(?=\[\d{4}-)", log.rstrip("\n"))
+    reports = [entry for entry in entries if re.match(r"\[[^]]*\] epoch \d+ step ", entry)]
+    kept = {*reports[:2], *reports[len(reports) // 2:][:1], *reports[-1:]}
+    lines = []
+    for entry in entries:
+        if re.match(r"\[[^]]*\] Arguments: ", entry):
+            continue
+        if entry not in reports or entry in kept:
+            lines.append(entry)
+        elif lines[-1] != "…":
+            lines.append("…")
+    return "\n".join(lines)
+
+
+@one_line_errors()
+def main():
+    if len(sys.argv) != 3:
+        raise UserError("python bench/readme.py CHECKPOINT README.md")
+    (run,), readme = load(sys.argv[1:2]), Path(sys.argv[2])
+    print("wrote " + ", ".join(write_readme(run, readme)))
+
+
+if __name__ == "__main__":
+    main()
