@@ -243,7 +243,7 @@ def test_shards_are_trained_on_as_they_are(text, cache):
 def test_prepared_tokens_are_those_that_the_same_flags_train_on(trainer, text):
     command = [str(ROOT / "prepare.py") if word.endswith("train.py") else word for word in
                trainer.arguments(["--val-ratio", 0.2, "--cache-dir", "here", "--num-steps", 5])]
-    done = subprocess.run(command, cwd=trainer.folder, env=environment(), text=True, capture_output=True, timeout=60)
+    done = subprocess.run(command, cwd=trainer.folder, env=environment(), text=True, capture_output=True, timeout=200)
     folder = done.stdout.splitlines()[-1].partition(":")[0]
     assert done.returncode == 0 and "tokenized" in done.stdout, done.stderr
     assert sorted(path.name for path in trainer.folder.iterdir()) == ["here"], "no run was begun"
@@ -612,4 +612,4 @@ def test_memory_stays_flat_however_large_the_text(tmp_path, text):
     seconds, peak_mb, _ = map(float, first.stdout.split())
     print(f"{megabytes} MB in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s), peak {peak_mb:.0f} MB")
     assert peak_mb < 500, "240 as it is; with the ids in a list 860"
-    assert float(second.stdout.split()[0]) < 2
+    assert float(second.stdout.split()[0]) < seconds / 3

@@ -258,7 +258,7 @@ def test_a_run_that_does_not_fit_writes_nothing(trainer, ranks, full):
         f"train.main({'train_ddp.DDPWorld' if ranks else ''})\n")
     arguments = ["large.py" if word.endswith(".py") else word for word in
                  trainer.arguments(["--num-steps", 5, "--overwrite"], ranks=ranks)]
-    run = subprocess.run(arguments, cwd=trainer.folder, env=environment(), capture_output=True, text=True, timeout=100)
+    run = subprocess.run(arguments, cwd=trainer.folder, env=environment(), capture_output=True, text=True, timeout=200)
     assert run.returncode == 1 and "out of memory" in run.stderr.splitlines()[0], run.stderr
     after = {path.name: path.read_bytes() for path in trainer.folder.glob("c.*") if path.is_file()}
     assert before == after

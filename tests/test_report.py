@@ -43,7 +43,7 @@ def write_run(path, steps=40, lr=1e-3, code=0, extra=()):
 
 def run_report(*args, cwd, start=(str(ROOT / "report.py"),)):
     return subprocess.run([sys.executable, *start, *map(str, args)], cwd=cwd, capture_output=True, text=True,
-                          env=environment(), timeout=60)
+                          env=environment(), timeout=200)
 
 
 def in_process(monkeypatch, capsys, *args):

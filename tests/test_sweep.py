@@ -51,7 +51,7 @@ def run(start):
     """`run(*command)` to its end → (exit code, stdout, stderr)."""
     def run(*command):
         process = start(*command, stream=subprocess.PIPE)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
         return process.returncode, out, err
 
     return run

@@ -1,16 +1,19 @@
 import json
 import math
 import re
+import resource
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from conftest import ROOT, Run, environment, eventually, interrupt_after
+from conftest import ROOT, Run, environment, eventually, forked, interrupt_after
 
+import train
 from tracking import ReportConfig
+
+full = pytest.mark.full
 
 
 def same(a, b):
@@ -105,11 +108,12 @@ RESUMED = ["--max-tokens", 3200, "--batch-size", 4, "--grad-accum-steps", 2, "--
            "--eval-steps", 4, "--save-steps", 6, "--warmup-steps", 5, "--lr-scheduler", "none"]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("precision", [["--no-amp"], ["--amp-dtype", "bf16"], ["--amp-dtype", "fp16"]],
-                         ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(("precision", "optimizer"), [
+    ("fp32", "adamw"), ("bf16", "muon"), ("fp16", "adamw"),
+    *(pytest.param(*both, marks=full) for both in [("fp32", "muon"), ("bf16", "adamw"), ("fp16", "muon")])])
 def test_resume_repeats_the_run_bit_for_bit(trainer, precision, optimizer):
-    precision = [*precision, "--optimizer", optimizer]
+    precision = ["--no-amp"] if precision == "fp32" else ["--amp-dtype", precision]
+    precision += ["--optimizer", optimizer]
     straight = trainer(*RESUMED, *precision, "--num-steps", 23, checkpoint="straight.pt")
     first = trainer(*RESUMED, *precision, "--num-steps", 17, checkpoint="resumed.pt")
     assert straight.code == first.code == 0, straight.err + first.err
@@ -194,7 +198,7 @@ def test_precision_may_change_on_the_way(trainer):
         assert again.code == 0, again.err
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=full)])
 def test_a_step_that_overflows_in_fp16_is_repeated_at_a_smaller_scale(trainer, optimizer):
     flags = ["--amp-dtype", "fp16", "--lr", 0.3, "--grad-clip-norm", 0, "--warmup-steps", 0, "--lr-scheduler", "none",
              "--log-steps", 1, "--eval-steps", 0, "--arch", "gpt2", "--optimizer", optimizer]
@@ -239,7 +243,7 @@ def test_a_run_killed_with_nothing_but_its_best_checkpoint_goes_on_from_that(tra
 def test_a_console_that_is_closed_or_narrow_is_no_reason_to_end(trainer):
     arguments = trainer.arguments(["--num-steps", 20, "--sample-steps", 10])
     closed = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *arguments], cwd=trainer.folder,
-                            env=environment(), timeout=60)
+                            env=environment(), timeout=200)
     assert closed.returncode == 0 and "Training finished" in (trainer.folder / "c.log").read_text()
     (trainer.folder / "odd.py").write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
@@ -247,8 +251,8 @@ def test_a_console_that_is_closed_or_narrow_is_no_reason_to_end(trainer):
         "train.sample_text = lambda *_: 'Zwölf €'\n"
         "train.main()\n")
     arguments[1] = str(trainer.folder / "odd.py")
-    narrow = subprocess.run([*arguments, "--overwrite"], cwd=trainer.folder, capture_output=True, text=True, timeout=60,
-                            env=environment(PYTHONIOENCODING="ascii"))
+    narrow = subprocess.run([*arguments, "--overwrite"], cwd=trainer.folder, capture_output=True, text=True,
+                            timeout=200, env=environment(PYTHONIOENCODING="ascii"))
     assert narrow.returncode == 0 and "Zw?lf ?" in narrow.stdout, narrow.stderr
     assert "Zwölf €" in (trainer.folder / "c.log").read_text("utf-8")
 
@@ -314,7 +318,7 @@ def test_non_finite_loss_halts_with_the_last_good_checkpoint_kept(trainer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["gpt2", "qwen3", "nanochat"])
+@pytest.mark.parametrize("arch", [pytest.param("gpt2", marks=full), pytest.param("qwen3", marks=full), "nanochat"])
 def test_toy_data_is_learned_to_its_entropy(trainer, arch):
     run = trainer("--arch", arch, "--use-toy-data", "--device", "cpu", "--n-layers", 1, "--n-heads", 2, "--d-model", 64,
                   "--seq-len", 64, "--batch-size", 32, "--num-steps", 400, "--lr", 1e-2, "--log-steps", 100,
@@ -357,7 +361,7 @@ def test_evaluations_default_to_twenty_a_run_and_no_more_often_than_reports():
     assert ReportConfig(eval_steps=0).eval_every(1000) == 0
 
 
-# Wrong inputs: one line on stderr that names the flag and a way out, exit code 2, within 5 s, nothing written.
+# Wrong inputs: one line on stderr that names the flag and a way out, exit code 2, at once, nothing written.
 
 
 @pytest.fixture
@@ -430,34 +434,26 @@ def test_wrong_input_gets_one_line_that_names_it(wrong, case):
     if case == "no CUDA" and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     before = sorted(path for path in wrong.folder.rglob("*"))
-    seconds = []
-    for _ in range(3):  # again where it was slow: other work may share the machine
-        begin = time.perf_counter()
-        run = wrong(*flags)
-        seconds.append(time.perf_counter() - begin)
-        if seconds[-1] < 5:
-            break
-    assert run.code == 2, run.out + run.err
-    line = [line for line in run.err.splitlines() if line.strip()]
-    assert len(line) == 1 and line[0].startswith("error: "), run.err
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    python, *argv = wrong.arguments(flags)
+    run = forked(train.main, argv, wrong.folder)
+    assert run.returncode == 2, run.stdout + run.stderr
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - spent < 3, "seconds of one core"
+    line = [line for line in run.stderr.splitlines() if line.strip()]
+    assert len(line) == 1 and line[0].startswith("error: "), run.stderr
     assert all(word in line[0] for word in words), line[0]
     assert sorted(path for path in wrong.folder.rglob("*")) == before, "something was written"
-    assert min(seconds) < 5, f"{seconds} s"
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--d-model", "64"], ["--d-model was 32, is 64"]),
-    (["--tokenizer-name", "char"], ["the tokenizer was"]),
-    (["--val-ratio", "0.2"], ["the training data was"]),
-    (["--batch-size", "8"], ["sequences in a step was 4, is 8"]),
-    (["--arch", "qwen3"], ["--arch was gpt2, is qwen3"]),
-])
-def test_a_checkpoint_of_another_run_is_refused_with_the_difference(trainer, flags, words):
+def test_a_checkpoint_of_another_run_is_refused_with_the_difference(trainer):
     first = trainer("--num-steps", 3)
     before = first.checkpoint.read_bytes()
-    run = trainer("--num-steps", 6, "--resume", *flags)
-    assert run.code == 2 and len(run.err.strip().splitlines()) == 1, run.err
-    assert all(word in run.err for word in words), run.err
+    for name, value, words in [
+            ("--d-model", "64", "--d-model was 32, is 64"), ("--tokenizer-name", "char", "the tokenizer was"),
+            ("--val-ratio", "0.2", "the training data was"), ("--arch", "qwen3", "--arch was gpt2, is qwen3"),
+            ("--batch-size", "8", "sequences in a step was 4, is 8")]:
+        run = forked(train.main, trainer.arguments(["--num-steps", 6, "--resume", name, value])[1:], trainer.folder)
+        assert run.returncode == 2 and len(run.stderr.strip().splitlines()) == 1 and words in run.stderr, run.stderr
     assert first.checkpoint.read_bytes() == before and 3 in first.rows
 
 

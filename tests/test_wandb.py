@@ -68,7 +68,7 @@ def test_a_crash_leaves_its_traceback_in_the_runs_log(trainer):
     arguments = trainer.arguments(["--num-steps", 20, *WANDB])
     arguments[1] = str(trainer.folder / "crash.py")
     crashed = subprocess.run(arguments, cwd=trainer.folder, env=environment(), capture_output=True, text=True,
-                             timeout=60)
+                             timeout=200)
     (tracked,) = run_files(trainer.folder)
     assert crashed.returncode == 1 and crashed.stderr.count("Traceback") == 1 and "Traceback" not in crashed.stdout
     for log in (trainer.folder / "c.log", tracked.folder / "files" / "output.log"):

@@ -30,7 +30,7 @@ def start(server, tmp_path):
         process.communicate(timeout=10)
 
 
-def finished(process, code=0, timeout=60):
+def finished(process, code=0, timeout=200):
     out = process.communicate(timeout=timeout)[0]
     assert process.returncode == code, out
     return out
