@@ -85,7 +85,7 @@ def link(source, target):
     draft = target.with_name(target.name + ".tmp")
     draft.unlink(missing_ok=True)
     try:
-        os.link(source, draft)
+        os.link(os.path.realpath(source), draft)  # of a symbolic link, what it leads to
     except OSError:  # a file system without hard links
         try:
             shutil.copyfile(source, draft)

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 import hardware
 from archive import DamagedCheckpoint, link, load, peek, save
 from config import RunFailed, UserError, arg, beside_run, flag
-from processes import lock_until_exit, only_one
+from processes import lock_until_exit
 
 FORMAT = 1
 SUFFIXES = (".prev.pt", ".best.pt", ".nonfinite.pt", ".log", ".metrics.jsonl", ".config.toml", ".tokenizer",
@@ -110,14 +110,11 @@ def plan(cfg):
     try:
         folder = _nearest_folder(path)
         tempfile.TemporaryFile(dir=folder).close()  # asking for the permission is not enough: root has it everywhere
-        if _lock_file(cfg).exists():
-            with only_one(_lock_file(cfg)) as free:
-                pass
-            if not free and cfg.resume:
+        lock = cfg.beside(".lock")
+        if lock.exists() and not lock_until_exit(lock):  # now, so that what is resumed from stays the newest
+            if cfg.resume:
                 log.info("waiting for the run that still writes to %s", path)
-                with only_one(_lock_file(cfg), PATIENCE) as free:
-                    pass
-            if not free:
+            if not cfg.resume or not lock_until_exit(lock, PATIENCE):
                 raise _in_use(cfg)
         cfg.beside(".rank0000.metrics.jsonl.tmp").exists()  # a name too long for that is found out here
         known = [file for file in (path, cfg.beside(".prev.pt"), cfg.beside(".best.pt")) if file.exists()]
@@ -145,25 +142,22 @@ def plan(cfg):
     return Path(cfg.resume)
 
 
-def claim(cfg, resume_from):
+def claim(cfg, resume_from, n_bytes, n_steps):
     """Keeps other runs from writing at the checkpoint path as long as this process lives. Raises UserError where one
-    does, or has since `plan`."""
+    does, or has since `plan`, or the disk cannot hold what `n_steps` steps will save, of `n_bytes` each."""
+    require_space(cfg, n_bytes, n_steps)
     try:
-        _lock_file(cfg).parent.mkdir(parents=True, exist_ok=True)
-        free = lock_until_exit(_lock_file(cfg))
+        cfg.beside(".lock").parent.mkdir(parents=True, exist_ok=True)
+        free = lock_until_exit(cfg.beside(".lock"))
     except OSError as error:
         raise UserError(f"--checkpoint-path {cfg.checkpoint_path}: {error.strerror}; give another path") from None
     if not free or (resume_from is None and not cfg.overwrite and os.path.exists(cfg.checkpoint_path)):
         raise _in_use(cfg)
 
 
-def _lock_file(cfg):
-    return cfg.beside(".lock")
-
-
 def _in_use(cfg):
     return UserError(f"--checkpoint-path {cfg.checkpoint_path}: another run writes there now (it holds "
-                     f"{_lock_file(cfg)}); name another path, or stop that one first")
+                     f"{cfg.beside('.lock')}); name another path, or stop that one first")
 
 
 def _nearest_folder(path):
@@ -284,13 +278,14 @@ def _saved(file):
     return saved if is_of_a_run(saved) else {"config": {}, "state": {}}
 
 
-def require_space(cfg, n_bytes):
-    """Raises UserError where the disk cannot hold the checkpoints of a run, of about `n_bytes` each: the newest, the
-    one before, which are the first of --keep-last, the best, and the one being written."""
-    wanted = 2 + max(1 + bool(cfg.save_steps), cfg.keep_last)  # of one save alone there is none before
+def require_space(cfg, n_bytes, n_steps):
+    """Raises UserError where the disk cannot hold the checkpoints of `n_steps` steps, of about `n_bytes` each: the
+    newest, the one before, which are the first of --keep-last, the best, and the one being written."""
     files = [file for file in map(Path, cfg.files()) if file.suffix == ".pt"]
     files += cfg.beside("").parent.glob(glob.escape(cfg.beside("").name) + "*.pt.tmp")  # of a save that was killed
     ours = {file.stat().st_ino: file.stat().st_size for file in files}
+    saves = math.ceil(n_steps / cfg.save_steps) if cfg.save_steps else 1
+    wanted = 2 + min(max(2, cfg.keep_last), saves + len(ours))
     missing = wanted * n_bytes - sum(ours.values()) - shutil.disk_usage(_nearest_folder(cfg.checkpoint_path)).free
     if missing > 0:
         raise UserError(f"--checkpoint-path {cfg.checkpoint_path}: {wanted} checkpoints of {n_bytes / 1e9:.2g} GB need "

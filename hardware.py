@@ -141,7 +141,7 @@ def keep_freed_memory():
     kernel, which zeroes every page anew. No effect with another C library."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: up to 1 GB from the heap
+        mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: up to 1 GB from the heap, 32 MB in old glibc
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never trimmed
 
 
@@ -222,7 +222,8 @@ class Stopwatch:
 
 def out_of_memory(error, advice="lower --batch-size and raise --grad-accum-steps, or --use-activation-checkpoint"):
     """The message for an out-of-memory error; None for any other."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or isinstance(error, RuntimeError) and re.search(
+            "DefaultCPUAllocator|out of memory", str(error)):  # the CPU's; Metal's, and CUDA's outside its allocator
         what = (str(error).splitlines() or [type(error).__name__])[0][:200]
         return f"out of memory: {what}; {advice}"
     return None

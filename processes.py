@@ -12,6 +12,7 @@ from pathlib import Path
 from config import arg
 
 STARTED = time.monotonic()  # of the process: --time-limit counts from here
+HELD = set()  # lock files that this process holds until it ends
 LAST_CALL = 600  # seconds from the request to stop until an orphan ends itself
 
 
@@ -67,10 +68,15 @@ def only_one(path, patience=0):
         yield _locked(file, patience)
 
 
-def lock_until_exit(path):
-    """Takes that lock for as long as this process lives, however it ends → whether it got it."""
-    # Never closed. Whoever only asks whether it is free holds it for a moment, too.
-    return _locked(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), patience=1)
+def lock_until_exit(path, patience=1):
+    """Takes that lock for as long as this process lives, however it ends → whether it has it."""
+    if (path := os.path.realpath(path)) not in HELD:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+        if _locked(file, patience):  # a second, since whoever only asks whether it is free holds it for a moment, too
+            HELD.add(path)
+        else:
+            os.close(file)
+    return path in HELD
 
 
 def _locked(file, patience):

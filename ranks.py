@@ -110,10 +110,10 @@ class Pulse(NoPulse):
         # Time is counted in own beats: a machine that was suspended, or slow, has not missed those of the others.
         heard = moved = 0
         last, moves = {}, -1
-        with contextlib.suppress(Exception):  # torchrun, which holds the store, is gone: see stop_when_orphaned
-            while True:
-                time.sleep(1)
-                self.me["beat"] += 1
+        while True:
+            time.sleep(1)
+            self.me["beat"] += 1
+            try:
                 self._publish()
                 gone = last and last["node"] == self.me["node"] and not _exists(last["pid"])
                 peer = self._read(next_rank)
@@ -134,6 +134,9 @@ class Pulse(NoPulse):
                     slow = [who for who in everyone if who["moves"] < self.me["moves"]]
                     if slow and not any(who["left"] for who in everyone):
                         self.end(self._stopped(slow, moved))
+            except Exception:  # a lost connection; or torchrun, which holds the store, is gone: see stop_when_orphaned
+                with contextlib.suppress(Exception):
+                    self.store = self.store.clone()
 
     def _stopped(self, who, seconds):
         names, (have, them) = ", ".join(one["name"] for one in who), ("have", "them") if who[1:] else ("has", "it")

@@ -134,10 +134,11 @@ def train(cfg, world):
     step_samples = batch_size * accum * world.size
     epochs_per_step = step_samples / corpus.n_windows
     identity = checkpoint.run_identity(cfg, corpus, step_samples)
-    world.require_same(identity, "data")
+    precision = hardware.choose_precision(cfg.speed, world.device)
+    device = hardware.device_name(world.device) if cfg.optim.optimizer == "muon" else "any"  # its bits depend on that
+    world.require_same(identity | {"precision": precision.name, "device": device}, "data or devices")
     saved = resume_from and world.from_main(lambda: checkpoint.restore(resume_from, cfg.checkpoint, identity, config))
 
-    precision = hardware.choose_precision(cfg.speed, world.device)
     torch.manual_seed(cfg.optim.seed)  # the same weights on every rank
     raw = GPT(dataclasses.replace(cfg.model, vocab_size=identity["--vocab-size"])).to(world.device)
     if not saved:
@@ -218,26 +219,25 @@ def train(cfg, world):
         log.info("already at step %d of %d: raise --num-steps to train on", state.step, num_steps)
         return 0
 
-    def begin():
-        checkpoint.require_space(cfg.checkpoint, 4 * raw.num_params() + state_bytes(optimizer))
-        checkpoint.claim(cfg.checkpoint, resume_from)
-        corpus.export_tokenizer(cfg.checkpoint.beside(".tokenizer"))
-        return checkpoint.begin(cfg.checkpoint, resume_from, state, cfg.report.eval_tokens)
-
-    # A discarded forward and backward pass, with room reserved for the optimizer's state: what does not fit or compile
-    # shows before anything is written. Also, DDP rebuilds its buckets after its first: 3+ ranks' sums then differ.
-    reserved = torch.empty(0 if state.step else state_bytes(optimizer), dtype=torch.uint8, device=world.device)
-    forward_backward(accum - 1)
-    optimizer.zero_grad(set_to_none=True)
-    world.sum([len(reserved)])  # a barrier: it fits on every rank
-    del reserved
-    state.best_val = world.from_main(begin)
+    n_bytes, left = state_bytes(optimizer), num_steps - state.step
+    world.from_main(lambda: checkpoint.claim(cfg.checkpoint, resume_from, 4 * raw.num_params() + n_bytes, left))
+    stop = StopSignal(world, cfg.checkpoint.time_limit)
+    # A discarded pass, with room reserved for the optimizer's state: what does not fit or compile shows before anything
+    # is replaced. Not optional: DDP rebuilds its buckets after its first, and sums of three ranks then differ.
+    with stop, Watchdog(meter, state, cfg, world.rank):
+        reserved = torch.empty(0 if state.step else n_bytes, dtype=torch.uint8, device=world.device)
+        for micro in sorted({0, accum - 1}):
+            forward_backward(micro)
+        optimizer.zero_grad(set_to_none=True)
+        reserved = world.sum([len(reserved)])  # a barrier: it fits on every rank; and the room is free again
+        world.from_main(lambda: corpus.export_tokenizer(cfg.checkpoint.beside(".tokenizer")))
+        state.best_val = world.from_main(
+            lambda: checkpoint.begin(cfg.checkpoint, resume_from, state, cfg.report.eval_tokens))
 
     facts = config | corpus.facts | dict(n_params=raw.num_params(), accum_steps=accum)
     with (Tracker(cfg, world, state, precision.name, facts) as track,
           make_profiler(cfg.tracking.use_profiler and world.is_main, cfg.checkpoint.beside(".trace.json")) as profiler,
-          StopSignal(world, cfg.checkpoint.time_limit) as stop,
-          Watchdog(meter, state, cfg.tracking.heartbeat_file, cfg.checkpoint.beside, world.rank)):
+          stop, Watchdog(meter, state, cfg, world.rank)):
         saver = Saver(cfg.checkpoint, world, state, track.saved)
         if state.step == 0:
             track.report(state, epochs_per_step, evaluate_now())

@@ -27,9 +27,10 @@ class Watchdog:
     missing.
     """
 
-    def __init__(self, meter, state, heartbeat, beside, rank):
-        self.meter, self.state, self.heartbeat, self.is_main = meter, state, heartbeat, rank == 0
-        self.stacks = beside(f".rank{rank}.stacks.txt" if rank else ".stacks.txt")
+    def __init__(self, meter, state, cfg, rank):
+        """`cfg` is the whole configuration."""
+        self.meter, self.state, self.heartbeat, self.is_main = meter, state, cfg.tracking.heartbeat_file, rank == 0
+        self.stacks = cfg.checkpoint.beside(f".rank{rank}.stacks.txt" if rank else ".stacks.txt")
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 

@@ -2,10 +2,13 @@ import errno
 import math
 import os
 import pickle
+import subprocess
+import sys
 import zipfile
 
 import pytest
 import torch
+from conftest import ROOT
 
 import archive
 import checkpoint
@@ -222,6 +225,29 @@ def test_rolling_back_makes_the_file_the_newest_at_once_and_keeps_a_best_one_tha
     assert not best or load(tmp_path / "c.best.pt")["state"]["step"] == best_at
 
 
+@pytest.mark.parametrize("name", ["c.pt", "c.prev.pt", "c.step-00000010.pt"])
+def test_rolling_back_to_a_symbolic_link_takes_what_it_leads_to(tmp_path, name):
+    cfg = config(tmp_path, keep_last=3, overwrite=True)
+    for step in (10, 20):
+        save_run(cfg, whole(step), step, latest=True, best=False)
+    step = load(tmp_path / name)["state"]["step"]
+    (tmp_path / "latest.pt").symlink_to(name)
+    checkpoint.begin(cfg, tmp_path / "latest.pt", State(step=step), EVAL_TOKENS)
+    assert not (tmp_path / "c.pt").is_symlink() and load(tmp_path / "c.pt")["state"]["step"] == step
+
+
+def test_from_the_plan_to_resume_on_no_other_run_may_write(tmp_path):
+    cfg = config(tmp_path, resume="latest")
+    save_run(cfg, whole(5), 5, latest=True, best=False)
+    (tmp_path / "c.lock").touch()
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from checkpoint import CheckpointConfig, plan; "
+            f"plan(CheckpointConfig({str(tmp_path / 'c.pt')!r}, overwrite=True))")
+    assert plan(cfg) == tmp_path / "c.pt"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert other.returncode == 1 and "another run writes there now" in other.stderr
+    checkpoint.claim(cfg, tmp_path / "c.pt", 1, 1)
+
+
 def test_a_resumed_run_knows_its_least_loss():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
     saved = dict(optimizer=optimizer.state_dict(), state=dict(step=5, best_val=1.5))
@@ -283,7 +309,7 @@ def test_a_checkpoint_that_came_while_this_run_tokenized_is_not_written_over(tmp
     assert plan(cfg) is None
     save_run(cfg, whole(5), 5, latest=True, best=False)
     with pytest.raises(UserError, match="another run writes there"):
-        checkpoint.claim(cfg, None)
+        checkpoint.claim(cfg, None, 1, 1)
 
 
 def test_where_the_newest_are_damaged_the_error_names_one_that_is_whole(tmp_path):

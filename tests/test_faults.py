@@ -1,5 +1,6 @@
 """Faults of the machine and of the numbers, in real runs: what is lost is at most what was not saved yet."""
 
+import dataclasses
 import json
 import math
 import os
@@ -85,10 +86,12 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path, monkeypatc
     cfg = CheckpointConfig(checkpoint_path=str(tmp_path / "new" / "c.pt"), keep_last=2)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: Free(3_900))
     with pytest.raises(UserError, match="4 checkpoints of 1e-06 GB need 1e-07 GB more"):
-        checkpoint.require_space(cfg, 1_000)
+        checkpoint.require_space(cfg, 1_000, n_steps=1_000)
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "c.pt").write_bytes(bytes(100))
-    checkpoint.require_space(cfg, 1_000)  # what is there already counts
+    checkpoint.require_space(cfg, 1_000, n_steps=1_000)  # what is there already counts
+    every = dataclasses.replace(cfg, checkpoint_path=str(tmp_path / "other.pt"), keep_last=10**6)
+    checkpoint.require_space(every, 1_000, n_steps=250)  # one save in all
 
 
 class Free:
@@ -249,19 +252,38 @@ def test_a_run_that_does_not_fit_writes_nothing(trainer, ranks, full):
     (trainer.folder / "large.py").write_text(
         f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import torch, train, train_ddp\n"
-        "fits = train.GPT.forward\n"
+        "fits, calls = train.GPT.forward, []\n"
         "def forward(self, *batch):\n"
-        f"    if int(os.environ.get('RANK', 0)) != {full}:\n"
+        "    calls.append(1)\n"
+        f"    if int(os.environ.get('RANK', 0)) != {full} or len(calls) == 1:\n"
         "        return fits(self, *batch)\n"
         "    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 TiB')\n"
         "train.GPT.forward = forward\n"
         f"train.main({'train_ddp.DDPWorld' if ranks else ''})\n")
     arguments = ["large.py" if word.endswith(".py") else word for word in
-                 trainer.arguments(["--num-steps", 5, "--overwrite"], ranks=ranks)]
+                 trainer.arguments(["--num-steps", 5, "--overwrite", "--grad-accum-steps", 2], ranks=ranks)]
     run = subprocess.run(arguments, cwd=trainer.folder, env=environment(), capture_output=True, text=True, timeout=200)
     assert run.returncode == 1 and "out of memory" in run.stderr.splitlines()[0], run.stderr
     after = {path.name: path.read_bytes() for path in trainer.folder.glob("c.*") if path.is_file()}
-    assert before == after
+    assert before == after or before == {} and after.keys() == {"c.lock"}
+
+
+def test_sigusr1_before_the_first_step_saves_and_goes_on(trainer):
+    (trainer.folder / "slow.py").write_text(
+        f"import os, signal, sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import train\n"
+        "fast = train.GPT.forward\n"
+        "def forward(self, *batch):\n"
+        "    train.GPT.forward = fast\n"
+        "    os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "    return fast(self, *batch)\n"
+        "train.GPT.forward = forward\n"
+        "train.main()\n")
+    run = subprocess.run([sys.executable, "slow.py", *trainer.arguments(["--num-steps", 5, "--save-steps", 0])[2:]],
+                         cwd=trainer.folder, env=environment(), capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, run.stdout + run.stderr
+    steps = [torch.load(trainer.folder / name, weights_only=True)["state"]["step"] for name in ("c.prev.pt", "c.pt")]
+    assert steps == [1, 5]
 
 
 def test_a_time_limit_saves_and_leaves_and_sigusr1_saves_and_goes_on(trainer):

@@ -37,6 +37,15 @@ def faulty(self, at, *rest):
             case "hang": time.sleep(1000)
             case "raise": raise ValueError("a broken sample")
             case "memory": torch.empty(1 << 50)
+            case "store":  # what a reset connection to it looks like
+                read = DDPWorld.pulse._read
+
+                def lost(rank):
+                    DDPWorld.pulse._read = read
+                    raise torch.distributed.DistNetworkError("Connection reset by peer")
+
+                DDPWorld.pulse._read = lost
+                time.sleep(3)
             case "flip": DDPWorld.weight.view(torch.int32)[0] ^= 1 << 20  # a lower one may be lost in the update
     return batch(self, at, *rest)
 
@@ -100,6 +109,13 @@ def test_a_rank_with_a_fault_ends_all_ranks_in_time_and_is_named_in_one_line(fau
     assert torch.load(trainer.folder / "c.pt", weights_only=True)["state"]["step"] == 20
 
 
+def test_a_connection_to_the_store_that_breaks_once_ends_no_run(faulted, trainer):
+    """Two beats later this rank's heartbeat is missed, if it has none: --timeout is shorter than what follows."""
+    flags = ["--eval-steps", 0, "--log-steps", 5, "--save-steps", 0, "--timeout", 3, "--time-limit", 0.5]
+    code, out, err, _ = faulted("store 1 25", "--num-steps", 100_000, *flags)
+    assert "stopped by SIGALRM" in out and "has stopped" not in err, err
+
+
 @pytest.mark.timeout(200)
 def test_torchrun_restarts_a_killed_rank_and_the_run_ends_as_if_it_had_not_been(faulted, trainer):
     flags = ["--num-steps", 40, "--eval-steps", 10, "--log-steps", 5, "--save-steps", 10, "--dropout", 0.1]
@@ -140,8 +156,8 @@ def test_a_replica_with_one_wrong_bit_is_named_and_never_saved(faulted, trainer)
 @pytest.mark.parametrize(("flags", "words"), [
     ([[], ["--data-seed", 2, "--lr", 0.5]], "different flags: rank 1 has --data-seed 2 instead of 1337, --lr 0.5 "
                                             "instead of 0.001"),
-    ([["--train-data", "a.txt"], ["--train-data", "a.txt"]], r"different data: rank 1 has the training data \w+ "
-                                                             r"instead of \w+"),
+    ([["--train-data", "a.txt"], ["--train-data", "a.txt"]],
+     r"different data or devices: rank 1 has the training data \w+ instead of \w+"),
 ], ids=["flags", "data"])
 @pytest.mark.timeout(100)
 def test_nodes_that_differ_are_told_in_one_line_which_and_in_what(tmp_path, text, flags, words):
