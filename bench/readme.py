@@ -15,6 +15,7 @@ from config import UserError, beside_run, one_line_errors  # noqa: E402
 from plots import figure  # noqa: E402
 from report import load, panels  # noqa: E402
 
+SAMPLE_LINES = 6
 BEGIN, END = "<!-- run:begin -->", "<!-- run:end -->"
 
 
@@ -41,7 +42,7 @@ def write_readme(run, readme):
 
 
 def excerpt(log):
-    """Of a log, all but the flags and most reports: the first two, the middle one and the last are shown."""
+    """A log without its flags, with four of its reports and the first lines of a sample."""
     entries = re.split(r"\n(?=\[\d{4}-)", log.rstrip("\n"))
     reports = [entry for entry in entries if re.match(r"\[[^]]*\] epoch \d+ step ", entry)]
     kept = {*reports[:2], *reports[len(reports) // 2:][:1], *reports[-1:]}
@@ -50,7 +51,8 @@ def excerpt(log):
         if re.match(r"\[[^]]*\] Arguments: ", entry):
             continue
         if entry not in reports or entry in kept:
-            lines.append(entry)
+            first, more = entry.split("\n")[:SAMPLE_LINES], entry.count("\n") >= SAMPLE_LINES
+            lines.append("\n".join(first + ["…"] * more))
         elif lines[-1] != "…":
             lines.append("…")
     return "\n".join(lines)
