@@ -1,6 +1,5 @@
-"""A file that is written whole or not at all, and verified when read: what torch.save writes, an archive of tensors and
-plain values that `torch.load(path, weights_only=True)` reads, with its SHA-256 in the archive's own comment field.
-"""
+"""Files that are written whole or not at all, and verified when read: what torch.save writes, a zip archive of tensors
+and plain values that `torch.load(path, weights_only=True)` reads, with its SHA-256 in the zip comment."""
 
 import contextlib
 import errno
@@ -24,10 +23,10 @@ class DamagedCheckpoint(Exception):
 
 
 def load(path):
-    """A verified checkpoint, its tensors on the CPU. Raises DamagedCheckpoint, naming the file and what is wrong, and
-    UserError where that may be whole, but cannot be read now: another must not be taken for the newest then."""
+    """A verified checkpoint with its tensors on the CPU. Raises DamagedCheckpoint, naming file and problem, or
+    UserError if it may be intact but cannot be read now, so that the caller does not fall back to an older one."""
     try:
-        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for, a device read without end
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would block, a device may be endless
             raise DamagedCheckpoint(f"{path} is not a file")
         stated, actual = read_digest(path), file_digest(path)
         if stated != actual:
@@ -46,17 +45,17 @@ def load(path):
 
 
 def peek(path):
-    """The plain values of a checkpoint, unverified, its tensors left in the file; {} where it cannot be read."""
+    """The plain values of a checkpoint, unverified, with its tensors left in the file; {} if it cannot be read."""
     with contextlib.suppress(Exception):  # torch.load raises many types, from pickle's to zip's
-        if os.path.isfile(path):  # a pipe would be waited for
+        if os.path.isfile(path):  # a pipe would block
             return dict(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
     return {}
 
 
 def save(path, payload, keep=None):
-    """Write `payload`, tensors and plain values, as `path`: to a temporary file, to the disk, under its name. A kill at
-    any moment leaves the old file or the new one. The old one stays as `keep`, once the new one is whole."""
-    path, payload = Path(path), tree_map_only(torch.Tensor, torch.Tensor.cpu, payload)  # any machine can read it so
+    """Write `payload`, tensors and plain values, to a temporary file, fsync it, then rename it to `path`. A kill at any
+    moment leaves either the old file or the new one. The old one is kept as `keep` once the new one is complete."""
+    path, payload = Path(path), tree_map_only(torch.Tensor, torch.Tensor.cpu, payload)  # so any machine can read it
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".tmp")
     try:
@@ -64,7 +63,7 @@ def save(path, payload, keep=None):
             writer = _HashingFile(file)
             try:
                 torch.save(payload, writer)
-            except RuntimeError as error:  # torch's own, where its writer was refused a write
+            except RuntimeError as error:  # torch's own error when its writer fails to write
                 raise writer.error or error from None
             file.seek(-2, os.SEEK_END)
             comment = COMMENT + writer.hash.hexdigest().encode()
@@ -81,11 +80,11 @@ def save(path, payload, keep=None):
 
 
 def link(source, target):
-    """Give a file a second name, in place of what has it now."""
+    """Give a file a second name, replacing any file that has that name."""
     draft = target.with_name(target.name + ".tmp")
     draft.unlink(missing_ok=True)
     try:
-        os.link(os.path.realpath(source), draft)  # of a symbolic link, what it leads to
+        os.link(os.path.realpath(source), draft)  # resolves a symbolic link
     except OSError:  # a file system without hard links
         try:
             shutil.copyfile(source, draft)
@@ -93,7 +92,7 @@ def link(source, target):
             draft.unlink(missing_ok=True)
             raise
     os.replace(draft, target)
-    draft.unlink(missing_ok=True)  # renaming a file onto another name of itself does nothing
+    draft.unlink(missing_ok=True)  # renaming onto another hard link of the same file does nothing
 
 
 def _sync_folder(folder):
@@ -104,7 +103,7 @@ def _sync_folder(folder):
 
 
 class _HashingFile:
-    """A file opened for writing that hashes what passes, but for the last two bytes, which the digest replaces."""
+    """A file open for writing that hashes what is written, except the last two bytes, which `save` replaces."""
 
     def __init__(self, file):
         self.file, self.hash, self.tail, self.error = file, hashlib.sha256(), b"", None
@@ -129,7 +128,7 @@ class _HashingFile:
 
 
 def read_digest(path):
-    """The SHA-256 that a checkpoint states, or None."""
+    """The SHA-256 stored in a checkpoint's comment, or None."""
     length = len(COMMENT) + 64
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
@@ -139,7 +138,7 @@ def read_digest(path):
 
 
 def file_digest(path):
-    """The SHA-256 of a checkpoint up to the length of its comment."""
+    """The SHA-256 of a checkpoint's bytes before the comment's length field."""
     digest, left = hashlib.sha256(), os.path.getsize(path) - len(COMMENT) - 64 - 2
     with open(path, "rb") as file:
         while left > 0 and (block := file.read(min(left, 1 << 22))):

@@ -1,7 +1,7 @@
 """A run's checkpoints: which file it resumes from, what it saves when, and the previous one kept as a fallback.
 
-`--checkpoint-path checkpoints/minigpt.pt` names the newest. Beside it, with the same stem, lie `.prev.pt` (the one
-before), `.best.pt` (least validation loss), `.step-N.pt` (with `--keep-last`), and the run's log and metrics.
+`--checkpoint-path checkpoints/minigpt.pt` names the newest. Beside it, with the same stem, are `.prev.pt` (the one
+before), `.best.pt` (lowest validation loss), `.step-N.pt` (with `--keep-last`), and the run's log and metrics.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from processes import lock_until_exit
 FORMAT = 1
 SUFFIXES = (".prev.pt", ".best.pt", ".nonfinite.pt", ".log", ".metrics.jsonl", ".config.toml", ".tokenizer",
             ".tensorboard", ".trace.json", ".wandb.json")
-PATIENCE = 180  # seconds --resume waits for the lock of the run before: it may still be saving, or its node gone
+PATIENCE = 180  # seconds --resume waits for the previous run's lock: it may still be saving, or its node may be gone
 
 log = logging.getLogger("mini_llm")
 
@@ -66,35 +66,35 @@ class CheckpointConfig:
         return path.with_name(path.stem + suffix)
 
     def files(self):
-        """The names of what a run writes: at the checkpoint path and beside it."""
+        """The existing files that a run writes, at the checkpoint path and beside it, as strings."""
         return [str(file) for file in [Path(self.checkpoint_path), *map(self.beside, SUFFIXES), *self.numbered()]
                 if file.exists()]
 
     def matching(self, pattern):
-        """The files beside the checkpoint path whose names go on with that regular expression, sorted."""
+        """The files beside the checkpoint path whose names are its stem plus a match of the regex `pattern`, sorted."""
         stem = self.beside("").name
         return sorted(file for file in self.beside("").parent.glob(glob.escape(stem) + "*")
                       if re.fullmatch(f"{re.escape(stem)}({pattern})", file.name))
 
     def numbered(self):
-        """The checkpoints of --keep-last, oldest first."""
+        """The checkpoints kept by --keep-last, oldest first."""
         return self.matching(r"\.step-\d+\.pt")
 
     def continues(self, resume_from):
-        """Whether resuming from that file continues the run at the checkpoint path (the file is one of its own) or
-        branches off from it."""
+        """Whether resuming from that file continues the run at the checkpoint path (the file is one of that run's)
+        rather than branching off from it."""
         file, path = map(Path, map(os.path.realpath, (resume_from, self.checkpoint_path)))
         return file == path or beside_run(file, ".pt") == path
 
 
 @dataclass
 class State:
-    """Where a run stands. Batch, learning rate and randomness are functions of `step`."""
+    """A run's progress. Batch, learning rate and randomness are functions of `step`."""
 
     step: int = 0  # optimizer steps done
     tokens: int = 0
     best_val: float = math.inf
-    val_loss: float | None = None  # the newest
+    val_loss: float | None = None  # the latest
     wandb_run_id: str = ""
 
 
@@ -103,25 +103,25 @@ class NotSaved(RunFailed):
 
 
 def plan(cfg):
-    """Which file this run resumes from, or None to start anew. Raises UserError where the flags and the files do not
-    go together, the folder cannot be written, or another run writes there; writes nothing."""
+    """The file this run resumes from, or None to start from scratch. Raises UserError if the flags do not match the
+    existing files, the folder is not writable, or another run writes there. Writes nothing."""
     path = Path(cfg.checkpoint_path)
     folder = path.parent
     try:
         folder = _nearest_folder(path)
-        tempfile.TemporaryFile(dir=folder).close()  # asking for the permission is not enough: root has it everywhere
+        tempfile.TemporaryFile(dir=folder).close()  # os.access would not do: root passes it everywhere
         lock = cfg.beside(".lock")
-        if lock.exists() and not lock_until_exit(lock):  # now, so that what is resumed from stays the newest
+        if lock.exists() and not lock_until_exit(lock):  # now, so that the checkpoint to resume from stays the newest
             if cfg.resume:
                 log.info("waiting for the run that still writes to %s", path)
             if not cfg.resume or not lock_until_exit(lock, PATIENCE):
                 raise _in_use(cfg)
-        cfg.beside(".rank0000.metrics.jsonl.tmp").exists()  # a name too long for that is found out here
+        cfg.beside(".rank0000.metrics.jsonl.tmp").exists()  # raises here if the name would be too long
         known = [file for file in (path, cfg.beside(".prev.pt"), cfg.beside(".best.pt")) if file.exists()]
     except OSError as error:
         raise UserError(f"--checkpoint-path {path}: {folder} cannot be written ({error.strerror}); give a path in a "
                         f"folder of your own") from None
-    # A run that was killed before its first --save-steps may have left its best one alone.
+    # A run killed before its first --save-steps may have left only its best checkpoint.
     newest = known[0] if known == [cfg.beside(".best.pt")] else path
     if not cfg.resume:
         if known and not cfg.overwrite:
@@ -143,8 +143,8 @@ def plan(cfg):
 
 
 def claim(cfg, resume_from, n_bytes, n_steps):
-    """Keeps other runs from writing at the checkpoint path as long as this process lives. Raises UserError where one
-    does, or has since `plan`, or the disk cannot hold what `n_steps` steps will save, of `n_bytes` each."""
+    """Locks the checkpoint path against other runs while this process lives. Raises UserError if another run writes
+    there, or has since `plan`, or if the disk cannot hold the checkpoints of `n_steps` steps, `n_bytes` each."""
     require_space(cfg, n_bytes, n_steps)
     try:
         cfg.beside(".lock").parent.mkdir(parents=True, exist_ok=True)
@@ -161,13 +161,13 @@ def _in_use(cfg):
 
 
 def _nearest_folder(path):
-    """The folder above `path` that is there already."""
+    """The nearest folder above `path` that exists."""
     return next(parent for parent in Path(path).absolute().parents if parent.exists())
 
 
 def run_identity(cfg, corpus, step_samples):
-    """What a resumed run must share with the run that it resumes: model, optimizer, tokenizer, data, and the batch, by
-    which the position in the data is counted."""
+    """What a resumed run must have in common with the run it resumes: model, optimizer, tokenizer, data, and sequences
+    per step, from which the position in the data follows."""
     model = dataclasses.asdict(cfg.model)
     free = {"dropout", "use_activation_checkpoint", "vocab_size"}
     if 0 < cfg.model.vocab_size < corpus.vocab_size:
@@ -189,15 +189,15 @@ def run_identity(cfg, corpus, step_samples):
 
 
 def restore(path, cfg, identity, config):
-    """The checkpoint at `path`, verified and found to be of this run: same model, tokenizer, data and batch.
+    """The checkpoint at `path`, verified, and checked to be from this run: same model, tokenizer, data and batch.
 
-    `identity` is what must be equal, `config` all flags; those that differ are logged. Raises UserError.
+    `identity` must be equal; `config` is all flags, whose differences are only logged. Raises UserError.
     """
     payload, source = load_latest(path, cfg)
     if not is_of_a_run(payload):
         raise UserError(f"--resume: {source} is not a checkpoint of this version of mini-llm; use the one that "
                         f"wrote it, or start anew with another --checkpoint-path")
-    was = {"--optimizer": "adamw"} | payload["identity"]  # before there was a choice
+    was = {"--optimizer": "adamw"} | payload["identity"]  # checkpoints from before --optimizer existed
     changed = [f"{name} was {was.get(name)}, is {value}" for name, value in identity.items() if was.get(name) != value]
     if changed:
         raise UserError(f"--resume: {source} is of another run: {'; '.join(changed)}; give the flags and data that "
@@ -207,45 +207,45 @@ def restore(path, cfg, identity, config):
         if name not in ignored and not name.startswith("wandb_") and payload["config"].get(name, value) != value:
             log.info("resumed with another %s: was %s, is %s", flag(name), payload["config"][name], value)
     if source != path:
-        link(source, path)  # else the next save would move the damaged file over the good one
+        link(source, path)  # else the next save would replace the good file with the damaged one
     return payload
 
 
 def is_of_a_run(payload):
-    """Whether a checkpoint, which may be anyone's, has the parts that ours have."""
+    """Whether a checkpoint, which may come from anywhere, has the parts that ours have."""
     return (isinstance(payload, dict) and payload.get("format") == FORMAT
             and all(isinstance(payload.get(part), dict) for part in ("model", "state", "identity", "config"))
             and isinstance(payload["state"].get("step"), int))
 
 
 def apply(payload, parts, continues):
-    """Put a restored payload into a run's parts (name → what has load_state_dict) → its State. Raises UserError."""
+    """Load a restored payload into a run's parts (name → object with load_state_dict) → its State. Raises UserError."""
     try:
-        # Decay and betas are the flags', not those of the run that is resumed.
+        # Weight decay and betas come from the flags, not from the checkpoint.
         payload["optimizer"]["param_groups"] = parts["optimizer"].state_dict()["param_groups"]
         for name, part in parts.items():
-            if payload.get(name):  # a scaler is empty but in fp16
+            if payload.get(name):  # a scaler's state is empty except in fp16
                 part.load_state_dict(payload[name])
         state = State(**payload["state"])
     except Exception as error:  # torch raises many types
         foreign = UserError(f"--resume: parts of the checkpoint are not those of this run ({type(error).__name__}); "
                             f"name another with --resume FILE, or start anew with another --checkpoint-path")
         raise error if hardware.out_of_memory(error) else foreign from None
-    return state if continues else dataclasses.replace(state, wandb_run_id="")  # a branch is a run of its own
+    return state if continues else dataclasses.replace(state, wandb_run_id="")  # a branch is a separate run
 
 
 def begin(cfg, resume_from, state, eval_tokens):
-    """Clears what a replaced run has left, before the first step: its log and metrics unless this run continues it,
-    with --overwrite also its checkpoints; a rollback makes `resume_from` the newest at once. Returns the validation
-    loss to beat: that of `.best.pt`, which may be newer than the checkpoint resumed from; infinity where there is none
-    or it was measured over other than `eval_tokens`."""
+    """Before the first step, removes what a replaced run left: its log and metrics unless this run continues it, with
+    --overwrite also its checkpoints; a rollback makes `resume_from` the newest at once. Returns the validation loss to
+    beat: that of `.best.pt`, which may be newer than the checkpoint resumed from; infinity if there is none or it was
+    measured with another `eval_tokens`."""
     path, best = Path(cfg.checkpoint_path), cfg.beside(".best.pt")
     goes_on = resume_from is not None and cfg.continues(resume_from)
-    if not goes_on:  # what is there is the history of another run, also where that one never came to a checkpoint
+    if not goes_on:  # any such files belong to another run, even if that one never saved a checkpoint
         for suffix in (".metrics.jsonl", ".log"):
             cfg.beside(suffix).unlink(missing_ok=True)
         shutil.rmtree(cfg.beside(".tensorboard"), ignore_errors=True)
-        if resume_from is not None:  # a branch has a W&B run of its own
+        if resume_from is not None:  # a branch gets its own W&B run
             cfg.beside(".wandb.json").unlink(missing_ok=True)
     if cfg.overwrite:
         if not goes_on or _saved(best)["state"].get("step", 0) > state.step:
@@ -273,16 +273,16 @@ def begin(cfg, resume_from, state, eval_tokens):
 
 
 def _saved(file):
-    """Configuration and state of a checkpoint; {} each where it cannot be read."""
+    """Configuration and state of a checkpoint; both {} if it cannot be read."""
     saved = peek(file)
     return saved if is_of_a_run(saved) else {"config": {}, "state": {}}
 
 
 def require_space(cfg, n_bytes, n_steps):
-    """Raises UserError where the disk cannot hold the checkpoints of `n_steps` steps, of about `n_bytes` each: the
-    newest, the one before, which are the first of --keep-last, the best, and the one being written."""
+    """Raises UserError if the disk cannot hold the checkpoints of `n_steps` steps, about `n_bytes` each: the newest and
+    the one before (which count toward --keep-last), the best, and the one being written."""
     files = [file for file in map(Path, cfg.files()) if file.suffix == ".pt"]
-    files += cfg.beside("").parent.glob(glob.escape(cfg.beside("").name) + "*.pt.tmp")  # of a save that was killed
+    files += cfg.beside("").parent.glob(glob.escape(cfg.beside("").name) + "*.pt.tmp")  # from a save that was killed
     ours = {file.stat().st_ino: file.stat().st_size for file in files}
     saves = math.ceil(n_steps / cfg.save_steps) if cfg.save_steps else 1
     wanted = 2 + min(max(2, cfg.keep_last), saves + len(ours))
@@ -293,7 +293,7 @@ def require_space(cfg, n_bytes, n_steps):
 
 
 def save_nonfinite(cfg, payload):
-    """Keep what a run halted with → where that is, and how to go on, in words."""
+    """Save what a run halted with → a message that says where it is and how to continue."""
     path = cfg.beside(".nonfinite.pt")
     try:
         save(path, payload)
@@ -306,8 +306,8 @@ def save_nonfinite(cfg, payload):
 
 
 def load_latest(path, cfg):
-    """The checkpoint at `path` and `path`; where it is damaged, the one before it and its path. Raises UserError where
-    neither is whole."""
+    """(checkpoint, its path): the one at `path` or, if that is damaged, the previous one. Raises UserError if neither
+    is intact."""
     previous = cfg.beside(".prev.pt")
     try:
         return load(path), path
@@ -323,7 +323,7 @@ def load_latest(path, cfg):
 
 
 def _way_back(cfg):
-    """What to do where the checkpoint to resume from is lost."""
+    """Advice for when the checkpoint to resume from is lost."""
     for file in (*reversed(cfg.numbered()), cfg.beside(".best.pt")):
         with contextlib.suppress(DamagedCheckpoint, UserError):
             load(file)
@@ -332,10 +332,10 @@ def _way_back(cfg):
 
 
 def save_run(cfg, payload, step, latest, best):
-    """Save at the checkpoint path (`latest`), as `.best.pt` (`best`), or both, written once. Returns the file's path.
+    """Save at the checkpoint path (`latest`), as `.best.pt` (`best`), or both with one write. Returns the file's path.
 
-    The checkpoint that was there stays as `.prev.pt`, and with --keep-last the new one gets a name with its step, too:
-    second names of the same file, which cost no writing and leave a whole one under some name at every moment.
+    The previous checkpoint stays as `.prev.pt`, and with --keep-last the new one also gets a name with its step. These
+    are hard links, which cost no writing and ensure that an intact checkpoint has some name at every moment.
     """
     path = Path(cfg.checkpoint_path)
     if not latest:
@@ -352,18 +352,18 @@ def save_run(cfg, payload, step, latest, best):
 
 
 class Saver:
-    """Saves a run's checkpoints, on the main rank; with --async-save from a copy, on a thread, while training goes on.
-    Its methods are collective: the ranks learn together of what could not be saved."""
+    """Saves a run's checkpoints, on the main rank; with --async-save, from a copy on a thread while training continues.
+    Its methods are collective: all ranks learn of a failed save together."""
 
     def __init__(self, cfg, world, state, written):
-        """`state` is the run's own; `written(path, state, best)` is called for each file, on the main rank."""
+        """`state` is the run's own; `written(path, state, best)` is called on the main rank for each file saved."""
         self.cfg, self.world, self.state, self.written = cfg, world, state, written
         self.pool, self.copies = ThreadPoolExecutor(1, "save"), []
         self.future = self.under_way = None  # under_way, on every rank: (step, best_val before) of the save in progress
 
     def save(self, payload, latest, best, last):
-        """Save what `payload()` returns; `best`: its validation loss is the least so far. A save that fails is logged,
-        and the next one is another try; of the `last` one NotSaved is raised."""
+        """Save what `payload()` returns; `best`: its validation loss is the lowest so far. A failed save is logged, and
+        the next save tries again; if the `last` one fails, NotSaved is raised."""
         self.conclude()
         before = self.state.best_val
         if best:
@@ -374,7 +374,7 @@ class Saver:
             self.conclude(last=last)
 
     def conclude(self, wait=True, last=False):
-        """Conclude the save in progress, if it is done or after a `wait`: report its file, or its failure."""
+        """Finish the save in progress, if it is done or after waiting if `wait`: report its file or its failure."""
         if not self.under_way:
             return
         try:
@@ -403,7 +403,7 @@ class Saver:
             return save_run(self.cfg, payload, state.step, latest, best), state, best
 
     def _copied(self, payload):
-        """Into the memory of the copy before, which the last save has done with."""
+        """Copy to the CPU, into the buffers of the previous copy, which the last save no longer needs."""
         values, shape = tree_flatten(payload)
         tensors = [value for value in values if isinstance(value, torch.Tensor)]
         if [tensor.shape for tensor in tensors] != [copy.shape for copy in self.copies]:

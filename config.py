@@ -1,8 +1,8 @@
 """Dataclass fields that are command-line flags, help texts and TOML keys at once.
 
-A module declares what can be set about it in a dataclass of `arg(...)` fields. A program composes such dataclasses
-into one, and `parse` fills it: defaults, then `--config FILE.toml`, then flags. Nothing is declared twice, and what
-is not declared is refused with the nearest name that is.
+A module declares its settings in a dataclass of `arg(...)` fields. A program composes such dataclasses into one, and
+`parse` fills it: defaults, then `--config FILE.toml`, then flags. Nothing is declared twice, and an undeclared name is
+rejected with the closest declared one as a suggestion.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import types
 import typing
 from pathlib import Path
 
-# What others call these flags (nanoGPT, the Hugging Face Trainer), for "did you mean".
+# Names of these flags in other projects (nanoGPT, the Hugging Face Trainer), for "did you mean".
 ELSEWHERE = {"learning_rate": "lr", "max_iters": "num_steps", "max_steps": "num_steps", "block_size": "seq_len",
              "output_dir": "checkpoint_path", "out_dir": "checkpoint_path", "init_from_checkpoint": "resume",
              "resume_from_checkpoint": "resume", "hidden_size": "d_model", "n_embd": "d_model", "dtype": "amp_dtype",
@@ -32,22 +32,22 @@ BOUNDS = {"gt": (operator.gt, "greater than"), "ge": (operator.ge, "at least"),
 
 
 class UserError(Exception):
-    """A mistake that the person at the keyboard can mend: shown as one line on stderr, exit code 2."""
+    """An error that the user can fix: shown as one line on stderr, exit code 2."""
 
     def __str__(self):
-        """One line of a length to be read, whatever stands in the names and values that it repeats."""
+        """One line of readable length, whatever characters are in the names and values that it quotes."""
         text = super().__str__()
         text = text if len(text) < 2000 else f"{text[:1000]} ... {text[-500:]}"
         return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 class RunFailed(Exception):
-    """What a run cannot go on after: shown as one line on stderr, exit code 1."""
+    """A failure that ends the run: shown as one line on stderr, exit code 1."""
 
 
 @contextlib.contextmanager
 def needed_packages():
-    """A package that is missing is the user's to install: not every machine that trains has all of them."""
+    """Turn a missing package into a UserError: not every training machine has all packages installed."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -56,7 +56,7 @@ def needed_packages():
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Around a command's main: a user's mistake is one line on stderr and exit code 2."""
+    """Wraps a command's main: a UserError becomes one line on stderr and exit code 2."""
     try:
         with needed_packages():
             yield
@@ -70,8 +70,8 @@ def one_line_errors():
 def arg(default, help, *, choices=(), const=None, metavar=None, empty=True, **bounds):
     """A dataclass field that is also a flag.
 
-    `bounds`: any of gt, ge, lt, le. `const`: the value of a flag given without one (`--resume`). With `empty=False` an
-    empty string is refused, such as an unset shell variable gives.
+    `bounds`: any of gt, ge, lt, le. `const`: the value if the flag is given without one (`--resume`). `empty=False`:
+    reject an empty string, such as an unset shell variable yields.
     """
     assert bounds.keys() <= BOUNDS.keys(), bounds
     metadata = dict(help=help, choices=choices, const=const, metavar=metavar, empty=empty, bounds=bounds)
@@ -87,7 +87,7 @@ def flag(name):
 def parse(cls, argv=None):
     """Fill `cls`, a dataclass of dataclasses, from `argv` (default: sys.argv) and the TOML file that it may name.
 
-    Raises UserError for anything unknown, of the wrong type, out of bounds, or refused by a group's `validate()`.
+    Raises UserError for anything unknown, of the wrong type, out of bounds, or rejected by a `validate()`.
     """
     fields = flag_fields(cls)
     parser = Parser(prog=Path(sys.argv[0]).name, description=cls.__doc__, allow_abbrev=False,
@@ -115,7 +115,7 @@ def parse(cls, argv=None):
         own = {name: value for name, value in values.items() if fields[name][0] == group.name}
         groups[group.name] = group.type(**own)
     config = cls(**groups)
-    config.given = frozenset(values)  # as opposed to left at their defaults
+    config.given = frozenset(values)  # set explicitly, rather than left at their defaults
     for part in [*groups.values(), config]:
         if hasattr(part, "validate"):
             part.validate()
@@ -134,17 +134,17 @@ def flag_fields(cls):
 
 
 def flatten(config):
-    """The filled dataclass of dataclasses as one plain dict: what is logged, tracked and saved."""
+    """A filled dataclass of dataclasses as one flat dict: what is logged, tracked and saved."""
     return {name: getattr(getattr(config, group), name) for name, (group, _, _) in flag_fields(type(config)).items()}
 
 
 def to_toml(config, without=()):
-    """The filled dataclass of dataclasses as TOML that `--config` takes: without what is not set, or named."""
+    """A filled dataclass of dataclasses as TOML for `--config`, omitting unset values and the names in `without`."""
     lines = []
     for group in dataclasses.fields(config):
         values = dataclasses.asdict(getattr(config, group.name))
         defaults = {field.name: _default(field) for field in dataclasses.fields(getattr(config, group.name))}
-        # JSON's strings, numbers, booleans and lists are TOML's, too, but for one character, which TOML wants escaped.
+        # JSON strings, numbers, booleans and lists are valid TOML, except for one character that TOML requires escaped.
         lines += [f"[{group.name}]", *(f"{name} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f")
                                        for name, value in values.items() if name not in without
                                        and value is not None and (value != "" or defaults[name])), ""]
@@ -161,9 +161,9 @@ def without_infinity(record):
 
 
 def read_json(path):
-    """The JSON object in a file. Raises ValueError, saying why, whatever is there in its place."""
+    """The JSON object in a file. Raises ValueError with the reason if the file holds anything else."""
     try:
-        if not os.path.isfile(path):  # a named pipe would be waited for, a device read without end
+        if not os.path.isfile(path):  # a named pipe would block, a device might never end
             raise ValueError("no such file")
         value = json.loads(Path(path).read_text("utf-8"))
     except (OSError, RecursionError) as error:
@@ -175,14 +175,14 @@ def read_json(path):
 
 def beside_run(path, suffix):
     """checkpoints/minigpt.best.pt, `.tokenizer` → checkpoints/minigpt.tokenizer, which all checkpoints of a run share.
-    `path`: any of them, or the run's metrics.jsonl."""
+    `path`: any of those checkpoints, or the run's metrics.jsonl."""
     path = Path(path)
     stem = path.name.removesuffix(".metrics.jsonl").removesuffix(".pt")
     return path.with_name(re.sub(r"\.(best(-of-\d+)?|prev|nonfinite|step-\d+)$", "", stem) + suffix)
 
 
 def read_records(path):
-    """The records of a metrics.jsonl, in order. A torn line, of a run that was killed or still writes, is left out."""
+    """The records of a metrics.jsonl, in order. A torn line, left by a killed run or one still writing, is skipped."""
     with open(path, errors="replace") as file:
         for line in file:
             with contextlib.suppress(ValueError, KeyError, TypeError):
@@ -192,20 +192,20 @@ def read_records(path):
 
 
 def positive(text):
-    """An argparse type: a whole number from 1 on."""
+    """An argparse type: a positive integer."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected a whole number, at least 1")
     return int(text)
 
 
 class Parser(argparse.ArgumentParser):
-    """Every command's: errors are one line, and what is written to a stream that was closed is dropped."""
+    """The parser of every command: errors are one line, and output to a closed stdout or stderr is dropped."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         for name in ("stdout", "stderr"):
             if getattr(sys, name) is None:
-                setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - to the end of the process
+                setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open until the process ends
 
     def error(self, message):
         raise UserError(f"{message} (see --help)")
@@ -240,7 +240,7 @@ def _base_type(kind):
 
 
 def _coerce(label, declared, value):
-    """A string from the command line, or a TOML value, as the type that the field declares, within its bounds."""
+    """Convert a command-line string or a TOML value to the type that the field declares, checking its bounds."""
     _, field, kind = declared
     base, meta = _base_type(kind), field.metadata
     if typing.get_origin(kind) is list:
@@ -274,7 +274,7 @@ def _coerce(label, declared, value):
 
 
 def _is_text(value):
-    """Whether it is text that a file can hold and be named by: else it would fail where it is first written."""
+    """Whether `value` is text that is valid as a file's content and name; else it would fail when first written."""
     return isinstance(value, str) and "\0" not in value and not any("\ud800" <= char <= "\udfff" for char in value)
 
 
@@ -284,14 +284,14 @@ def _example(field):
 
 
 def _read_toml(path, cls, fields):
-    if os.path.exists(path) and not os.path.isfile(path):  # a pipe could be read by one rank only
+    if os.path.exists(path) and not os.path.isfile(path):  # only one rank could read a pipe
         raise UserError(f"--config {path}: is not a file")
     try:
         with open(path, "rb") as file:
             return _toml_values(path, tomllib.load(file), cls, fields)
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # numbers too long to be shown or read are ValueErrors, too
+    except (ValueError, RecursionError) as error:  # numbers with too many digits raise ValueError, too
         raise UserError(f"--config {path}: not valid TOML: {error}") from None
 
 
@@ -329,8 +329,8 @@ def _nearest(word, known):
 
 
 def _plain_flag(word, fields):
-    """--batch_size=4 → --batch-size=4, and as a sweep writes switches, --compile=False → --no-compile. Values are left
-    alone."""
+    """--batch_size=4 → --batch-size=4 and, for switches as a sweep writes them, --compile=False → --no-compile. Other
+    values are unchanged."""
     if not word.startswith("--"):
         return word
     name, equals, value = word.partition("=")

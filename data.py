@@ -1,7 +1,7 @@
 """Text → documents → tokens → token shards → batches.
 
-Text is tokenized once into two files, `train.bin` and `val.bin`, in a cache folder whose name is a hash of all that
-decides their content. Training reads windows of them; which window comes when is a pure function of the step.
+Text is tokenized once into two files, `train.bin` and `val.bin`, in a cache folder named by a hash of everything that
+determines their content. Training reads windows of them; which windows a step reads is a pure function of the step.
 """
 
 import contextlib
@@ -37,10 +37,10 @@ from tokenizer import (
     train_tokenizer,
 )
 
-CODE_VERSION = 2  # raise it when the same text would give other tokens: old caches are then left alone
-BATCH = 1 << 21  # characters tokenized in parallel: bounds the memory of tokenization
-BPE_SAMPLE = 1 << 25  # characters that a bpe tokenizer is trained on, at most
-PREPARE_PATIENCE = 900  # seconds without progress after which a process stops waiting for the one that tokenizes
+CODE_VERSION = 2  # bump it when the same text would give different tokens: old caches are then not reused
+BATCH = 1 << 21  # characters tokenized per parallel batch: bounds the memory use of tokenization
+BPE_SAMPLE = 1 << 25  # maximum number of characters that a bpe tokenizer is trained on
+PREPARE_PATIENCE = 900  # seconds without progress after which a process stops waiting for another to tokenize
 
 log = logging.getLogger("mini_llm")
 
@@ -70,7 +70,7 @@ class DataConfig:
 
     @property
     def is_shards(self):
-        """Whether the training data are token shards already."""
+        """Whether --train-data is already a folder of token shards."""
         return len(self.train_data) == 1 and os.path.exists(os.path.join(self.train_data[0], "train.bin"))
 
 
@@ -84,7 +84,7 @@ class BatchConfig:
     dry_run: bool = arg(False, "say what would be trained and how large it is, take one step, write nothing")
 
     def accum_steps(self, world_size, seq_len):
-        """Micro-batches of each rank in one optimizer step. Raises UserError where the global batch does not divide."""
+        """Micro-batches per rank in one optimizer step. Raises UserError if the global batch does not divide evenly."""
         if not self.global_batch_tokens:
             return self.grad_accum_steps
         micro = self.batch_size * world_size * seq_len
@@ -99,12 +99,12 @@ class BatchConfig:
 
 
 def prepare(cfg, vocab_size=0, writes=True, scratch=None):
-    """The folder with the token shards that `cfg` describes, made now if it is not there. Safe against other processes
-    that want the same folder and against being killed: one process writes, under a lock that dies with it, into a
-    folder that gets its name only when it is whole. Without `writes` it waits for another that writes. With `scratch`,
-    a folder of the caller's, what is not in the cache is made there.
+    """The folder of token shards that `cfg` describes, created if it does not exist. Safe against concurrent processes
+    and against being killed: one process writes, under a lock that is released when it dies, into a draft folder that
+    is renamed only when complete. Without `writes`, waits for another process to write it. With `scratch`, a folder
+    provided by the caller, shards that are not in the cache are created there.
 
-    Raises UserError for text that cannot be used; nothing stays behind then.
+    Raises UserError for unusable text, and then leaves nothing behind.
     """
     if cfg.is_shards:
         theirs = read_meta(Path(cfg.train_data[0]))["tokenizer"]
@@ -152,18 +152,18 @@ def prepare(cfg, vocab_size=0, writes=True, scratch=None):
 
 @contextlib.contextmanager
 def _locked_draft(folder):
-    """An empty folder of this process's own, to be renamed to `folder` when it is whole; None where another process
-    has just finished that. The lock is in the draft itself, so a killed writer leaves a draft that nobody holds."""
+    """Yields an empty folder that this process alone writes, to be renamed to `folder` when complete; None if another
+    process has just created `folder`. The lock is in the draft itself, so a killed writer leaves an unlocked draft."""
     draft = folder.with_name(folder.name + ".draft")
     try:
         draft.mkdir(parents=True, exist_ok=True)
-        if draft.is_symlink():  # what it leads to is not ours to empty
+        if draft.is_symlink():  # its target is not ours to empty
             raise NotADirectoryError(errno.ENOTDIR, f"{draft.name} is a link")
-        # Opened for writing, without which a network file system gives no lock.
+        # Opened for writing, because network file systems grant no exclusive lock otherwise.
         fd = os.open(draft / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         _wait(lambda: not _lock(fd), draft)
     except OSError as error:
-        if isinstance(error, FileNotFoundError) and folder.parent.exists():  # the draft was renamed in this moment
+        if isinstance(error, FileNotFoundError) and folder.parent.exists():  # the draft has just been renamed
             yield None
             return
         raise UserError(f"--cache-dir {folder.parent}: {error.strerror}; give a folder that can be written") from None
@@ -184,7 +184,7 @@ def _locked_draft(folder):
             shutil.rmtree(draft, ignore_errors=True)
             with contextlib.suppress(OSError):
                 folder.parent.rmdir()
-            if isinstance(error, OSError):  # a full disk, a text that has gone
+            if isinstance(error, OSError):  # a full disk, or a text file that has vanished
                 raise UserError(f"{error.filename or f'--cache-dir {folder.parent}'}: {error.strerror or error}; make "
                                 f"room, or give another --cache-dir") from None
             raise
@@ -201,7 +201,7 @@ def _lock(fd):
 
 
 def _wait(blocked, draft):
-    """Waits while `blocked()`. Raises UserError if nothing in `draft` changes for PREPARE_PATIENCE seconds."""
+    """Waits while `blocked()` is true. Raises UserError if nothing in `draft` changes for PREPARE_PATIENCE seconds."""
     begun, told = time.time(), False
     while blocked():
         if not told and time.time() - begun > 1:
@@ -217,8 +217,8 @@ def _wait(blocked, draft):
 
 
 def _source_digest(source, whole):
-    """What a source's text is: its bytes (`whole`), or of a corpus too large for that size, time and 16 samples of each
-    file."""
+    """A digest of a source's text: of its bytes (`whole`) or, for a corpus too large for that, of each file's size,
+    modification time and 16 samples."""
     if source.kind == "hub":
         return source.paths[0].encode()
     digest = hashlib.blake2b(source.kind.encode(), digest_size=16)
@@ -264,7 +264,7 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
 
     total = sum(os.path.getsize(path) for source in [*sources, *val_sources] for path in source.files())
     with tqdm(total=total or None, unit="B", unit_scale=True, desc="tokenizing", leave=False, disable=None) as bar:
-        source = stream()  # --val-data comes first, and whole
+        source = stream()  # --val-data comes first and is read in full
         while not (writers["train"].full and (val_sources or writers["val"].full)) and (batch := _take(source, BATCH)):
             wanted = [piece for piece in batch if not writers[piece.split].full]
             encoded = tokenizer.encode_batch_fast([piece.text for piece in wanted], add_special_tokens=False)
@@ -307,7 +307,7 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
 
 
 def _trained_tokenizer(name, stream, vocab_size):
-    """bpe: trained on BPE_SAMPLE characters of the training text; char: on all text, validation too."""
+    """bpe: trained on up to BPE_SAMPLE characters of the training text; char: on all text, including validation."""
     began, texts = time.perf_counter(), (piece for piece in stream if piece.split == "train" or name == "char")
     texts = _take(texts, BPE_SAMPLE) if name == "bpe" else texts
     tokenizer = train_tokenizer(name, (piece.text for piece in texts), vocab_size or 4096)
@@ -317,7 +317,7 @@ def _trained_tokenizer(name, stream, vocab_size):
 
 
 def _take(stream, characters):
-    """The next pieces of the stream, up to about so many characters; [] at its end."""
+    """The next pieces of the stream, up to about that many characters in total; [] at the end."""
     batch = []
     while characters > 0 and (piece := next(stream, None)):
         batch.append(piece)
@@ -332,13 +332,13 @@ class Corpus:
     """Token shards with disjoint training and validation documents, and the order in which training reads them."""
 
     def __init__(self, cfg, vocab_size=0, writes=True, scratch=False):
-        """`scratch`: leave nothing behind; shards that are not in the cache are made in a temporary folder, which is
-        gone once they are open."""
+        """`scratch`: leave nothing behind. Shards that are not in the cache are created in a temporary folder, which is
+        deleted once they are open."""
         if scratch:
             with tempfile.TemporaryDirectory(prefix="mini-llm-", ignore_cleanup_errors=True) as folder:
                 self._open(cfg, prepare(cfg, vocab_size, scratch=folder), checks=True)
         else:
-            self._open(cfg, prepare(cfg, vocab_size, writes), checks=writes)  # once a node: the ranks leave together
+            self._open(cfg, prepare(cfg, vocab_size, writes), checks=writes)  # once per node: a failure ends all ranks
 
     def _open(self, cfg, folder, checks):
         self.seq_len, self.seed, self.folder = cfg.seq_len, cfg.data_seed, folder
@@ -359,17 +359,17 @@ class Corpus:
 
     @functools.cached_property
     def start(self):
-        """The token from which a text is generated that continues nothing: end-of-text if training has it before other
-        text, in its first million tokens; else, as with a single document, that of a newline, or 0."""
+        """The token that unconditional generation starts from: end-of-text if it precedes other text within the first
+        million training tokens; otherwise, as with a single document, the newline token, or 0."""
         if self.eos is not None and self.eos in self.train.read(0, min(self.train.count - 1, 1 << 20)):
             return self.eos
         return (open_tokenizer(self.folder / "tokenizer").encode("\n", add_special_tokens=False).ids or [0])[-1]
 
     def export_tokenizer(self, folder):
-        """Copy the tokenizer to `folder`, for whoever uses the checkpoint without the data."""
+        """Copy the tokenizer to `folder`, so that the checkpoint can be used without the data."""
         try:
             for file in (self.folder / "tokenizer").glob("*"):
-                if file.is_file():  # no device, which has no end
+                if file.is_file():  # not a device, which may be endless
                     folder.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(file, folder / file.name)
         except OSError as error:
@@ -380,8 +380,8 @@ class Corpus:
         return self.meta["bytes"]["val"] / self.meta["tokens"]["val"]
 
     def samples(self, step, n):
-        """Indices of the n windows of one optimizer step, (n,): without replacement within an epoch, in an order of
-        each epoch's own, whatever the number of ranks."""
+        """Indices of the n windows of one optimizer step, (n,): without replacement within an epoch, in a new order
+        each epoch, independent of the number of ranks."""
         position = step * n + np.arange(n)
         epoch, index = position // self.n_windows, position % self.n_windows
         order = np.empty(n, dtype=np.int64)
@@ -392,27 +392,27 @@ class Corpus:
     def batch(self, step, micro, accum, batch_size, rank=0, size=1):
         """Inputs and targets of one micro-batch of one rank, (B, T) int64 each.
 
-        The step's samples are dealt out in the order micro-batch, rank, row, so that 2 micro-batches on one rank are
-        the same step as one on each of 2 ranks.
+        The step's samples are assigned in the order micro-batch, rank, row, so that two micro-batches on one rank are
+        the same step as one on each of two ranks.
         """
         order = self.samples(step, accum * size * batch_size)
         start = (micro * size + rank) * batch_size
         return split_windows(self.train, order[start:start + batch_size], self.seq_len)
 
     def val_batches(self, max_tokens, batch_size, rank=0, size=1):
-        """This rank's share of the validation windows as (source, inputs, targets, number of real rows), (B, T) int64
-        each. `max_tokens` > 0 takes windows spread evenly over the set, at least one of each source. The last batch of
-        a source repeats a row to keep its shape."""
+        """Yields this rank's share of the validation windows as (source, inputs, targets, number of real rows), with
+        (B, T) int64 inputs and targets. `max_tokens` > 0 takes windows spread evenly over the set, at least one per
+        source. A source's last batch is padded by repeating a row, to keep its shape."""
         for name, indices in spread_windows(self.val_sources, self.seq_len, max_tokens).items():
             chosen = iter(indices[rank::size])
-            rank = (rank - len(indices)) % size  # the dealing goes on where it stopped
+            rank = (rank - len(indices)) % size  # the round robin continues across sources
             while rows := list(islice(chosen, batch_size)):
                 filler = [rows[-1]] * (batch_size - len(rows))
                 yield name, *split_windows(self.val_sources[name], rows + filler, self.seq_len), len(rows)
 
 
 def spread_windows(shards, seq_len, max_tokens=0):
-    """Indices of windows of `max_tokens` in all (0: every one), spread evenly: {name: shard} → {name: indices}."""
+    """Indices of evenly spread windows, `max_tokens` tokens in total (0: all): {name: shard} → {name: indices}."""
     counts = {name: shard.windows(seq_len) for name, shard in shards.items()}
     total = min(sum(counts.values()), max_tokens // seq_len or 1) if max_tokens else sum(counts.values())
     wanted = {name: max(1, round(total * count / sum(counts.values()))) for name, count in counts.items()}
@@ -420,15 +420,15 @@ def spread_windows(shards, seq_len, max_tokens=0):
 
 
 def split_windows(shard, indices, seq_len):
-    """Windows → (inputs, targets), (B, T) int64 each; targets are the inputs one token on, and each in one window."""
+    """Windows → (inputs, targets), (B, T) int64 each: targets are inputs shifted by one; each is in one window only."""
     windows = np.stack([shard.read(int(index) * seq_len, seq_len + 1) for index in indices])  # (B, T + 1)
-    # Two arrays of their own: whoever masks a target must not change the input before it.
+    # Two separate arrays, so that masking a target does not change an input.
     return windows[:, :-1].astype(np.int64), windows[:, 1:].astype(np.int64)
 
 
 def permute(index, n, key):
-    """A permutation of range(n) applied to `index`, an array, in O(1) memory: a Feistel network over the next power of
-    four (Luby & Rackoff 1988), walked until the value falls below n (Black & Rogaway 2002)."""
+    """Apply a pseudorandom permutation of range(n) to the array `index` in O(1) memory: a Feistel network over the next
+    power of four (Luby & Rackoff 1988), with cycle walking until the value is below n (Black & Rogaway 2002)."""
     half = np.uint64(max(1, (max(n - 1, 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
     out = np.asarray(index, dtype=np.uint64).copy()
@@ -443,7 +443,7 @@ def permute(index, n, key):
 
 
 def _mix(x, key):
-    """splitmix64's finalizer (Steele et al. 2014) of x and a key, over a uint64 array."""
+    """splitmix64's finalizer (Steele et al. 2014) on a uint64 array x, keyed by `key`."""
     x = x + np.uint64((key * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) % (1 << 64))
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

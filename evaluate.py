@@ -1,7 +1,7 @@
 """The loss of a model on a text: `python evaluate.py --checkpoint-path checkpoints/minigpt.pt --data book.txt`.
 
-`evaluate` is the trainer's; the command shares its windows and its sums. Without --stride windows do not overlap, as in
-training, so that the command repeats a run's own `val/loss`.
+`evaluate` is what the trainer calls; the command uses the same windows and sums. Without --stride windows do not
+overlap, as in training, so that the command reproduces a run's own `val/loss`.
 """
 
 import contextlib
@@ -28,13 +28,13 @@ MIN_DOCUMENTS = 20  # with fewer, the confidence interval clusters by window, no
 
 
 def token_nats(model, x, y, precision, device):
-    """Inputs and targets, (B, T) int64 arrays → the loss of every target, (B, T) float32, 0 where it is IGNORE."""
+    """Inputs and targets, (B, T) int64 arrays → the loss of each target, (B, T) float32, 0 where it is IGNORE."""
     with precision.autocast():
         return model(*hardware.to_device(device, x, y), reduction="none").view(y.shape)
 
 
 def figures(nats, n_tokens, bytes_per_token):
-    """What is reported of a sum of losses in nats over so many tokens."""
+    """The reported metrics, from a sum of losses in nats over `n_tokens` tokens."""
     loss = nats / n_tokens
     return {"loss": loss, "ppl": math.inf if loss > 700 else math.exp(loss),
             "bits_per_byte": loss / math.log(2) / bytes_per_token}
@@ -42,8 +42,8 @@ def figures(nats, n_tokens, bytes_per_token):
 
 @torch.no_grad()
 def evaluate(model, corpus, cfg, precision, world):
-    """Loss over the validation windows in nats per token, also of each of several sources, and what follows from it.
-    Each rank takes its share and the sums are reduced, so that no figure depends on their number. Collective."""
+    """Validation loss in nats per token, also per source if there are several, plus perplexity and bits per byte. Each
+    rank takes its share and the sums are all-reduced: no metric depends on the number of ranks. Collective."""
     model.eval()
     nats, n_tokens = {name: [] for name in corpus.val_sources}, dict.fromkeys(corpus.val_sources, 0)
     for name, x, y, rows in corpus.val_batches(cfg.report.eval_tokens, cfg.batch.batch_size, world.rank, world.size):
@@ -92,11 +92,11 @@ class Config:
 
 
 def own_validation_set(saved):
-    """The folder of the token shards that the checkpoint's run was validated on. Raises UserError."""
+    """The folder of token shards that the checkpoint's run was validated on. Raises UserError."""
     config = saved["config"]
-    given = (Path(path) / "meta.json" for path in config["train_data"])  # a folder of token shards, perhaps
+    given = (Path(path) / "meta.json" for path in config["train_data"])  # may be a folder of token shards
     for file in (*given, *Path(config["cache_dir"]).glob("*/meta.json")):
-        with contextlib.suppress(UserError):  # none, or another's, and damaged
+        with contextlib.suppress(UserError):  # missing, or another corpus's and damaged
             if read_meta(file.parent)["fingerprint"]["val"] == saved["identity"]["the validation data"]:
                 return str(file.parent)
     was = config["val_data"] or config["train_data"]
@@ -106,7 +106,7 @@ def own_validation_set(saved):
 
 
 def open_data(paths, tokenizer, eos, saved, folder):
-    """{name: Shard} of the data, and bytes of text per token. Text is tokenized into `folder`. Raises UserError."""
+    """{name: Shard} of the data, and the bytes of text per token. Text is tokenized into `folder`. Raises UserError."""
     prepared = Path(paths[0])
     if len(paths) == 1 and (prepared / "val.bin").is_file():
         meta, shard = read_meta(prepared), prepared / "val.bin"
@@ -137,7 +137,7 @@ def open_data(paths, tokenizer, eos, saved, folder):
 
 
 def sliding_windows(n_targets, seq_len, stride):
-    """(first input token, how many of its last targets count) of windows that cover each target once."""
+    """[(first input token, how many of its last targets count)] of windows that together count each target once."""
     done = min(seq_len, n_targets)
     found = [(0, done)]
     while done < n_targets:
@@ -148,7 +148,7 @@ def sliding_windows(n_targets, seq_len, stride):
 
 
 def window_batches(shards, seq_len, stride, max_tokens, batch_size):
-    """Batches of windows: name, first input tokens (B,), inputs and targets (B, T), those that do not count IGNORE."""
+    """Yields batches of windows: name, first positions (B,), inputs and targets (B, T), IGNORE where not counted."""
     spread = {} if stride else spread_windows(shards, seq_len, max_tokens)
     for name, shard in shards.items():
         T = min(seq_len, shard.count - 1)
@@ -163,13 +163,13 @@ def window_batches(shards, seq_len, stride, max_tokens, batch_size):
 
 
 class Clusters:
-    """Sums of losses and of tokens by cluster, and from them how far the mean is known."""
+    """Sums of losses and of tokens per cluster, and from them a confidence interval for the mean."""
 
     def __init__(self):
         self.sums = {}  # key → [nats, tokens]
 
     def add(self, keys, nats, counted):
-        """keys, losses and 0 or 1, (B, T) each."""
+        """Cluster keys, losses, and whether each counts (0 or 1), (B, T) each."""
         values, inverse = np.unique(keys, return_inverse=True)
         sums = (np.bincount(inverse.ravel(), weights.ravel()) for weights in (nats.astype(np.float64), counted))
         for key, *new in zip(values.tolist(), *sums, strict=True):
@@ -177,8 +177,8 @@ class Clusters:
             old[:] = old[0] + new[0], old[1] + new[1]
 
     def interval(self):
-        """The loss's 95 % confidence interval, or None of fewer than two clusters: the standard error of a ratio of
-        sums over independent clusters (Cochran 1977, section 6.4), times 1.96."""
+        """The 95 % confidence interval of the loss, None with fewer than two clusters: ± 1.96 times the standard error
+        of a ratio of sums over independent clusters (Cochran 1977, section 6.4)."""
         nats, tokens = np.array([pair for pair in self.sums.values() if pair[1]]).T
         if len(nats) < 2:
             return None
@@ -188,7 +188,7 @@ class Clusters:
 
 
 def document_starts(shard, block=1 << 20):
-    """Positions after the end-of-text tokens of a shard, ascending."""
+    """Positions right after the end-of-text tokens of a shard, ascending."""
     if shard.eos is None:
         return np.array([], dtype=np.int64)
     return np.concatenate([first + 1 + np.flatnonzero(shard.read(first, min(block, shard.count - first)) == shard.eos)
@@ -197,10 +197,10 @@ def document_starts(shard, block=1 << 20):
 
 @torch.no_grad()
 def evaluate_text(model, shards, bytes_per_token, cfg, seq_len, precision, device):
-    """All that the command reports, as a dict."""
+    """Everything that the command reports, as a dict."""
     nats, n_tokens = dict.fromkeys(shards, 0.0), dict.fromkeys(shards, 0)
     documents, windows = Clusters(), Clusters()
-    order = {name: i << 48 for i, name in enumerate(shards)}  # keeps their clusters apart
+    order = {name: i << 48 for i, name in enumerate(shards)}  # keeps the clusters of different sources apart
     starts = {name: document_starts(shard) for name, shard in shards.items()}
     for name, firsts, x, y in window_batches(shards, seq_len, cfg.stride, cfg.eval_tokens, cfg.batch_size):
         losses, counted = token_nats(model, x, y, precision, device).cpu().numpy(), y != IGNORE
@@ -208,7 +208,7 @@ def evaluate_text(model, shards, bytes_per_token, cfg, seq_len, precision, devic
         n_tokens[name] += int(counted.sum())
         targets = firsts[:, None] + 1 + np.arange(y.shape[1])  # (B, T) positions
         documents.add(order[name] + np.searchsorted(starts[name], targets, side="right"), losses, counted)
-        if len(documents.sums) < MIN_DOCUMENTS:  # else they are not asked for, and there may be millions
+        if len(documents.sums) < MIN_DOCUMENTS:  # otherwise they are not used, and there may be millions
             windows.add(order[name] + np.broadcast_to(firsts[:, None], y.shape), losses, counted)
     kind, clusters = ("documents", documents) if len(documents.sums) >= MIN_DOCUMENTS else ("windows", windows)
     return figures(sum(nats.values()), sum(n_tokens.values()), bytes_per_token) | {
@@ -218,7 +218,7 @@ def evaluate_text(model, shards, bytes_per_token, cfg, seq_len, precision, devic
 
 
 def report(found):
-    """The figures in words."""
+    """The results as text."""
     interval = "{:.4f} to {:.4f}".format(*found["ci95"]) if found["ci95"] else "unknown"
     lines = [f"loss {found['loss']:.4f} nats per token (95 %: {interval}, standard error over {found['clusters']})",
              f"perplexity {found['ppl']:.2f}, {found['bits_per_byte']:.4f} bits per byte",

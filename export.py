@@ -1,6 +1,6 @@
 """A checkpoint as a Hugging Face folder: `python export.py --checkpoint-path checkpoints/minigpt.pt --output DIR`.
 
-The folder loads with `transformers.AutoModelForCausalLM.from_pretrained(DIR)`, with nothing of ours installed.
+The folder loads with `transformers.AutoModelForCausalLM.from_pretrained(DIR)`, without any of our code.
 """
 
 import contextlib
@@ -17,10 +17,10 @@ from config import UserError, arg, beside_run, one_line_errors, parse, read_json
 from pretrained import hugging_face_config, load_model, to_hugging_face, tokenizer_folder
 from tokenizer import end_of_text, open_tokenizer
 
-SAMPLING = dict(do_sample=True, temperature=0.8, top_k=50)  # as train.py's own samples are drawn
-# Flags that say nothing of what was trained.
+SAMPLING = dict(do_sample=True, temperature=0.8, top_k=50)  # as for train.py's own samples
+# Flags that say nothing about what was trained.
 NO_SETTINGS = {"resume", "overwrite", "dry_run", "device", "log_steps", "save_steps", "sample_steps", "keep_last"}
-SPARE_IDS = 4096  # the most ids without a token that generation_config.json lists as never to be drawn
+SPARE_IDS = 4096  # at most this many ids without a token are listed in generation_config.json as suppressed
 
 
 @dataclass
@@ -49,8 +49,8 @@ class ExportConfig:
 
 
 def export(path, output, dtype="float32"):
-    """Write the Hugging Face folder of the checkpoint at `path`: configuration, safetensors, tokenizer, sampling
-    defaults and model card. Raises UserError."""
+    """Write the checkpoint at `path` as a Hugging Face folder: configuration, safetensors, tokenizer, sampling defaults
+    and model card. Raises UserError."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -61,7 +61,7 @@ def export(path, output, dtype="float32"):
     twin = transformers.AutoModelForCausalLM.from_config(hugging_face_config(model.cfg, eos))
     missing, unexpected = twin.load_state_dict(to_hugging_face(model.cfg, model.state_dict()), strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
-    spare = list(range(n_tokens, model.cfg.vocab_size))  # of a model that is wider than its tokenizer
+    spare = list(range(n_tokens, model.cfg.vocab_size))  # ids that the tokenizer does not have
     twin.generation_config = transformers.GenerationConfig(
         bos_token_id=saved.get("start", eos), eos_token_id=eos, pad_token_id=eos,
         suppress_tokens=spare if 0 < len(spare) <= SPARE_IDS else None, **SAMPLING)
@@ -70,7 +70,7 @@ def export(path, output, dtype="float32"):
         for file in filter(Path.is_file, tokenizer.iterdir()):
             shutil.copy(file, output)
         if known.encode("a").ids != known.encode("a", add_special_tokens=False).ids:
-            known.post_processor = None  # it puts tokens around a text that training had not
+            known.post_processor = None  # it adds special tokens that training did not
             (Path(output) / "tokenizer.json").write_text(known.to_str(pretty=True), "utf-8")
         try:
             _complete_tokenizer(Path(output) / "tokenizer_config.json", model.cfg.max_position_embeddings)
@@ -84,13 +84,13 @@ def export(path, output, dtype="float32"):
 def _complete_tokenizer(path, length):
     settings = read_json(path)
     settings["model_max_length"] = length
-    if settings.get("eos_token"):  # CTranslate2 wants an unknown token, and GPT-2's own tokenizer has this one
+    if settings.get("eos_token"):  # CTranslate2 requires an unknown token; GPT-2's own tokenizer uses this one
         settings.setdefault("unk_token", settings["eos_token"])
     path.write_text(json.dumps(settings, indent=1))
 
 
 def model_card(path, model, saved, n_tokens, dtype):
-    """README.md of the folder: what the checkpoint and the files beside it know of the run."""
+    """README.md of the folder: what the checkpoint and the files beside it say about the run."""
     cfg, config, identity, state = model.cfg, saved["config"], saved["identity"], saved["state"]
     metrics = beside_run(path, ".metrics.jsonl")
     rows = [row for row in read_records(metrics) if row["step"] <= state["step"]] if metrics.exists() else []
@@ -109,14 +109,14 @@ def model_card(path, model, saved, n_tokens, dtype):
         return f"| {split} | {', '.join(f'`{file}`' for file in files)} | {tokens} | `{fingerprint}` |"
 
     built_in = "a Markov chain" if config["use_toy_data"] else "Python's standard library"
-    # Text that was divided here; token shards and the Markov chain come divided, and with a tokenizer.
+    # Whether the text was split here; token shards and the Markov chain come already split, and with a tokenizer.
     divided = not config["use_toy_data"] and Path(facts.get("corpus", "")) not in map(Path, config["train_data"])
     val_files = config["val_data"] or [f"{config['val_ratio']:.3g} of the text above" if divided else "of the same"]
     best = min(((row["val/loss"], row["step"]) for row in rows if row.get("val/loss") is not None), default=None)
     losses = [("training loss", last("train/loss")), ("validation loss", last("val/loss")),
               ("best validation loss so far", best)]
     if best is None and math.isfinite(state["best_val"]):
-        losses.append(("best validation loss so far", (state["best_val"], None)))  # which step's, only the metrics know
+        losses.append(("best validation loss so far", (state["best_val"], None)))  # only the metrics know its step
     unused = NO_SETTINGS if divided else {*NO_SETTINGS, "tokenizer_name", "val_ratio"}
     settings = {name: value for name, value in config.items() if value not in (None, "", [])
                 and not name.startswith(("wandb_", "use_")) and not name.endswith(("_dir", "_path", "_data"))
@@ -151,7 +151,7 @@ def model_card(path, model, saved, n_tokens, dtype):
 
 
 def _wandb_link(path):
-    """Where the run is on W&B, as its log says; else which run of which project it is; "" without W&B."""
+    """The run's W&B URL, from its log; failing that, its run id and project; "" without W&B."""
     memory, log = beside_run(path, ".wandb.json"), beside_run(path, ".log")
     if not memory.exists():
         return ""

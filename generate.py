@@ -1,7 +1,7 @@
-"""What a model writes: `python generate.py --checkpoint-path checkpoints/minigpt.pt --prompt "def main"`.
+"""Generate text with a model: `python generate.py --checkpoint-path checkpoints/minigpt.pt --prompt "def main"`.
 
-A base model continues its prompt, and nothing more: an empty one from the end-of-text token, or where training had no
-two documents, from a newline.
+A base model only continues its prompt. An empty prompt starts from the end-of-text token or, if training had no text
+after one, from a newline.
 """
 
 import math
@@ -20,7 +20,7 @@ from model import KVCache
 from pretrained import load_run
 from tokenizer import open_tokenizer
 
-RULE = "-" * 15  # between two texts
+RULE = "-" * 15  # separates two texts
 COLD = 1e-6  # below this temperature decoding is greedy: dividing logits by it would overflow
 
 
@@ -47,7 +47,7 @@ class GenerateConfig:
             raise UserError("--stop '': an empty text is everywhere; leave it out")
 
     def prompts(self):
-        """All prompts, in order. Raises UserError where the file cannot be read."""
+        """All prompts, in order. Raises UserError if the file cannot be read."""
         if not self.prompt_file:
             return self.prompt or [""]
         try:
@@ -71,12 +71,12 @@ class Config:
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seeds=None, vocab_size=None,
              context=math.inf):
-    """Continue `prompts`, B lists of at least one id each. Yields, step by step, a list of B ids, with None for a row
-    whose prompt is still being read or which has its `max_new_tokens`. Ids are below `vocab_size`, where that is given.
+    """Continue `prompts`, B lists of at least one id each. Each step yields a list of B ids, with None for a row whose
+    prompt is still being read or that already has its `max_new_tokens`. Ids are below `vocab_size`, if given.
 
-    All rows stand at the same position in every step, so that nothing is padded or masked: the ends of longer prompts
-    are read token by token. Row i draws from `seeds[i]` (anything numpy's default_rng takes), so that it does not
-    depend on the others. A context that has outgrown the positions, or `context` tokens, is cut to its last half.
+    All rows are at the same position in every step, so nothing is padded or masked: the ends of longer prompts are fed
+    in token by token. Row i samples with `seeds[i]` (anything numpy's default_rng takes), so it does not depend on the
+    other rows. A context that outgrows the model's positions, or `context` tokens, is cut to its last half.
     """
     device, training = next(model.parameters()).device, model.training
     limit = min(context, model.cfg.max_position_embeddings)
@@ -110,40 +110,40 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
 
 
 def choose(logits, noise, temperature=1.0, top_k=0, top_p=1.0):
-    """(B, V) logits and (B, 1) uniform numbers in [0, 1) → (B, 1) token ids: inverse transform sampling.
+    """(B, V) logits and (B, 1) uniform numbers in [0, 1) → (B, 1) token ids, by inverse transform sampling.
 
-    top_k keeps the k likeliest tokens (0: all), top_p the smallest set of tokens whose probability reaches p (Holtzman
-    et al. 2019).
+    top_k keeps the k most likely tokens (0: all), top_p the smallest set of tokens whose total probability reaches p
+    (Holtzman et al. 2019).
     """
     if temperature < COLD:
         return logits.argmax(dim=-1, keepdim=True)
     order = None
     if 0 < top_k < logits.shape[-1] or top_p < 1:
-        logits, order = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))  # likeliest first
+        logits, order = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))  # most likely first
     probs = (logits / temperature).softmax(dim=-1)
     if top_p < 1:
-        probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0)  # the token that reaches p stays
+        probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0)  # the token that reaches p is kept
     reached = probs.cumsum(dim=-1)
     chosen = torch.searchsorted(reached, noise * reached[:, -1:], right=True)
     return chosen if order is None else order.gather(-1, chosen)
 
 
 class Continuation:
-    """The text of one row as it grows. What `add` and `finish` return, joined, is the text: whole characters only, up
-    to the end-of-text token or the first of `stops`, which may begin in one token and end in another."""
+    """The text of one row as it grows. The strings that `add` and `finish` return concatenate to the text: whole
+    characters only, up to the end-of-text token or the first of `stops`, which may span several tokens."""
 
     def __init__(self, tokenizer, eos, prompt=(), stops=()):
         self.tokenizer, self.eos, self.stops, self.done = tokenizer, eos, stops, False
-        self.ids = list(prompt[-1:])  # decoded together: some tokenizers write a space only after another token
+        self.ids = list(prompt[-1:])  # decoded together: some tokenizers emit a space only after another token
         self.shown = len(self._decode())
-        self.held = ""  # what may be the beginning of a stop text
+        self.held = ""  # what may be the beginning of a stop string
 
     def add(self, token):
         if token == self.eos:
             return self.finish()
         self.ids.append(token)
         text = self._decode()
-        whole = text.rstrip("\ufffd")  # as which a character shows whose bytes have not all come
+        whole = text.rstrip("\ufffd")  # how a character decodes until all its bytes are there
         new, self.shown = whole[self.shown:], max(self.shown, len(whole))
         if whole == text:
             self.ids = self.ids[-1:]
@@ -151,10 +151,10 @@ class Continuation:
         return self._before_stop(new) if self.stops else new
 
     def finish(self):
-        """What was held back, at the end of the row."""
+        """Ends the row and returns the text that was held back."""
         if self.done:
             return ""
-        text = self._before_stop(self._decode()[self.shown:]) + self.held  # nothing is held where a stop was found
+        text = self._before_stop(self._decode()[self.shown:]) + self.held  # empty if a stop string was found
         self.done = True
         return text
 
@@ -173,8 +173,8 @@ class Continuation:
 
 
 def batches(lengths, batch_size, max_new_tokens):
-    """Rows of prompts of these lengths → lists of rows to compute together. Reading the end of a longer prompt costs a
-    step a token, and another batch `max_new_tokens` steps: so many tokens may lengths differ."""
+    """Prompt lengths, one per row → lists of rows to compute together. Feeding in the end of a longer prompt costs a
+    step per token, another batch `max_new_tokens` steps: lengths in a batch may differ by up to that many tokens."""
     found = []
     for row in sorted(range(len(lengths)), key=lengths.__getitem__):
         if not found or len(found[-1]) == batch_size or lengths[row] - lengths[found[-1][0]] > max_new_tokens:
@@ -184,7 +184,7 @@ def batches(lengths, batch_size, max_new_tokens):
 
 
 def encode(tokenizer, start, prompt):
-    """The ids of a prompt; of an empty one, that of `start`."""
+    """The ids of a prompt; [start] for an empty one."""
     try:
         prompt.encode()
     except UnicodeEncodeError:
@@ -196,8 +196,8 @@ def encode(tokenizer, start, prompt):
 
 
 def write_texts(model, tokenizer, eos, start, cfg, out):
-    """Generate what `cfg` asks for and write it to `out`: one text as it comes, of several each when it and those
-    before it are done. Returns how many tokens were generated."""
+    """Generate what `cfg` asks for and write it to `out`: a single text is streamed, several are each written once
+    complete, in order. Returns the number of generated tokens."""
     texts = [text for text in cfg.prompts() for _ in range(cfg.num_samples)]
     ids = [encode(tokenizer, start, text) for text in texts]
     seeds = [[cfg.seed, *divmod(row, cfg.num_samples)] for row in range(len(texts))]
@@ -232,11 +232,11 @@ def write_texts(model, tokenizer, eos, start, cfg, out):
 
 
 def sample_text(model, tokenizer_folder, corpus, max_new_tokens=128, temperature=0.8, top_k=50, seed=1337):
-    """Text that `model` continues from nothing: from `corpus.start`."""
+    """A text that `model` generates unconditionally, from `corpus.start`."""
     tokenizer = open_tokenizer(tokenizer_folder)
     steps = generate(model, [[corpus.start]], max_new_tokens, temperature, top_k, seeds=[seed],
-                     # A model may be wider than its tokenizer (--vocab-size), and longer than what it is trained on:
-                     # its spare ids and positions mean nothing.
+                     # The model may have more ids than its tokenizer (--vocab-size) and more positions than it is
+                     # trained on: the surplus means nothing.
                      vocab_size=tokenizer.get_vocab_size(), context=corpus.seq_len)
     with hardware.allow_nondeterministic():  # a GPU has no deterministic cumulative sum
         return tokenizer.decode(list(takewhile(lambda token: token != corpus.eos, (token for token, in steps))))
@@ -256,7 +256,7 @@ def main():
         seconds = time.perf_counter() - began
         print(f"{n_tokens:,} tokens in {seconds:.2f} s: {n_tokens / seconds:,.0f} tokens/s on {device.type}",
               file=sys.stderr)
-    except BrokenPipeError:  # such as `| head`: whoever reads has enough
+    except BrokenPipeError:  # the reader, such as `| head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -14,8 +14,8 @@ import torch
 
 from config import UserError, arg
 
-# Dense bf16 peak in FLOP/s, from the vendors' data sheets (without sparsity), by the device's whole name: an NVL, PCIe,
-# Ti or Laptop variant is another device.
+# Dense bf16 peak in FLOP/s, from the vendors' data sheets (without sparsity), keyed by the full device name: NVL, PCIe,
+# Ti and Laptop variants are different devices.
 PEAK_FLOPS = {r"H100( SXM5)? \d+GB HBM3": 989e12, r"H100 PCIe": 756e12, r"H100 NVL": 835e12, r"H200": 989e12,
               r"GH200 \d+GB": 989e12, r"B200": 2250e12, r"A100-(SXM4|SXM|PCIE)-\d+GB|A100 \d+GB PCIe": 312e12,
               r"A10G": 70e12, r"L40S": 362e12, r"L40": 181e12, r"L4": 121e12,
@@ -36,7 +36,7 @@ class SpeedConfig:
 
 @dataclass(frozen=True)
 class Precision:
-    """`dtype` of autocast (None: no autocast), whether gradients need a scaler, and why."""
+    """The autocast `dtype` (None: no autocast), the `reason` for it, and the gradient scaler that it needs."""
 
     device: torch.device
     dtype: torch.dtype | None
@@ -57,7 +57,7 @@ class Precision:
 
 
 def choose_device(name, local_rank=0, alone=True):
-    """auto|cuda|cpu|mps → torch.device. Raises UserError for a device that is not there."""
+    """auto|cuda|cpu|mps → torch.device. Raises UserError if the device is not available."""
     has_mps = torch.backends.mps.is_available()
     if name == "auto":  # Metal has no collectives
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps and alone else "cpu"
@@ -75,7 +75,7 @@ def choose_device(name, local_rank=0, alone=True):
 
 
 def choose_precision(cfg, device):
-    """The autocast dtype that `cfg` asks for, or the fast one of the device, with the reason in words."""
+    """The Precision that `cfg` asks for or, if auto, the fast one on this device, with the reason in words."""
     if not cfg.amp:
         return Precision(device, None, "--no-amp: fp32 (TF32 in matrix products on a GPU)")
     if cfg.amp_dtype != "auto":
@@ -96,10 +96,10 @@ def _cpu_multiplies_bf16():
 
 
 def configure(cfg, device, dropout=0.0):
-    """Process-wide switches of torch that the flags stand for; returns the device."""
+    """Set torch's process-wide switches according to the flags; returns the device."""
     if dropout * 16 % 1:
-        torch.backends.cuda.enable_cudnn_sdp(False)  # some of its kernels round to sixteenths (pytorch #174245)
-    torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32, on GPUs that have it
+        torch.backends.cuda.enable_cudnn_sdp(False)  # some of its kernels round dropout to sixteenths (pytorch #174245)
+    torch.set_float32_matmul_precision("high")  # TF32 for matmuls that autocast leaves in fp32, on GPUs that have it
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -112,9 +112,9 @@ def configure(cfg, device, dropout=0.0):
 
 
 def seed_step(seed, step, rank, device):
-    """Dropout's randomness as a function of (seed, step, rank), so that a resumed run repeats it."""
+    """Seed dropout as a function of (seed, step, rank), so that a resumed run reproduces it."""
     state = int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-    # Not torch.manual_seed: on a machine without a GPU that formats the stack for each kind of GPU, 1.2 ms a step.
+    # Not torch.manual_seed: without a GPU, it formats the stack for each kind of GPU, which takes 1.2 ms per step.
     torch.default_generator.manual_seed(state)
     if device.type == "cuda":
         torch.cuda.manual_seed(state)
@@ -124,8 +124,8 @@ def seed_step(seed, step, rank, device):
 
 @contextlib.contextmanager
 def allow_nondeterministic():
-    """Allows what --deterministic forbids, for sampling, which training does not depend on; but no cuDNN attention,
-    which plans anew for every length."""
+    """Allow nondeterministic kernels despite --deterministic, for sampling, which does not affect training. Disables
+    cuDNN attention, which builds a new plan for every sequence length."""
     strict, cudnn = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled()
     torch.use_deterministic_algorithms(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -137,16 +137,16 @@ def allow_nondeterministic():
 
 
 def keep_freed_memory():
-    """Have glibc keep the large blocks that each step frees and allocates again, instead of giving them back to the
-    kernel, which zeroes every page anew. No effect with another C library."""
+    """Make glibc keep the large blocks that each step frees and reallocates, instead of returning them to the kernel,
+    which zeroes every page again. No effect with other C libraries."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: up to 1 GB from the heap, 32 MB in old glibc
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never trimmed
+        mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: mmap only above 1 GB, 32 MB in old glibc
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never trim the heap
 
 
 def should_compile(cfg, device):
-    """Unset: on a GPU that Triton compiles for."""
+    """Whether to use torch.compile; if unset, only on GPUs that Triton supports."""
     if cfg.compile is None:
         return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
     return cfg.compile
@@ -159,7 +159,7 @@ def device_name(device):
 
 
 def peak_flops(device):
-    """Dense bf16 FLOP/s of the device, or None where it is not known: better no MFU than a wrong one."""
+    """Peak dense bf16 FLOP/s of the device, or None if unknown: better no MFU than a wrong one."""
     return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
@@ -170,7 +170,7 @@ def peak_of(name):
 
 
 def to_device(device, *arrays):
-    """NumPy arrays as tensors on the device; to a GPU while the CPU goes on."""
+    """NumPy arrays as tensors on the device; copies to a GPU are asynchronous."""
     for array in arrays:
         tensor = torch.from_numpy(array)
         yield tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
@@ -188,7 +188,7 @@ def synchronize(device):
 
 
 class Stopwatch:
-    """Seconds that the device spends inside `with` blocks; on a GPU by events, which hold nothing up."""
+    """Seconds that the device spends inside `with` blocks; on a GPU, timed by CUDA events, without synchronizing."""
 
     def __init__(self, device):
         self.on_gpu, self.pending, self.seconds = device.type == "cuda", deque(), 0.0
@@ -198,7 +198,7 @@ class Stopwatch:
 
     def __exit__(self, *_):
         self.pending.append((self.began, self._now()))
-        while self.pending and (not self.on_gpu or self.pending[0][1].query()):  # else one a step until the report
+        while self.pending and (not self.on_gpu or self.pending[0][1].query()):  # the rest at the report
             self._add()
 
     def _now(self):
@@ -213,7 +213,7 @@ class Stopwatch:
         self.seconds += began.elapsed_time(ended) / 1e3 if self.on_gpu else ended - began
 
     def read(self):
-        """The seconds since the last reading. The device must be synchronized."""
+        """The seconds accumulated since the last read. The device must be synchronized."""
         while self.pending:
             self._add()
         seconds, self.seconds = self.seconds, 0.0
@@ -221,9 +221,9 @@ class Stopwatch:
 
 
 def out_of_memory(error, advice="lower --batch-size and raise --grad-accum-steps, or --use-activation-checkpoint"):
-    """The message for an out-of-memory error; None for any other."""
+    """The message for an out-of-memory error; None for any other error."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or isinstance(error, RuntimeError) and re.search(
-            "DefaultCPUAllocator|out of memory", str(error)):  # the CPU's; Metal's, and CUDA's outside its allocator
+            "DefaultCPUAllocator|out of memory", str(error)):  # CPU; Metal, and CUDA outside torch's allocator
         what = (str(error).splitlines() or [type(error).__name__])[0][:200]
         return f"out of memory: {what}; {advice}"
     return None
@@ -231,7 +231,7 @@ def out_of_memory(error, advice="lower --batch-size and raise --grad-accum-steps
 
 @contextlib.contextmanager
 def enough_memory(advice):
-    """Turns running out of memory in here into a UserError that ends with `advice`."""
+    """Turn an out-of-memory error in this block into a UserError that ends with `advice`."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -241,14 +241,14 @@ def enough_memory(advice):
 
 
 def explained(error):
-    """The message for an error whose cause is known; None for any other."""
+    """The message for an error whose cause is known; None for any other error."""
     if type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):
         return f"torch.compile failed: {(str(error).strip().splitlines() or ['?'])[0][:200]}; add --no-compile"
     return out_of_memory(error)
 
 
 def memory_metrics(device):
-    """GPU memory in GB of this process since the last call, {} on a CPU."""
+    """GPU memory metrics, the peak since the last call; {} on other devices."""
     if device.type != "cuda":
         return {}
     free, total = torch.cuda.mem_get_info(device)

@@ -1,8 +1,8 @@
-"""Linear layers, attention and the loss on a CPU, with backward passes of their own.
+"""Linear layers, attention and the loss on a CPU, with custom backward passes.
 
 PyTorch's own versions make several more passes over the largest tensors of a step: the output of a linear layer with a
-bias, the (T, T) weights of every head, a logit for every token and word (bench/step.py, LOG.md). On a GPU PyTorch's own
-are used; nothing was measured there. `model.py` decides about attention and the loss.
+bias, the (T, T) attention weights of every head, the logits of every token (bench/step.py, LOG.md). GPUs use PyTorch's
+versions; nothing was measured there. `model.py` decides when to use the attention and loss from here.
 
 Shape letters as in model.py: B batch, T time, C d_model, nh heads, hs head size, V vocabulary; N = B * T.
 """
@@ -14,13 +14,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-CHUNK = 2**20  # logits turned into probabilities at a time: few enough to stay in cache
+CHUNK = 2**20  # logits converted to probabilities at a time: few enough to stay in cache
 ONEDNN = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-LARGE = 2**20  # output elements from which on fusing the bias saves more than the call from Python costs
+LARGE = 2**20  # output elements at which fusing the bias starts to save more than the extra Python call costs
 
 
 class Linear(nn.Linear):
-    """nn.Linear; in training on a CPU, large bf16 outputs with a bias go through LinearFunction."""
+    """nn.Linear, except that in training on a CPU, large bf16 outputs with a bias are computed by LinearFunction."""
 
     def forward(self, x):
         if (ONEDNN and x.dtype == torch.bfloat16 and x.device.type == "cpu" and self.bias is not None
@@ -31,8 +31,8 @@ class Linear(nn.Linear):
 
 
 class LinearFunction(torch.autograd.Function):
-    """x Wᵀ + b in bf16: x (..., C), W (D, C) and b (D,) in fp32 → (..., D). oneDNN adds b as it writes the product;
-    torch's own linear layer writes b to every row first, and adds the product to that. The bits are the same."""
+    """x Wᵀ + b in bf16: x (..., C), W (D, C) and b (D,) in fp32 → (..., D). oneDNN adds b while writing the product;
+    torch's linear layer first writes b to every row, then adds the product. The results are bitwise equal."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -49,8 +49,8 @@ class LinearFunction(torch.autograd.Function):
 
 
 class CausalAttention(torch.autograd.Function):
-    """softmax(q kᵀ / √hs, of the past only) v, each (B, nh, T, hs). In bf16 all products are: the backward pass of the
-    CPU's flash kernel has them in fp32."""
+    """Causally masked softmax(q kᵀ / √hs) v, each (B, nh, T, hs). With bf16 inputs all products are in bf16; the
+    backward pass of PyTorch's CPU flash kernel computes them in fp32."""
 
     @staticmethod
     def forward(ctx, q, k, v, dropout):
@@ -81,14 +81,14 @@ class CausalAttention(torch.autograd.Function):
 
 
 def head_cross_entropy(x, head, targets, ignore):
-    """Hidden states (N, C), a head (V, C) and targets (N,) → the cross-entropy of each in nats, float32, (N,); 0 where
-    the target is `ignore`. Raises RuntimeError for another target that is not one of V."""
+    """Hidden states (N, C), head weight (V, C) and targets (N,) → the cross-entropy of each target in nats, float32,
+    (N,); 0 where the target is `ignore`. Raises RuntimeError for any other target outside the vocabulary."""
     return HeadCrossEntropy.apply(x, head, targets, ignore, torch.is_grad_enabled())
 
 
 class HeadCrossEntropy(torch.autograd.Function):
-    """The logits become their own gradient, a chunk at a time: there is no second tensor of their size, and none in
-    fp32."""
+    """Overwrites the logits with their gradient, one chunk at a time: no second tensor of their size is needed, in fp32
+    or any other dtype."""
 
     @staticmethod
     def forward(ctx, x, head, targets, ignore, needs_grad):
@@ -113,5 +113,5 @@ class HeadCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dnats):
         dlogits, x, head = ctx.saved_tensors
-        dnats = dnats[:, None]  # float32, as is what it multiplies
+        dnats = dnats[:, None]  # float32, so the products below are too, until they are cast
         return ((dlogits @ head) * dnats).to(x.dtype), dlogits.t() @ (x * dnats).to(x.dtype), None, None, None

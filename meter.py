@@ -1,4 +1,4 @@
-"""What is measured between two reports."""
+"""Metrics measured between two reports: loss, throughput, timings, memory."""
 
 import contextlib
 import math
@@ -16,38 +16,38 @@ SMOOTHED = {"loss": "train/loss", "tokens_per_sec": "global_tokens_per_sec", "mf
 
 
 class Meter:
-    """Sums of what happens between two reports. Adding reads nothing back from the device; a report synchronizes once
-    and reduces over the ranks once.
+    """Accumulates what is measured between two reports. `add` reads nothing back from the device; a report
+    synchronizes with it and reduces over the ranks.
 
-    The training clock stands still in `excluded(...)` and starts after the first step, which warms up and compiles.
+    The training clock is paused in `excluded(...)` and starts after the first step, which warms up and compiles.
     """
 
     def __init__(self, world, flops_per_token, peak_flops, watch="none", batch_size=1):
-        """`batch_size`: sequences in a micro-batch."""
+        """`batch_size`: sequences per micro-batch."""
         self.batch_size = batch_size
         self.world, self.flops_per_token, self.peak_flops = world, flops_per_token, peak_flops
         self.what, self.watched = watch if world.is_main else "none", {}
-        self.forward = Stopwatch(world.device)  # around what a rank does without waiting for another
-        # float64 adds float32 losses without rounding, so that a sum interrupted by a resume is the same sum.
+        self.forward = Stopwatch(world.device)  # times work in which a rank does not wait for others
+        # float64 adds float32 losses without rounding, so a sum interrupted by a resume comes out the same.
         exact = torch.float32 if world.device.type == "mps" else torch.float64
         self.loss_sum, self.micro_batches = torch.zeros(2, dtype=exact, device=world.device).unbind()
-        self.restored = [0.0, 0]  # all ranks' totals of the interval in which the run was resumed
-        # Steps left out because loss or gradient was no number: in all, and in a row up to now. The same on every rank.
+        self.restored = [0.0, 0]  # the checkpoint's totals, over all ranks, of the interval in which it was saved
+        # Skipped steps in total, and steps in a row with a NaN or infinite gradient norm. The same on every rank.
         self.skipped, self.skipped_in_row = torch.zeros(2, dtype=torch.int64, device=world.device).unbind()
         self.smoothed = {}
         self.spent, self.tokens, self.steps, self.timed_steps = defaultdict(float), 0, 0, 0
         self.warm, self.started, self.grad_norm = False, time.perf_counter(), 0.0
         self.reported = self.started
-        # For the watchdog: what is being done, since when, and how long the last ones took, as the host sees it.
+        # For the watchdog: the current activity and its start, and how long recent activities took, in host time.
         self.doing, self.lasted = ("step", self.started), defaultdict(lambda: deque(maxlen=100))
 
     def add(self, losses, grad_norm, taken, tokens):
-        """One optimizer step of this rank: `losses`, (micro-batches,), and whether it was `taken`, on the device; its
-        share of the tokens. A step left out counts as skipped, and its loss for nothing."""
+        """Add one optimizer step of this rank: `losses`, (micro-batches,), and whether it was `taken`, on the device;
+        `tokens`: this rank's share. A step not taken counts as skipped, and its loss is ignored."""
         self.loss_sum += torch.where(taken, losses.sum(dtype=self.loss_sum.dtype), 0)
         self.micro_batches += taken * len(losses)
         self.skipped += ~taken
-        self.skipped_in_row.add_(1).mul_(~torch.isfinite(grad_norm))  # a spike is no reason to halt
+        self.skipped_in_row.add_(1).mul_(~torch.isfinite(grad_norm))  # a spike does not count towards a halt
         self.grad_norm = grad_norm
         self.steps += 1
         self.tokens += tokens
@@ -60,7 +60,7 @@ class Meter:
             self._restart_clock()
 
     def watch(self, model, due):
-        """Where due, histograms of the model's gradients and parameters for the next report (--wandb-watch)."""
+        """If `due`, compute histograms of the model's gradients and parameters for the next report (--wandb-watch)."""
         if due:
             self.watched = histograms(model, self.what)
 
@@ -73,7 +73,7 @@ class Meter:
 
     @contextlib.contextmanager
     def excluded(self, what):
-        """Time in here is not training time: it is reported as time/`what`_sec."""
+        """Exclude the time of this block from training time; it is reported as time/`what`_sec."""
         synchronize(self.world.device)
         begin, (outer, since) = time.perf_counter(), self.doing
         self.doing = what, begin
@@ -86,14 +86,14 @@ class Meter:
         self.started += seconds
 
     def totals(self):
-        """Loss sum and micro-batches since the last report, over all ranks. Collective."""
+        """Loss sum and number of micro-batches since the last report, over all ranks. Collective."""
         mine = torch.stack([self.loss_sum, self.micro_batches]).tolist()
         return [now + before for now, before in zip(self.world.sum(mine), self.restored, strict=True)]
 
     def report(self, ends_interval=True):
         """The metrics since the last report, on every rank. Collective.
 
-        A run's last report may come in the middle of an interval. It does not end it: a run that goes on from there,
+        A run's last report may come in the middle of an interval, and then does not end it: a run resumed from there,
         with a larger --num-steps, reports the loss of the whole interval, as if it had never stopped.
         """
         loss_sum, count = self.totals()
@@ -110,7 +110,7 @@ class Meter:
             metrics |= {"train/step_time_sec": seconds / timed, "global_tokens_per_sec": total,
                         "train/tflops_per_rank": achieved / 1e12}
             metrics |= _spread("tokens_per_sec_per_rank", [tokens / time_ for tokens, time_, _ in ranks])
-            if self.world.device.type != "mps":  # where it would be the time of handing work to the device
+            if self.world.device.type != "mps":  # where it would only measure submitting work to the device
                 own["rank/forward_time_sec"] = forward / timed
                 metrics |= _spread("train/forward_time_sec", [forward_ for _, _, forward_ in ranks])
             if self.peak_flops:
@@ -137,14 +137,14 @@ class Meter:
         return metrics
 
     def state_dict(self):
-        """The unfinished interval, for the checkpoint: a resumed run reports the loss of all of it. Collective."""
+        """The unfinished interval, for the checkpoint: a resumed run reports the whole interval's loss. Collective."""
         loss_sum, count = self.totals()
         return dict(loss_sum=loss_sum, micro_batches=count, batch_size=self.batch_size, smoothed=dict(self.smoothed),
                     skipped=[self.skipped.item(), self.skipped_in_row.item()])
 
     def load_state_dict(self, state):
         self.smoothed = dict(state["smoothed"])
-        # A resumed run may have the same batch in other micro-batches: theirs count for more, or for less.
+        # A resumed run may split the batch into micro-batches of another size: rescale the restored totals to it.
         share = state.get("batch_size", self.batch_size) / self.batch_size
         self.restored = [state["loss_sum"] * share, state["micro_batches"] * share]
         for count, before in zip((self.skipped, self.skipped_in_row), state.get("skipped", (0, 0)), strict=True):
@@ -152,12 +152,12 @@ class Meter:
 
 
 def _spread(name, values):
-    """Mean, least and greatest over the ranks."""
+    """Mean, minimum and maximum over the ranks."""
     return {name: sum(values) / len(values), f"{name}/min": min(values), f"{name}/max": max(values)}
 
 
 def histograms(model, what, bins=64):
-    """`gradients/NAME` and `parameters/NAME` → counts, least and greatest value, on the device: for --wandb-watch."""
+    """`gradients/NAME` and `parameters/NAME` → (counts, minimum, maximum), on the device, for --wandb-watch."""
     found = {}
     for kind in ("gradients", "parameters"):
         for name, parameter in model.named_parameters() if what in (kind, "all") else ():
@@ -166,7 +166,7 @@ def histograms(model, what, bins=64):
                 values = values.float().nan_to_num(0, 0, 0).flatten()
                 low, high = values.aminmax()
                 high = torch.where(high > low, high, low + 1)
-                # Not torch.histc: on a GPU that waits for the range, and has no deterministic kernel.
+                # Not torch.histc: on a GPU, it synchronizes to read the range, and has no deterministic kernel.
                 index = ((values - low) / (high - low) * bins).long().clamp_(0, bins - 1)
                 counts = index.new_zeros(bins).scatter_add_(0, index, torch.ones_like(index))
                 found[f"{kind}/{name}"] = counts, low, high

@@ -1,7 +1,7 @@
 """One GPT, three architectures: (tokens, targets) → loss.
 
-GPT-2 (Radford et al. 2019), Qwen3 (arXiv:2505.09388) and nanochat differ in a handful of parts: the norm, how position
-enters, the MLP, the head. `ARCHS` states each architecture as one choice of every part.
+GPT-2 (Radford et al. 2019), Qwen3 (arXiv:2505.09388) and nanochat differ in a handful of parts: the norm, the position
+encoding, the MLP, the output head. `ARCHS` defines each architecture by one choice per part.
 
 Shape letters: B batch, T time, C d_model, L layers, nh query heads, nkv key/value heads, hs head size, V vocabulary.
 """
@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from config import UserError, arg
 from kernels import CausalAttention, Linear, head_cross_entropy
 
-IGNORE = -1  # ignore_index: targets left out of the loss
-# On a CPU, by measurement (LOG.md): the longest context for which attention by plain products in bf16 beats the fused
-# kernel, and the least vocabulary for which the loss by chunks of logits beats one pass.
+IGNORE = -1  # ignore_index: targets excluded from the loss
+# Measured on a CPU (LOG.md): the longest context at which explicit attention in bf16 beats the fused kernel, and the
+# smallest vocabulary at which computing the loss in chunks of logits beats one pass.
 EXPLICIT_ATTENTION, CHUNKED_VOCABULARY = 512, 1024
 
 
@@ -27,10 +27,10 @@ EXPLICIT_ATTENTION, CHUNKED_VOCABULARY = 512, 1024
 class Arch:
     norm: str  # layernorm: gain and bias; rmsnorm: gain only; plain_rmsnorm: no parameters
     norm_eps: float
-    bias: bool  # in every linear layer but the head
+    bias: bool  # in every linear layer except the head
     rope_theta: float  # 0: learned absolute positions instead of RoPE
     rope_sign: int  # -1: nanochat rotates in the opposite direction
-    qk_norm: str  # RMSNorm of queries and keys: no, before or after RoPE
+    qk_norm: str  # RMSNorm on queries and keys: no, before or after RoPE
     mlp: str  # gelu: tanh approximation; swiglu; relu2
     embed_norm: bool
     tie_embeddings: bool
@@ -63,7 +63,7 @@ class GPTConfig:
     use_activation_checkpoint: bool = arg(False, "recompute blocks in the backward pass: less memory, a third slower")
 
     def validate_sizes(self):
-        """Raises UserError for impossible sizes. Not `validate`, which runs before --init-from has set them."""
+        """Raises UserError for impossible sizes. Not `validate`, which runs before --init-from sets them."""
         if not self.head_dim and self.d_model % self.n_heads:
             raise UserError(f"--n-heads {self.n_heads} does not divide --d-model {self.d_model}; "
                             f"try --d-model {self.n_heads * max(1, round(self.d_model / self.n_heads))}")
@@ -102,8 +102,8 @@ class GPTConfig:
 
 
 def autocast_dtype(device):
-    """The dtype in which autocast runs matrix products on `device`; None if it is off."""
-    # Dynamo before torch 2.12 cannot trace the first question, and would cut the graph in three.
+    """The dtype in which autocast runs matrix products on `device`; None if autocast is off."""
+    # Before torch 2.12 Dynamo cannot trace is_autocast_available, and would break the graph into three.
     known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type)
     if known and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
@@ -111,7 +111,7 @@ def autocast_dtype(device):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x), times a gain if there is one (Zhang & Sennrich 2019)."""
+    """x / rms(x), times a learned gain if `gain` (Zhang & Sennrich 2019)."""
 
     def __init__(self, size, eps, gain=True):
         super().__init__()
@@ -129,7 +129,7 @@ def make_norm(parts, size):
 
 
 def rope_angles(cfg):
-    """cos and sin of every position's angles, (2, max_position_embeddings, hs / 2), float32 (Su et al. 2021)."""
+    """cos and sin of the RoPE angles, (2, max_position_embeddings, hs / 2), float32 (Su et al. 2021)."""
     inverse = cfg.parts.rope_theta ** -(torch.arange(0, cfg.head_size, 2).float() / cfg.head_size)
     angles = torch.outer(torch.arange(cfg.max_position_embeddings).float(), inverse)
     return torch.stack([angles.cos(), angles.sin() * cfg.parts.rope_sign])
@@ -142,13 +142,13 @@ def rotate(x, rope):
 
 
 def attend(q, k, v, dropout=0.0):
-    """Causal attention: q (B, nh, T, hs), k and v (B, nkv, S, hs) → (B, nh, T, hs). T is S, or 1 with a cache."""
+    """Causal attention: q (B, nh, T, hs), k and v (B, nkv, S, hs) → (B, nh, T, hs). T is S, or 1 with a KV cache."""
     T = q.shape[2]
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and 1 < T <= EXPLICIT_ATTENTION:
-        # (B, nkv, S, hs) -> (B, nkv, nh / nkv, S, hs) -> (B, nh, S, hs); a view where nkv is nh
+        # (B, nkv, S, hs) -> (B, nkv, nh / nkv, S, hs) -> (B, nh, S, hs); a view if nkv == nh
         k, v = (x.unsqueeze(2).expand(-1, -1, q.shape[1] // x.shape[1], -1, -1).flatten(1, 2) for x in (k, v))
         return CausalAttention.apply(q, k, v, dropout)
-    # One new token sees all that is cached, so only a longer input needs the causal mask.
+    # A single new token attends to the whole cache, so only longer inputs need the causal mask.
     return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=q.shape[1] != k.shape[1],
                                           dropout_p=dropout)
 
@@ -197,7 +197,7 @@ class MLP(nn.Module):
             return self.down(F.silu(self.gate(x)) * h)
         if self.kind == "relu2":
             return self.down(F.relu(h).square())
-        fast = h.device.type == "cpu" and h.dtype == torch.bfloat16  # there the exact GELU, 5e-4 away, is 5 x as fast
+        fast = h.device.type == "cpu" and h.dtype == torch.bfloat16  # there exact GELU, within 5e-4, is 5x as fast
         return self.down(F.gelu(h, approximate="none" if fast else "tanh"))
 
 
@@ -215,7 +215,7 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     def __init__(self, cfg):
-        """Weights are drawn from torch's generator; cfg.vocab_size must be set."""
+        """Initial weights come from torch's global generator; cfg.vocab_size must be set."""
         super().__init__()
         assert cfg.vocab_size > 0, "the vocabulary size comes from the tokenizer"
         self.cfg = cfg
@@ -233,8 +233,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """GPT-2: normal(0, 0.02), the projections into the residual stream smaller by sqrt(2L). nanochat: embeddings
-        of unit scale, uniform matrices of std 1/sqrt(C), projections zero, a head near zero."""
+        """All but nanochat: normal(0, 0.02), projections into the residual stream divided by sqrt(2L). nanochat:
+        embeddings of std 1, matrices uniform with std 1/sqrt(C), residual projections zero, the head near zero."""
         nanochat = self.cfg.arch == "nanochat"
         for name, parameter in self.named_parameters():
             into_stream = name.endswith(("proj.weight", "down.weight"))
@@ -255,10 +255,10 @@ class GPT(nn.Module):
                 parameter.uniform_(-bound, bound)
 
     def forward(self, tokens, targets=None, reduction="mean"):
-        """tokens (B, T) int64, targets (B, T) with IGNORE where nothing is to be predicted → the cross-entropy in
-        nats per token, their mean (or `reduction="none"`: each, (B * T,)). Without targets → logits (B, T, V)."""
+        """tokens (B, T) int64, targets (B, T) with IGNORE at positions excluded from the loss → mean cross-entropy in
+        nats per token (with `reduction="none"`: one value per target, (B * T,)). Without targets → logits (B, T, V)."""
         x = self.hidden(tokens)
-        # The chunks round their gradients before fp16's loss scale reaches them; torch.compile would unroll them.
+        # Chunks round gradients before fp16's loss scale applies; torch.compile would unroll the loop over chunks.
         may_chunk = autocast_dtype(x.device) is not torch.float16 and not torch.compiler.is_compiling()
         if targets is not None and self.chunks_loss and may_chunk:
             nats = head_cross_entropy(x.flatten(0, 1), self.head_weight.to(x.dtype), targets.flatten(), IGNORE)
@@ -271,12 +271,12 @@ class GPT(nn.Module):
 
     @property
     def chunks_loss(self):
-        """Whether the loss is computed in chunks: a logit in bf16 then takes 2 bytes instead of 10."""
+        """Whether the loss is computed in chunks: each bf16 logit then takes 2 bytes instead of 10."""
         return (self.head_weight.device.type == "cpu" and self.cfg.vocab_size >= CHUNKED_VOCABULARY
                 and not self.cfg.parts.softcap)
 
     def hidden(self, tokens, past=None):
-        """(B, T) → (B, T, C), after the last norm."""
+        """tokens (B, T) → hidden states (B, T, C), after the final norm."""
         start, T = (past.length if past else 0), tokens.shape[1]
         x = self.tok_emb(tokens)
         rope = None
@@ -286,7 +286,7 @@ class GPT(nn.Module):
             x = x + self.pos_emb.weight[start:start + T]  # (B, T, C) + (T, C)
         x = self.dropout(self.embed_norm(x))
         if autocast_dtype(x.device) is torch.bfloat16:
-            # The residual stream, too, as in nanochat and Megatron-LM: half the traffic. fp16 has not the range for it.
+            # The residual stream too, as in nanochat and Megatron-LM: half the memory traffic. fp16 lacks the range.
             x = x.bfloat16()
         for layer, block in enumerate(self.blocks):
             if self.cfg.use_activation_checkpoint and self.training:
@@ -302,27 +302,27 @@ class GPT(nn.Module):
     def logits(self, x):
         """(B, T, C) → (B, T, V)."""
         weight = self.head_weight
-        # Tensor cores want a multiple of 64 columns. The weights keep their true shape, so that no checkpoint, loss or
-        # gradient knows of the padding.
+        # Tensor cores prefer a multiple of 64 columns. Only this product is padded: the weights keep their true shape,
+        # so checkpoints, loss and gradients never see the padding.
         pad = -weight.shape[0] % 64 if weight.is_cuda else 0
         logits = F.linear(x, F.pad(weight, (0, 0, 0, pad)) if pad else weight)[..., :self.cfg.vocab_size]
         cap = self.cfg.parts.softcap
         return cap * torch.tanh(logits.float() / cap) if cap else logits
 
     def num_params(self, matmul=False):
-        """Parameters in all; with `matmul`, those that take part in matrix products, the N of 6N FLOPs a token: not
-        positions, and not an input embedding that is only looked up."""
+        """The number of parameters; with `matmul`, the N of 6N FLOPs per token: without embeddings that are only looked
+        up (positions, and tokens unless tied to the head)."""
         skipped = {"pos_emb.weight"} | ({"tok_emb.weight"} if self.head is not None else set())
         return sum(p.numel() for name, p in self.named_parameters() if not (matmul and name in skipped))
 
     def flops_per_token(self, seq_len):
-        """Forward and backward: 6N + 12·L·d·T (Chowdhery et al. 2022, appendix B; no credit for recomputation)."""
+        """Forward and backward: 6N + 12·L·d·T (Chowdhery et al. 2022, appendix B), not counting recomputation."""
         width = self.cfg.n_heads * self.cfg.head_size
         return 6 * self.num_params(matmul=True) + 12 * self.cfg.n_layers * width * seq_len
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, one buffer a layer, of as many tokens as are to come."""
+    """Keys and values of the tokens so far, in one preallocated buffer per layer, with room for `limit` tokens."""
 
     def __init__(self, cfg, limit=None):
         self.layers = [LayerCache(limit or cfg.max_position_embeddings) for _ in range(cfg.n_layers)]
@@ -337,7 +337,7 @@ class LayerCache:
         self.limit, self.length, self.buffer = limit, 0, None
 
     def append(self, k, v):
-        """(B, nkv, T, hs) each → all keys and values so far, (B, nkv, length, hs) each."""
+        """New keys and values, (B, nkv, T, hs) each → all so far, (B, nkv, length, hs) each."""
         if self.buffer is None:
             B, n, _, hs = k.shape
             self.buffer = k.new_empty(2, B, n, self.limit, hs)

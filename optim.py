@@ -1,4 +1,4 @@
-"""The optimizer and its schedule: AdamW, Muon, and the learning rate as a pure function of the step."""
+"""The optimizer and the learning rate schedule: AdamW, Muon, and the learning rate as a pure function of the step."""
 
 import inspect
 import math
@@ -42,14 +42,14 @@ class OptimConfig:
 
 
 def state_bytes(optimizer):
-    """Bytes of optimizer state after the first step: AdamW keeps two fp32 moments a weight, Muon one."""
+    """Bytes of optimizer state after the first step: AdamW keeps two fp32 moments per parameter, Muon one."""
     return sum(4 * p.numel() * (1 if "momentum" in group else 2) for group in optimizer.param_groups
                for p in group["params"])
 
 
 def lr_at(step, cfg):
-    """The learning rate of optimizer step `step`, counted from 0: a linear warm-up that reaches the peak in its last
-    step, then the schedule, which reaches `min_lr` in the run's last step."""
+    """The learning rate of optimizer step `step` (counted from 0): a linear warm-up that reaches the peak at its last
+    step, then the schedule, which reaches `min_lr` at the run's last step."""
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
     if cfg.lr_scheduler == "none":
@@ -64,8 +64,8 @@ def lr_at(step, cfg):
 
 
 def make_optimizer(model, cfg, device, matmul_dtype=None):
-    """AdamW (Loshchilov & Hutter 2019), fused, with decay on matrices and none on biases and norms. With `--optimizer
-    muon` the matrices inside the blocks are Muon's, orthogonalized in bf16 if that is the run's `matmul_dtype`."""
+    """Fused AdamW (Loshchilov & Hutter 2019), with weight decay on matrices, not on biases and norms. With `--optimizer
+    muon`, Muon updates the matrices inside the blocks, orthogonalized in bf16 if `matmul_dtype` is bf16."""
     hidden = {p for p in model.blocks.parameters() if p.ndim == 2} if cfg.optimizer == "muon" else set()
     matrices = [p for p in model.parameters() if p.ndim >= 2 and p not in hidden]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -84,14 +84,14 @@ def set_lr(optimizer, lr):
 
 
 class StepGuard:
-    """The optimizer's step, skipped if the gradient is NaN or infinite or, with --skip-loss-spikes, its norm far above
-    the last ones: the loss spikes one step after the gradient norm, so the norm is what is judged (as in OLMo 2).
+    """Takes the optimizer step, or skips it if the gradient is NaN or infinite or, with --skip-loss-spikes, its norm is
+    far above recent ones. The loss spikes one step after the gradient norm, so the norm is tested (as in OLMo 2).
 
-    Decided on the device: the fused kernels and Muon read a flag, and nothing waits for it. The norm is that of all
-    ranks together, so all decide alike.
+    The decision stays on the device: the fused kernels and Muon read a flag, and the host does not wait for it. The
+    norm is that of the all-reduced gradient, so all ranks decide alike.
     """
 
-    WINDOW, MIN_NORMS = 128, 32  # norms in the window; how many it must hold before a step can be skipped
+    WINDOW, MIN_NORMS = 128, 32  # norms in the window; how many it must hold before steps can be skipped as spikes
 
     def __init__(self, cfg, optimizer, scaler, device):
         self.deviations, self.optimizer, self.scaler = cfg.skip_loss_spikes, optimizer, scaler
@@ -100,11 +100,11 @@ class StepGuard:
         self.norms = torch.full((self.WINDOW,), math.nan, device=device)
 
     def step(self, grad_norm, step):
-        """Take step number `step`, or skip it → whether it was taken, a bool on the device."""
+        """Take step number `step`, or skip it → whether it was taken, a bool tensor on the device."""
         taken = torch.isfinite(grad_norm)
         if self.deviations:
             taken &= grad_norm <= self._limit()
-            # Also the norm of a skipped step: where gradients have grown for good, the limit follows.
+            # Record the norm even if the step is skipped: if gradients have grown for good, the limit follows.
             last = self.norms[step % self.WINDOW]
             last.copy_(torch.where(torch.isfinite(grad_norm), grad_norm, last))
         if self.scaler.is_enabled():
@@ -130,20 +130,20 @@ class StepGuard:
 
 class MuonAdamW(Optimizer):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the parameter groups that have a `momentum`,
-    each of matrices of one shape; AdamW, by torch's own function, for those that have `betas`.
+    each with matrices of a single shape; AdamW, by torch's functional `adamw`, for those that have `betas`.
 
-    A matrix moves by its Nesterov momentum, orthogonalized, times max(1, rows / columns)**0.5 (Jordan's scale).
+    Each matrix is updated by its orthogonalized Nesterov momentum times max(1, rows / columns)**0.5 (Jordan's scale).
     """
 
-    found_inf = None  # a scalar on the device: 1.0 for a step to skip
+    found_inf = None  # a scalar tensor on the device: 1.0 skips the step
 
     def __init__(self, groups, matmul_dtype=None):
         self.dtype = torch.bfloat16 if matmul_dtype == torch.bfloat16 else torch.float32
-        # A GradScaler that has unscaled then hands over found_inf instead of reading it; only fused AdamW heeds it.
+        # Makes GradScaler set found_inf (after unscale_) instead of reading it back; only fused AdamW supports this.
         self._step_supports_amp_scaling = all(group.get("fused", True) for group in groups)
         super().__init__(groups, defaults=dict(lr=0.0))
 
-    # As torch wraps them, these import its compiler: a second of every start, as does torch.optim.AdamW itself.
+    # torch's wrappers of these methods import its compiler: a second at every start, as with torch.optim.AdamW itself.
     add_param_group, zero_grad, state_dict, load_state_dict = (inspect.unwrap(method) for method in (
         Optimizer.add_param_group, Optimizer.zero_grad, Optimizer.state_dict, Optimizer.load_state_dict))
 
@@ -162,7 +162,7 @@ class MuonAdamW(Optimizer):
         momenta, (rows, cols) = [state["momentum_buffer"] for state in states], params[0].shape
         grads = [grad.nan_to_num(0, 0, 0) for grad in grads] if self.found_inf is not None else grads
         taken = 1.0 if self.found_inf is None else 1 - self.found_inf
-        # As a list of tensors: one alone would be read, and waited for.
+        # A list of tensors: a single weight tensor would be read by the host, which would wait for it.
         torch._foreach_lerp_(momenta, grads, [(1 - group["momentum"]) * taken] * len(params))
         nesterov = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))  # (n, rows, cols)
         update = orthogonalize(nesterov, self.dtype).to(params[0].dtype)
@@ -181,8 +181,8 @@ class MuonAdamW(Optimizer):
 
 
 def orthogonalize(matrices, dtype=torch.float32, steps=5):
-    """(n, rows, cols) → the same with singular values near 1 (0.7 to 1.2), n at a time: Newton-Schulz iteration of an
-    odd quintic whose coefficients Jordan chose for its slope at 0. Returned in `dtype`."""
+    """(n, rows, cols) → the same matrices with singular values near 1 (0.7 to 1.2), batched over n: Newton-Schulz
+    iteration of an odd quintic whose coefficients Jordan chose for a steep slope at 0. Returned in `dtype`."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = (matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
     if tall := x.shape[1] > x.shape[2]:

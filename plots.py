@@ -1,4 +1,4 @@
-"""Curves of runs: as matplotlib figures, and as text for a terminal.
+"""Plot curves of runs, as matplotlib figures and as text for a terminal.
 
 A run here is anything with a `name` and with `series(metric, x)` → (xs, ys), two lists of finite numbers.
 """
@@ -10,23 +10,23 @@ from itertools import pairwise
 
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000"]  # Okabe and Ito
 ANSI = [94, 91, 92, 95, 93, 96, 37, 90]
-LINES = ["solid", "dashed", "dotted"]  # eight runs each; CSS knows them by the same names
-MARKS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of runs, where a terminal has no colours
+LINES = ["solid", "dashed", "dotted"]  # one per eight runs; CSS uses the same names
+MARKS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # letters for runs, since a terminal may have no colours
 
 
 @dataclass
 class Panel:
-    """One plot: of `line` all values, faint, under their mean over a window; of `points` each, marked."""
+    """One plot. `line`: a metric drawn faintly, under its moving average; `points`: one drawn with markers."""
 
     name: str
     title: str
     unit: str
     line: str = ""
     points: str = ""
-    band: tuple = ()  # metrics of its lower and upper edge
+    band: tuple = ()  # the metrics of its lower and upper edge
     band_label: str = ""
     line_label: str = "train"
-    log_above: float = math.inf  # log scale where the greatest value is so many times the median
+    log_above: float = math.inf  # log scale if the maximum exceeds this many times the median
     from_zero: bool = False
     smooth: bool = True
 
@@ -51,7 +51,7 @@ PANELS = [
 
 
 def panels_of(runs, sources, x="step"):
-    """The panels for which a run has values over `x`; each of the validation `sources` has its own."""
+    """The panels for which any run has values over `x`; each of the validation `sources` has its own panel."""
     names = ["val_" + "".join(c if c.isalnum() else "_" for c in source) for source in sources]
     own = [Panel(name if names.count(name) == 1 else f"{name}_{i}", f"Validation loss: {source}", "nats per token",
                  points=f"val/loss/{source}") for i, (name, source) in enumerate(zip(names, sources, strict=True))]
@@ -60,23 +60,23 @@ def panels_of(runs, sources, x="step"):
 
 
 def short(value, like=None, digits=3):
-    """12,345,678 → 12.3M: for tables, and for ticks, where the greatest, `like`, has the unit for all."""
+    """12,345,678 → 12.3M, for tables and axis ticks. `like`: the largest tick, whose unit all ticks use."""
     for bound, unit, sign in (1e12, 1e12, "T"), (1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k"):
-        if value and abs(like or value) >= 0.9995 * bound:  # what rounds to the bound is written as it
+        if value and abs(like or value) >= 0.9995 * bound:  # a value that rounds up to the bound gets its unit
             return f"{value / unit:.{digits}g}{sign}"
     return f"{value:,.{max(0, digits - 4)}f}" if abs(value) >= 999.5 else f"{value:.{digits}g}"
 
 
 def ticks(values, like=None):
-    """Labels of an axis: `short`, with as many digits as their distance asks for."""
+    """Axis labels in `short` form, with as many digits as their spacing requires."""
     near = min((high - low for low, high in pairwise(sorted(set(values)))), default=math.inf) / 50
     digits = next((n for n in range(3, 10) if all(abs(float(f"{value:.{n}g}") - value) < near for value in values)), 9)
     return [short(value, like, digits) for value in values]
 
 
 def smoothed(values, window):
-    """At each value the mean of the `window` values around it. Near the ends, where the window is cut off, the line of
-    least squares through it, which neither lags nor hooks, within the range of its values."""
+    """The centered moving average over `window` values. Near the ends, where the window is cut off, the least-squares
+    line through it, clamped to the range of its values: this neither lags nor hooks."""
     half, out, sums = window // 2, [], [0.0]
     for value in values:
         sums.append(sums[-1] + value)
@@ -93,7 +93,7 @@ def smoothed(values, window):
 
 
 def window_of(values, smooth):
-    """`smooth`, or by default a 25th of the run, at most 100. Odd, so that it reaches as far to either side."""
+    """`smooth`, or by default a 25th of the run, at most 100; made odd, so that the window is symmetric."""
     return (smooth or min(100, len(values) // 25)) | 1
 
 
@@ -103,7 +103,7 @@ def looks(i):
 
 
 def axis(runs, x):
-    """The label of the x axis, and what its values are divided by."""
+    """The label of the x axis, and the divisor for its values."""
     if x != "time":
         return x, 1
     longest = max((run.series(metric, x)[0][-1] for run in runs for metric in ("train/loss", "val/loss")
@@ -113,7 +113,7 @@ def axis(runs, x):
 
 
 def figure(panel, runs, x="step", smooth=0, size=(7.2, 3.4)):
-    """A matplotlib Figure of `panel` for all `runs`. `smooth`: reports of a mean; 0: see window_of."""
+    """A matplotlib Figure of `panel` for all `runs`. `smooth`: reports per mean; 0: see window_of."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -131,16 +131,16 @@ def figure(panel, runs, x="step", smooth=0, size=(7.2, 3.4)):
         fig.suptitle(panel.title, x=0.01, ha="left", fontsize=12, fontweight="bold")
         handles += _key(panel, runs, smooth) if len(runs) > 1 else []
         if len(handles) > 1 or "mean" in handles[0].get_label():
-            inches = 0.6 + 0.07 * max(len(handle.get_label()) for handle in handles)  # of a column, about
+            inches = 0.6 + 0.07 * max(len(handle.get_label()) for handle in handles)  # approximate width of a column
             columns = max(1, int(size[0] / inches))
-            fig.set_figheight(size[1] + 0.17 * ((len(handles) - 1) // columns))  # rows must not flatten the curves
+            fig.set_figheight(size[1] + 0.17 * ((len(handles) - 1) // columns))  # legend rows must not shrink the plot
             ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(-0.01, 1), fontsize=9, frameon=False,
                       ncols=columns, borderaxespad=0.2, handlelength=1.6, columnspacing=1.4)
         return fig
 
 
 def _draw(ax, panel, run, i, several, x, scale, smooth):
-    """Draw one run → the handles of the legend: one for each of several runs, one for each curve of a single run."""
+    """Draw one run → its legend handles: one per curve or, if there are `several` runs, one for the run."""
     (color, style), handles = looks(i), []
     if band := _band(panel, run, x):
         xs, low, high = band
@@ -156,7 +156,7 @@ def _draw(ax, panel, run, i, several, x, scale, smooth):
                            marker="o" if len(xs) == 1 else None, markersize=4)
     xs, ys = run.series(panel.points, x)
     if xs:
-        beside = panel.line and not several  # the line of the same run, which has the first colour
+        beside = panel.line and not several  # next to the same run's line, which has the first colour
         handles += ax.plot([at / scale for at in xs], ys, linestyle=style, linewidth=0.9,
                            color=COLORS[1] if beside else color, marker="o", markersize=5, markeredgecolor="white",
                            markeredgewidth=0.8, markevery=max(1, len(xs) // 40), label="validation", zorder=3)
@@ -164,7 +164,7 @@ def _draw(ax, panel, run, i, several, x, scale, smooth):
 
 
 def _band(panel, run, x):
-    """(xs, lower edge, upper edge), or None where there is no band, as with a single rank."""
+    """(xs, lower edge, upper edge), or None if there is no band, as with a single rank."""
     if not panel.band:
         return None
     (xs, low), (_, high) = (run.series(metric, x) for metric in panel.band)
@@ -178,7 +178,7 @@ def _swatch(label, color, style="solid", **more):
 
 
 def _key(panel, runs, smooth):
-    """What line, points and band mean, where the colours stand for runs."""
+    """Legend handles that explain line, points and band when colours distinguish runs."""
     from matplotlib.patches import Patch
 
     longest = max((run.series(panel.line, "step")[1] for run in runs), key=len)
@@ -210,15 +210,15 @@ def _axes(ax, panel, runs, label):
     ax.margins(x=0.015)
     for direction, greatest in (ax.xaxis, ax.get_xlim()[1]), (ax.yaxis, 0 if panel.is_log(values) else max(values)):
         formatter = FuncFormatter(lambda value, _, like=greatest: short(value, like))
-        formatter.format_ticks = lambda values, like=greatest: ticks(values, like)  # of all at once
+        formatter.format_ticks = lambda values, like=greatest: ticks(values, like)  # formats all ticks together
         direction.set_major_formatter(formatter)
 
 
 def terminal_plot(panel, runs, x="step", smooth=0, width=80, height=12, color=False):
-    """The lines of a text plot of `width` characters. Curves are braille; points are ● for one run and the run's
-    letter for several, which also ends its line."""
+    """The lines of a text plot of `width` characters. Curves are drawn in braille. Points are ● if there is one run,
+    else the run's letter, which also marks the end of its curve."""
     label, scale = axis(runs, x)
-    curves = []  # (run, is a line, xs, ys)
+    curves = []  # (run index, is_line, xs, ys)
     for i, run in enumerate(runs):
         for metric in panel.metrics():
             xs, ys = run.series(metric, x)
@@ -235,12 +235,12 @@ def terminal_plot(panel, runs, x="step", smooth=0, width=80, height=12, color=Fa
     columns = width - margin
 
     def place(at, value):
-        """→ the dot, counted from the upper left."""
+        """The dot's (x, y), counted from the upper left."""
         y = (math.log(value / bottom) / math.log(top / bottom) if log else (value - bottom) / ((top - bottom) or 1))
         return (round((at - left) / ((right - left) or 1) * (2 * columns - 1)), round((1 - y) * (4 * height - 1)))
 
     canvas = _Canvas(columns, height)
-    for i, is_line, xs, ys in sorted(curves, key=lambda curve: not curve[1]):  # points over lines
+    for i, is_line, xs, ys in sorted(curves, key=lambda curve: not curve[1]):  # draw points over lines
         dots = [place(at, value) for at, value in zip(xs, ys, strict=True)]
         if is_line:
             canvas.line(dots, i)
@@ -256,9 +256,9 @@ def terminal_plot(panel, runs, x="step", smooth=0, width=80, height=12, color=Fa
 
 
 class _Canvas:
-    """Characters of 2 × 4 braille dots, or a mark that stands over them."""
+    """A grid of characters, each with 2 × 4 braille dots, or a mark that replaces them."""
 
-    BITS = [[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]]  # of the dot at [row % 4][column % 2]
+    BITS = [[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]]  # bit of the dot at [row % 4][column % 2]
 
     def __init__(self, columns, rows):
         self.columns, self.n_rows = columns, rows

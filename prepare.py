@@ -1,9 +1,9 @@
-"""Text to token shards, as training would make them, without training: for a machine that has the text and the network.
+"""Tokenize text into shards as training would, but without training: for a machine with the text and network access.
 
     python prepare.py --config configs/gpt2-124m.toml --train-data 'fineweb/*.parquet'
 
-It takes train.py's flags. The same flags then find the tokens in the cache; or copy the folder that it names to another
-machine, and name that as --train-data.
+It takes train.py's flags. Training with the same flags then finds the shards in the cache; or copy the folder that it
+prints to another machine, and pass that as --train-data.
 """
 
 from config import one_line_errors, parse

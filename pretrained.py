@@ -1,8 +1,8 @@
-"""Trained weights, from wherever they lie: our checkpoints, and Hugging Face folders of GPT-2, Qwen3 and NanoChat.
+"""Trained weights from any source: our checkpoints, and Hugging Face folders of GPT-2, Qwen3 and NanoChat.
 
-`--init-from` starts a run from them: `resolve_init` gives it their sizes, `load_initial` the weights themselves.
+`--init-from` starts a run from them: `resolve_init` adopts their sizes, `load_initial` loads the weights.
 
-`to_hugging_face` and `from_hugging_face` carry weights both ways for all three architectures, with equal logits.
+`to_hugging_face` and `from_hugging_face` convert weights both ways for all three architectures, with equal logits.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from config import UserError, arg, beside_run, flag, read_json
 from model import ARCHS, GPT, GPTConfig
 from tokenizer import end_of_text, hub_reachable, open_tokenizer
 
-# Our parameter names → theirs; {i} is the block's number. Our merged qkv is GPT-2's c_attn, and the others' q, k, v.
+# Our parameter names → theirs; {i} is the block index. Our fused qkv is GPT-2's c_attn, and separate q, k, v elsewhere.
 LLAMA_NAMES = {
     "tok_emb": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",
     "blocks.{i}.attn_norm": "model.layers.{i}.input_layernorm",
@@ -43,11 +43,11 @@ NAMES = {
                                "blocks.{i}.mlp.down": "model.layers.{i}.mlp.fc2"},
 }
 
-# Fields of transformers' configurations that change no logit, or that GPTConfig has under names of its own.
+# Fields of transformers' configurations that do not affect logits, or that GPTConfig has under other names.
 NO_MATTER = re.compile(r"_name_or_path|architectures|\w*dtype|transformers_version|\w+_token_id|\w*p?drop(out)?|"
                        r"initializer_range|use_cache|id2label|label2id|problem_type|return_dict|output_\w+|summary_\w+|"
                        r"chunk_size_feed_forward|reorder_and_upcast_attn|max_window_layers|n_inner")
-# The flags that weights decide; dropout and recomputation are the run's own.
+# The flags that the weights determine; dropout and activation checkpointing are up to the run.
 SIZES = ("arch", "n_layers", "n_heads", "n_kv_heads", "d_model", "d_ff", "head_dim", "max_position_embeddings",
          "vocab_size", "tie_embeddings")
 
@@ -64,11 +64,11 @@ class InitConfig:
 
 
 def resolve_init(cfg, resume_from):
-    """The (model, init) that the flags come to, for the main rank: the sizes of --init-from's weights, or those in the
-    checkpoint of a run that began so; then --init-from is not read again. Raises UserError."""
+    """The (model, init) configs that the flags resolve to, on the main rank. Sizes come from --init-from's weights or,
+    when resuming a run that started from some, from its checkpoint: --init-from is not read again. Raises UserError."""
     model, init = cfg.model, cfg.init
     stated = {name: value for name in SIZES if name in cfg.given
-              and (value := getattr(model, name)) is not None and (value or value is False)}  # 0 is: not stated
+              and (value := getattr(model, name)) is not None and (value or value is False)}  # 0 means not stated
     saved = _saved_config(resume_from, cfg.checkpoint) if resume_from else {}
     if saved and (init.init_from or saved.get("init_from")):
         if init.init_from:
@@ -99,14 +99,14 @@ def resolve_init(cfg, resume_from):
 
 
 def load_initial(raw, init, world):
-    """Put the weights that --init-from names into `raw`: the main rank reads them, for all. Collective."""
+    """Load the weights that --init-from names into `raw`: the main rank reads and broadcasts them. Collective."""
     if init.init_from:
         raw.load_state_dict(world.from_main(lambda: _source_weights(init.init_from, raw.cfg)))
 
 
 def _saved_config(path, cfg):
-    """All flags of the run whose checkpoint is at `path`, without reading its tensors; {} where it is damaged, which is
-    for `checkpoint.restore` to say."""
+    """All flags of the run whose checkpoint is at `path`, without reading its tensors; {} if it is damaged, which
+    `checkpoint.restore` reports."""
     for file in (path, cfg.beside(".prev.pt")):
         if isinstance(config := peek(file).get("config"), dict):
             return config
@@ -121,7 +121,7 @@ def _source_config(source):
 
 
 def _source_weights(source, cfg):
-    """The state dict, ours, of --init-from's weights."""
+    """--init-from's weights, as a state dict in our format."""
     if os.path.isfile(source):
         return model_parts(_checkpoint(source, "--init-from"))[1]
     theirs, found = _hugging_face("AutoModelForCausalLM", source, dtype=torch.float32, use_safetensors=True,
@@ -133,7 +133,7 @@ def _source_weights(source, cfg):
 
 
 def _hugging_face(auto, source, **options):
-    """What transformers' class of that name loads from a folder, or a name on the hub. Raises UserError."""
+    """What transformers' class `auto` loads from a folder or from a name on the Hub. Raises UserError."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -142,20 +142,20 @@ def _hugging_face(auto, source, **options):
     try:
         return getattr(transformers, auto).from_pretrained(folder, local_files_only=True, trust_remote_code=False,
                                                            **options)
-    except Exception as error:  # of many types: huggingface_hub's, safetensors', bare RuntimeError
+    except Exception as error:  # many types: huggingface_hub's, safetensors', bare RuntimeError
         why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"--init-from {source}: {why}") from None
 
 
 def _folder(source):
-    """The folder with the configuration and the weights of that name: itself, or its copy in the local cache, fetched
-    now if the hub answers. Raises UserError within seconds where there is none."""
+    """The folder with the configuration and the weights of `source`: itself, or its copy in the local cache, downloaded
+    if incomplete and the Hub is reachable. Raises UserError within seconds if there is none."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     def whole(folder):
         weights = list(Path(folder).glob("*.safetensors"))
-        # A pipe among them would be waited for.
+        # Opening a pipe among them would block.
         return weights and all(file.is_file() for file in [Path(folder) / "config.json", *weights])
 
     def snapshot(**options):
@@ -163,7 +163,7 @@ def _folder(source):
         try:
             return snapshot_download(source, allow_patterns=wanted, **options)
         except (OSError, ValueError, HfHubHTTPError, HFValidationError):
-            return source  # which is no folder
+            return source  # which is not a folder
 
     folder, reachable = source, True
     if not os.path.isdir(source) and not whole(folder := snapshot(local_files_only=True)):
@@ -174,7 +174,7 @@ def _folder(source):
                "no such folder, not whole in the local cache (HF_HOME), and the hub cannot be reached")
         raise UserError(f"--init-from {source}: {why}; give a folder that transformers' save_pretrained has written, "
                         f"or a checkpoint")
-    for index in Path(folder).glob("*.index.json"):  # transformers opens whatever path it names
+    for index in Path(folder).glob("*.index.json"):  # transformers would open any path that it names
         try:
             files = read_json(index)["weight_map"].values()
             outside = next((file for file in files if Path(file).name != file), None)
@@ -186,13 +186,13 @@ def _folder(source):
 
 
 def _sizes(cfg):
-    """The flags of SIZES, with what is derived spelled out."""
+    """The flags of SIZES, with derived values filled in."""
     return {name: getattr(cfg, name) for name in SIZES} | dict(
         n_kv_heads=cfg.kv_heads, d_ff=cfg.ff_size, head_dim=cfg.head_size, tie_embeddings=cfg.tied)
 
 
 def gpt_config(theirs, source):
-    """transformers' configuration → GPTConfig. Raises UserError, naming the field, where it says what GPT cannot be."""
+    """transformers' configuration → GPTConfig. Raises UserError, naming the field, for what GPT does not support."""
     if theirs.model_type not in ARCHS:
         raise UserError(f"--init-from {source}: model_type {theirs.model_type} is none of {', '.join(ARCHS)}")
 
@@ -206,7 +206,7 @@ def gpt_config(theirs, source):
                     head_dim=first("head_dim", default=width // heads), vocab_size=theirs.vocab_size,
                     max_position_embeddings=theirs.max_position_embeddings, tie_embeddings=theirs.tie_word_embeddings)
     cfg.validate_sizes()
-    # What both configurations state must agree. A field that ours lacks may be, but not one of rope_parameters.
+    # Fields in both configurations must agree. Fields missing from ours are allowed, except in rope_parameters.
     stated, ours = _flat(theirs.to_dict()), _flat(hugging_face_config(cfg).to_dict())
     for name, value in stated.items():
         if not NO_MATTER.fullmatch(name) and value != ours.get(name, value if "." not in name else None):
@@ -226,7 +226,7 @@ def _flat(fields):
 
 
 def hugging_face_config(cfg, eos=None):
-    """The transformers configuration that is this GPTConfig."""
+    """The transformers configuration equivalent to this GPTConfig."""
     import transformers
 
     common = dict(vocab_size=cfg.vocab_size, bos_token_id=eos, eos_token_id=eos, tie_word_embeddings=cfg.tied)
@@ -287,13 +287,13 @@ def _split(name):
 
 
 def _oriented(cfg, stem, tensor):
-    """GPT-2's layers within a block are Conv1D, (in, out); ours are Linear, (out, in)."""
+    """Transposes where needed: GPT-2's layers within a block are Conv1D, (in, out); ours are Linear, (out, in)."""
     conv1d = cfg.arch == "gpt2" and stem.startswith("blocks") and tensor.ndim == 2
     return tensor.T.contiguous() if conv1d else tensor.contiguous()
 
 
 def load_model(path):
-    """The model of a checkpoint, in evaluation mode, and the checkpoint. Raises UserError."""
+    """A checkpoint's model in evaluation mode, and the checkpoint itself. Raises UserError."""
     saved = _checkpoint(path, "--checkpoint-path")
     try:
         cfg, weights = model_parts(saved)
@@ -306,7 +306,7 @@ def load_model(path):
 
 
 def tokenizer_folder(path):
-    """The tokenizer beside a checkpoint, which all checkpoints of a run share. Raises UserError where it is missing."""
+    """The tokenizer beside a checkpoint, shared by all checkpoints of a run. Raises UserError if it is missing."""
     folder = beside_run(path, ".tokenizer")
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"--checkpoint-path {path}: its tokenizer, {folder}, is missing; copy it there")
@@ -326,8 +326,8 @@ def load_run(path):
 
 
 def model_parts(saved):
-    """The GPTConfig of a checkpoint's model, and its weights. Learned positions from --seq-len on, which no step has
-    trained, are left out, unless the run began with weights, which were without such."""
+    """The GPTConfig of a checkpoint's model, and its weights. Learned position embeddings beyond --seq-len, which were
+    never trained, are dropped, unless the run started from --init-from's weights, which have none untrained."""
     names = {item.name for item in dataclasses.fields(GPTConfig)}
     known = {name: value for name, value in saved["config"].items() if name in names}
     cfg = GPTConfig(**known | {"vocab_size": saved["identity"]["--vocab-size"]})

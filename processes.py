@@ -1,4 +1,4 @@
-"""Signals to stop or save, processes whose launcher has died, and lock files."""
+"""Signals to stop or save, processes orphaned by their launcher, and lock files."""
 
 import contextlib
 import fcntl
@@ -11,9 +11,9 @@ from pathlib import Path
 
 from config import arg
 
-STARTED = time.monotonic()  # of the process: --time-limit counts from here
+STARTED = time.monotonic()  # when this process started: --time-limit counts from here
 HELD = set()  # lock files that this process holds until it ends
-LAST_CALL = 600  # seconds from the request to stop until an orphan ends itself
+LAST_CALL = 600  # seconds from the request to stop until an orphan forces its own exit
 
 
 @dataclass
@@ -27,7 +27,7 @@ class RanksConfig:
 
 
 def parent_of(pid):
-    """Its parent's pid; 0 where that cannot be known (not Linux, or gone)."""
+    """The pid of a process's parent; 0 if unknown (not Linux, or the process is gone)."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
     except OSError:
@@ -35,13 +35,13 @@ def parent_of(pid):
 
 
 def child_processes(pid):
-    """The pids of its children (Linux; none elsewhere)."""
+    """The pids of a process's children (on Linux; [] elsewhere)."""
     return [int(entry.name) for entry in Path("/proc").glob("[0-9]*") if parent_of(entry.name) == pid]
 
 
 def stop_when_orphaned(generations):
-    """Have this process asked to stop (SIGTERM: save and leave) once one of so many `generations` of its ancestors is
-    gone. torchrun's ranks, and the trials of a sweep, would otherwise go on where those were killed."""
+    """Send this process SIGTERM (save and exit) once any of its nearest `generations` ancestors is gone. Otherwise,
+    torchrun's ranks and the trials of a sweep would keep running after their launcher was killed."""
 
     def ancestors():
         found = [os.getppid()]
@@ -63,16 +63,16 @@ def stop_when_orphaned(generations):
 
 @contextlib.contextmanager
 def only_one(path, patience=0):
-    """Holds an exclusive lock on a file; yields whether it could be had within `patience` seconds."""
-    with open(path, "a") as file:  # for writing, without which NFS gives no lock
+    """Hold an exclusive lock on a file; yields whether it was acquired within `patience` seconds."""
+    with open(path, "a") as file:  # open for writing, as NFS requires for this lock
         yield _locked(file, patience)
 
 
 def lock_until_exit(path, patience=1):
-    """Takes that lock for as long as this process lives, however it ends → whether it has it."""
+    """Acquire that lock and hold it until this process ends, however it ends → whether it is held."""
     if (path := os.path.realpath(path)) not in HELD:
         file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
-        if _locked(file, patience):  # a second, since whoever only asks whether it is free holds it for a moment, too
+        if _locked(file, patience):  # a second, since a process that only tests the lock briefly holds it, too
             HELD.add(path)
         else:
             os.close(file)
@@ -80,7 +80,7 @@ def lock_until_exit(path, patience=1):
 
 
 def _locked(file, patience):
-    """Where the file system knows no locks, a file is taken to be free."""
+    """Try to lock the file. A file system without locks counts as having granted it."""
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -96,9 +96,9 @@ def _locked(file, patience):
 
 
 class StopSignal:
-    """Signals as requests that the loop reads between two steps: SIGTERM, SIGINT, SIGHUP and the end of --time-limit
-    (SIGALRM) to save and leave, SIGUSR1 to save and go on. A second Ctrl-C, seconds after the first, interrupts at
-    once."""
+    """Signals as requests that the training loop reads between steps: SIGTERM, SIGINT, SIGHUP and the end of
+    --time-limit (SIGALRM) to save and exit, SIGUSR1 to save and continue. A second Ctrl-C, more than two seconds later,
+    interrupts immediately."""
 
     STOPS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM
 
@@ -124,14 +124,14 @@ class StopSignal:
         if number == signal.SIGUSR1:
             self.save = True
             return
-        # torchrun passes on the Ctrl-C that the terminal has already sent to every process.
+        # torchrun forwards the Ctrl-C that the terminal has already sent to every process: not a second one.
         if number == signal.SIGINT and self.received and time.monotonic() - self.since > 2:
             raise KeyboardInterrupt
         if not self.received:
             self.received, self.since = number, time.monotonic()
 
     def agreed(self):
-        """The signal to stop by (0: none) and whether to save now: what any rank has received, the same on each."""
+        """The signal to stop for (0: none) and whether to save now, if any rank received one; equal on all ranks."""
         asked, self.save = self.save, False
         number, asked = self.world.max([self.received, asked])
         return number, bool(asked)

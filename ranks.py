@@ -1,7 +1,7 @@
 """Fault detection: when one rank dies, hangs, fails or diverges, all exit, and one line says which and why.
 
 Each rank has a `Pulse`, a heartbeat thread: once a second it publishes the rank's progress in torchrun's key-value
-store and checks the next rank's. The training step does not know of it: no collective, no device is waited for.
+store and checks the next rank's. It does not touch the training step: it runs no collectives and waits for no device.
 """
 
 import collections
@@ -27,19 +27,19 @@ from config import RunFailed
 from hardware import explained
 
 CONNECT = 60  # seconds to connect to torchrun's store
-SILENT = 120  # seconds without a heartbeat, which goes on through any work, until a rank counts as stopped
-LAST_SAVE = 20  # seconds that a save in progress has to be completed in; torchrun kills after 30
+SILENT = 120  # seconds without a heartbeat, which continues during any work, before a rank counts as stopped
+LAST_SAVE = 20  # seconds that a save in progress gets to finish; torchrun kills after 30
 RESUME = "--resume auto goes on from the last checkpoint"
 
 
 class RankFault(RunFailed):
-    """What ends a run of many ranks: other weights on one of them, no torchrun."""
+    """A fault that ends a distributed run: a rank's weights differ, or torchrun's store is unreachable."""
 
 
 def join(backend, timeout):
-    """Join the process group that torchrun's variables describe. Returns this rank's Pulse."""
-    limit = datetime.timedelta(seconds=timeout + 60)  # of a collective: the pulse reports before that
-    # torchrun's store is up before its ranks start: one that does not answer has died, with its torchrun.
+    """Join the process group that torchrun's environment variables describe. Returns this rank's Pulse."""
+    limit = datetime.timedelta(seconds=timeout + 60)  # for a collective: the pulse reports a fault before that
+    # torchrun's store is up before its ranks start: if it does not answer, it has died together with torchrun.
     has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     connect = datetime.timedelta(seconds=CONNECT) if has_store else limit
     try:
@@ -48,8 +48,8 @@ def join(backend, timeout):
         raise RankFault(f"rank {os.environ['RANK']} cannot reach torchrun's store at {os.environ['MASTER_ADDR']}:"
                         f"{os.environ['MASTER_PORT']}: start again, with --resume auto") from None
     store.set_timeout(limit)
-    if os.environ["WORLD_SIZE"] == os.environ["LOCAL_WORLD_SIZE"]:  # several nodes may have counted differently
-        # torchrun restarts ranks on the store of those before, whose addresses are still in it.
+    if os.environ["WORLD_SIZE"] == os.environ["LOCAL_WORLD_SIZE"]:  # on several nodes, the counts may differ
+        # torchrun restarts ranks on the same store, which still holds the addresses of the previous ranks.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     this_start = [f"pulse {os.getpid()} {time.time()}"]
@@ -58,11 +58,11 @@ def join(backend, timeout):
 
 
 class NoPulse:
-    """Null object: how a rank ends before the process group exists."""
+    """Null object: how a rank exits before the process group exists."""
 
     def end(self, reason, code):
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(5)  # the main rank reports the same, and its exit ends the others; else they report it
+            time.sleep(5)  # the main rank reports the same and its exit ends the others; otherwise they report it
         _say(reason)
         self.leave(code)
 
@@ -70,8 +70,8 @@ class NoPulse:
         """Nothing to add to the traceback."""
 
     def leave(self, code):
-        # Not through the interpreter's end: taking down the process group there waits for ranks that are gone, and has
-        # aborted a finished run, with threads of gloo's still at work.
+        # Skip interpreter shutdown: it destroys the process group, which waits for ranks that are gone, and has aborted
+        # a finished run while gloo's threads were still at work.
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
                 stream.flush()
@@ -79,14 +79,14 @@ class NoPulse:
 
 
 class Pulse(NoPulse):
-    """This rank's heartbeat, and its watch on the next rank's. Whoever finds a rank gone or stalled stores why; every
-    rank exits with that reason, and one prints it: rank 0, if it can."""
+    """Publishes this rank's heartbeat and monitors the next rank's. A rank that finds another gone or stalled stores
+    the reason; every rank exits with that reason, and one prints it: rank 0, if it can."""
 
     def __init__(self, store, rank, size, timeout):
         self.store, self.rank, self.size, self.timeout, self.silent = store, rank, size, timeout, min(timeout, SILENT)
         name = f"rank {rank} ({socket.gethostname()}, pid {os.getpid()})"
         self.backends = [dist.group.WORLD._get_backend(device) for device in dist.group.WORLD._device_types]
-        # A rank with fewer moves than others is one that they wait for in a collective.
+        # A rank with fewer moves than the others is one that they are waiting for in a collective.
         self.me = dict(name=name, pid=os.getpid(), node=os.environ["GROUP_RANK"], beat=0, moves=0, step=0,
                        left=False)
         self.leaving, self.saving = threading.Lock(), threading.Lock()
@@ -95,7 +95,7 @@ class Pulse(NoPulse):
         threading.Thread(target=self._run, daemon=True, name="pulse").start()
 
     def _where(self):
-        return f"at step {self.me['step']}" if self.me["step"] else "before the first step"  # as all, give or take one
+        return f"at step {self.me['step']}" if self.me["step"] else "before the first step"  # same on all ranks ±1
 
     def _publish(self):
         collectives = sum(backend._get_sequence_number_for_group() for backend in self.backends)
@@ -107,7 +107,7 @@ class Pulse(NoPulse):
 
     def _run(self):
         next_rank = (self.rank + 1) % self.size  # a ring: the cost does not grow with the number of ranks
-        # Time is counted in own beats: a machine that was suspended, or slow, has not missed those of the others.
+        # Time is counted in own beats: a machine that was suspended or slow must not take the others' beats as missed.
         heard = moved = 0
         last, moves = {}, -1
         while True:
@@ -144,7 +144,7 @@ class Pulse(NoPulse):
 
     def end(self, reason="", code=1, frozen=None):
         """Exit, and make all ranks exit, with the first reason that any of them stored. Does not return."""
-        with self.leaving:  # the main thread or the pulse's own, whoever comes first
+        with self.leaving:  # the main thread or the pulse thread, whichever comes first
             try:
                 code, reason = self.store.compare_set("reason", "", f"{code} {reason}").decode().split(" ", 1)
                 for _ in range(30 * (self.rank > 0)):
@@ -154,7 +154,7 @@ class Pulse(NoPulse):
                 if self.store.add("speakers", 1) == 1:
                     _say(reason)
                     self.store.set("said", "")
-            except Exception:  # no store any more
+            except Exception:  # the store is gone
                 _say(reason)
             if frozen and frozen["node"] == self.me["node"]:  # it cannot exit by itself
                 with contextlib.suppress(OSError):
@@ -165,24 +165,24 @@ class Pulse(NoPulse):
     def leave(self, code):
         self._take_leave()
         if code > 128 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-            code = 0  # stopped as it was asked to: at any other code torchrun would start the ranks again
+            code = 0  # stopped as requested: on any other exit code, torchrun would restart the ranks
         super().leave(code)
 
     def _take_leave(self):
-        self.me["left"] = True  # not a fault: the others need not miss this rank
+        self.me["left"] = True  # a normal exit: the others must not report this rank as gone
         with contextlib.suppress(Exception):
             self._publish()
 
     def _on_sigterm(self, number, frame):
-        """Outside the loop (inside, StopSignal saves). torchrun sends it when a rank died: time to report which."""
+        """Outside the loop (inside, StopSignal saves). torchrun sends it when a rank died: allow time to say which."""
         if not self.leaving.locked():
             self._take_leave()
             time.sleep(10)
             os._exit(128 + number)
 
     def fail(self, error):
-        """Exit because of an exception in this rank. One in a collective means that another rank failed or is gone:
-        whoever finds that ends this process, too."""
+        """Exit because of an exception in this rank. An exception in a collective means that another rank failed or is
+        gone: the rank that detects this ends this process, too."""
         advice = explained(error)
         if isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and re.search(r"\bgloo\b", str(error)):
             self.silent = min(self.silent, 5)
@@ -208,7 +208,7 @@ def _exists(pid):
 
 
 def require_same(mine, what, error, advice):
-    """Collective. Raises `error` on every rank if any rank's dict differs from most, naming the rank and the keys."""
+    """Collective. Raises `error` on every rank if any rank's dict differs from the majority's, naming rank and keys."""
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     if found := differences(everyone):
@@ -216,9 +216,9 @@ def require_same(mine, what, error, advice):
 
 
 def differences(everyone):
-    """The ranks' dicts, in order → which rank differs from most, and in what, in words; "" if all are equal."""
+    """The ranks' dicts, in rank order → text saying which ranks differ from most, and in what; "" if all are equal."""
     tally = collections.Counter(json.dumps(one) for one in everyone)
-    usual = json.loads(tally.most_common(1)[0][0])  # of two ranks: the first's
+    usual = json.loads(tally.most_common(1)[0][0])  # of two different ranks, the first's
     found = []
     for rank, one in enumerate(everyone):
         keys = [key for key in usual | one if one.get(key) != usual.get(key)]
@@ -229,16 +229,16 @@ def differences(everyone):
 
 
 def digests(tree):
-    """A nest of dicts and lists → {where a tensor is: its digest}."""
+    """Nested dicts and lists → {path of each tensor: its digest}."""
     return {keystr(path): digest(leaf) for path, leaf in tree_flatten_with_path(tree)[0]
             if isinstance(leaf, torch.Tensor)}
 
 
 def digest(tensor, block=1 << 18):
-    """A tensor's bits, of any type and device, as 16 hexadecimal digits: the sum of its 32-bit words, each times an odd
-    number by its position, modulo 2^64. Computed on the device. A change of one word always shows, one of several but
-    for a chance of about 2^-32; NaNs and the sign of a zero count, too. One CPU core takes 0.5 s for the weights and
-    moments of 124M parameters, 0.3 s for those of 10M (least of five on a busy machine)."""
+    """A digest of a tensor's bits, of any dtype and device, as 16 hexadecimal digits: the sum of its 32-bit words, each
+    multiplied by an odd number that depends on its position, modulo 2^64. Computed on the device. A change of one word
+    is always detected, one of several is missed with a probability of about 2^-32; NaNs and the sign of zero count. One
+    CPU core takes 0.5 s for the weights and moments of 124M parameters, 0.3 s for 10M (best of five, busy machine)."""
     octets = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     words = F.pad(octets, (0, -len(octets) % 4)).view(torch.int32) if len(octets) % 4 else octets.view(torch.int32)
     odd = _odd_numbers(min(block, 1 << len(words).bit_length()), tensor.device)

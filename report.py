@@ -1,4 +1,4 @@
-"""Look at runs, from their metrics.jsonl alone: curves, a comparison, samples.
+"""Show runs, from their metrics.jsonl alone: curves, a comparison, samples.
 
 python report.py                                        checkpoints/minigpt.pt → checkpoints/minigpt.report/index.html
 python report.py checkpoints/a.pt checkpoints/b.pt      two runs in the same plots, and the flags that differ
@@ -30,16 +30,16 @@ X_METRICS = {"step": "step", "tokens": "train/tokens"}
 
 
 class Run:
-    """What a metrics.jsonl says of a run, even one that is still going."""
+    """A run as recorded in its metrics.jsonl; it may still be running."""
 
     def __init__(self, path):
         self.path, self.name, self.rows, self.samples, self.alerts = path, path.name.removesuffix(ROWS), [], [], []
         self.config, self.code, self.starts = {}, None, []
         for record in read_records(path):
             for name in [name for name in record if name.startswith(("gradients/", "parameters/"))]:
-                del record[name]  # histograms, which are W&B's to show
+                del record[name]  # histograms, which only W&B shows
             event, step = record.get("event"), record["step"]
-            if event == "config":  # one each time that the run was started or resumed
+            if event == "config":  # one for each start or resume of the run
                 self.config, self.code = record["config"], None
                 self.starts.append(step)
             elif event == "sample":
@@ -53,29 +53,29 @@ class Run:
         if not self.rows:
             raise UserError(f"{path}: no report in it yet; a run writes its first after the evaluation at step 0")
         elapsed = 0
-        for row in self.rows:  # not the clock's time, which goes on while a killed run waits to be resumed
+        for row in self.rows:  # not wall-clock time, which also passes while a killed run waits to be resumed
             elapsed += row.get("time/dt_sec") or 0
             row["elapsed"] = elapsed
 
     def series(self, metric, x="step"):
-        """(xs, ys) of what is a finite number; x: step, tokens seen, or time, in seconds."""
+        """(xs, ys) of the metric's finite values; `x`: step, tokens (seen so far), or time (in seconds)."""
         where = X_METRICS.get(x, "elapsed")
         pairs = [(row[where], row[metric]) for row in self.rows if _is_number(row.get(metric)) and where in row]
         return [at for at, _ in pairs], [value for _, value in pairs]
 
     def last(self, metric):
-        """The last value of what was ever measured, or None; where it was not finite, inf of a perplexity, else NaN."""
+        """The metric's last value; if that is not finite, inf for a perplexity, else NaN; None if never measured."""
         values = [row[metric] for row in self.rows if metric in row]
         unknown = math.inf if metric.endswith("ppl") else math.nan
         return (unknown if values[-1] is None else values[-1]) if values else None
 
     def best(self):
-        """(least validation loss, its step), or None."""
+        """(lowest validation loss, its step), or None."""
         steps, losses = self.series("val/loss")
         return min(zip(losses, steps, strict=True)) if losses else None
 
     def facts(self):
-        """What is compared: title → text."""
+        """What the comparison shows of this run: title → text."""
         speeds, best = self.series("global_tokens_per_sec")[1], self.best()
         step, steps = self.rows[-1]["step"], self.config.get("num_steps", 0)
         return {
@@ -101,7 +101,7 @@ class Run:
             return str(self.code)
 
     def story(self):
-        """Where it ran, and what a row of the comparison has no place for."""
+        """Where and when the run ran, and other facts that the comparison table has no column for."""
         ranks, started = self.config.get("world_size"), datetime.datetime.fromtimestamp(self.rows[0]["time"])
         parts = [str(self.path), self.config.get("arch"), self.config.get("device"),
                  f"{ranks} rank{'s'[:ranks > 1]}" if ranks else "", f"first report {started:%Y-%m-%d %H:%M}"]
@@ -122,7 +122,7 @@ def _text(value, form):
 
 
 def find(word):
-    """A checkpoint, or a metrics.jsonl → the metrics.jsonl."""
+    """Path of a checkpoint or a metrics.jsonl → path of the metrics.jsonl."""
     path = Path(word)
     if path.is_dir():
         raise UserError(f"{word}: is a folder; name a run{_known(path)}")
@@ -137,7 +137,7 @@ def _known(folder):
 
 
 def load(words):
-    """The runs, each once, under names that tell them apart."""
+    """Load the runs, each only once, under distinct names."""
     paths = {path.resolve(): path for path in map(find, words)}
     runs = [Run(path) for path in paths.values()]
     for depth in range(1, max(len(path.parts) for path in paths)):
@@ -149,7 +149,7 @@ def load(words):
 
 
 def differences(runs):
-    """flag → its value in each run, of the flags whose values differ."""
+    """flag → its value in each run, for the flags whose values differ."""
     names = dict.fromkeys(name for run in runs for name in run.config)
     return {name: [run.config.get(name) for run in runs] for name in names
             if name not in NOT_COMPARED and not name.startswith("wandb_")
@@ -176,12 +176,12 @@ td { font-variant-numeric: tabular-nums } .best { font-weight: 700 }
 pre { background: #f6f6f6; padding: .8rem 1rem; margin: .3rem 0 1rem; white-space: pre-wrap; overflow-wrap: anywhere;
       font-size: .85rem } summary { cursor: pointer; padding: .2rem 0 }
 """
-# Nothing is loaded, and nothing in a sample can run.
+# The page loads nothing external, and no script in a sample can run.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def page(runs, images):
-    """The whole page. `images`: (title, PNG bytes) of each plot."""
+    """The complete HTML page. `images`: (title, PNG bytes) of each plot."""
     title = ", ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
     parts = [f"<h1>{_escape(title)}</h1>", *map(_heading, runs), "<h2>Comparison</h2>" if len(runs) > 1 else
              "<h2>Figures</h2>", _comparison(runs), "<h2>Curves</h2>", '<div class="plots">']
@@ -212,7 +212,7 @@ def _heading(run):
 
 
 def _comparison(runs):
-    """The table of all runs, and of the flags that differ."""
+    """The table of all runs, and that of the flags that differ."""
     facts = [run.facts() for run in runs]
     best = min((run.best() for run in runs if run.best()), default=None)
     cells = [[f"<td{' class=best' * (name == 'best val loss' and run.best() == best and len(runs) > 1)}>"
@@ -239,17 +239,17 @@ def _escape(text):
 
 
 def write_page(runs, folder, x, smooth):
-    """The plots as PNG files and index.html in `folder` → the names of what was written."""
+    """Write index.html and the plots as PNG files to `folder` → the names of the PNG files."""
     folder.mkdir(parents=True, exist_ok=True)
     images = []
     for panel in panels(runs, x):
-        first = not images  # as wide as the page
+        first = not images  # the first plot is as wide as the page
         png = io.BytesIO()
         figure(panel, runs, x, smooth, size=(10, 4) if first else (6.4, 3.4)).savefig(png, dpi=150)
         (folder / f"{panel.name}.png").write_bytes(png.getvalue())
         images.append((panel, png.getvalue()))
     text = page(runs, [(panel.title, png) for panel, png in images])
-    (folder / "index.html").write_bytes(text.encode(errors="backslashreplace"))  # a sample may hold half a character
+    (folder / "index.html").write_bytes(text.encode(errors="backslashreplace"))  # a sample may contain a lone surrogate
     return [f"{panel.name}.png" for panel, _ in images]
 
 
@@ -260,10 +260,10 @@ def panels(runs, x="step"):
 
 
 def print_text(runs, x, smooth):
-    """The plots, the comparison and the last sample of each run, for a terminal."""
+    """Print the plots, the comparison and each run's last sample to the terminal."""
     size, color = shutil.get_terminal_size(), sys.stdout.isatty()
     for panel in panels(runs, x):
-        if panel.name == "perplexity":  # in so few lines no more than the loss
+        if panel.name == "perplexity":  # with so few lines, it shows no more than the loss
             continue
         height = 12 if panel.name == "loss" else 5
         print("\n".join(terminal_plot(panel, runs, x, smooth, min(size.columns, 100), height, color)) + "\n")
@@ -278,7 +278,7 @@ def print_text(runs, x, smooth):
     for run in runs:
         print("\n" + "\n".join([run.story(), *run.alerts]))
         for step, text in run.samples[-1:]:
-            # A model may write anything, a terminal's control codes too.
+            # A model may generate anything, including terminal control codes.
             printable = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text or EMPTY)
             print(f"\n{run.name}, sample at step {step:,}:\n{printable}")
 
@@ -306,7 +306,7 @@ def main():
     except ModuleNotFoundError as error:
         raise UserError(f"the {error.name} package is missing: pip install {error.name}, or look with "
                         f"--terminal") from None
-    except BrokenPipeError:  # of --terminal | head, which has seen enough
+    except BrokenPipeError:  # `--terminal | head` has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:

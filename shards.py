@@ -1,4 +1,4 @@
-"""Token shards: files of token ids, a header before them and a meta.json beside them, checked when read."""
+"""Token shards: files of token ids with a header, and a meta.json beside them, checked when read."""
 
 import errno
 import hashlib
@@ -11,12 +11,12 @@ from config import UserError, read_json
 
 HEADER = struct.Struct("<8sIIQIi32s")
 MAGIC, FORMAT = b"MINILLM\0", 1
-DTYPES = {2: np.uint16, 4: np.uint32}  # by bytes an id
+DTYPES = {2: np.uint16, 4: np.uint32}  # by bytes per id
 
 
 class ShardWriter:
-    """Writes a header (magic, version, bytes an id, count, vocabulary size, end-of-text id, tokenizer hash) and then
-    the ids, uint16 where they fit and uint32 where not. Every id is checked against the vocabulary."""
+    """Writes a header (magic, version, bytes per id, count, vocabulary size, end-of-text id, tokenizer hash), then the
+    ids, as uint16 if the vocabulary fits, else as uint32. Every id is checked against the vocabulary."""
 
     def __init__(self, path, vocab_size, eos, tokenizer_hash, limit=0):
         self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
@@ -29,7 +29,7 @@ class ShardWriter:
         return bool(self.limit) and self.count >= self.limit
 
     def write(self, ids):
-        """Returns how many were written: fewer than given where the limit is reached."""
+        """Returns how many ids were written: fewer than given once the limit is reached."""
         ids = np.asarray(ids, dtype=np.int64)
         ids = ids[:self.limit - self.count] if self.limit else ids
         if not len(ids):
@@ -52,13 +52,13 @@ class ShardWriter:
 
 
 class Shard:
-    """A token file, or `count` tokens of it from `start` on, read window by window. `pread` rather than a memory map:
-    no page of the file ever counts as this process's memory, and nothing is copied but the window."""
+    """A token file, or `count` tokens of it starting at `start`, read window by window. `pread` instead of a memory
+    map: the file's pages never count as this process's memory, and only the window is copied."""
 
     def __init__(self, path, start=0, count=None):
         self.path, self.start = path, start
         try:
-            if not os.path.isfile(path):  # to open a named pipe would be to wait for whoever writes it
+            if not os.path.isfile(path):  # opening a named pipe would block until someone writes to it
                 raise FileNotFoundError(errno.ENOENT, "no such file")
             self.fd = os.open(path, os.O_RDONLY)
         except OSError as error:
@@ -77,21 +77,21 @@ class Shard:
         self.dtype = np.dtype(DTYPES[itemsize])
 
     def windows(self, seq_len):
-        """How many windows of seq_len + 1 tokens there are that share no target."""
+        """The number of windows of seq_len + 1 tokens that share no targets."""
         return max(0, self.count - 1) // seq_len
 
     def read(self, first, n):
-        """Tokens first to first + n - 1, (n,). Raises UserError where there are none, or ids outside the vocabulary."""
+        """Tokens first to first + n - 1, (n,). Raises UserError if any are missing or outside the vocabulary."""
         at, size = HEADER.size + (self.start + first) * self.dtype.itemsize, n * self.dtype.itemsize
         block = os.pread(self.fd, size, at)
         ids = np.frombuffer(block, self.dtype) if len(block) == size else ()
-        if len(ids) != n or n and ids.max() >= self.vocab_size:  # which would end in an error deep inside of a GPU
+        if len(ids) != n or n and ids.max() >= self.vocab_size:  # else an obscure error on the GPU
             raise UserError(f"{self.path} is damaged at token {first}; remove its folder and prepare it again")
         return ids
 
     def verify(self, meta, split):
-        """Raises UserError if these are not the tokens that were written. A file above 1 GiB is not read for that: its
-        header and length are checked here, and each id when it is read."""
+        """Raises UserError if these are not the tokens that were written. The content of a file above 1 GiB is not
+        hashed: its header and length are checked here, and each id when it is read."""
         digest, size = hashlib.blake2b(digest_size=16), self.count * self.dtype.itemsize
         for at in range(0, size if size <= 1 << 30 else 0, 1 << 22):
             digest.update(os.pread(self.fd, min(1 << 22, size - at), HEADER.size + at))
@@ -103,12 +103,12 @@ class Shard:
 
 
 def read_meta(folder):
-    """The meta.json that lies beside the shards. Raises UserError where it is not readable or not what is written."""
+    """The meta.json beside the shards. Raises UserError if it is unreadable or malformed."""
     try:
         meta = read_json(folder / "meta.json")
         counts = [meta[what][split] for what in ("tokens", "bytes") for split in ("train", "val")]
         texts = [meta["tokenizer"], meta["tokenizer_hash"], *(meta["fingerprint"][split] for split in ("train", "val"))]
-        meta["val_sources"] = meta.get("val_sources") or {"": [0, counts[1]]}  # alone, a text has no name
+        meta["val_sources"] = meta.get("val_sources") or {"": [0, counts[1]]}  # a single source has no name
         spans = [number for start, count in meta["val_sources"].values() for number in (start, count)]
         if not (all(type(number) is int and number >= 0 for number in [*counts, *spans])
                 and counts[1] and all(isinstance(text, str) for text in texts)

@@ -4,9 +4,9 @@ python sweep.py create configs/sweep-lr.yaml             make the sweep; prints 
 python sweep.py agent SWEEP_ID --count 4                 run trials of it, one after another
 python sweep.py agent SWEEP_ID --nproc-per-node 2        each trial under torchrun, where the sweep is of train_ddp.py
 
-`wandb sweep` and `wandb agent` do the same. The parameters of a trial reach every process of it as flags; a trial is a
-run of its own, with its own checkpoint (checkpoints/minigpt.RUN_ID.pt). Agents are started in this folder, where the
-programs of a sweep are.
+`wandb sweep` and `wandb agent` do the same. Every process of a trial gets its parameters as flags. Each trial is a
+separate run with its own checkpoint (checkpoints/minigpt.RUN_ID.pt). Start agents in this folder, where the programs of
+a sweep are.
 """
 
 import argparse
@@ -25,19 +25,19 @@ from wandb_runs import WandbConfig, with_environment
 from wandb_tools import run
 
 MOST_AGENTS = 20
-FLAGS = ["${program}", "--use-wandb", "--resume", "auto", "${args}"]  # a trial that was preempted is taken up again
+FLAGS = ["${program}", "--use-wandb", "--resume", "auto", "${args}"]  # a preempted trial is resumed
 COMMANDS = {"train.py": ["${env}", "${interpreter}", *FLAGS],
             "train_ddp.py": ["${env}", "torchrun", "--standalone", *FLAGS]}
 
 
 def read_sweep(path):
-    """A sweep's configuration from TOML or YAML, in W&B's own words, its command filled in. Raises UserError."""
+    """Read a sweep's configuration, in W&B's schema, from TOML or YAML; fill in its command. Raises UserError."""
     try:
         text = Path(path).read_text()
         if Path(path).suffix == ".toml":
             sweep = tomllib.loads(text)
         else:
-            import yaml  # comes with wandb
+            import yaml  # installed with wandb
 
             sweep = yaml.safe_load(text)
     except OSError as error:
@@ -60,7 +60,7 @@ def read_sweep(path):
 
 def create(args):
     sweep, wandb = read_sweep(args.sweep), import_wandb()
-    os.environ["WANDB_SILENT"] = "true"  # what matters is printed all the same
+    os.environ["WANDB_SILENT"] = "true"  # what matters is printed here
     settings = with_environment(WandbConfig(wandb_project=args.project or sweep.get("project", ""),
                                             wandb_entity=args.entity or sweep.get("entity", "")))
     entity = settings.wandb_entity or wandb.Api(timeout=30).default_entity
@@ -74,15 +74,15 @@ def agent(args):
         raise UserError(f"--agents {args.agents}: at most {MOST_AGENTS}")
     wandb = import_wandb()
     environment = dict(os.environ)
-    # The agent looks up `python` and `torchrun`: these are to be the ones of this environment.
+    # The agent looks up `python` and `torchrun` on PATH: make it find those of this Python environment.
     environment["PATH"] = os.path.dirname(sys.executable) + os.pathsep + environment.get("PATH", "")
     if args.nproc_per_node:
         if "torchrun" not in wandb.Api(timeout=30).sweep(args.sweep).config.get("command", []):
             raise UserError(f"--nproc-per-node {args.nproc_per_node}: the trials of {args.sweep} are not started by "
                             f"torchrun; create the sweep with program: train_ddp.py")
-        environment["PET_NPROC_PER_NODE"] = str(args.nproc_per_node)  # torchrun's own variable for its flag
+        environment["PET_NPROC_PER_NODE"] = str(args.nproc_per_node)  # torchrun's environment variable for this flag
     count = ["--count", str(args.count)] if args.count else []
-    # A signal ends the trial, which saves, before it ends the agent: else both would be gone before it has.
+    # Forward signals, so that the trial saves and exits before the agent does: else both die before it has saved.
     command = [sys.executable, "-m", "wandb", "agent", "--forward-signals", *count, args.sweep]
     agents = [subprocess.Popen(command, env=environment | gpus, preexec_fn=_end_with_this_process)
               for gpus in shares(args.agents)]
@@ -90,19 +90,19 @@ def agent(args):
 
     def forward(number, frame):
         received.append(number)
-        if number == signal.SIGTERM:  # SIGINT the terminal has sent to the agents as well
+        if number == signal.SIGTERM:  # SIGINT has already reached the agents, from the terminal
             for one in agents:
                 one.terminate()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, forward)
-    codes = [code if code >= 0 else 128 - code for code in [one.wait() for one in agents]]  # -9: ended by signal 9
+    codes = [code if code >= 0 else 128 - code for code in [one.wait() for one in agents]]  # -9: killed by signal 9
     return 128 + received[0] if received else max(codes)
 
 
 def shares(agents):
-    """The environment of each agent that gives it GPUs of its own: as many to each; where there are fewer than agents,
-    some share one."""
+    """Environment variables that give each agent GPUs of its own, the same number to each; if there are fewer GPUs than
+    agents, some agents share one."""
     if agents == 1:
         return [{}]
     import torch

@@ -1,4 +1,4 @@
-"""Where text comes from: files, folders, tables and datasets → documents, in pieces small enough to stream."""
+"""Text sources: files, folders, tables and datasets → documents, in pieces small enough to stream."""
 
 import codecs
 import glob
@@ -16,30 +16,30 @@ from tokenizer import END_OF_TEXT, hub_reachable
 
 log = logging.getLogger("mini_llm")
 
-PIECE = 1 << 15  # characters given to the tokenizer at once
+PIECE = 1 << 15  # characters passed to the tokenizer at once
 TEXT_SUFFIXES = {".txt", ".text", ".md"}
 TABLE_SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
 class Source:
-    """`kind`: text, json, parquet, or hub (NAME[:CONFIG][@SPLIT]). A text source is one file; others may be several."""
+    """`kind`: text, json, parquet, or hub (NAME[:CONFIG][@SPLIT]). A text source is one file; tables may be several."""
 
     kind: str
     paths: tuple[str, ...]
-    argument: int = 0  # which of the paths that were given it comes from
+    argument: int = 0  # index of the given path that it comes from
 
     def files(self):
         return () if self.kind == "hub" else self.paths
 
 
 def files_of(sources):
-    """The files of all of them, each by its one true path, and the datasets of the hub by name."""
+    """The real paths of all files of the sources, and the names of their Hub datasets."""
     return {os.path.realpath(file) if source.files() else file for source in sources for file in source.paths}
 
 
 def find_sources(paths, label="--train-data"):
-    """Paths, globs, folders and dataset names → Sources. Raises UserError for whatever is not there or not text."""
+    """Paths, globs, folders and dataset names → Sources. Raises UserError for anything that is missing or not text."""
     sources, known, again = [], set(), 0
     for argument, path in enumerate(paths):
         if is_pattern(path):
@@ -58,8 +58,8 @@ def find_sources(paths, label="--train-data"):
             continue
         else:
             raise UserError(f"{label} {path}: no such file or folder")
-        files = [file for file in files if os.path.getsize(file)] or files  # of many, some may be empty
-        if label == "--train-data":  # a file read twice could be on both sides of the validation split
+        files = [file for file in files if os.path.getsize(file)] or files  # skip empty files, unless all are
+        if label == "--train-data":  # a file read twice could end up on both sides of the validation split
             new = {}
             for file in files:
                 if (real := os.path.realpath(file)) not in known:
@@ -77,13 +77,13 @@ def find_sources(paths, label="--train-data"):
 
 
 def _is_hub_name(path):
-    """Whether it can be a dataset of the hub, and is not more likely a file that is missing."""
+    """Whether `path` may be the name of a Hub dataset, rather than a missing file."""
     missing = Path(path).suffix in TEXT_SUFFIXES | TABLE_SUFFIXES.keys() or os.path.isdir(Path(path).parts[0])
     return re.fullmatch(r"\w[\w-]*(/[\w.-]+)?(:[\w.-]+)?(@[\w.-]+)?", path) and not missing
 
 
 def _texts_and_tables(folder, suffixes):
-    """The files in a folder and below, but for hidden ones, what runs and W&B have written there, and token caches."""
+    """Text and table files in a folder, recursively, but no hidden files, files of runs or W&B, or token caches."""
     found = sorted(file for file in folder.rglob("*")
                    if not any(part[0] == "." for part in file.relative_to(folder).parts))
     ours = {file.parent for file in found if file.name == "tokenizer.json" and file.parent.suffix == ".tokenizer"
@@ -99,7 +99,7 @@ def is_pattern(path):
 
 
 def matching(pattern):
-    """The files and folders that match. `**` enters no linked folder: links may lead round in circles."""
+    """The files and folders that match. `**` does not follow links to folders, which may form cycles."""
     parts = Path(pattern).parts
     if "**" not in parts:
         return glob.glob(pattern)
@@ -111,9 +111,9 @@ def matching(pattern):
 
 
 def source_names(paths):
-    """Names for several of the paths that `find_sources` takes, no two the same and each fit for a metric: a file's
-    stem, the last part of a folder or dataset, of a pattern what its wildcards leave, else its folder. A path alone
-    needs none: []."""
+    """Names for two or more of the paths that `find_sources` takes, unique and usable in metric names: a file's stem,
+    the last part of a folder or dataset name, a pattern's last part without its wildcards or, if nothing is left, its
+    folder. A single path needs none: []."""
     names = []
     for path in paths if len(paths) > 1 else []:
         whole = Path(os.path.abspath(path))
@@ -132,7 +132,7 @@ def builtin_sources():
 
 
 def _check_readable(file, label):
-    if not os.path.isfile(file):  # a pipe cannot be read twice, a device has no end
+    if not os.path.isfile(file):  # a pipe cannot be read twice, a device may be endless
         raise UserError(f"{label} {file}: not a file; write the text to one")
     try:
         with open(file, "rb") as stream:
@@ -145,7 +145,7 @@ def _check_readable(file, label):
     if kind == "parquet":
         return
     if kind == "json" and head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] not in (b"{", b"["):
-        # On a first row that is null, pyarrow's reader ends the process.
+        # If the first row is null, pyarrow's reader crashes the process.
         raise UserError(f"{label} {file}: not JSON rows, which begin with {{; give .txt, .jsonl or .parquet")
     undecodable = codecs.getincrementaldecoder("utf-8")("replace").decode(head).count("\ufffd")
     if b"\0" in head or undecodable > len(head) / 10:
@@ -153,7 +153,7 @@ def _check_readable(file, label):
 
 
 def require_hub(sources, label="--train-data"):
-    """Raises UserError within seconds where datasets of the hub are wanted, and it cannot be reached."""
+    """Raises UserError within seconds if any source is a Hub dataset and the Hub is unreachable."""
     names = [source.paths[0] for source in sources if source.kind == "hub"]
     if names and not hub_reachable():
         raise UserError(f"{label} {names[0]}: no such file, and as a Hugging Face dataset it cannot be reached")
@@ -164,14 +164,14 @@ class Piece:
     text: str
     split: str  # train or val
     ends_document: bool
-    argument: int = 0  # its source's
+    argument: int = 0  # that of its source
 
 
 def pieces(sources, split, val_ratio=0.0, seed=0) -> Iterator[Piece]:
     """The documents of the sources in order, in pieces of about PIECE characters.
 
-    With a `val_ratio`, whole documents go to validation, spread evenly over the corpus. A few text files are too few
-    for that: then each gives its tail, cut at the end of a document or line.
+    With a `val_ratio`, whole documents are held out for validation, spread evenly over the corpus. If the sources are
+    too few text files for that, the tail of each is held out instead, cut at the end of a document or line.
     """
     texts = [source for source in sources if source.kind == "text"]
     tails = val_ratio and len(texts) == len(sources) and len(texts) * val_ratio < 2
@@ -179,7 +179,7 @@ def pieces(sources, split, val_ratio=0.0, seed=0) -> Iterator[Piece]:
     for source in sources:
         if tails:
             cut, size = tail_start(source.paths[0], val_ratio), os.path.getsize(source.paths[0])
-            # The tail first: with --max-tokens the rest need not be read to the end.
+            # The tail comes first: with --max-tokens, the rest need not be read to the end.
             parts = [(text_pieces(source.paths[0], cut, size), "val"), (text_pieces(source.paths[0], 0, cut), "train")]
         elif source.kind == "text":
             parts = [(text_pieces(source.paths[0]), None)]
@@ -193,16 +193,16 @@ def pieces(sources, split, val_ratio=0.0, seed=0) -> Iterator[Piece]:
 
 
 def is_validation(index, ratio, seed):
-    """Whether document `index` is one of the share `ratio`: a low-discrepancy sequence (multiples of the golden
-    ratio), so that even a few dozen documents give the right share."""
-    return (index + seed % (1 << 20)) * 0.6180339887498949 % 1.0 < ratio  # a large seed would use up the float's digits
+    """Whether document `index` is in the fraction `ratio` held out for validation: a low-discrepancy sequence
+    (multiples of the golden ratio), so that even a few dozen documents are split in the right proportion."""
+    return (index + seed % (1 << 20)) * 0.6180339887498949 % 1.0 < ratio  # a large seed would cost float precision
 
 
 def tail_start(file, ratio):
-    """The byte at which the last `ratio` of a text file begins, moved to the next end of a document, else of a line."""
+    """The byte where the last `ratio` of a text file begins, moved on to the next end of a document, else of a line."""
     size, mark = os.path.getsize(file), END_OF_TEXT.encode()
     start = int(size * (1 - ratio))
-    first = max(0, start - len(mark) + 1)  # a mark that begins from here on ends behind `start`
+    first = max(0, start - len(mark) + 1)  # a mark that begins here or later ends after `start`
     with open(file, "rb") as stream:
         stream.seek(first)
         window = stream.read(1 << 20)
@@ -210,7 +210,7 @@ def tail_start(file, ratio):
         rest = window[found + len(mark):]
         if rest.strip() or first + len(window) < size:  # another document follows
             return first + found + len(mark)
-        start = min(start, first + found)  # not within the file's last mark
+        start = min(start, first + found)  # not inside the file's last mark
     window = window[start - first:]
     if (found := window.find(b"\n")) >= 0 and start + found + 1 < size:
         return start + found + 1
@@ -220,8 +220,8 @@ def tail_start(file, ratio):
 
 
 def text_pieces(file, start=0, stop=None):
-    """(text, ends a document) for bytes start..stop of a text file. `<|endoftext|>` ends a document, and so does the
-    end of the range. Reads as it goes: a file of any size costs a few MB. Undecodable bytes become U+FFFD."""
+    """Yields (text, ends_document) for bytes start..stop of a text file. `<|endoftext|>` ends a document, as does the
+    end of the range. Streams: a file of any size takes a few MB of memory. Undecodable bytes become U+FFFD."""
     decoder = codecs.getincrementaldecoder("utf-8-sig" if start == 0 else "utf-8")("replace")
     left, buffer = (os.path.getsize(file) if stop is None else stop) - start, ""
     with open(file, "rb") as stream:
@@ -246,8 +246,8 @@ def document_pieces(document):
 
 
 def cut_text(text):
-    """Cut a text into pieces of about PIECE characters where GPT-2's pre-tokenizer cuts it anyway: before the newline
-    or the space that is followed by a word. So the pieces' tokens are the text's tokens. Returns at least one piece."""
+    """Split a text into pieces of about PIECE characters where GPT-2's pre-tokenizer splits it anyway: before a newline
+    or space followed by a word. So the pieces have the same tokens as the whole text. Returns at least one piece."""
     found, start = [], 0
     while len(text) - start > 2 * PIECE:
         end = start + PIECE
@@ -258,7 +258,7 @@ def cut_text(text):
 
 
 def _last_break(text, mark, start, end):
-    """The last `mark` in (start, end) that a word follows and, for a space, that a word precedes; None if none."""
+    """The last `mark` in (start, end) that is followed by a word and, if a space, also preceded by one; else None."""
     while (end := text.rfind(mark, start + 1, end)) > 0:
         if not text[end + 1].isspace() and (mark == "\n" or not text[end - 1].isspace()):
             return end
@@ -266,7 +266,7 @@ def _last_break(text, mark, start, end):
 
 
 def _has_rows(path):
-    """Whether a Parquet file holds any; of one that is damaged the reader tells."""
+    """Whether a Parquet file has any rows; True if it is damaged, so that the reader reports it."""
     import pyarrow.parquet
 
     try:
@@ -276,12 +276,12 @@ def _has_rows(path):
 
 
 def table_pieces(source):
-    """(text, ends a document) for each row of JSONL or Parquet files or of a dataset of the Hugging Face hub."""
+    """Yields (text, ends_document) for the rows of JSONL or Parquet files or of a Hugging Face Hub dataset."""
     import datasets
 
     name = " ".join(source.paths)
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs, the error below says
+    datasets.logging.set_verbosity(logging.CRITICAL)  # the error below reports what it would log
     try:
         if source.kind == "hub":
             name, _, split = source.paths[0].partition("@")
@@ -294,7 +294,7 @@ def table_pieces(source):
         column = None
         for row in rows:
             text = row.get("text")
-            if "text" not in row:  # then the one column of strings, the same in every row
+            if "text" not in row:  # use the only string column, the same one in every row
                 strings = {key for key, value in row.items() if isinstance(value, str)}
                 column = column or next(iter(strings), None)
                 if strings - {column} or not strings and all(value is not None for value in row.values()):
@@ -306,7 +306,7 @@ def table_pieces(source):
                 yield from document_pieces(text)
     except UserError:
         raise
-    except Exception as error:  # datasets wraps what its readers raise in many types of its own
+    except Exception as error:  # datasets wraps its readers' errors in many types of its own
         reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
         if source.kind == "hub":
             raise UserError(f"{source.paths[0]}: {reason}; name a configuration as {repository}:NAME, a split other "

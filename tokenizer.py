@@ -1,4 +1,4 @@
-"""Tokenizers, all of one kind: `tokenizers.Tokenizer`, the type behind every fast Hugging Face tokenizer."""
+"""Tokenizers, all of one type: `tokenizers.Tokenizer`, which underlies every fast Hugging Face tokenizer."""
 
 import json
 import os
@@ -14,9 +14,9 @@ EOS_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[SE
 
 
 def load_tokenizer(name):
-    """The tokenizer of that name or folder; None for one that is trained on the text (bpe, char).
+    """The tokenizer with that name or in that folder; None for one that is trained on the text (bpe, char).
 
-    Raises UserError within seconds where the hub would be needed and cannot be reached.
+    Raises UserError within seconds if the Hub is needed but unreachable.
     """
     if name in ("bpe", "char"):
         return None
@@ -24,15 +24,15 @@ def load_tokenizer(name):
 
 
 def train_tokenizer(name, texts, vocab_size):
-    """`bpe`: GPT-2's byte-level BPE with `vocab_size` tokens in all (Sennrich et al. 2016). `char`: every character of
-    the texts."""
+    """`bpe`: GPT-2's byte-level BPE with `vocab_size` tokens in total (Sennrich et al. 2016). `char`: one token for
+    every character in the texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if name == "char":
         alphabet = sorted(set().union(*(set(text) for text in texts)))
         if not alphabet:
             raise UserError("--tokenizer-name char: the text has no characters; give --train-data with text in it")
-        # BPE with nothing to merge is a character tokenizer that every Hugging Face tool understands.
+        # BPE without merges is a character tokenizer that every Hugging Face tool understands.
         tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
         tokenizer.decoder = decoders.Fuse()
         tokenizer.add_special_tokens([END_OF_TEXT])
@@ -50,9 +50,9 @@ def train_tokenizer(name, texts, vocab_size):
 
 
 def save_tokenizer(tokenizer, folder, name):
-    """Write a folder that `transformers.AutoTokenizer` loads; returns the id of the end-of-text token, or None."""
+    """Write a folder that `transformers.AutoTokenizer` can load; returns the id of the end-of-text token, or None."""
     folder.mkdir()
-    # Not its own save(), whose errors are not OSErrors.
+    # Not tokenizer.save(), whose errors are not OSErrors.
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")
     eos = _eos_token(tokenizer, name)
     config = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=eos, bos_token=eos)
@@ -61,7 +61,7 @@ def save_tokenizer(tokenizer, folder, name):
 
 
 def open_tokenizer(folder):
-    """The tokenizer that `save_tokenizer` wrote. Raises UserError where it is damaged."""
+    """The tokenizer that `save_tokenizer` wrote. Raises UserError if it is damaged."""
     from tokenizers import Tokenizer
 
     try:
@@ -71,19 +71,19 @@ def open_tokenizer(folder):
 
 
 def end_of_text(tokenizer, folder):
-    """The id of its end-of-text token, or None."""
+    """The id of the tokenizer's end-of-text token, or None."""
     eos = _eos_token(tokenizer, str(folder))
     return None if eos is None else tokenizer.token_to_id(eos)
 
 
 def known_characters(tokenizer):
-    """Those that a char tokenizer has tokens for; None for others, which are taken to have tokens for every text."""
+    """The characters that a char tokenizer has tokens for; None for others, which are assumed to encode any text."""
     vocabulary = tokenizer.get_vocab(with_added_tokens=False)
     return None if tokenizer.pre_tokenizer or max(map(len, vocabulary), default=0) > 1 else vocabulary.keys()
 
 
 def as_encoded(text, known):
-    """`text` without the characters that no token stands for: those not among the `known_characters`."""
+    """`text` without the characters that have no token: those not in `known`, from `known_characters`."""
     unknown = set(text) - known if known is not None else ()
     return text.translate(dict.fromkeys(map(ord, unknown))) if unknown else text
 
@@ -100,7 +100,7 @@ def _byte_tokenizer():
 
 
 def _pretrained(name):
-    """A folder's or the hub's tokenizer: from the local cache if it is there, else from the hub if it answers."""
+    """A folder's or the Hub's tokenizer: from the local cache if it is there, else from the Hub if it is reachable."""
     from tokenizers import Tokenizer
 
     if os.path.isdir(name):
@@ -109,7 +109,7 @@ def _pretrained(name):
         file = _hub_file(name, "tokenizer.json", local_files_only=True)
         reachable = file is not None or hub_reachable()
         if file is None and reachable:
-            # Into the cache, where the end-of-text token is looked up; before the file that other ranks look for.
+            # Cached for the end-of-text lookup, and before tokenizer.json, whose presence other ranks check for.
             _hub_file(name, "tokenizer_config.json")
             file = _hub_file(name, "tokenizer.json")
     if file is not None and os.path.exists(file):
@@ -131,19 +131,19 @@ def _pretrained(name):
 
 
 def _unbounded(tokenizer):
-    """Some come with a truncation to the model they were made for."""
+    """Turns off truncation and padding: some tokenizers come truncating to their model's context length."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
 def _slow_pretrained(name):
-    """A tokenizer that has no tokenizer.json: transformers converts it. None where it is none."""
+    """A tokenizer without a tokenizer.json, converted by transformers; None if there is none."""
     try:
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False).backend_tokenizer
-    except Exception:  # it raises whatever a file that it does not expect makes it run into
+    except Exception:  # an unexpected file can make it raise anything
         return None
 
 
@@ -158,7 +158,7 @@ def _hub_file(name, file, **options):
 
 
 def hub_reachable(seconds=3.0):
-    """Whether the Hugging Face hub answers within so many seconds: its own clients try for a minute."""
+    """Whether the Hugging Face Hub answers within that many seconds: its own clients try for a minute."""
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         return False
     answered = threading.Event()
@@ -169,10 +169,10 @@ def hub_reachable(seconds=3.0):
             answered.set()
         except urllib.request.HTTPError:
             answered.set()
-        except (OSError, ValueError):  # the latter of an HF_ENDPOINT that is no address
+        except (OSError, ValueError):  # ValueError if HF_ENDPOINT is not a URL
             pass
 
-    # A thread, because a name look-up that hangs heeds no timeout.
+    # In a thread, because a DNS lookup that hangs ignores the timeout.
     thread = threading.Thread(target=probe, daemon=True)
     thread.start()
     thread.join(seconds)
@@ -180,7 +180,7 @@ def hub_reachable(seconds=3.0):
 
 
 def _eos_token(tokenizer, name):
-    """The end-of-text token: what the tokenizer's own config says, else the first of the usual names that it has."""
+    """The end-of-text token: the one that the tokenizer's own config names, else the first of EOS_NAMES that it has."""
     source = Path(name) / "tokenizer_config.json" if name not in OWN and os.path.isdir(name) else None
     if source is None and name not in OWN:
         found = _hub_file(name, "tokenizer_config.json", local_files_only=True)

@@ -1,7 +1,7 @@
-"""A source of text whose entropy is known: a Markov chain over the letters.
+"""A text source of known entropy: a Markov chain over characters.
 
-Its entropy rate, −Σᵢ πᵢ Σⱼ Pᵢⱼ ln Pᵢⱼ, is the least loss that any model can reach on it: a run on toy data shows
-whether training works, not only that it falls.
+Its entropy rate, −Σᵢ πᵢ Σⱼ Pᵢⱼ ln Pᵢⱼ, is the lowest loss that any model can reach on it: a run on toy data shows
+whether training works, not just that the loss falls.
 """
 
 import string
@@ -9,24 +9,24 @@ import string
 import numpy as np
 
 ALPHABET = string.ascii_letters + string.digits + " ."
-N_CHAINS, LENGTH = 512, 2048  # one document of about a million characters; the chains run side by side
+N_CHAINS, LENGTH = 512, 2048  # one document of about a million characters; the chains are generated in parallel
 VAL_CHAINS = 32
 
 
 def transitions(seed):
-    """P, (64, 64): row i is the distribution of the next letter after letter i."""
+    """P, (64, 64): row i is the distribution of the character that follows character i."""
     return np.random.default_rng(seed).dirichlet(np.full(len(ALPHABET), 0.2), len(ALPHABET))
 
 
 def stationary(matrix):
-    """π with πP = π, (64,)."""
+    """The stationary distribution: π with πP = π, (64,)."""
     values, vectors = np.linalg.eig(matrix.T)
     pi = np.real(vectors[:, np.argmax(np.real(values))])
     return pi / pi.sum()
 
 
 def entropy_rate(seed):
-    """In nats a letter."""
+    """In nats per character."""
     matrix = transitions(seed)
     return float(-stationary(matrix) @ np.where(matrix > 0, matrix * np.log(np.maximum(matrix, 1e-300)), 0).sum(1))
 

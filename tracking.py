@@ -62,9 +62,9 @@ class TrackingConfig:
 
 
 def setup_logging(is_main):
-    """Messages of all modules to stdout, from the main rank alone, around the progress bar. They are kept, too, for the
-    log file, which is opened once it is known that there is something to train."""
-    sys.stdout.reconfigure(errors="replace")  # a sample may hold what this terminal has no character for
+    """Send all modules' messages to stdout, from the main rank only, without disturbing the progress bar. They are also
+    buffered for the log file, which is opened only once it is known that there is something to train."""
+    sys.stdout.reconfigure(errors="replace")  # a sample may contain characters that this terminal cannot encode
     log.handlers, log.propagate = [_ConsoleHandler(), MemoryHandler(1000, flushLevel=logging.CRITICAL)], False
     log.setLevel(logging.INFO if is_main else logging.CRITICAL + 1)
 
@@ -74,24 +74,24 @@ FORMATTER = logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S")
 
 class _ConsoleHandler(logging.Handler):
     def emit(self, record):
-        with contextlib.suppress(OSError):  # a file on a full disk, a pipe or terminal that is gone: not worth the run
+        with contextlib.suppress(OSError):  # a full disk, closed pipe or lost terminal must not end the run
             tqdm.write(FORMATTER.format(record), file=sys.stdout)
             sys.stdout.flush()
 
 
 class _LogFile(logging.FileHandler):
     def handleError(self, record):
-        """A full disk costs lines of this file; they are on the console, too."""
+        """Ignore errors: a full disk only loses lines of this file, which are on the console, too."""
 
 
 def log_facts(cfg, world, corpus, raw, precision, accum, state):
-    """Say what is about to be trained, on what."""
+    """Log what is about to be trained, and on which device and data."""
     tokens, n_params, size = corpus.meta["tokens"], raw.num_params(), raw.cfg
     micro = cfg.batch.batch_size * corpus.seq_len
     step_tokens = micro * accum * world.size
-    # Weights, gradients and AdamW's moments in fp32; activations as counted by Korthikanti et al. 2022 (34 bytes a
-    # token, layer and channel with flash attention and 16-bit products) and the logits with their gradient, which
-    # torch.compile and chunks have in one place.
+    # Weights, gradients and AdamW's moments in fp32; activations as counted by Korthikanti et al. 2022 (34 bytes per
+    # token, layer and channel with flash attention and 16-bit matmuls), plus the logits and their gradient, which share
+    # one buffer under torch.compile and in the chunked loss.
     compiled = should_compile(cfg.speed, world.device)
     fixed, layers = 16 * n_params, 1 if size.use_activation_checkpoint else size.n_layers
     per_token = 34 * size.d_model * layers + (2 if raw.chunks_loss or compiled else 10) * size.vocab_size
@@ -116,11 +116,11 @@ def log_facts(cfg, world, corpus, raw, precision, accum, state):
 
 
 class Tracker:
-    """Sends each report to the console and to every sink. On other ranks than the main one there is no console, and a
-    sink only where --wandb-run-mode has them write to W&B."""
+    """Sends each report to the console and to every sink. Ranks other than the main one have no console output, and
+    have sinks only if --wandb-run-mode makes them write to W&B."""
 
     def __init__(self, cfg, world, state, amp, config):
-        """`cfg` is the whole configuration, `config` what the run is tracked with. Collective with --use-wandb."""
+        """`cfg`: the whole configuration; `config`: the facts to record with the run. Collective with --use-wandb."""
         self.num_steps, self.amp, self.exit_code = cfg.optim.num_steps, amp, 0
         self.beside, self.is_main, self.sinks, self.file = cfg.checkpoint.beside, world.is_main, [], None
         self.step, self.wandb, self.since = state.step, None, (time.perf_counter(), state.step)
@@ -142,14 +142,14 @@ class Tracker:
             return wandb, base_run_id(in_sweep() or wandb.wandb_run_id, state.wandb_run_id, self.beside(".wandb.json"),
                                       bool(cfg.checkpoint.resume))
 
-        wandb, state.wandb_run_id = world.from_main(resolve)  # also where another node's environment says otherwise
+        wandb, state.wandb_run_id = world.from_main(resolve)  # even if another node's environment differs
         if wandb.wandb_mode == "disabled":
             return None, None
         return wandb, plan_run(wandb.wandb_run_mode, wandb.wandb_rank_scope, state.wandb_run_id,
                                distributed_info(world))
 
     def _open(self, cfg, step, wandb, config, tag):
-        """The files of this rank; those of others than the main one have a `tag` in their names."""
+        """Open this rank's files; on ranks other than the main one, their names contain `tag`."""
         self.beside(".log").parent.mkdir(parents=True, exist_ok=True)
         console, toml = None, to_toml(cfg, without=("resume", "overwrite", "dry_run"))
         if self.is_main:
@@ -182,7 +182,7 @@ class Tracker:
         if kind:
             self.exit_code = 1
             log.error("stopped by %s: %s", kind.__name__, error)
-            if self.file and not issubclass(kind, (RunFailed, KeyboardInterrupt)):  # stderr has it, the log would not
+            if self.file and not issubclass(kind, (RunFailed, KeyboardInterrupt)):  # else only stderr has it
                 with contextlib.suppress(OSError):
                     traceback.print_exception(error, file=self.file.stream)
             if known := [file for file in map(self.beside, (".pt", ".best.pt")) if file.exists()]:
@@ -203,14 +203,14 @@ class Tracker:
             sink.log(step, record)
 
     def report(self, state, epochs_per_step, metrics):
-        """`metrics` under the names of the README's table: one line, and one row in every sink. What `rank/` names is
-        of this rank alone: it goes where ranks write for themselves."""
+        """Log `metrics`, named as in the README's table: one console line, and one row in every sink. Metrics under
+        `rank/` are this rank's own, and logged only where ranks write to W&B separately."""
         metrics |= {"train/tokens": state.tokens, "train/epoch": state.step * epochs_per_step,
                     "amp": float(self.amp != "off")}
         began, first = self.since
         per_step = (time.perf_counter() - began) / max(1, state.step - first)  # evaluations and saves included
         log.info("%s", console_line(state.step, self.num_steps, metrics, per_step, self.amp))
-        if state.step == first:  # the evaluation before the first step comes but once
+        if state.step == first:  # exclude the one-time evaluation before the first step
             self.since = time.perf_counter(), first
         own = {name: metrics.pop(name) for name in list(metrics) if name.startswith("rank/")}
         row = metrics if self.is_main or self.plan and self.plan.primary else {}
@@ -222,14 +222,14 @@ class Tracker:
     def sample(self, step, make_text):
         try:
             text = make_text()
-        except Exception as error:  # worth less than the run: no tokenizers package here, say
+        except Exception as error:  # must not end the run; the tokenizers package may be missing, for example
             log.warning("no sample: %s", error)
             return
         log.info("sample at step %d:\n%s", step, text)
         self._record(step, event="sample", text=text)
 
     def saved(self, path, state, best):
-        """The main rank has written a checkpoint: W&B may want it."""
+        """Called after the main rank has written a checkpoint: upload it to W&B if wanted."""
         if self.wandb and (link := self.wandb.checkpoint_to_upload(path, state.step, best)):
             self._record(state.step, event="checkpoint", path=link, best=best, tokens=state.tokens,
                          val_loss=state.val_loss)
@@ -244,7 +244,7 @@ class Tracker:
 
 
 def console_line(step, num_steps, m, seconds_per_step, amp):
-    """The report as one line; what was not measured this time is left out. Epochs count from 1 here."""
+    """The report as one line, without metrics that were not measured this time. Epochs count from 1 here."""
     parts = [f"epoch {max(1, math.ceil(m['train/epoch']))} step {step}/{num_steps}"]
 
     def show(text, *names):
@@ -271,13 +271,13 @@ def console_line(step, num_steps, m, seconds_per_step, amp):
 
 
 class JsonlSink:
-    """One JSON object a line: a report, or where it has an `event`, that: the configuration at the start, a sample, the
-    exit. On resume, lines after the checkpoint's step are cut off: the run will write them again."""
+    """One JSON object per line: a report or, if it has an `event`, that: the configuration at the start, a sample, the
+    exit, ... On resume, lines after the checkpoint's step are removed: the run will write them again."""
 
     def __init__(self, path, start_step):
         draft = path.with_name(path.name + ".tmp")
         with open(draft, "wb") as file, open(path if start_step and path.exists() else os.devnull, "rb") as before:
-            for line in before:  # not parsed: histograms are megabytes
+            for line in before:  # not parsed: histograms take megabytes
                 step = re.match(rb'\{"step": (\d+), "time": ', line)
                 if step and int(step[1]) <= start_step and line.endswith(b"}\n"):
                     file.write(line)
@@ -286,7 +286,7 @@ class JsonlSink:
         self.unwritten, self.failed = b"", False
 
     def place(self):
-        """The file, and where what comes next will be in it."""
+        """The file's path, and the byte offset of the next record."""
         return str(self.path), self.path.stat().st_size
 
     def log(self, step, record):
@@ -295,7 +295,7 @@ class JsonlSink:
         self._write()
 
     def _write(self):
-        """Append what is not written yet; on a full disk nothing of it, to be tried again with the next record."""
+        """Append all pending records. If that fails (disk full), undo it and retry with the next record."""
         whole = os.fstat(self.file.fileno()).st_size
         try:
             left = memoryview(self.unwritten)
@@ -339,20 +339,20 @@ class TensorboardSink:
         try:
             if not self.broken:
                 write(*args)
-        except Exception as error:  # what its writing thread met: a full disk, say
+        except Exception as error:  # an error of its writer thread, such as a full disk
             log.warning("TensorBoard's events are no longer written: %s", error)
             self.broken = True
 
 
 def make_profiler(enabled, path):
-    """A torch.profiler that traces three steps after three of warm-up, or a null object with the same `step()`."""
+    """A torch.profiler that skips three steps and traces the next three, or a null object with the same `step()`."""
     if not enabled:
         return contextlib.nullcontext(types.SimpleNamespace(step=lambda: None))
 
     def on_ready(profiler):
         path.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(path))
-        if path.exists():  # torch says nothing of a full disk
+        if path.exists():  # torch does not report a full disk
             log.info("profile of 3 steps: %s (open it in https://ui.perfetto.dev)", path)
         else:
             path.with_name(path.name + ".tmp").unlink(missing_ok=True)

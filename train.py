@@ -1,4 +1,4 @@
-"""Pretrain a GPT on one device: `python train.py`. The loop here is the only one: `train_ddp.py` runs it with a
+"""Pretrain a GPT on one device: `python train.py`. This is the only training loop: `train_ddp.py` runs it with a
 `World` of many processes."""
 
 import contextlib
@@ -48,39 +48,39 @@ class Config:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def validate(self):
-        if trial := in_sweep():  # the trials of a sweep are runs of their own
+        if trial := in_sweep():  # each trial of a sweep is a separate run
             self.checkpoint.checkpoint_path = str(self.checkpoint.beside(f".{trial}.pt"))
         if self.batch.global_batch_tokens and self.batch.grad_accum_steps > 1:
             raise UserError("--global-batch-tokens decides --grad-accum-steps: give one of them")
 
 
 class World:
-    """The processes that train together: here, one. `train_ddp.py` has the other kind."""
+    """The processes that train together: here, only one. `train_ddp.py` has the version for many."""
 
     rank = local_rank = node_rank = 0
     size = local_size = 1
-    launchers = 0  # processes above this one (torchrun): when one of them dies, this one saves and exits
+    launchers = 0  # number of launcher processes above this one (torchrun): when one dies, this process saves and exits
     is_main = True  # global rank 0: the one that logs and saves
-    saving = contextlib.nullcontext()  # held while a checkpoint is written
+    saving = contextlib.nullcontext()  # context manager held while a checkpoint is written
 
     def __init__(self, cfg):
         device = hardware.choose_device(cfg.speed.device, self.local_rank, alone=not self.launchers)
         self.device = hardware.configure(cfg.speed, device, cfg.model.dropout)
 
     def wrap(self, model):
-        """The module whose backward pass averages gradients over the ranks."""
+        """Returns the module whose backward pass averages gradients over the ranks."""
         return model
 
     def grad_sync(self, model, last):
-        """Context of a micro-batch's forward and backward: gradients are all-reduced in the last one only."""
+        """Context for a micro-batch's forward and backward: only the last micro-batch all-reduces the gradients."""
         return contextlib.nullcontext()
 
     def sum(self, values):
-        """Numbers → their sums over the ranks, float64."""
+        """Numbers → the sum of each over the ranks, in float64."""
         return list(values)
 
     def gather(self, values):
-        """Numbers of each rank, in the order of ranks."""
+        """Numbers → those of every rank, in rank order."""
         return [list(values)]
 
     def max(self, values):
@@ -88,34 +88,34 @@ class World:
         return list(values)
 
     def from_main(self, make):
-        """Calls `make()` on the main rank alone; every rank gets its result, or its exception."""
+        """Calls `make()` on the main rank only; every rank gets its result, or raises its exception."""
         return make()
 
     def at(self, step):
-        """Notes which step, counted from 1, this rank is in: for fault reports."""
+        """Records which step (counted from 1) this rank is in, for fault reports."""
 
     def require_same(self, mine, what):
-        """Collective. Raises UserError on every rank if any rank's dict differs, naming rank and key."""
+        """Collective. Raises UserError on every rank if any rank's dict differs, naming the rank and the keys."""
 
     def require_replicas(self, model, optimizer):
         """Collective. Raises RunFailed on every rank if weights or optimizer states differ between ranks."""
 
     @staticmethod
     def fail(error, code):
-        """Prints one line and exits. Static, since the error may come before there is a World."""
-        with contextlib.suppress(OSError):  # nobody is left to read it
+        """Prints one line and exits. Static, because the error may occur before there is a World."""
+        with contextlib.suppress(OSError):  # stderr may be gone
             print(f"error: {error}", file=sys.stderr)
         sys.exit(code)
 
     @staticmethod
     def crash(error):
-        """After an unexpected exception: exits with one line if the cause is known, else returns."""
+        """Handles an unexpected exception: exits with one line if the cause is known, otherwise returns."""
         if known := hardware.explained(error):
             World.fail(known, 1)
 
     @staticmethod
     def leave(code):
-        """Exits, once every rank is done."""
+        """Exits deliberately: other ranks do not treat it as a fault."""
         sys.exit(code)
 
 
@@ -124,7 +124,7 @@ class NonFinite(RunFailed):
 
 
 def train(cfg, world):
-    """Train until `num_steps`, or until a signal. Returns the exit code: 0, or 128 + the signal's number."""
+    """Train until `num_steps` or a stop signal. Returns the exit code: 0, or 128 + the signal number."""
     dry_run, batch_size = cfg.batch.dry_run, cfg.batch.batch_size
     world.require_same({flag(name): value for name, value in flatten(cfg).items()}, "flags")
     resume_from = None if dry_run else world.from_main(lambda: checkpoint.plan(cfg.checkpoint))
@@ -135,11 +135,11 @@ def train(cfg, world):
     epochs_per_step = step_samples / corpus.n_windows
     identity = checkpoint.run_identity(cfg, corpus, step_samples)
     precision = hardware.choose_precision(cfg.speed, world.device)
-    device = hardware.device_name(world.device) if cfg.optim.optimizer == "muon" else "any"  # its bits depend on that
+    device = hardware.device_name(world.device) if cfg.optim.optimizer == "muon" else "any"  # Muon's bits depend on it
     world.require_same(identity | {"precision": precision.name, "device": device}, "data or devices")
     saved = resume_from and world.from_main(lambda: checkpoint.restore(resume_from, cfg.checkpoint, identity, config))
 
-    torch.manual_seed(cfg.optim.seed)  # the same weights on every rank
+    torch.manual_seed(cfg.optim.seed)  # the same initial weights on every rank
     raw = GPT(dataclasses.replace(cfg.model, vocab_size=identity["--vocab-size"])).to(world.device)
     if not saved:
         load_initial(raw, cfg.init, world)
@@ -152,12 +152,12 @@ def train(cfg, world):
     del saved
     fast = torch.compile(raw) if hardware.should_compile(cfg.speed, world.device) else raw
     world.require_replicas(raw, optimizer)
-    model = world.wrap(fast)  # for the training step; `fast` evaluates, `raw` is saved
+    model = world.wrap(fast)  # `model` takes the training steps, `fast` evaluates, `raw` is saved
     num_steps, eval_steps = cfg.optim.num_steps, cfg.report.eval_every(cfg.optim.num_steps)
     log_facts(cfg, world, corpus, raw, precision, accum, state)
 
     def forward_backward(micro):
-        """One micro-batch of this rank → its loss. Gradients accumulate; the last one all-reduces them."""
+        """One micro-batch of this rank → its loss. Gradients accumulate; the last micro-batch all-reduces them."""
         with world.grad_sync(model, last=micro == accum - 1):
             with meter.forward, precision.autocast():
                 batch = corpus.batch(state.step, micro, accum, batch_size, world.rank, world.size)
@@ -167,8 +167,8 @@ def train(cfg, world):
 
     def train_step():
         """One optimizer step of all ranks → (losses of this rank's micro-batches, gradient norm, whether the step was
-        taken), on the device; None if fp16 overflowed: then only the loss scale has changed, and the caller repeats the
-        step."""
+        taken), all on the device. None after an fp16 overflow: only the loss scale has changed, and the caller retries
+        the step."""
         world.at(state.step + 1)
         hardware.seed_step(cfg.optim.seed, state.step, world.rank, world.device)
         set_lr(optimizer, lr_at(state.step, cfg.optim))
@@ -183,18 +183,18 @@ def train(cfg, world):
         if scaler.get_scale() < scale:
             if scale >= 1:
                 return None
-            scaler.update(2.0**16)  # not finite at any scale: the batch is skipped, as in other formats
+            scaler.update(2.0**16)  # not finite at any scale: skip the batch, as in bf16 and fp32
         return torch.stack(losses), norm, taken
 
     def payload():
-        """All that a resumed run needs, the same on every rank. Collective."""
+        """Everything a run needs to resume, identical on every rank. Collective."""
         world.require_replicas(raw, optimizer)
         return {name: part.state_dict() for name, part in parts.items()} | dict(
             format=checkpoint.FORMAT, state=dataclasses.asdict(state), identity=identity, config=config,
             start=corpus.start, torch=str(torch.__version__))
 
     def halt(what, step):
-        """Saves the weights and raises NonFinite, naming the samples of `step`, counted from 0. Collective."""
+        """Saves the weights and raises NonFinite, naming the samples of `step` (counted from 0). Collective."""
         last = payload()
 
         def keep():
@@ -222,14 +222,14 @@ def train(cfg, world):
     n_bytes, left = state_bytes(optimizer), num_steps - state.step
     world.from_main(lambda: checkpoint.claim(cfg.checkpoint, resume_from, 4 * raw.num_params() + n_bytes, left))
     stop = StopSignal(world, cfg.checkpoint.time_limit)
-    # A discarded pass, with room reserved for the optimizer's state: what does not fit or compile shows before anything
-    # is replaced. Not optional: DDP rebuilds its buckets after its first, and sums of three ranks then differ.
+    # A discarded warm-up pass, with memory held for the optimizer state: OOM and compile errors show before any file is
+    # replaced. Not optional: DDP rebuilds its buckets after its first, which changes sums of 3 or more ranks.
     with stop, Watchdog(meter, state, cfg, world.rank):
         reserved = torch.empty(0 if state.step else n_bytes, dtype=torch.uint8, device=world.device)
         for micro in sorted({0, accum - 1}):
             forward_backward(micro)
         optimizer.zero_grad(set_to_none=True)
-        reserved = world.sum([len(reserved)])  # a barrier: it fits on every rank; and the room is free again
+        reserved = world.sum([len(reserved)])  # a barrier: it fits on every rank; also frees the memory
         world.from_main(lambda: corpus.export_tokenizer(cfg.checkpoint.beside(".tokenizer")))
         state.best_val = world.from_main(
             lambda: checkpoint.begin(cfg.checkpoint, resume_from, state, cfg.report.eval_tokens))
@@ -255,7 +255,7 @@ def train(cfg, world):
             if due(cfg.report.log_steps):
                 saver.conclude(wait=False)
                 metrics = meter.report(ends_interval=state.step % cfg.report.log_steps == 0)
-                metrics["lr"] = lr_at(state.step - 1, cfg.optim)  # the rate of the step just taken
+                metrics["lr"] = lr_at(state.step - 1, cfg.optim)  # learning rate of the step just taken
                 if meter.skipped_in_row >= cfg.optim.max_bad_steps:
                     halt(f"was not finite in {meter.skipped_in_row} steps in a row, the last", state.step - 1)
             if due(eval_steps):
@@ -264,7 +264,7 @@ def train(cfg, world):
                 best = state.val_loss < state.best_val
             if metrics:
                 track.report(state, epochs_per_step, metrics)
-            if due(cfg.report.sample_steps):  # before saving: after a kill in here the step is repeated with its sample
+            if due(cfg.report.sample_steps):  # before saving: a run killed in here repeats the step and its sample
                 with meter.excluded("sample"), precision.autocast():
                     world.from_main(lambda: track.sample(
                         state.step, lambda: sample_text(raw, cfg.checkpoint.beside(".tokenizer"), corpus)))
@@ -282,14 +282,14 @@ def train(cfg, world):
 def main(world_type=World):
     try:
         cfg = parse(Config)
-        stop_when_orphaned(world_type.launchers + bool(in_sweep()))  # a sweep's agent is one, too
+        stop_when_orphaned(world_type.launchers + bool(in_sweep()))  # a sweep's agent is a launcher, too
         world = world_type(cfg)
         setup_logging(world.is_main)
         with needed_packages():
             world.leave(train(cfg, world))
     except (UserError, RunFailed) as error:
         world_type.fail(error, 2 if isinstance(error, UserError) else 1)
-    except KeyboardInterrupt:  # before there was anything to save
+    except KeyboardInterrupt:  # before there is anything to save, or a second Ctrl-C
         world_type.leave(130)
     except Exception as error:
         world_type.crash(error)

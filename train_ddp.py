@@ -1,7 +1,7 @@
 """Pretrain a GPT on many devices: `torchrun --nproc-per-node=N train_ddp.py`, on one node or several.
 
-The loop is train.py's. This file is what distributed data parallelism changes about it: each rank has a replica of the
-model and its share of every batch, and gradients are averaged in the backward pass.
+The training loop is train.py's. This file has what distributed data parallelism changes: each rank has a replica of the
+model and its share of every batch, and gradients are averaged during the backward pass.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from train import World, main
 
 class DDPWorld(World):
     launchers = 1  # torchrun
-    pulse = NoPulse()  # on the class: an error may come before there is a World
+    pulse = NoPulse()  # a class attribute: an error may occur before there is a World
 
     def __init__(self, cfg):
         told = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"
@@ -34,15 +34,15 @@ class DDPWorld(World):
         if self.device.type == "mps":
             raise UserError("--device mps: PyTorch has no collectives on Metal; use --device cpu, or python train.py")
         if self.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
-            torch.set_num_threads(max(1, usable_cores() // self.local_size))  # torchrun's 1 leaves cores idle
+            torch.set_num_threads(max(1, usable_cores() // self.local_size))  # torchrun's default, 1, leaves cores idle
         if cfg.checkpoint.resume != "auto" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
             raise UserError("torchrun --max-restarts starts this command again as it is: give it --resume auto")
-        # Gradients go over NCCL on GPUs; numbers and flags live on the CPU, go over gloo, and never wait for a GPU.
+        # On GPUs gradients use NCCL; scalars and flags stay on the CPU and use gloo, so they never wait for a GPU.
         DDPWorld.pulse = join("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", cfg.ranks.timeout)
 
     def wrap(self, model):
         devices = [self.device.index] if self.device.type == "cuda" else None
-        # The ranks' buffers are equal and stay so; torch 2.13 renamed the switch.
+        # Buffers are equal on all ranks and stay so: no need to broadcast them. torch 2.13 renamed the option.
         known = inspect.signature(DistributedDataParallel).parameters
         sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **{sync: False})
@@ -79,7 +79,7 @@ class DDPWorld(World):
         error, skeleton = outcome
         if error is not None:
             raise error
-        # Tensors one by one: a checkpoint is never pickled as a whole.
+        # Tensors are broadcast one by one, so that a checkpoint is never pickled as a whole.
         def share(tensor):
             tensor = torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor
             dist.broadcast(tensor, 0)

@@ -1,7 +1,7 @@
-"""The process that speaks to W&B during a run: reads the records of metrics.jsonl and passes them on.
+"""The process that talks to W&B during a run: reads the records of metrics.jsonl and sends them on.
 
-Started by `WandbSink`, which ends its standard input when the run is over. Everything here may wait, fail or be killed:
-the trainer does not notice.
+Started by `WandbSink`, which closes its standard input when the run is over. Everything here may block, fail or be
+killed without affecting training.
 """
 
 import contextlib
@@ -22,12 +22,12 @@ from pathlib import Path
 from processes import child_processes, only_one
 from wandb_runs import SOURCE, Job
 
-POLL = 1.0  # seconds between two looks at the file; each takes time from a core that training may want
-LOST_CODE = 137  # told to W&B where the trainer has vanished without a word: as after a SIGKILL
+POLL = 1.0  # seconds between reads of the file; each takes CPU time that training may need
+LOST_CODE = 137  # exit code reported to W&B if the trainer died without reporting one, as after SIGKILL
 
 
 class Tail:
-    """The whole lines that a file has grown by since the last look."""
+    """Reads the complete lines that were appended to a file since the last read."""
 
     def __init__(self, path, offset=0):
         self.file, self.rest = open(path, "rb"), b""
@@ -39,18 +39,18 @@ class Tail:
 
 
 class Follower:
-    """Reads the records of a run and passes them on to W&B until the trainer is done."""
+    """Reads the records of a run and sends them to W&B until the trainer has finished or died."""
 
     def __init__(self, job, say):
         self.job, self.say, self.ended, self.stopped = job, say, threading.Event(), False
         self.exit_code, self.seconds = LOST_CODE, job.finish_timeout
 
     def await_trainer(self, control):
-        """On a thread: what the trainer says at its end; then this process has so long and no longer."""
-        with contextlib.suppress(ValueError):  # no word: it was killed
+        """Runs in a thread: wait for the trainer's exit code and timeout, then end this process after that timeout."""
+        with contextlib.suppress(ValueError):  # EOF without a message: the trainer was killed
             self.exit_code, self.seconds = json.loads(control.readline())
         self.ended.set()
-        time.sleep(max(self.seconds / 2, self.seconds - 1))  # a little less: the trainer is to be out by then
+        time.sleep(max(self.seconds / 2, self.seconds - 1))  # a little less: the trainer should have exited by then
         end_children()
         self.say("WARNING", f"not finished within {self.seconds:g} s, ended; send the rest later: {self.job.sync}")
         leave()
@@ -61,24 +61,24 @@ class Follower:
 
     def run(self):
         rows, console = Tail(*self.job.rows), Tail(*self.job.console) if self.job.console else None
-        # A run that was killed and started again may still have the process of its first life at work.
+        # If the run was killed and restarted, the follower of its earlier start may still be at work.
         with only_one(self.job.lock, self.job.finish_timeout):
             with self._patience():
-                run = open_run(self.job, self.say, stop=lambda: self.stop())  # the SDK copies it: not with its self
+                run = open_run(self.job, self.say, stop=lambda: self.stop())  # a lambda: the SDK copies a method's self
             publisher = Publisher(run, self.job, self.say, samples_before(*self.job.rows))
             delivery, last = Delivery(run, self.job, self.say), False
             while not last:
-                last = self.ended.wait(POLL)  # before looking: all that was written by then is read now
+                last = self.ended.wait(POLL)  # wait before reading: what was written by then is read below
                 for line in console.lines() if console else ():
-                    print(line)  # W&B keeps what this process prints as the run's log
+                    print(line)  # W&B records this process's stdout as the run's console log
                 publisher.publish(rows.lines(), last)
                 delivery.check()
-            # A sweep would take up again what its agent has ended, or someone has stopped.
+            # Not in a sweep: W&B would requeue trials that the agent ended or a user stopped.
             if self.exit_code == 128 + signal.SIGTERM and not self.stopped and not self.job.sweep:
                 run.mark_preempting()
             run.finish(exit_code=self.exit_code)
-            with contextlib.suppress(SystemExit):  # so it tells that its second process ended badly
-                import_wandb().teardown()  # waits for that process, which may not have written its file to the end
+            with contextlib.suppress(SystemExit):  # raised if the SDK's service process (wandb-core) failed
+                import_wandb().teardown()  # waits for that process, which may still be writing its file
             delivery.check()
             if run.offline:
                 self.say("INFO", f"recorded; send it with wandb sync {shlex.quote(offline_folder(run))}")
@@ -87,7 +87,7 @@ class Follower:
 
     @contextlib.contextmanager
     def _patience(self):
-        """Say so once where W&B neither comes up nor fails."""
+        """Warn once if opening the run takes too long without failing."""
         limit = self.job.init_timeout + 30
         timer = threading.Timer(limit, self.say, ["WARNING", f"not up after {limit:g} s; training goes on, its rows "
                                                              f"are kept: {self.job.sync}"])
@@ -98,7 +98,7 @@ class Follower:
 
 
 def end_children():
-    """Also a frozen wandb-core, which would stay for ever."""
+    """Kill all child processes, including a frozen wandb-core, which would never exit."""
     for child in child_processes(os.getpid()):
         with contextlib.suppress(OSError):
             os.kill(child, signal.SIGKILL)
@@ -106,14 +106,14 @@ def end_children():
 
 @functools.cache
 def scratch():
-    """Where the SDK makes its temporary folders: it removes them in a goodbye that `leave` does without."""
+    """Holds the SDK's temporary folders, since `leave` skips the SDK's exit handler, which would remove them."""
     return tempfile.TemporaryDirectory(prefix="mini-llm-", ignore_cleanup_errors=True)
 
 
 def leave(code=0):
-    """End this process without the SDK's goodbye, which waits for its second process, and for ever where that is frozen
+    """End this process without the SDK's exit handler, which waits for its service process: forever, if that is frozen
     or has found no server."""
-    threading.excepthook = lambda *_: None  # the SDK's threads may miss their second process in what is left of time
+    threading.excepthook = lambda *_: None  # the SDK's threads may fail once their service process is gone
     end_children()
     with contextlib.suppress(OSError):
         scratch().cleanup()
@@ -121,7 +121,7 @@ def leave(code=0):
 
 
 def import_wandb():
-    """The wandb package. Raises RuntimeError where it is missing: a run folder of that name can be imported, too."""
+    """The wandb package. Raises RuntimeError if missing, even if a run folder of that name is importable instead."""
     tempfile.tempdir = scratch().name
     try:
         import wandb
@@ -133,22 +133,22 @@ def import_wandb():
 
 
 def open_run(job, say, may_go_offline=True, stop=None):
-    """The W&B run that `job` describes; where W&B cannot be reached an offline run, unless it may not. Raises where
-    that fails, too."""
+    """Open the W&B run that `job` describes; if that fails, an offline run, unless the run is shared or
+    `may_go_offline` is false. Raises if no run can be opened."""
     wandb, init = import_wandb(), job.init
-    if os.environ.get("WANDB_SWEEP_ID"):  # which has said where the trial belongs
+    if os.environ.get("WANDB_SWEEP_ID"):  # the sweep determines these three
         init = {name: value for name, value in init.items() if name not in ("project", "entity", "id")}
-    # Ranks end together, so whoever ends last may say that the run has: the primary one need not be that.
+    # Ranks end together, so let each of them mark the run as finished: the last need not be the primary one.
     shared = dict(mode="shared", x_primary=job.primary, x_label=job.label,
                   x_update_finish_state=True) if job.shared else dict(mode=job.mode)
 
     if init.get("dir"):
-        os.makedirs(init["dir"], exist_ok=True)  # else the SDK goes to a temporary folder
+        os.makedirs(init["dir"], exist_ok=True)  # else the SDK falls back to a temporary folder
     if job.lock and not os.access(init.get("dir") or os.environ.get("WANDB_DIR") or ".", os.W_OK):
         init = init | dict(dir=os.path.dirname(job.lock) or ".")  # beside the checkpoint, for the same reason
 
     def start(**mode):
-        # The local file is written every second: a kill leaves no W&B process behind to write what it had.
+        # Flush the local file every second: after a kill, no W&B process is left to write what was buffered.
         settings = wandb.Settings(x_transaction_log_flush_interval=1, init_timeout=job.init_timeout,
                                   finish_timeout=job.finish_timeout, console="wrap" if job.live else "off",
                                   x_disable_meta=not job.live, x_disable_stats=not job.live,
@@ -162,23 +162,23 @@ def open_run(job, say, may_go_offline=True, stop=None):
         if job.shared and not job.primary:
             await_run(job)
         run = start(**shared)
-    except Exception as error:  # the SDK raises its own, pydantic's, protobuf's and the sockets' errors
+    except Exception as error:  # the SDK raises its own errors and those of pydantic, protobuf and sockets
         if not may_go_offline or job.shared or job.mode == "offline":
             raise
-        wandb.teardown()  # else the id counts as in use
+        wandb.teardown()  # else the SDK treats the id as in use
         run = start(mode="offline")
         say("WARNING", f"{explained(error)}. Recorded offline meanwhile: "
                        f"wandb sync {shlex.quote(offline_folder(run))}, or {job.sync}")
     else:
         place = f"offline in {offline_folder(run)}; send it later with wandb sync" if run.offline else f"at {run.url}"
         say("INFO", f"run {run.id}{f' ({run.name})' if run.name else ''} {place}")
-    # W&B's own step must grow, and so drops rows that a resumed run repeats: `step` is an axis of ours.
+    # W&B's own step must increase, so it drops rows that a resumed run repeats: use our own `step` as the x axis.
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     if job.primary:
         try:
             describe(run, job)
-        except Exception as error:  # worth less than the rows
+        except Exception as error:  # less important than the rows
             say("WARNING", f"configuration or files not logged: {reason(error)}")
     return run
 
@@ -186,7 +186,7 @@ def open_run(job, say, may_go_offline=True, stop=None):
 def describe(run, job):
     """Log the configuration and the files of the run."""
     facts = job.config
-    if job.sweep:  # what the sweep sets is locked, and comes with the run
+    if job.sweep:  # what the sweep sets is locked, and already in run.config
         facts = {name: value for name, value in facts.items() if name not in dict(run.config)}
     run.config.update(facts, allow_val_change=True)
     for name, text in job.files.items():
@@ -200,14 +200,14 @@ def offline_folder(run):
 
 
 def await_run(job):
-    """In shared mode the primary process opens the run and the others come after it. Raises TimeoutError."""
+    """In shared mode, wait until the primary process has opened the run. Raises TimeoutError."""
     import wandb
 
     deadline = time.monotonic() + job.init_timeout
     api = wandb.Api(timeout=10)
     path = "/".join([job.init["entity"] or api.default_entity, job.init["project"], job.init["id"]])
     while True:
-        with contextlib.suppress(Exception):  # not there yet, or the server cannot be reached: the same patience
+        with contextlib.suppress(Exception):  # not opened yet, or the server cannot be reached: retry
             api.flush()
             return api.run(path)
         if time.monotonic() > deadline:
@@ -216,25 +216,25 @@ def await_run(job):
 
 
 def samples_before(path, offset):
-    """The records of samples in the first `offset` bytes of a metrics.jsonl."""
+    """The sample records in the first `offset` bytes of a metrics.jsonl."""
     found = []
     with open(path, "rb") as file:
         while file.tell() < offset:
-            if b'"event": "sample"' in (line := file.readline()):  # else not parsed: histograms are megabytes
+            if b'"event": "sample"' in (line := file.readline()):  # parse no other: histograms take megabytes
                 found.append(json.loads(line))
     return [record for record in found if record.get("event") == "sample"]
 
 
 class Publisher:
-    """One record of metrics.jsonl → what W&B shows of it."""
+    """Sends the records of metrics.jsonl to a W&B run: metrics, samples, checkpoints, alerts."""
 
     def __init__(self, run, job, say, samples=()):
-        """`samples` are records that the table begins with: those of the run before it was resumed."""
+        """`samples`: records that the sample table starts with, such as those from before a resume."""
         self.run, self.job, self.say, self.waiting, self.uploading = run, job, say, [], None
         self.samples = [[record["step"], record["text"]] for record in samples]
 
     def publish(self, lines, last=False):
-        """Pass on the records in `lines`, of JSON; with the `last` of them also wait for uploads."""
+        """Send the records in `lines` of JSON; if these are the `last` ones, also wait for uploads."""
         for line in lines:
             self._pass_on(json.loads(line))
         self._upload_waiting(last)
@@ -260,8 +260,8 @@ class Publisher:
         self.run.log({"step": step, "_timestamp": at, "samples": table})
 
     def _upload_waiting(self, last):
-        """Upload the checkpoints that wait, one at a time and of all but `all` only the newest, then forget the file.
-        Offline they are kept with the run, since `wandb sync` reads them later: but for `all` only its last."""
+        """Upload the waiting checkpoints, one at a time, and delete their files. Unless the policy is `all`, only the
+        newest is uploaded. Offline, they are kept with the run for `wandb sync`: unless `all`, only the run's last."""
         if self.job.policy != "all":
             for superseded in self.waiting[:-1]:
                 Path(superseded["path"]).unlink(missing_ok=True)
@@ -292,21 +292,21 @@ class Publisher:
             artifact = wandb.Artifact(f"model-{self.run.id}", type="model",
                                       description=f"checkpoint of step {record['step']}",
                                       metadata=record | dict(seed=config["seed"], config=config))
-            # Immutable: read where it lies, not copied to a cache first.
+            # Immutable: uploaded from its place, not copied to a cache first.
             for file, name in [(path, "model.pt"), *((file, f"model.tokenizer/{file.name}")
                                                      for file in Path(self.job.tokenizer).glob("*.json"))]:
                 artifact.add_file(str(file), name=name, policy="immutable", skip_cache=True)
             logged = self.run.log_artifact(artifact, aliases=["latest", f"step-{record['step']}"] + ["best"] * best)
             if not self.run.offline:
                 logged.wait()
-        except Exception as error:  # worth less than the rows that follow
+        except Exception as error:  # less important than the rows that follow
             self.say("WARNING", f"checkpoint of step {record['step']} not uploaded: {reason(error)}")
         if not self.run.offline:
             path.unlink(missing_ok=True)
 
 
 def _plain(name, value):
-    """metrics.jsonl has null for what JSON has no number for; a histogram is its counts and edges."""
+    """A metrics.jsonl value for W&B: null is NaN (inf for a perplexity), a dict of counts and edges a histogram."""
     if isinstance(value, dict):
         import wandb
 
@@ -317,11 +317,11 @@ def _plain(name, value):
 
 
 def reason(error):
-    """The first line of an error, without the server's answer in it."""
+    """The first line of an error message, without the server's response."""
     return re.sub(r":? *\{.*", "", (str(error).splitlines() or [""])[0])[:200].strip() or type(error).__name__
 
 
-ADVICE = [  # in what W&B says → what to do
+ADVICE = [  # (pattern in W&B's error message, what to do)
     (r"package is missing", "pip install wandb"),
     (r"api[ _]key|\blogin\b|\b401\b|authenticat|logged in|no-tty", "wandb login, or WANDB_API_KEY"),
     (r"no space left|\[errno 2\]|read-only|not a directory|file exists|\[errno 13\]|disk quota",
@@ -335,19 +335,19 @@ ADVICE = [  # in what W&B says → what to do
 
 
 def advice(error):
-    """What a person can do about an error of W&B's."""
+    """What the user can do about a W&B error."""
     return next(words for pattern, words in ADVICE if re.search(pattern, str(error), re.IGNORECASE))
 
 
 def explained(error):
-    """An error of W&B's, and what a person can do about it, if it does not say so itself."""
+    """The message of a W&B error, and what the user can do about it, unless the message already says so."""
     why, remedy = reason(error), advice(error)
     return why if remedy.split(",")[0] in why else f"{why}; {remedy}"
 
 
 class Delivery:
-    """Whether the SDK's second process still gets rows through. Where the server refuses them for good, or a page of
-    some network stands in for the server, it goes on as if nothing were; its log alone tells."""
+    """Checks whether the SDK's service process still delivers rows. If the server rejects them for good, or a captive
+    portal answers in its place, the SDK carries on silently; only its internal log shows it."""
 
     def __init__(self, run, job, say):
         self.say, self.sync, self.log = say, job.sync, None
@@ -367,9 +367,9 @@ class Delivery:
 
 
 class Relay:
-    """Stands in for stderr: what the SDK warns of there is said once, at most ten times; the rest is left out."""
+    """Replaces stderr: relays each of the SDK's warnings and errors once, ten at most, and drops everything else."""
 
-    KNOWN = re.compile("is experimental|Fatal error while uploading")  # the latter is told better by Delivery
+    KNOWN = re.compile("is experimental|Fatal error while uploading")  # Delivery reports the latter better
 
     def __init__(self, say):
         self.say, self.told, self.buffer = say, set(), ""
@@ -392,18 +392,18 @@ class Relay:
 
 def main():
     out, control = os.fdopen(os.dup(1), "w"), sys.stdin
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the way to the trainer is for `say` alone
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the pipe to the trainer is for `say` alone
     job = Job(**json.loads(control.readline()))
-    # W&B notes what the running process was started with; that is to be the trainer.
+    # W&B records the command line of the running process: make it the trainer's.
     sys.argv, os.environ["WANDB_PROGRAM"] = [job.program, *job.arguments], job.program
 
     def say(level, text):
-        with contextlib.suppress(OSError):  # nobody may be left to listen
+        with contextlib.suppress(OSError):  # the trainer may be gone
             print(level, " ".join(text.split()), file=out, flush=True)
 
-    sys.stdout, sys.stderr = open(os.devnull, "w"), Relay(say)  # noqa: SIM115 - to the end of the process
+    sys.stdout, sys.stderr = open(os.devnull, "w"), Relay(say)  # noqa: SIM115 - open until the process ends
     with contextlib.suppress(OSError):
-        os.nice(10)  # where cores are few, training has them first
+        os.nice(10)  # when CPU cores are scarce, training has priority
     follower = Follower(job, say)
     threading.Thread(target=follower.await_trainer, args=(control,), daemon=True).start()
     try:

@@ -1,5 +1,5 @@
-"""Which W&B run a process writes to, under which id, and how it is set up. Flags, environment and rules: no network,
-and nothing of the wandb package, so that a run without W&B pays nothing for it."""
+"""Which W&B run a process writes to, its id and its settings, determined from flags, environment and W&B's settings
+file. No network access and no import of the wandb package, so that a run without W&B pays nothing for it."""
 
 import configparser
 import contextlib
@@ -19,9 +19,9 @@ from typing import NamedTuple
 from config import UserError, arg, flag
 
 SOURCE = Path(__file__).resolve().parent
-DIFF_CHARACTERS = 1 << 20  # of uncommitted changes that are kept with a run
+DIFF_CHARACTERS = 1 << 20  # maximum length of the uncommitted diff stored with a run
 MODES = ("online", "offline", "disabled")
-OLD_MODES = {"run": "online", "dryrun": "offline"}  # what W&B itself still takes in WANDB_MODE
+OLD_MODES = {"run": "online", "dryrun": "offline"}  # legacy values that W&B itself still accepts in WANDB_MODE
 
 
 @dataclass
@@ -79,12 +79,12 @@ ENVIRONMENT = dict(wandb_project="WANDB_PROJECT", wandb_entity="WANDB_ENTITY", w
                    wandb_run_id="WANDB_RUN_ID", wandb_group="WANDB_RUN_GROUP", wandb_job_type="WANDB_JOB_TYPE",
                    wandb_tags="WANDB_TAGS", wandb_notes="WANDB_NOTES", wandb_dir="WANDB_DIR", wandb_mode="WANDB_MODE",
                    wandb_init_timeout="WANDB_INIT_TIMEOUT", wandb_finish_timeout="WANDB_FINISH_TIMEOUT")
-SETTINGS = dict(wandb_project="project", wandb_entity="entity", wandb_mode="mode")  # in the file of `wandb offline`
+SETTINGS = dict(wandb_project="project", wandb_entity="entity", wandb_mode="mode")  # keys in W&B's settings file
 DEFAULTS = dict(wandb_project="mini-llm", wandb_mode="online", wandb_init_timeout=90.0, wandb_finish_timeout=60.0)
 
 
 def with_environment(cfg, environ=os.environ):
-    """`cfg` with what it leaves open filled in: from the WANDB_* variables, else from the settings that `wandb init`,
+    """`cfg` with its unset fields filled in: from the WANDB_* variables, else from the settings file that `wandb init`,
     `wandb offline` and `wandb disabled` write, else from DEFAULTS. Raises UserError."""
     filled, written = {}, _settings(os.path.join(cfg.wandb_dir or environ.get("WANDB_DIR", ""), "wandb", "settings"))
     for name, variable in ENVIRONMENT.items():
@@ -109,7 +109,7 @@ def with_environment(cfg, environ=os.environ):
 
 
 def _settings(path):
-    """What W&B's own commands have written there; {} where there is nothing that can be read."""
+    """The settings that W&B's own commands wrote to `path`; {} if it is missing or cannot be parsed."""
     parser = configparser.ConfigParser(interpolation=None)
     with contextlib.suppress(OSError, UnicodeDecodeError, configparser.Error, KeyError):
         parser.read(path)
@@ -118,23 +118,23 @@ def _settings(path):
 
 
 def distributed_info(world):
-    """Where this process stands among those that train together, for logs and for `plan_run`. A worker is a node."""
+    """This process's place among all training processes, for logging and for `plan_run`. A worker is a node."""
     return dict(rank=world.rank, world_size=world.size, local_rank=world.local_rank, local_world_size=world.local_size,
                 worker_index=world.node_rank, num_workers=-(-world.size // world.local_size))
 
 
 class RunPlan(NamedTuple):
-    """What one process does about W&B."""
+    """How one process takes part in logging to W&B."""
 
     run_id: str
-    group: str  # "": none
-    primary: bool  # opens its run first, and logs there what is common to all ranks
-    shared: bool  # other processes write to this run, too
-    label: str  # this process's name among them
-    suffix: str | None  # of the names of its own figures, rank/...; None: it logs none of its own
+    group: str  # "": no group
+    primary: bool  # opens its run before others join it, and logs what is common to all ranks
+    shared: bool  # other processes write to the same run
+    label: str  # this process's name within a shared run, and in messages
+    suffix: str | None  # appended to the names of its own metrics, rank/...; None: does not log them
 
 
-#  run mode, rank scope  → which ranks write; id of the run; group
+#  run mode, rank scope  → the index that must be 0 for a rank to write (None: all ranks write); run id; group
 RUNS = {
     ("auto", "global"): ("rank", "{base}", ""),
     ("auto", "worker"): ("local_rank", "{base}-worker-{worker_index}", ""),
@@ -146,8 +146,8 @@ RUNS = {
 
 
 def plan_run(run_mode, rank_scope, base, info):
-    """The RunPlan of the process that `info` (distributed_info) describes, or None where it does not write. `base` is
-    the id of the whole. On one node the scopes are the same."""
+    """The RunPlan of the process that `info` (distributed_info) describes, or None if it does not write to W&B. `base`:
+    the id that all run ids of this training derive from. On a single node, both rank scopes are the same."""
     scope = rank_scope if info["num_workers"] > 1 else "global"
     only_first, run_id, group = RUNS[run_mode, scope]
     if only_first and info[only_first] != 0:
@@ -159,13 +159,13 @@ def plan_run(run_mode, rank_scope, base, info):
 
 
 def in_sweep(environ=os.environ):
-    """The id that `wandb agent` gives this trial, or ""."""
+    """The run id that `wandb agent` assigned to this trial of a sweep; "" outside a sweep."""
     return environ.get("WANDB_RUN_ID", "") if environ.get("WANDB_SWEEP_ID") else ""
 
 
 def base_run_id(given, known, path, resumes):
-    """The id of a run: the one given (flag or environment; in a sweep the agent gives it), else the checkpoint's
-    (`known`), else for a run that resumes the one that `path` remembers, else a new one."""
+    """The run id: the one given (by flag or environment; in a sweep, by the agent), else the checkpoint's (`known`),
+    else, when resuming, the one stored in the file `path`, else a new random one."""
     remembered = ""
     if resumes:
         with contextlib.suppress(OSError, ValueError, KeyError):
@@ -175,7 +175,7 @@ def base_run_id(given, known, path, resumes):
 
 
 def remember(path, base, job):
-    """Keep in `path` which run this is, for a resume after a kill and for `wandb_tools.py sync`."""
+    """Store this run's identity in `path`, for resuming after a kill and for `wandb_tools.py sync`."""
     facts = dict(base=base, init=job.init, shared=job.shared, primary=job.primary, label=job.label, sweep=job.sweep,
                  host=job.host, program=job.program)
     draft = path.with_name(path.name + ".tmp")
@@ -184,7 +184,7 @@ def remember(path, base, job):
 
 
 def git(*words):
-    """What git says about this code; "" where it is no repository, or there is no git."""
+    """The output of a git command on this source tree; "" if it fails: not a repository, or git is not installed."""
     try:
         return subprocess.run(["git", "-C", str(SOURCE), *words], capture_output=True, text=True, timeout=10,
                               check=True, errors="replace").stdout.rstrip("\n")
@@ -193,7 +193,7 @@ def git(*words):
 
 
 def provenance():
-    """Commit and state of this code, and the versions of what it runs on."""
+    """The git commit of this code, whether the tree is dirty, and the versions of Python and the main packages."""
     from importlib import metadata
 
     commit = git("rev-parse", "HEAD")
@@ -206,25 +206,25 @@ def provenance():
 
 @dataclass
 class Job:
-    """What the process that speaks to W&B has to know: it gets it as JSON."""
+    """Everything that the process that talks to W&B needs to know, passed to it as JSON."""
 
-    init: dict  # for wandb.init: project, entity, id, name, group, …
+    init: dict  # arguments for wandb.init: project, entity, id, name, group, …
     config: dict
     mode: str = "online"
-    live: bool = True  # the run is under way; one that is sent later says nothing of the machine that sends it
+    live: bool = True  # training is in progress; otherwise nothing about the sending machine is recorded
     shared: bool = False
     primary: bool = True
     label: str = ""
-    init_timeout: float = 30  # seconds, both
+    init_timeout: float = 30  # in seconds, as is finish_timeout
     finish_timeout: float = 600
-    files: dict = dataclasses.field(default_factory=dict)  # name → text, for the Files tab
+    files: dict = dataclasses.field(default_factory=dict)  # name → text, for the run's Files tab
     policy: str = "none"  # --wandb-log-checkpoints
-    rows: tuple = ("", 0)  # metrics.jsonl, and the byte from which this run writes in it
-    console: tuple | None = None  # the same of the log file
-    lock: str = ""  # a file
-    tokenizer: str = ""  # the folder beside the checkpoints, which goes with each
-    sync: str = ""  # the command that sends later what is missing
-    pid: int = dataclasses.field(default_factory=os.getpid)  # whose system metrics are taken
+    rows: tuple = ("", 0)  # path of metrics.jsonl, and the byte offset from which to read it
+    console: tuple | None = None  # the same for the log file
+    lock: str = ""  # path of a lock file
+    tokenizer: str = ""  # the folder beside the checkpoints, uploaded with each of them
+    sync: str = ""  # the command to send missing rows later
+    pid: int = dataclasses.field(default_factory=os.getpid)  # the process whose system metrics are recorded
     host: str = dataclasses.field(default_factory=platform.node)
     program: str = dataclasses.field(default_factory=lambda: os.path.abspath(sys.argv[0]))
     arguments: list = dataclasses.field(default_factory=lambda: sys.argv[1:])

@@ -1,9 +1,9 @@
-"""The trainer's end: what speaks to Weights & Biases during a run is a process of its own.
+"""The trainer's side of W&B logging; a separate process talks to Weights & Biases during a run.
 
-The trainer writes its rows to metrics.jsonl anyway. `WandbSink` starts a second process, wandb_follower.py, that reads
-them from there and passes them on. So the file is the queue: it drops nothing and costs the trainer nothing; a W&B that
-is slow, down, frozen or killed holds up only the other process; and a trainer that is killed leaves one behind that
-still delivers what was written. The two are tied by a pipe: its end tells the second that the first is done, or gone.
+The trainer writes its rows to metrics.jsonl anyway. `WandbSink` starts a second process, wandb_follower.py, which reads
+them from that file and sends them on. The file is thus the queue: it drops nothing and costs the trainer nothing. If
+W&B is slow, down, frozen or killed, only the follower is held up; if the trainer is killed, the follower still delivers
+what was written. A pipe connects the two: EOF on it tells the follower that the trainer has finished or died.
 """
 
 import contextlib
@@ -24,21 +24,21 @@ from processes import child_processes, only_one
 from wandb_runs import DIFF_CHARACTERS, Job, git, remember
 
 FOLLOWER = Path(__file__).with_name("wandb_follower.py")
-FAILURE_TIMEOUT = 15  # seconds for uploads, at most, after a signal or an error: other ranks may be waiting
-UPLOADS = 4  # checkpoints that may wait for upload, each a second name of a file that may otherwise be gone
+FAILURE_TIMEOUT = 15  # maximum seconds for uploads after a signal or an error: other ranks may be waiting
+UPLOADS = 4  # maximum checkpoints waiting for upload; each is a hard link that may keep a replaced file on disk
 
 log = logging.getLogger("mini_llm.wandb")
-log.setLevel(logging.INFO)  # also on ranks whose other messages are not shown
+log.setLevel(logging.INFO)  # even on ranks whose other messages are suppressed
 
 
 class WandbSink:
-    """The trainer's end: starts the process at the first report, tells it when to finish, and waits so long and no
-    longer. Nothing here waits for W&B but `close`, which is bounded."""
+    """The trainer's side: starts the follower process at the first report, tells it when to finish, and then waits for
+    it, up to a timeout. Only `close` ever waits for W&B."""
 
     def __init__(self, cfg, plan, beside, tag, config, rows, console, toml):
-        """`cfg` is a WandbConfig with the environment in it, `plan` this process's part (RunPlan); `beside(suffix)`
-        names files of this run, `tag` sets this rank's apart; `config` is what is logged as such, `toml` the same as a
-        file; `rows` and `console` are (file, offset) of what to read."""
+        """`cfg`: WandbConfig with the environment applied. `plan`: this process's RunPlan. `beside(suffix)` names the
+        run's files; `tag` in a name marks this rank's own. `config`: what is logged as the run's config. `toml`: text
+        of its .config.toml file. `rows`, `console`: (path, byte offset) from which the follower reads."""
         base = config["wandb_run_id"]
         init = dict(project=cfg.wandb_project, entity=cfg.wandb_entity or None, id=plan.run_id,
                     name=cfg.wandb_run_name and cfg.wandb_run_name + plan.run_id[len(base):] or None,
@@ -56,11 +56,11 @@ class WandbSink:
         self.closing = self.given_up = False
         remember(beside(f"{tag}.wandb.json"), base, self.job)
         with only_one(self.job.lock) as alone:
-            if alone:  # else the process of a life that was killed is still uploading them
+            if alone:  # else the follower of an earlier start, which was killed, is still uploading them
                 self._forget_links()
 
     def _links(self):
-        """This rank's own: other ranks may share the folder."""
+        """This rank's upload links; other ranks' may be in the same folder."""
         prefix = self.beside(f"{self.tag}.upload-")
         return sorted(prefix.parent.glob(glob.escape(prefix.name) + "[0-9]" * 8 + "*.pt"))
 
@@ -69,23 +69,23 @@ class WandbSink:
             link.unlink(missing_ok=True)
 
     def log(self, step, record):
-        """`record` is in the file already."""
+        """`record` has already been written to metrics.jsonl."""
         if self.process is None and "event" not in record:
-            self.process = self._start()  # at the first report, and not before
+            self.process = self._start()  # only at the first report, not at an event before it
 
     def _start(self):
-        # Another's wandb-core must not be ours, and the warnings are to be heard, if only by the follower. What a
-        # variable says is in the job by now; the SDK fails at some that say nothing, or end in a comma.
+        # Never connect to another process's wandb-core, and keep warnings enabled, for the follower to relay. The
+        # variables' values are already in the job; the SDK fails on some that are empty or end in a comma.
         unwanted = ("WANDB_SERVICE", "WANDB_SILENT", "WANDB_QUIET", "WANDB_TAGS", "WANDB_FORK_FROM",
                     "WANDB_RESUME_FROM")
         environment = {name: value for name, value in os.environ.items()
                        if name not in unwanted and (value or not name.startswith("WANDB_"))}
-        environment.setdefault("WANDB_ERROR_REPORTING", "false")  # else 12 s more at exit when the server hangs
-        environment.setdefault("WANDB_X_DISABLE_VIEWER", "true")  # and 10 s at the start, to learn the user's name
+        environment.setdefault("WANDB_ERROR_REPORTING", "false")  # else exit takes 12 s longer when the server hangs
+        environment.setdefault("WANDB_X_DISABLE_VIEWER", "true")  # and startup 10 s, to look up the user's name
         try:
             process = subprocess.Popen([sys.executable, str(FOLLOWER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                        stderr=subprocess.DEVNULL, env=environment, text=True,
-                                       start_new_session=True)  # Ctrl-C and torchrun's signals are for the trainer
+                                       start_new_session=True)  # Ctrl-C and torchrun's signals are only for the trainer
             process.stdin.write(json.dumps(dataclasses.asdict(self.job)) + "\n")
             process.stdin.flush()
         except OSError as error:
@@ -99,7 +99,7 @@ class WandbSink:
         for line in process.stdout:
             level, _, text = line.rstrip("\n").partition(" ")
             if level == "STOP" and not self.closing:
-                os.kill(os.getpid(), signal.SIGTERM)  # save and leave, all ranks together
+                os.kill(os.getpid(), signal.SIGTERM)  # all ranks save and exit together
             self._say(logging.getLevelNamesMapping().get(level, logging.INFO), text)
         if process.wait() and not self.given_up:
             self._say(logging.WARNING, f"its process ended with code {process.returncode}; send the rest later: "
@@ -109,14 +109,14 @@ class WandbSink:
         log.log(level, "wandb%s: %s", "" if self.job.label == "rank-0" else f" {self.job.label}", text)
 
     def checkpoint_to_upload(self, path, step, best):
-        """A second name for a checkpoint that is to be uploaded while the first moves on to the next one, or None."""
+        """A link to a checkpoint, so that it can be uploaded after the next one replaces it; None: do not upload it."""
         latest = path != self.beside(".best.pt")
         wanted = {"none": False, "best": best, "last": latest, "all": True}[self.job.policy]
         if not wanted or not self.process or self.process.poll() is not None:
             return None
         waiting = self._links()
         while len(waiting) >= UPLOADS:
-            waiting.pop(1).unlink(missing_ok=True)  # the first may be under way
+            waiting.pop(1).unlink(missing_ok=True)  # the oldest may be uploading: keep it
         link = self.beside(f"{self.tag}.upload-{step:08d}.pt")
         try:
             archive.link(path, link)
@@ -134,7 +134,7 @@ class WandbSink:
             self.process.stdin.write(json.dumps([exit_code, seconds]) + "\n")
         with contextlib.suppress(OSError):
             self.process.stdin.close()
-        # The process bounds itself; one that is frozen cannot, and is ended here.
+        # The follower enforces the timeout itself; if it is frozen it cannot, and is killed here.
         try:
             self.process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""W&B from the command line: is it set up, send what a run could not, fetch a run back.
+"""W&B from the command line: check the setup, send rows that a run could not, download a run.
 
 python wandb_tools.py check                              package, key, server, project; a row written and read back
 python wandb_tools.py sync checkpoints/minigpt.pt        send from metrics.jsonl what the server lacks of a run
@@ -21,12 +21,12 @@ from processes import only_one
 from wandb_follower import LOST_CODE, Publisher, advice, explained, import_wandb, leave, open_run, reason
 from wandb_runs import ENVIRONMENT, Job, WandbConfig, with_environment
 
-TIMEOUT = 30  # seconds for one request
-ARRIVAL = 10  # seconds until what was sent can be read
+TIMEOUT = 30  # seconds per request
+ARRIVAL = 10  # seconds to wait until what was sent can be read back
 
 
 def check(args):
-    """Each step that a tracked run takes, and how to mend the one that fails."""
+    """Go through each step that a tracked run takes; if one fails, say how to fix it."""
     settings = with_environment(WandbConfig(use_wandb=True, wandb_project=args.project, wandb_entity=args.entity))
     forget_environment()
     folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
@@ -61,7 +61,7 @@ def check(args):
             raise RuntimeError(f"the row did not arrive: the server has {rows}")
         try:
             facts["api"].run(target).delete()
-        except Exception as error:  # not every key may delete
+        except Exception as error:  # not every key has permission to delete runs
             return f"the row read back; the run stays there: {reason(error)}"
         return "the row read back, and the run deleted"
 
@@ -76,7 +76,7 @@ def check(args):
 
 
 def awaited(look, arrived):
-    """What `look()` finds, as soon as it has `arrived`, or after a while: the server may need its time."""
+    """Poll `look()` until its result has `arrived` or ARRIVAL seconds have passed → the last result."""
     deadline = time.monotonic() + ARRIVAL
     while not arrived(found := look()) and time.monotonic() < deadline:
         time.sleep(1)
@@ -84,9 +84,9 @@ def awaited(look, arrived):
 
 
 def rows_of(api, target):
-    """The rows that the server holds of a run; none where there is no such run. Raises what else may go wrong."""
+    """The rows that the server has of a run; [] if there is no such run. Other errors are raised."""
     api.flush()
-    try:  # not from the SDK's cache, where an export may lie from before a resume
+    try:  # bypass the SDK's cache, which may hold an export from before a resume
         return list(api.run(target).scan_history(use_cache=False))
     except Exception as error:
         if "could not find run" in str(error).lower():
@@ -95,13 +95,13 @@ def rows_of(api, target):
 
 
 def forget_environment():
-    """What WANDB_* variables say of a run is for the next one that is trained, not for those that are handled here."""
+    """Drop the WANDB_* variables that describe a run: they are for the next training run, not those handled here."""
     for variable in {"WANDB_SWEEP_ID", *ENVIRONMENT.values()} - {"WANDB_MODE", "WANDB_DIR"}:
         os.environ.pop(variable, None)
 
 
 def sync(args):
-    """Send what the server lacks of a run, row by row, from the files beside its checkpoint."""
+    """Send the rows of a run that the server lacks, from the files beside its checkpoint."""
     forget_environment()
     path = Path(args.run)
     stem = beside_run(path, "").name
@@ -109,7 +109,7 @@ def sync(args):
     memories = [memory for memory in path.parent.glob(glob.escape(stem) + "*") if ours.fullmatch(memory.name)]
     if not memories:
         raise UserError(f"{path}: no {stem}.wandb.json beside it: not a run that was started with --use-wandb")
-    # By length: the first rank, without a tag, opens the run that others may share.
+    # Shortest name first: rank 0, whose files have no tag, opens the run that other ranks may share.
     for memory in sorted(memories, key=lambda memory: (len(memory.name), memory.name)):
         facts = json.loads(memory.read_text())
         with only_one(memory.with_suffix(".lock")) as alone:
@@ -121,10 +121,10 @@ def sync(args):
 
 
 def send(facts, path):
-    """Bring the server's run up to `path`, a metrics.jsonl → what was done, in words."""
+    """Send the rows of `path`, a metrics.jsonl, that the server's run lacks → a message saying what was done."""
     wandb, records = import_wandb(), list(read_records(path))
     config = next((record["config"] for record in reversed(records) if record.get("event") == "config"), {})
-    # A run that was resumed and killed has an exit of a life before.
+    # If the run was resumed and then killed, its last exit event is that of an earlier start.
     last = next((record for record in reversed(records) if record.get("event") in ("config", "exit")), {})
     job = Job(facts["init"] | dict(dir=None), config, live=False, sweep=facts.get("sweep", ""),
               **{name: facts[name] for name in ("shared", "primary", "label", "host", "program") if name in facts})
@@ -138,15 +138,15 @@ def send(facts, path):
                                             and record not in missing])
     publisher.publish(map(json.dumps, missing))
     run.finish(exit_code=last.get("code", LOST_CODE))
-    # The SDK does not say where an upload has failed for good.
+    # The SDK does not report uploads that have failed permanently.
     if lost := awaited(lambda: lacking(missing, rows_of(api, target)), lambda lost: not lost):
         raise RuntimeError(f"{len(lost)} of {len(missing)} rows did not arrive at {target}")
     return f"{len(missing)} rows sent to {target}"
 
 
 def lacking(records, stored):
-    """Of a metrics.jsonl's records, the reports and samples that the server's rows do not hold. A row is known by its
-    step and its time: a run that was rolled back has been at the step before."""
+    """The reports and samples among the records of a metrics.jsonl that are missing from the server's rows. Rows are
+    matched by step and time: a run that was rolled back reaches the same step again."""
     names = defaultdict(set)
     for row in stored:
         names[row.get("step"), round(row.get("_timestamp") or 0, 3)] |= {name for name, value in row.items()
@@ -157,15 +157,15 @@ def lacking(records, stored):
 
 
 def download(args):
-    """A run's, or a sweep's runs', configuration, summary, history, files and artifacts as a folder each."""
+    """Download config, summary, history, files and artifacts of a run, or of a sweep's runs, to a folder per run."""
     wandb = import_wandb()
     api, path = wandb.Api(timeout=TIMEOUT), args.run.removesuffix("/")
-    if "//" in path:  # a link: https://wandb.ai/ENTITY/PROJECT/runs/ID
+    if "//" in path:  # a URL: https://wandb.ai/ENTITY/PROJECT/runs/ID
         path = path.partition("//")[2].partition("/")[2]
         path = re.split("[?#]", path)[0]
     parts = [part for part in path.split("/") if part]
     kind = "sweeps" if "sweeps" in parts else "runs"
-    if kind in parts:  # a link may go on after the id: /workspace, /overview
+    if kind in parts:  # a URL may continue after the id: /workspace, /overview
         parts = parts[:parts.index(kind)] + parts[parts.index(kind) + 1:][:1]
     *where, name = parts
     project = where[-1] if where else with_environment(WandbConfig()).wandb_project
@@ -188,13 +188,13 @@ def download(args):
 
 
 def _stays_inside(name):
-    """Whether a file of that name, which the server chose, lands in the folder that it is put in."""
+    """Whether a file name chosen by the server stays inside the download folder (no path traversal)."""
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts
 
 
 def run(parser):
-    """Run the command that the user chose; what goes wrong is one line, with what to do about it."""
+    """Run the command that the user chose; an error is printed as one line, with what to do about it."""
     try:
         args = parser.parse_args()
         code = args.run_command(args)
@@ -228,7 +228,7 @@ def main():
     command.add_argument("run", metavar="RUN", help="[[ENTITY/]PROJECT/]RUN_ID, …/sweeps/SWEEP_ID, or a link")
     command.add_argument("folder", metavar="DIR", nargs="?", help="where to; a folder of the run's id is made there")
     command.set_defaults(run_command=download)
-    os.environ |= dict(WANDB_MODE="online", WANDB_SILENT="true")  # what matters is said here
+    os.environ |= dict(WANDB_MODE="online", WANDB_SILENT="true")  # what matters is printed by this program
     run(parser)
 
 

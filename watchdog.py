@@ -10,21 +10,21 @@ import threading
 import time
 from pathlib import Path
 
-POLL = 1.0  # seconds between two looks
+POLL = 1.0  # seconds between checks
 FACTOR = 10  # a step, evaluation or save counts as hung after this many times its median duration
-LEAST = 30.0  # seconds that anything may take: a short hiccup is no hang
-FEW, FIRST = 20, 600.0  # before so many durations are known, seconds that anything may take: the first ones compile
+LEAST = 30.0  # seconds that any activity may take: a brief stall is not a hang
+FEW, FIRST = 20, 600.0  # until FEW durations are known, the limit is FIRST seconds: first steps compile
 
 log = logging.getLogger("mini_llm")
 
 
 class Watchdog:
-    """A thread that reads what the loop is doing from its Meter, so that the loop does nothing for it.
+    """A thread that reads what the training loop is doing from its Meter, at no cost to the loop.
 
-    While the run advances, the main rank's thread touches `heartbeat`, if given: a file that has grown old tells a
-    supervisor that the run hangs or is gone. If something takes far longer than before, the stacks of all threads go to
-    FILE.stacks.txt beside the checkpoint, once: each rank writes its own, and those that wait point at the one that is
-    missing.
+    While the run advances, the main rank's thread rewrites the `heartbeat` file, if given: a stale file tells a
+    supervisor that the run hangs or has died. If an activity takes far longer than usual, the stacks of all threads are
+    appended to FILE.stacks.txt beside the checkpoint, once. Each rank writes its own; the ranks that wait show which
+    one is missing.
     """
 
     def __init__(self, meter, state, cfg, rank):
@@ -36,13 +36,13 @@ class Watchdog:
 
     def __enter__(self):
         if self.heartbeat and self.is_main:
-            self._beat("start")  # an old file is of an old run
+            self._beat("start")  # an existing file is from an earlier run
         self.thread.start()
         return self
 
     def __exit__(self, *_):
         self.done.set()
-        self.thread.join(2 * POLL)  # it may be writing to a disk that hangs
+        self.thread.join(2 * POLL)  # bounded: it may be writing to a disk that hangs
 
     def _watch(self):
         seen = told = None
@@ -58,12 +58,12 @@ class Watchdog:
 
     def _limit(self, what):
         lasted = list(self.meter.lasted[what])
-        # The host runs ahead of a GPU and waits for it at reports: those are the longest.
+        # The host runs ahead of a GPU and waits for it at reports: steps with a report take longest.
         return max(LEAST, FACTOR * statistics.median(lasted), 2 * max(lasted)) if len(lasted) >= FEW else FIRST
 
     def _beat(self, what):
         beat = dict(step=self.state.step, doing=what, time=time.time(), pid=os.getpid())
-        with contextlib.suppress(OSError):  # the file grows old, which is the truth
+        with contextlib.suppress(OSError):  # the file goes stale, as it should
             draft = Path(f"{self.heartbeat}.tmp")
             draft.write_text(json.dumps(beat) + "\n")
             draft.replace(self.heartbeat)

@@ -25,9 +25,18 @@ TINY = ["--n-layers", "2", "--n-heads", "2", "--d-model", "32", "--seq-len", "32
         "--max-position-embeddings", "64", "--tokenizer-name", "byte", "--eval-tokens", "512", "--device", "cpu"]
 
 
+# Modules that take minutes: they begin first, so that both workers end at about the same time.
+LONG = ("train", "wandb_online", "ddp", "wandb", "faults", "ranks", "sweep")
+
+
 def pytest_collection_modifyitems(items):
     import torch
 
+    def place(item):
+        name = item.path.stem.removeprefix("test_")
+        return LONG.index(name) if name in LONG else len(LONG)
+
+    items.sort(key=place)
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
