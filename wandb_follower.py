@@ -341,7 +341,7 @@ def advice(error):
 
 def explained(error):
     """The message of a W&B error, and what the user can do about it, unless the message already says so."""
-    why, remedy = reason(error), advice(error)
+    why, remedy = reason(error).rstrip("."), advice(error)
     return why if remedy.split(",")[0] in why else f"{why}; {remedy}"
 
 
