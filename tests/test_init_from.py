@@ -57,7 +57,7 @@ WRONG = {
     "tied": (["--no-tie-embeddings"], ["--tie-embeddings False", "have True"]),
     "vocabulary": (["--vocab-size", "512"], ["--vocab-size 512", "have 257"]),
     "window above positions": (["--seq-len", "65"], ["--seq-len 65", "64 of --init-from"]),
-    "tokenizer of the text": (["--tokenizer-name", "bpe"], ["--tokenizer-name", "own tokenizer"]),
+    "tokenizer of the text": (["--tokenizer-name", "bpe"], ["--tokenizer-name", "they were trained with"]),
     "itself": (["--init-from", "x/c.best.pt", "--checkpoint-path", "x/c.pt", "--overwrite"],
                ["x/c.best.pt", "--overwrite would remove it", "another --checkpoint-path"]),
     "no weights": (["--init-from", "{empty}"], ["{empty}", "no config.json with *.safetensors"]),
