@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 
 from config import UserError, arg, beside_run, one_line_errors, parse, read_json, read_records
+from generate import TEMPERATURE, TOP_K
 from pretrained import hugging_face_config, load_model, to_hugging_face, tokenizer_folder
 from tokenizer import end_of_text, open_tokenizer
 
-SAMPLING = dict(do_sample=True, temperature=0.8, top_k=50)  # as for train.py's own samples
+SAMPLING = dict(do_sample=True, temperature=TEMPERATURE, top_k=TOP_K)
 # Flags that say nothing about what was trained.
 NO_SETTINGS = {"resume", "overwrite", "dry_run", "device", "log_steps", "save_steps", "sample_steps", "keep_last"}
 SPARE_IDS = 4096  # at most this many ids without a token are listed in generation_config.json as suppressed

@@ -21,6 +21,7 @@ from pretrained import load_run
 from tokenizer import open_tokenizer
 
 RULE = "-" * 15  # separates two texts
+TEMPERATURE, TOP_K, SAMPLE_TOKENS = 0.8, 50, 128  # also for samples during training, and in exported folders
 COLD = 1e-6  # below this temperature decoding is greedy: dividing logits by it would overflow
 
 
@@ -34,8 +35,8 @@ class GenerateConfig:
     num_samples: int = arg(1, "continuations of each prompt", ge=1, le=10**6)
     max_new_tokens: int = arg(256, "tokens of a continuation, at most; the end-of-text token ends it sooner", ge=1,
                               le=10**7)
-    temperature: float = arg(0.8, "below 1: likelier tokens more often; 0: always the likeliest", ge=0)
-    top_k: int = arg(50, "sample from this many likeliest tokens; 0: from all", ge=0)
+    temperature: float = arg(TEMPERATURE, "below 1: likelier tokens more often; 0: always the likeliest", ge=0)
+    top_k: int = arg(TOP_K, "sample from this many likeliest tokens; 0: from all", ge=0)
     top_p: float = arg(1.0, "nucleus: sample from the fewest tokens whose probability reaches this", ge=1e-6, le=1)
     seed: int = arg(1337, "seed; each continuation has its own stream, whatever is generated beside it", ge=0)
     stop: list[str] = arg([], "texts that end a continuation, and are left out of it")
@@ -231,10 +232,10 @@ def write_texts(model, tokenizer, eos, start, cfg, out):
     return n_tokens
 
 
-def sample_text(model, tokenizer_folder, corpus, max_new_tokens=128, temperature=0.8, top_k=50, seed=1337):
+def sample_text(model, tokenizer_folder, corpus):
     """A text that `model` generates unconditionally, from `corpus.start`."""
     tokenizer = open_tokenizer(tokenizer_folder)
-    steps = generate(model, [[corpus.start]], max_new_tokens, temperature, top_k, seeds=[seed],
+    steps = generate(model, [[corpus.start]], SAMPLE_TOKENS, TEMPERATURE, TOP_K, seeds=[1337],
                      # The model may have more ids than its tokenizer (--vocab-size) and more positions than it is
                      # trained on: the surplus means nothing.
                      vocab_size=tokenizer.get_vocab_size(), context=corpus.seq_len)

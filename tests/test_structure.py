@@ -33,7 +33,7 @@ ALLOWED = {
               "pretrained", "processes", "tracking", "wandb_runs", "watchdog"},
     "train_ddp": {"config", "hardware", "ranks", "train"},
     "pretrained": {"archive", "checkpoint", "config", "model", "tokenizer"},
-    "export": {"config", "pretrained", "tokenizer"},
+    "export": {"config", "generate", "pretrained", "tokenizer"},
     "prepare": {"config", "data", "pretrained", "tracking", "train"},
     "plots": set(),
     "report": {"config", "plots"},
