@@ -250,7 +250,7 @@ def test_two_nodes_make_one_log_one_wandb_run_and_one_checkpoint(trainer, text):
 
 
 @pytest.mark.parametrize("difference, words", [
-    ("sys.argv += ['--data-seed', '2']", "the ranks have different flags"),
+    pytest.param("sys.argv += ['--data-seed', '2']", "the ranks have different flags", marks=full),
     ("os.environ['LOCAL_RANK'] = '0'; os.chdir('node1')", "the ranks have different data or devices"),
     ("os.environ['LOCAL_RANK'] = '0'; os.chdir('node2')", "--train-data prose.txt: no such file"),
 ], ids=["flags", "data", "missing"])

@@ -94,7 +94,8 @@ LONG = ["--num-steps", 100_000, "--eval-steps", 0, "--log-steps", 5, "--save-ste
     pytest.param("stop 1 25", "has stopped at step 26: nothing from it for", marks=pytest.mark.full),
     ("hang 0 25", "has stopped at step 26: nothing from it for"),
     ("raise 1 25", "failed at step 26: ValueError: a broken sample"),
-    ("memory 1 25", "lower --batch-size and raise --grad-accum-steps, or --use-activation-checkpoint"),
+    pytest.param("memory 1 25", "lower --batch-size and raise --grad-accum-steps, or --use-activation-checkpoint",
+                 marks=pytest.mark.full),
 ])
 @pytest.mark.timeout(200)
 def test_a_rank_with_a_fault_ends_all_ranks_in_time_and_is_named_in_one_line(faulted, trainer, fault, words):

@@ -135,7 +135,8 @@ def test_a_trial_under_torchrun_is_one_run_of_all_ranks(server, create, run, tmp
 
 
 @pytest.mark.parametrize(("agent", "signal_number", "code"), [
-    (AGENT, signal.SIGKILL, -signal.SIGKILL), ([*SWEEP, "agent"], signal.SIGTERM, 128 + signal.SIGTERM),
+    ([*SWEEP, "agent"], signal.SIGTERM, 128 + signal.SIGTERM),
+    pytest.param(AGENT, signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.full),
     pytest.param(AGENT, signal.SIGTERM, -signal.SIGTERM, marks=pytest.mark.full),
     pytest.param([*SWEEP, "agent"], signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.full)])
 def test_a_trial_is_saved_and_no_process_of_it_outlives_its_agent(server, create, start, tmp_path, agent,

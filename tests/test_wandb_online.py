@@ -117,7 +117,7 @@ def torchrun(trainer, server, *flags, nodes=2):
 
 
 @pytest.mark.parametrize("mode, scope, runs", [
-    ("shared", "global", {"b": ("", 4)}),
+    pytest.param("shared", "global", {"b": ("", 4)}, marks=full),
     ("new", "worker", {f"b-worker-{node}-rank-{rank}": (f"b-worker-{node}", 1) for node in (0, 1) for rank in (0, 1)}),
     pytest.param("auto", "global", {"b": ("", 1)}, marks=full),
     pytest.param("auto", "worker", {"b-worker-0": ("", 1), "b-worker-1": ("", 1)}, marks=full),
@@ -278,7 +278,8 @@ def test_a_preempted_run_says_so_and_goes_on_in_the_same_chart(online, trainer, 
     assert values(only_run(server)).keys() == run.rows.keys() - {0}
 
 
-@pytest.mark.parametrize("policy, steps", [("last", [500, 1000, 1500, 2000]), ("best", None)])
+@pytest.mark.parametrize("policy, steps", [
+    ("last", [500, 1000, 1500, 2000]), pytest.param("best", None, marks=full)])
 def test_checkpoints_are_artifacts_in_the_background(online, trainer, server, policy, steps):
     run = online(*LONG, "--wandb-log-checkpoints", policy)
     assert run.code == 0, run.out

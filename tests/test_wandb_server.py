@@ -113,7 +113,8 @@ wandb.sweep({"method": "grid", "program": "program.py", "parameters": {"lr": {"v
         (sweep_id, {"lr": 0.1}, 0.1, "finished"), (sweep_id, {"lr": 0.2}, 0.2, "finished")]
 
 
-@pytest.mark.parametrize("outage", [500, "refuse", "hang", "gone"])
+@pytest.mark.parametrize("outage", [
+    "gone", *(pytest.param(kind, marks=pytest.mark.full) for kind in (500, "refuse", "hang"))])
 def test_every_row_arrives_after_an_outage(server, start, outage):
     process = start("""
 import time
