@@ -98,6 +98,10 @@ class State:
     wandb_run_id: str = ""
 
 
+class NonFinite(RunFailed):
+    """The loss or gradient was NaN or infinite for --max-bad-steps steps in a row."""
+
+
 class NotSaved(RunFailed):
     """The last checkpoint of a run could not be written."""
 

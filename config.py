@@ -177,7 +177,7 @@ def beside_run(path, suffix):
     """checkpoints/minigpt.best.pt, `.tokenizer` → checkpoints/minigpt.tokenizer, which all checkpoints of a run share.
     `path`: any of those checkpoints, or the run's metrics.jsonl."""
     path = Path(path)
-    stem = path.name.removesuffix(".metrics.jsonl").removesuffix(".pt")
+    stem = path.name.removesuffix(".metrics.jsonl") if path.name.endswith(".metrics.jsonl") else path.stem
     return path.with_name(re.sub(r"\.(best(-of-\d+)?|prev|nonfinite|step-\d+)$", "", stem) + suffix)
 
 

@@ -7,7 +7,6 @@ determines their content. Training reads windows of them; which windows a step r
 import contextlib
 import errno
 import fcntl
-import functools
 import hashlib
 import json
 import logging
@@ -349,6 +348,7 @@ class Corpus:
             self.train.verify(self.meta, "train")
             self.val.verify(self.meta, "val")
         self.vocab_size, self.eos, self.fingerprint = self.train.vocab_size, self.train.eos, self.meta["fingerprint"]
+        self.start = self._start()
         self.val_sources = {name: Shard(self.val.path, *span) for name, span in self.meta["val_sources"].items()}
         self.n_windows = self.train.windows(self.seq_len)
         self.n_val_windows = sum(shard.windows(self.seq_len) for shard in self.val_sources.values())
@@ -357,13 +357,13 @@ class Corpus:
                 raise UserError(f"--seq-len {self.seq_len}: {shard.path}{name and f' ({name})'} holds {shard.count:,} "
                                 f"tokens, less than one sequence; give more text or a smaller --seq-len")
 
-    @functools.cached_property
-    def start(self):
+    def _start(self):
         """The token that unconditional generation starts from: end-of-text if it precedes other text within the first
-        million training tokens; otherwise, as with a single document, the newline token, or 0."""
-        if self.eos is not None and self.eos in self.train.read(0, min(self.train.count - 1, 1 << 20)):
-            return self.eos
-        return (open_tokenizer(self.folder / "tokenizer").encode("\n", add_special_tokens=False).ids or [0])[-1]
+        million training tokens; otherwise, as with a single document, the newline token, if the tokenizer has one."""
+        if self.eos is None or self.eos not in self.train.read(0, min(self.train.count - 1, 1 << 20)):
+            with contextlib.suppress(UserError, ImportError, IndexError):  # shards may come without their tokenizer
+                return open_tokenizer(self.folder / "tokenizer").encode("\n", add_special_tokens=False).ids[-1]
+        return self.eos or 0
 
     def export_tokenizer(self, folder):
         """Copy the tokenizer to `folder`, so that the checkpoint can be used without the data."""

@@ -64,7 +64,8 @@ def short(value, like=None, digits=3):
     for bound, unit, sign in (1e12, 1e12, "T"), (1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k"):
         if value and abs(like or value) >= 0.9995 * bound:  # a value that rounds up to the bound gets its unit
             return f"{value / unit:.{digits}g}{sign}"
-    return f"{value:,.{max(0, digits - 4)}f}" if abs(value) >= 999.5 else f"{value:.{digits}g}"
+    thousands = float(f"{abs(value):.{digits}g}") >= 1000  # as it will be rounded
+    return f"{value:,.{max(0, digits - 4)}f}" if thousands else f"{value:.{digits}g}"
 
 
 def ticks(values, like=None):

@@ -72,7 +72,7 @@ def lock_until_exit(path, patience=1):
     """Acquire that lock and hold it until this process ends, however it ends → whether it is held."""
     if (path := os.path.realpath(path)) not in HELD:
         file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
-        if _locked(file, patience):  # a second, since a process that only tests the lock briefly holds it, too
+        if _locked(file, patience):
             HELD.add(path)
         else:
             os.close(file)
@@ -105,7 +105,8 @@ class StopSignal:
     def __init__(self, world, time_limit=0.0):
         self.world, self.minutes, self.received, self.save, self.since = world, time_limit, 0, False, 0.0
 
-    def __enter__(self):
+    def listen(self):
+        """Install the handlers: from here on, until the end of a `with` block."""
         numbers = {*self.STOPS, signal.SIGUSR1}
         if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup
             numbers.remove(signal.SIGHUP)
@@ -113,6 +114,9 @@ class StopSignal:
         if self.minutes:
             left = self.minutes * 60 - (time.monotonic() - STARTED)
             signal.setitimer(signal.ITIMER_REAL, max(left, 1e-3))
+        return self
+
+    def __enter__(self):
         return self
 
     def __exit__(self, *_):

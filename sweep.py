@@ -81,11 +81,14 @@ def agent(args):
             raise UserError(f"--nproc-per-node {args.nproc_per_node}: the trials of {args.sweep} are not started by "
                             f"torchrun; create the sweep with program: train_ddp.py")
         environment["PET_NPROC_PER_NODE"] = str(args.nproc_per_node)  # torchrun's environment variable for this flag
+    owned = shares(args.agents)
+    if any(0 < len(gpus) < (args.nproc_per_node or 1) for gpus in owned):
+        raise UserError(f"--agents {args.agents} --nproc-per-node {args.nproc_per_node}: more than this machine's GPUs")
     count = ["--count", str(args.count)] if args.count else []
     # Forward signals, so that the trial saves and exits before the agent does: else both die before it has saved.
     command = [sys.executable, "-m", "wandb", "agent", "--forward-signals", *count, args.sweep]
-    agents = [subprocess.Popen(command, env=environment | gpus, preexec_fn=_end_with_this_process)
-              for gpus in shares(args.agents)]
+    agents = [subprocess.Popen(command, env=environment | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}),
+                               preexec_fn=_end_with_this_process) for gpus in owned]
     received = []
 
     def forward(number, frame):
@@ -101,17 +104,16 @@ def agent(args):
 
 
 def shares(agents):
-    """Environment variables that give each agent GPUs of its own, the same number to each; if there are fewer GPUs than
-    agents, some agents share one."""
+    """The GPUs of each agent: as many for each, or where there are fewer than agents, one that some share. [] leaves it
+    to CUDA: for one agent alone, and where there are none."""
     if agents == 1:
-        return [{}]
+        return [[]]
     import torch
 
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
-    gpus = gpus.split(",") if gpus else []
+    known = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
+    gpus = known.split(",") if known else []
     n = len(gpus) // agents
-    own = [gpus[i * n:(i + 1) * n] or gpus[i % len(gpus):][:1] if gpus else [] for i in range(agents)]
-    return [dict(CUDA_VISIBLE_DEVICES=",".join(these)) if these else {} for these in own]
+    return [gpus[i * n:(i + 1) * n] or gpus[i % len(gpus):][:1] if gpus else [] for i in range(agents)]
 
 
 def _end_with_this_process():

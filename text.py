@@ -72,14 +72,15 @@ def find_sources(paths, label="--train-data"):
             tables = tuple(file for file in files if TABLE_SUFFIXES.get(Path(file).suffix) == kind)
             sources += [Source(kind, tables, argument)] if tables else []
     if again:
-        log.warning("%d files are named more than once in %s, and are read once", again, label)
+        log.warning("%s names files more than once (%d times in all): each is read once", label, again)
     return sources
 
 
 def _is_hub_name(path):
     """Whether `path` may be the name of a Hub dataset, rather than a missing file."""
-    missing = Path(path).suffix in TEXT_SUFFIXES | TABLE_SUFFIXES.keys() or os.path.isdir(Path(path).parts[0])
-    return re.fullmatch(r"\w[\w-]*(/[\w.-]+)?(:[\w.-]+)?(@[\w.-]+)?", path) and not missing
+    return (re.fullmatch(r"\w[\w-]*(/[\w.-]+)?(:[\w.-]+)?(@[\w.-]+)?", path)
+            and Path(path).suffix not in TEXT_SUFFIXES | TABLE_SUFFIXES.keys()
+            and not os.path.isdir(Path(path).parts[0]))
 
 
 def _texts_and_tables(folder, suffixes):
@@ -89,7 +90,7 @@ def _texts_and_tables(folder, suffixes):
     ours = {file.parent for file in found if file.name == "tokenizer.json" and file.parent.suffix == ".tokenizer"
             or file.name == "meta.json" and (file.parent / "train.bin").exists()
             or file.name == "tokenizer" and re.fullmatch(r"[0-9a-f]{24}\.draft", file.parent.name)
-            or re.fullmatch(r"run-\w+\.wandb", file.name)}
+            or re.fullmatch(r"run-.+\.wandb", file.name)}
     return [file for file in found if file.suffix in suffixes and file.is_file() and ours.isdisjoint(file.parents)
             and not file.name.endswith((".metrics.jsonl", ".wandb.json", ".trace.json", ".stacks.txt"))]
 
@@ -206,12 +207,12 @@ def tail_start(file, ratio):
     with open(file, "rb") as stream:
         stream.seek(first)
         window = stream.read(1 << 20)
-    if (found := window.find(mark)) >= 0:
-        rest = window[found + len(mark):]
+    if (last := window.find(mark)) >= 0:
+        rest = window[last + len(mark):]
         if rest.strip() or first + len(window) < size:  # another document follows
-            return first + found + len(mark)
-        start = min(start, first + found)  # not inside the file's last mark
-    window = window[start - first:]
+            return first + last + len(mark)
+        start = min(start, first + last)  # not inside the file's last mark, nor in what is blank after it
+    window = window[start - first:last if last >= 0 else None]
     if (found := window.find(b"\n")) >= 0 and start + found + 1 < size:
         return start + found + 1
     while window and window[0] & 0xC0 == 0x80:  # not inside a UTF-8 character

@@ -13,7 +13,7 @@ import torch
 
 import checkpoint
 import hardware
-from checkpoint import CheckpointConfig, Saver, State
+from checkpoint import CheckpointConfig, NonFinite, Saver, State
 from config import RunFailed, UserError, flag, flatten, needed_packages, parse
 from data import BatchConfig, Corpus, DataConfig
 from evaluate import evaluate
@@ -94,7 +94,7 @@ class World:
     def at(self, step):
         """Records which step (counted from 1) this rank is in, for fault reports."""
 
-    def require_same(self, mine, what):
+    def require_same(self, mine, what, advice=""):
         """Collective. Raises UserError on every rank if any rank's dict differs, naming the rank and the keys."""
 
     def require_replicas(self, model, optimizer):
@@ -119,10 +119,6 @@ class World:
         sys.exit(code)
 
 
-class NonFinite(RunFailed):
-    """The loss or gradient was NaN or infinite for --max-bad-steps steps in a row."""
-
-
 def train(cfg, world):
     """Train until `num_steps` or a stop signal. Returns the exit code: 0, or 128 + the signal number."""
     dry_run, batch_size = cfg.batch.dry_run, cfg.batch.batch_size
@@ -136,7 +132,9 @@ def train(cfg, world):
     identity = checkpoint.run_identity(cfg, corpus, step_samples)
     precision = hardware.choose_precision(cfg.speed, world.device)
     device = hardware.device_name(world.device) if cfg.optim.optimizer == "muon" else "any"  # Muon's bits depend on it
-    world.require_same(identity | {"precision": precision.name, "device": device}, "data or devices")
+    world.require_same(identity, "data")
+    world.require_same({"precision": precision.name, "device": device}, "devices",
+                       "give an --amp-dtype that all have, or --no-amp, and under Muon devices that are the same")
     saved = resume_from and world.from_main(lambda: checkpoint.restore(resume_from, cfg.checkpoint, identity, config))
 
     torch.manual_seed(cfg.optim.seed)  # the same initial weights on every rank
@@ -221,15 +219,17 @@ def train(cfg, world):
 
     n_bytes, left = state_bytes(optimizer), num_steps - state.step
     world.from_main(lambda: checkpoint.claim(cfg.checkpoint, resume_from, 4 * raw.num_params() + n_bytes, left))
-    stop = StopSignal(world, cfg.checkpoint.time_limit)
+    stop = StopSignal(world, cfg.checkpoint.time_limit).listen()  # until the end of the loop
     # A discarded warm-up pass, with memory held for the optimizer state: OOM and compile errors show before any file is
     # replaced. Not optional: DDP rebuilds its buckets after its first, which changes sums of 3 or more ranks.
-    with stop, Watchdog(meter, state, cfg, world.rank):
+    with Watchdog(meter, state, cfg, world.rank):
         reserved = torch.empty(0 if state.step else n_bytes, dtype=torch.uint8, device=world.device)
         for micro in sorted({0, accum - 1}):
             forward_backward(micro)
         optimizer.zero_grad(set_to_none=True)
-        reserved = world.sum([len(reserved)])  # a barrier: it fits on every rank; also frees the memory
+        number, reserved = world.max([stop.received, 0])  # a barrier: it fits on every rank; also frees the memory
+        if number:
+            return 128 + number  # nothing has been replaced
         world.from_main(lambda: corpus.export_tokenizer(cfg.checkpoint.beside(".tokenizer")))
         state.best_val = world.from_main(
             lambda: checkpoint.begin(cfg.checkpoint, resume_from, state, cfg.report.eval_tokens))

@@ -94,8 +94,8 @@ class DDPWorld(World):
     def at(self, step):
         self.pulse.me["step"] = step
 
-    def require_same(self, mine, what):
-        require_same(mine, what, UserError, "start every node with the same command and files")
+    def require_same(self, mine, what, advice="start every node with the same command and files"):
+        require_same(mine, what, UserError, advice)
 
     def require_replicas(self, model, optimizer):
         require_same(digests([model.state_dict(), optimizer.state_dict()]), "weights", RankFault, RESUME)

@@ -219,8 +219,8 @@ def samples_before(path, offset):
     """The sample records in the first `offset` bytes of a metrics.jsonl."""
     found = []
     with open(path, "rb") as file:
-        while file.tell() < offset:
-            if b'"event": "sample"' in (line := file.readline()):  # parse no other: histograms take megabytes
+        while file.tell() < offset and (line := file.readline()):
+            if b'"event": "sample"' in line:  # parse no other: histograms take megabytes
                 found.append(json.loads(line))
     return [record for record in found if record.get("event") == "sample"]
 
@@ -284,17 +284,19 @@ class Publisher:
             self.say("WARNING", f"checkpoint of step {record['step']} not uploaded: newer ones came before its turn")
             return
         try:
+            tokenizer = Path(self.job.tokenizer)
             if self.run.offline:
-                kept = Path(offline_folder(self.run)) / "checkpoints" / path.name
-                kept.parent.mkdir(exist_ok=True)
-                path = Path(shutil.move(path, kept))
+                kept = Path(offline_folder(self.run)) / "checkpoints"
+                kept.mkdir(exist_ok=True)
+                path = Path(shutil.move(path, kept / path.name))
+                tokenizer = Path(shutil.copytree(tokenizer, kept / "model.tokenizer", dirs_exist_ok=True))
             best, config = record.pop("best"), self.job.config
             artifact = wandb.Artifact(f"model-{self.run.id}", type="model",
                                       description=f"checkpoint of step {record['step']}",
                                       metadata=record | dict(seed=config["seed"], config=config))
             # Immutable: uploaded from its place, not copied to a cache first.
             for file, name in [(path, "model.pt"), *((file, f"model.tokenizer/{file.name}")
-                                                     for file in Path(self.job.tokenizer).glob("*.json"))]:
+                                                     for file in tokenizer.glob("*.json"))]:
                 artifact.add_file(str(file), name=name, policy="immutable", skip_cache=True)
             logged = self.run.log_artifact(artifact, aliases=["latest", f"step-{record['step']}"] + ["best"] * best)
             if not self.run.offline:

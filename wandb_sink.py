@@ -75,7 +75,7 @@ class WandbSink:
 
     def _start(self):
         # Never connect to another process's wandb-core, and keep warnings enabled, for the follower to relay. The
-        # variables' values are already in the job; the SDK fails on some that are empty or end in a comma.
+        # values that count are in the job; the SDK fails on some that are empty, end in a comma, or name another run.
         unwanted = ("WANDB_SERVICE", "WANDB_SILENT", "WANDB_QUIET", "WANDB_TAGS", "WANDB_FORK_FROM",
                     "WANDB_RESUME_FROM")
         environment = {name: value for name, value in os.environ.items()

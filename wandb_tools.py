@@ -96,7 +96,8 @@ def rows_of(api, target):
 
 def forget_environment():
     """Drop the WANDB_* variables that describe a run: they are for the next training run, not those handled here."""
-    for variable in {"WANDB_SWEEP_ID", *ENVIRONMENT.values()} - {"WANDB_MODE", "WANDB_DIR"}:
+    more = {"WANDB_SWEEP_ID", "WANDB_FORK_FROM", "WANDB_RESUME_FROM"}
+    for variable in more | {*ENVIRONMENT.values()} - {"WANDB_MODE", "WANDB_DIR"}:
         os.environ.pop(variable, None)
 
 
@@ -147,13 +148,16 @@ def send(facts, path):
 def lacking(records, stored):
     """The reports and samples among the records of a metrics.jsonl that are missing from the server's rows. Rows are
     matched by step and time: a run that was rolled back reaches the same step again."""
-    names = defaultdict(set)
+    held = defaultdict(list)  # step → rows
     for row in stored:
-        names[row.get("step"), round(row.get("_timestamp") or 0, 3)] |= {name for name, value in row.items()
-                                                                        if value is not None}
-    wanted = [(record, {"samples"} if "event" in record else record.keys() - {"step", "time"}) for record in records
-              if record.get("event", "sample") == "sample"]
-    return [record for record, needs in wanted if not needs <= names[record["step"], round(record["time"], 3)]]
+        held[row.get("step")].append(row)
+
+    def missing(record):
+        needs = {"samples"} if "event" in record else record.keys() - {"step", "time"}
+        return needs - {name for row in held[record["step"]] for name, value in row.items()
+                        if value is not None and abs((row.get("_timestamp") or 0) - record["time"]) < 0.01}
+
+    return [record for record in records if record.get("event", "sample") == "sample" and missing(record)]
 
 
 def download(args):

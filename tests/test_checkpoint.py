@@ -248,6 +248,14 @@ def test_from_the_plan_to_resume_on_no_other_run_may_write(tmp_path):
     checkpoint.claim(cfg, tmp_path / "c.pt", 1, 1)
 
 
+@pytest.mark.parametrize("source, kept", [("a.pt", False), ("c.prev.pt", True)])
+def test_a_branch_does_not_take_up_the_wandb_run_of_what_it_replaces(tmp_path, source, kept):
+    (tmp_path / "c.wandb.json").touch()
+    save_run(config(tmp_path, checkpoint_path=str(tmp_path / source)), whole(5), 5, latest=True, best=False)
+    checkpoint.begin(config(tmp_path, resume=source), tmp_path / source, State(step=5), EVAL_TOKENS)
+    assert (tmp_path / "c.wandb.json").exists() == kept
+
+
 def test_a_resumed_run_knows_its_least_loss():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
     saved = dict(optimizer=optimizer.state_dict(), state=dict(step=5, best_val=1.5))

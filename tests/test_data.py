@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -299,6 +300,8 @@ def test_a_text_begins_as_training_has_them_begin(tmp_path, text, cache):
     many, one = Corpus(config(tmp_path / "many.txt", cache)), Corpus(config(text, cache))
     assert many.start == many.eos and one.start != one.eos
     assert open_tokenizer(one.folder / "tokenizer").decode([one.start]) == "\n"
+    shutil.copytree(one.folder, tmp_path / "copied", ignore=shutil.ignore_patterns("tokenizer"))
+    assert Corpus(DataConfig(train_data=[str(tmp_path / "copied")], seq_len=16)).start == one.eos
 
 
 def test_a_file_named_twice_is_read_once(tmp_path, caplog):
@@ -307,20 +310,22 @@ def test_a_file_named_twice_is_read_once(tmp_path, caplog):
     (tmp_path / "link.txt").symlink_to(tmp_path / "a.txt")
     sources = find_sources([str(tmp_path), f"{tmp_path}/*.txt"])
     assert [Path(source.paths[0]).name for source in sources] == ["a.txt", "b.txt"]
-    assert "4 files are named more than once" in caplog.text
+    assert "names files more than once (4 times in all)" in caplog.text
 
 
 def test_a_folder_gives_no_hidden_files_nor_those_of_a_profiler_or_wandb(tmp_path):
     for name in ("a.txt", ".notes/b.txt", ".c.txt", "c.trace.json", "wandb/offline-run-1-x/files/requirements.txt",
-                 "wandb/offline-run-1-x/run-x.wandb"):
+                 "wandb/offline-run-1-x-rank-0/run-x-rank-0.wandb",
+                 "wandb/offline-run-1-x-rank-0/files/requirements.txt", "wandb/offline-run-1-x/run-x.wandb"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("text")
     assert [source.paths for source in find_sources([str(tmp_path)])] == [(str(tmp_path / "a.txt"),)]
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\n \n"])
-def test_a_mark_at_the_end_of_a_file_leaves_no_validation_text_of_nothing(tmp_path, end):
-    (tmp_path / "a.txt").write_text("a line of text\n" * 4000 + END_OF_TEXT + end)
+@pytest.mark.parametrize("line", ["a line of text\n", "one line of it "])
+def test_a_mark_at_the_end_of_a_file_leaves_no_validation_text_of_nothing(tmp_path, line, end):
+    (tmp_path / "a.txt").write_text(line * 4000 + END_OF_TEXT + end)
     texts = Counter()
     for piece in pieces(find_sources([str(tmp_path / "a.txt")]), "train", 0.1):
         texts[piece.split] += len(piece.text)
@@ -330,7 +335,7 @@ def test_a_mark_at_the_end_of_a_file_leaves_no_validation_text_of_nothing(tmp_pa
 def test_a_file_that_is_missing_is_no_dataset_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
-    for path in "train.txt", "some/rows.jsonl", "data/train", "../a/b":
+    for path in "", "train.txt", "some/rows.jsonl", "data/train", "../a/b":
         with pytest.raises(UserError, match="no such file or folder"):
             find_sources([path])
     names = ["c4", "some/data-set_1.0", "some/books:en@validation"]

@@ -251,9 +251,10 @@ def test_two_nodes_make_one_log_one_wandb_run_and_one_checkpoint(trainer, text):
 
 @pytest.mark.parametrize("difference, words", [
     pytest.param("sys.argv += ['--data-seed', '2']", "the ranks have different flags", marks=full),
-    ("os.environ['LOCAL_RANK'] = '0'; os.chdir('node1')", "the ranks have different data or devices"),
+    ("os.environ['LOCAL_RANK'] = '0'; os.chdir('node1')", "the ranks have different data"),
+    ("import hardware; hardware.Precision.name = 'odd'", "the ranks have different devices: rank 1 has precision odd"),
     ("os.environ['LOCAL_RANK'] = '0'; os.chdir('node2')", "--train-data prose.txt: no such file"),
-], ids=["flags", "data", "missing"])
+], ids=["flags", "data", "devices", "missing"])
 def test_ranks_that_differ_leave_saying_why(tmp_path, text, difference, words):
     """Rank 1 is made to differ: in its flags, or as the first rank of a node with other files."""
     (tmp_path / "prose.txt").write_text(text.read_text())

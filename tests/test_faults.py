@@ -268,19 +268,38 @@ def test_a_run_that_does_not_fit_writes_nothing(trainer, ranks, full):
     assert before == after or before == {} and after.keys() == {"c.lock"}
 
 
+SIGNALLED = """
+import os, signal, sys; sys.path.insert(0, {root!r})
+import train
+
+fast = train.GPT.forward
+
+def forward(self, *batch):
+    train.GPT.forward = fast
+    os.kill(os.getpid(), signal.{name})
+    return fast(self, *batch)
+
+train.GPT.forward = forward
+train.main()
+"""
+
+
+def signalled(trainer, name, *flags):
+    """train.py, which gets that signal in the pass before its first step."""
+    (trainer.folder / "signalled.py").write_text(SIGNALLED.format(root=str(ROOT), name=name))
+    return subprocess.run([sys.executable, "signalled.py", *trainer.arguments(flags)[2:]], cwd=trainer.folder,
+                          env=environment(), capture_output=True, text=True, timeout=200)
+
+
+def test_a_stop_before_the_first_step_replaces_nothing(trainer):
+    assert trainer("--num-steps", 5).code == 0
+    before = {path.name: path.read_bytes() for path in trainer.folder.glob("c.*") if path.is_file()}
+    assert signalled(trainer, "SIGTERM", "--num-steps", 10, "--overwrite").returncode == 143
+    assert before == {path.name: path.read_bytes() for path in trainer.folder.glob("c.*") if path.is_file()}
+
+
 def test_sigusr1_before_the_first_step_saves_and_goes_on(trainer):
-    (trainer.folder / "slow.py").write_text(
-        f"import os, signal, sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import train\n"
-        "fast = train.GPT.forward\n"
-        "def forward(self, *batch):\n"
-        "    train.GPT.forward = fast\n"
-        "    os.kill(os.getpid(), signal.SIGUSR1)\n"
-        "    return fast(self, *batch)\n"
-        "train.GPT.forward = forward\n"
-        "train.main()\n")
-    run = subprocess.run([sys.executable, "slow.py", *trainer.arguments(["--num-steps", 5, "--save-steps", 0])[2:]],
-                         cwd=trainer.folder, env=environment(), capture_output=True, text=True, timeout=200)
+    run = signalled(trainer, "SIGUSR1", "--num-steps", 5, "--save-steps", 0)
     assert run.returncode == 0, run.stdout + run.stderr
     steps = [torch.load(trainer.folder / name, weights_only=True)["state"]["step"] for name in ("c.prev.pt", "c.pt")]
     assert steps == [1, 5]

@@ -217,6 +217,7 @@ def test_smoothing_keeps_a_line_and_averages_noise():
 
 def test_labels_tell_ticks_apart():
     assert [short(value) for value in (999.7, 9_999.7, 999_960_000, 0, -1234)] == ["1,000", "10k", "1B", "0", "-1,234"]
+    assert ticks([999.2, 999.6]) == ["999.2", "999.6"] and ticks([0.5, 999.96]) == ["0.5", "1,000"]
     assert ticks([2.0012, 2.0014]) == ["2.0012", "2.0014"] and ticks([12_000, 12_010], 12_010) == ["12k", "12.01k"]
     assert ticks([0, 20_000, 40_000], 40_000) == ["0", "20k", "40k"] and ticks([5, 5]) == ["5", "5"]
 

@@ -10,6 +10,7 @@ from conftest import QUICK, ROOT, command, environment, eventually, processes_wi
 from wandb_server import ServerSweep, WandbServer
 
 from wandb_follower import explained
+from wandb_tools import lacking
 
 TOOLS = [sys.executable, str(ROOT / "wandb_tools.py")]
 FAILING = {  # what fails, and how → the step that says so, and what to do
@@ -166,6 +167,14 @@ def leave(folder, stem, run_id, rows, shared=False, label="rank-0", **more):
     (folder / f"{stem}.wandb.json").write_text(json.dumps(facts))
     lines = [json.dumps(dict(step=step, time=1.8e9) | row) for step, row in enumerate(rows)]
     (folder / f"{stem}.metrics.jsonl").write_text("\n".join(lines))
+
+
+def test_rows_of_before_a_rollback_are_not_taken_for_those_after_it():
+    stored = [{"step": 10, "_timestamp": 1.0, "loss": 3.0}, {"step": 20, "_timestamp": 2.0004, "loss": 2.0}]
+    first, again = {"step": 10, "time": 1.0, "loss": 3.0}, {"step": 20, "time": 9.0, "loss": 1.5}
+    more = first | {"lr": 1.0}
+    assert lacking([first, again], stored) == [again] and lacking([more], stored) == [more]
+    assert lacking([again | {"time": 2.0005}], stored) == []
 
 
 def test_sync_says_of_a_run_what_it_was_and_not_where_it_is_sent_from(server, tool, tmp_path):
