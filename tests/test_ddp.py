@@ -67,7 +67,7 @@ def test_accumulation_over_ranks_averages_every_gradient_once(trainer):
 
 @pytest.mark.parametrize("ranks, precision", [
     pytest.param(2, ["--no-amp"], marks=full), pytest.param(2, ["--amp-dtype", "bf16"], marks=full),
-    (2, ["--amp-dtype", "fp16"]), (3, ["--amp-dtype", "bf16"])],
+    pytest.param(2, ["--amp-dtype", "fp16"], marks=full), (3, ["--amp-dtype", "bf16"])],
     ids=["fp32", "bf16", "fp16", "3 ranks"])
 def test_ranks_resume_bit_for_bit(trainer, ranks, precision):
     flags = ["--max-tokens", 3200, "--grad-accum-steps", 2, "--dropout", 0.2, "--log-steps", 5, "--eval-steps", 4,

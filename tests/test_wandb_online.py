@@ -151,7 +151,7 @@ def test_two_nodes_of_two_ranks_write_the_runs_that_the_table_says(trainer, serv
 #   fault                moment         what the console says
 FAULTS = [
     ("filestream 404", "mid-run", r"server takes no more rows.*sync c\.pt"),
-    ("all hang", "start", r"check the network.*wandb sync .*offline-run.*sync c\.pt"),
+    pytest.param("all hang", "start", r"check the network.*wandb sync .*offline-run.*sync c\.pt", marks=full),
     ("core frozen", "mid-run", r"not finished within 4 s, ended.*sync c\.pt"),
     *(pytest.param(fault, moment, text, marks=full) for fault, moment, text in [
         ("core killed", "mid-run", r"(Connection (lost|reset)|Broken pipe).*sync c\.pt"),
