@@ -84,7 +84,7 @@ class CheckpointConfig:
         """Whether resuming from that file continues the run at the checkpoint path (the file is one of that run's)
         rather than branching off from it."""
         file, path = map(Path, map(os.path.realpath, (resume_from, self.checkpoint_path)))
-        return file == path or beside_run(file, ".pt") == path
+        return file == path or file.suffix == ".pt" and beside_run(file, ".pt") == path
 
 
 @dataclass

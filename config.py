@@ -22,9 +22,9 @@ from pathlib import Path
 
 # Names of these flags in other projects (nanoGPT, the Hugging Face Trainer), for "did you mean".
 ELSEWHERE = {"learning_rate": "lr", "max_iters": "num_steps", "max_steps": "num_steps", "block_size": "seq_len",
-             "output_dir": "checkpoint_path", "out_dir": "checkpoint_path", "init_from_checkpoint": "resume",
+             "output_dir": "checkpoint_path", "out_dir": "checkpoint_path", "bf16": "amp_dtype", "fp16": "amp_dtype",
              "resume_from_checkpoint": "resume", "hidden_size": "d_model", "n_embd": "d_model", "dtype": "amp_dtype",
-             "bf16": "amp", "fp16": "amp", "gradient_accumulation_steps": "grad_accum_steps", "wandb_log": "use_wandb",
+             "gradient_accumulation_steps": "grad_accum_steps", "wandb_log": "use_wandb",
              "max_grad_norm": "grad_clip_norm", "grad_clip": "grad_clip_norm", "log_interval": "log_steps",
              "eval_interval": "eval_steps", "dataset": "train_data", "tokenizer": "tokenizer_name"}
 BOUNDS = {"gt": (operator.gt, "greater than"), "ge": (operator.ge, "at least"),

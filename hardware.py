@@ -31,7 +31,8 @@ class SpeedConfig:
     amp_dtype: str = arg("auto", "auto: bf16 where the device does it fast, else fp16 on a GPU",
                          choices=("auto", "bf16", "fp16"))
     compile: bool | None = arg(None, "torch.compile; unset: on a GPU only")
-    deterministic: bool = arg(False, "deterministic kernels only: slower, the same bits on every run of one machine")
+    deterministic: bool = arg(False, "deterministic kernels only: slower; what a GPU, or --compile on several CPU threads, "
+                                     "needs for the same bits on every run")
 
 
 @dataclass(frozen=True)
@@ -245,6 +246,13 @@ def explained(error):
     if type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):
         return f"torch.compile failed: {(str(error).strip().splitlines() or ['?'])[0][:200]}; add --no-compile"
     return out_of_memory(error)
+
+
+@contextlib.contextmanager
+def reserved(n_bytes, device):
+    """Holds so much of the device's memory within the block, for what will need it later. Raises what torch does."""
+    held = torch.empty(n_bytes, dtype=torch.uint8, device=device)  # noqa: F841 - by being a variable
+    yield
 
 
 def memory_metrics(device):

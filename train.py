@@ -222,13 +222,11 @@ def train(cfg, world):
     stop = StopSignal(world, cfg.checkpoint.time_limit).listen()  # until the end of the loop
     # A discarded warm-up pass, with memory held for the optimizer state: OOM and compile errors show before any file is
     # replaced. Not optional: DDP rebuilds its buckets after its first, which changes sums of 3 or more ranks.
-    with Watchdog(meter, state, cfg, world.rank):
-        reserved = torch.empty(0 if state.step else n_bytes, dtype=torch.uint8, device=world.device)
+    with Watchdog(meter, state, cfg, world.rank), hardware.reserved(0 if state.step else n_bytes, world.device):
         for micro in sorted({0, accum - 1}):
             forward_backward(micro)
         optimizer.zero_grad(set_to_none=True)
-        number, reserved = world.max([stop.received, 0])  # a barrier: it fits on every rank; also frees the memory
-        if number:
+        if number := world.max([stop.received])[0]:  # also a barrier: it fits on every rank
             return 128 + number  # nothing has been replaced
         world.from_main(lambda: corpus.export_tokenizer(cfg.checkpoint.beside(".tokenizer")))
         state.best_val = world.from_main(

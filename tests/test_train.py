@@ -301,6 +301,13 @@ def test_compiled_training_is_training(trainer):
     assert eager.weights().keys() == compiled.weights().keys()
 
 
+@full
+def test_compiled_runs_on_two_threads_are_equal_with_deterministic_kernels(trainer):
+    flags = ["--num-steps", 40, "--compile", "--deterministic", "--dropout", 0.1]
+    first, second = (trainer(*flags, checkpoint=name, env={"OMP_NUM_THREADS": "2"}) for name in ("a.pt", "b.pt"))
+    assert first.code == 0 and same(second, first), first.err + second.err
+
+
 def test_without_a_compiler_one_line_says_how_to_do_without(trainer):
     run = trainer("--num-steps", 4, "--compile", env=dict(CXX="/no/compiler",
                                                           TORCHINDUCTOR_CACHE_DIR=str(trainer.folder / "inductor")))
