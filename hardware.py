@@ -31,8 +31,8 @@ class SpeedConfig:
     amp_dtype: str = arg("auto", "auto: bf16 where the device does it fast, else fp16 on a GPU",
                          choices=("auto", "bf16", "fp16"))
     compile: bool | None = arg(None, "torch.compile; unset: on a GPU only")
-    deterministic: bool = arg(False, "deterministic kernels only: slower; what a GPU, or --compile on several CPU threads, "
-                                     "needs for the same bits on every run")
+    deterministic: bool = arg(False, "deterministic kernels only, slower: for the same bits on every run on a GPU, or "
+                                     "with --compile on several CPU threads")
 
 
 @dataclass(frozen=True)
