@@ -20,7 +20,7 @@ import tokenizer as tokenizer_module
 from config import UserError
 from data import Corpus, DataConfig, permute, prepare
 from shards import HEADER, Shard, ShardWriter
-from text import cut_text, files_of, find_sources, is_validation, pieces, source_names, text_pieces
+from text import Source, cut_text, files_of, find_sources, is_validation, pieces, source_names, text_pieces
 from tokenizer import END_OF_TEXT, hub_reachable, known_characters, load_tokenizer, open_tokenizer, train_tokenizer
 
 
@@ -341,6 +341,20 @@ def test_a_file_that_is_missing_is_no_dataset_of_the_hub(tmp_path, monkeypatch):
     names = ["c4", "some/data-set_1.0", "some/books:en@validation"]
     assert [source.kind for source in find_sources(names)] == ["hub"] * 3
     assert files_of(find_sources(names)) & files_of(find_sources(["c4"])) == {"c4"}
+
+
+def test_a_dataset_of_the_hub_is_read_in_its_configuration_and_split(monkeypatch):
+    asked = []
+
+    def load_dataset(*names, split, streaming):
+        asked.append((*names, split))
+        return [{"text": "one"}]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    for name in "c4", "c4:en", "some/books@validation", "some/books:en@train[:10%]":
+        assert list(text_module.table_pieces(Source("hub", (name,)))) == [("one", True)]
+    assert asked == [("c4", None, "train"), ("c4", "en", "train"), ("some/books", None, "validation"),
+                     ("some/books", "en", "train[:10%]")]
 
 
 def test_a_dataset_of_the_hub_is_needed_until_it_is_tokenized_and_no_longer(tmp_path, text, monkeypatch):

@@ -1,8 +1,12 @@
+import ctypes
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import Clock
 
 import hardware
+from config import UserError
 from hardware import Stopwatch, memory_metrics, peak_of
 
 
@@ -20,6 +24,29 @@ def test_metal_is_chosen_for_one_process_only(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert hardware.choose_device("auto").type == "mps" and hardware.choose_device("auto", alone=False).type == "cpu"
+
+
+@pytest.mark.parametrize("largest, asked", [(2**31, [1 << 30]), (1 << 25, [1 << 30, 1 << 25])])
+def test_an_old_glibc_is_asked_for_the_threshold_it_can_have(monkeypatch, largest, asked):
+    calls = []
+
+    def mallopt(option, value):
+        calls.append((option, value))
+        return int(option != -3 or value <= largest)
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
+    hardware.keep_freed_memory()
+    assert calls == [*((-3, value) for value in asked), (-1, 2**31 - 1)]
+
+
+def test_a_lack_of_memory_becomes_one_line_and_other_errors_stay_as_they_are():
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"), MemoryError(),
+                  RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")):
+        with (pytest.raises(UserError, match="^out of memory: .*; lower --batch-size$"),
+              hardware.enough_memory("lower --batch-size")):
+            raise error
+    with pytest.raises(RuntimeError, match="^shapes$"), hardware.enough_memory("lower --batch-size"):
+        raise RuntimeError("shapes")
 
 
 def test_gpu_memory_is_in_gigabytes_since_the_last_report(monkeypatch):

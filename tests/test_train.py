@@ -302,8 +302,8 @@ def test_compiled_training_is_training(trainer):
 
 
 @full
-def test_compiled_runs_on_two_threads_are_equal_with_deterministic_kernels(trainer):
-    flags = ["--num-steps", 40, "--compile", "--deterministic", "--dropout", 0.1]
+def test_compiled_runs_on_two_threads_are_equal(trainer):
+    flags = ["--num-steps", 40, "--compile", "--dropout", 0.1]
     first, second = (trainer(*flags, checkpoint=name, env={"OMP_NUM_THREADS": "2"}) for name in ("a.pt", "b.pt"))
     assert first.code == 0 and same(second, first), first.err + second.err
 

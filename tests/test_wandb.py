@@ -54,7 +54,8 @@ def test_a_run_is_tracked_with_all_its_config_and_rows(trainer):
 @pytest.mark.parametrize("command", ["offline", "disabled"])
 def test_what_the_wandb_command_has_switched_off_stays_off(trainer, server, command):
     subprocess.run([sys.executable, "-m", "wandb", command], cwd=trainer.folder, check=True, capture_output=True)
-    run = trainer("--num-steps", 5, *WANDB, env=server.environment | dict(WANDB_MODE="", WANDB_TAGS="a,"))
+    run = trainer("--num-steps", 5, *WANDB, env=server.environment | dict(
+        WANDB_MODE="", WANDB_TAGS="a,", WANDB_FORK_FROM="other?_step=3", WANDB_RESUME_FROM="other?_step=3"))
     assert run.code == 0 and not server.requests, run.err
     assert len(run_files(trainer.folder)) == (command == "offline")
 
