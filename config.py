@@ -297,17 +297,19 @@ def _read_toml(path, cls, fields):
 
 def _toml_values(path, table, cls, fields):
     sections = [group.name for group in dataclasses.fields(cls)]
-    flat = {}
+    flat = []
     for key, value in table.items():
         if isinstance(value, dict):
             if key not in sections:
                 _refuse_unknown(key, sections, f"--config {path}: section", f"; there are {', '.join(sections)}")
-            flat |= value
+            flat += value.items()
         else:
-            flat[key] = value
+            flat.append((key, value))
     values = {}
-    for key, value in flat.items():
+    for key, value in flat:
         name = key.replace("-", "_")
+        if name in values:
+            raise UserError(f"--config {path}: {key} is there twice; leave one out")
         if name not in fields:
             _refuse_unknown(key, list(fields), f"--config {path}: key")
         values[name] = _coerce(f"--config {path}: {key} =", fields[name], value)

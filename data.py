@@ -26,17 +26,16 @@ from config import UserError, arg
 from shards import FORMAT, Shard, ShardWriter, read_meta
 from text import Piece, builtin_sources, files_of, find_sources, pieces, require_hub, source_names
 from tokenizer import (
-    OWN,
-    as_encoded,
+    encode,
+    encode_pieces,
     end_of_text,
-    known_characters,
     load_tokenizer,
     open_tokenizer,
     save_tokenizer,
     train_tokenizer,
 )
 
-CODE_VERSION = 2  # bump it when the same text would give different tokens: old caches are then not reused
+CODE_VERSION = 3  # bump it when the same text would give different tokens: old caches are then not reused
 BATCH = 1 << 21  # characters tokenized per parallel batch: bounds the memory use of tokenization
 BPE_SAMPLE = 1 << 25  # maximum number of characters that a bpe tokenizer is trained on
 PREPARE_PATIENCE = 900  # seconds without progress after which a process stops waiting for another to tokenize
@@ -125,10 +124,10 @@ def prepare(cfg, vocab_size=0, writes=True, scratch=None):
                 *([] if val_sources else [cfg.val_ratio, cfg.data_seed]),
                 cfg.tokenizer_name if tokenizer is None else tokenizer.to_str(),
                 vocab_size if cfg.tokenizer_name == "bpe" else 0,
-                *([] if cfg.tokenizer_name in OWN else [end_of_text(tokenizer, cfg.tokenizer_name)]),
+                tokenizer and end_of_text(tokenizer, cfg.tokenizer_name),
                 *source_names(cfg.val_data), *(source.argument for source in val_sources if source.argument)]
     key.update(json.dumps(settings).encode())
-    n_bytes = sum(os.path.getsize(path) for source in [*sources, *val_sources] for path in source.files())
+    n_bytes = sum(source.size for source in [*sources, *val_sources])
     for source in [*sources, None, *val_sources]:
         key.update(_source_digest(source, whole=n_bytes <= 1 << 30) if source else b"|")
     folder = Path(cfg.cache_dir) / key.hexdigest()
@@ -137,10 +136,9 @@ def prepare(cfg, vocab_size=0, writes=True, scratch=None):
     if writes and not folder.exists():
         require_hub(sources)
         require_hub(val_sources, "--val-data")
+    if not writes:
+        _wait(lambda: not folder.exists(), folder.with_name(folder.name + ".draft"))
     while not folder.exists():
-        if not writes:
-            _wait(lambda: not folder.exists(), folder.with_name(folder.name + ".draft"))
-            continue
         with _locked_draft(folder) as draft:
             if draft is not None:
                 _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources)
@@ -165,7 +163,9 @@ def _locked_draft(folder):
         if isinstance(error, FileNotFoundError) and folder.parent.exists():  # the draft has just been renamed
             yield None
             return
-        raise UserError(f"--cache-dir {folder.parent}: {error.strerror}; give a folder that can be written") from None
+        unlocked = error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+        advice = "on a file system with locks, such as a local disk" if unlocked else "that can be written"
+        raise UserError(f"--cache-dir {folder.parent}: {error.strerror}; give a folder {advice}") from None
     try:
         if not (draft / ".lock").exists() or not os.path.samestat(os.fstat(fd), os.stat(draft / ".lock")):
             yield None
@@ -201,13 +201,13 @@ def _lock(fd):
 
 def _wait(blocked, draft):
     """Waits while `blocked()` is true. Raises UserError if nothing in `draft` changes for PREPARE_PATIENCE seconds."""
-    begun, told = time.time(), False
+    begun = newest = time.time()
+    told = False
     while blocked():
         if not told and time.time() - begun > 1:
             log.info("waiting for the process that prepares this data in %s", draft)
             told = True
-        newest = begun
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # it may just have been renamed
             newest = max(newest, *(file.stat().st_mtime for file in [draft, *draft.iterdir()]))
         if time.time() - newest > PREPARE_PATIENCE:
             raise UserError(f"{draft}: the process that prepares this data has written nothing for "
@@ -216,21 +216,19 @@ def _wait(blocked, draft):
 
 
 def _source_digest(source, whole):
-    """A digest of a source's text: of its bytes (`whole`) or, for a corpus too large for that, of each file's size,
+    """A digest of a source's text: of its bytes (`whole`) or, in a corpus too large for that, of a large file's size,
     modification time and 16 samples."""
     if source.kind == "hub":
-        return source.paths[0].encode()
+        return source.path.encode()
     digest = hashlib.blake2b(source.kind.encode(), digest_size=16)
-    for path in source.paths:
-        size = os.path.getsize(path)
-        with open(path, "rb") as file:
-            if whole:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-                continue
-            digest.update(f"{size} {os.stat(path).st_mtime_ns}".encode())
+    with open(source.path, "rb") as file:
+        if whole or source.size <= 1 << 24:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+        else:
+            digest.update(f"{source.size} {os.stat(source.path).st_mtime_ns}".encode())
             for part in range(16):
-                file.seek(size // 16 * part)
-                digest.update(file.read(1 << 20))
+                file.seek(source.size // 16 * part)
+                digest.update(file.read(1 << 16))
     return digest.digest()
 
 
@@ -257,25 +255,19 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
         limits["val"] = max(1, int(cfg.max_tokens * cfg.val_ratio))
     writers = {split: ShardWriter(draft / f"{split}.bin", size, -1 if eos is None else eos, identity, limit)
                for split, limit in limits.items()}
-    n_bytes, n_tokens, started = dict(train=0, val=0), Counter(), time.perf_counter()
-    known, left_out = known_characters(tokenizer), 0
+    n_bytes, n_tokens, left_out, started = dict(train=0, val=0), Counter(), 0, time.perf_counter()
     from tqdm import tqdm
 
-    total = sum(os.path.getsize(path) for source in [*sources, *val_sources] for path in source.files())
+    total = sum(source.size for source in [*sources, *val_sources])
     with tqdm(total=total or None, unit="B", unit_scale=True, desc="tokenizing", leave=False, disable=None) as bar:
         source = stream()  # --val-data comes first and is read in full
-        while not (writers["train"].full and (val_sources or writers["val"].full)) and (batch := _take(source, BATCH)):
+        while not (writers["train"].full and (val_sources or writers["val"].full)) and (batch := take(source, BATCH)):
             wanted = [piece for piece in batch if not writers[piece.split].full]
-            encoded = tokenizer.encode_batch_fast([piece.text for piece in wanted], add_special_tokens=False)
-            for piece, encoding in zip(wanted, encoded, strict=True):
-                written = writers[piece.split].write(encoding.ids)
-                text = as_encoded(piece.text, known)
-                n_bytes[piece.split] += round(len(text.encode("utf-8", "replace")) * written
-                                              / max(1, len(encoding.ids)))
-                left_out += len(piece.text) - len(text)
-                if piece.ends_document and eos is not None:
-                    written += writers[piece.split].write([eos])
+            for piece, ids, encoded, lost in encode_pieces(tokenizer, wanted, eos):
+                written = writers[piece.split].write(ids)
+                n_bytes[piece.split] += round(encoded * written / max(1, len(ids)))
                 n_tokens[piece.split, piece.argument] += written
+                left_out += lost
             bar.update(sum(len(piece.text) for piece in batch))
     for writer in writers.values():
         writer.close()
@@ -288,8 +280,9 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
     for where, split, count in [("--train-data", "train", writers["train"].count), *found]:
         if count < cfg.seq_len + 1:
             raise UserError(f"{where}: {count:,} {split} tokens are fewer than one sequence of --seq-len "
-                            f"{cfg.seq_len} + 1; give more text, a smaller --seq-len, a larger --val-ratio, "
-                            f"{'or a larger --max-tokens' if cfg.max_tokens else 'or another --val-data'}")
+                            f"{cfg.seq_len} + 1; give more text, a smaller --seq-len"
+                            f"{', a larger --val-ratio' if split == 'val' and not val_sources else ''}, or "
+                            f"{'a larger --max-tokens' if cfg.max_tokens else 'another --val-data'}")
     seconds = time.perf_counter() - started
     tokens = sum(writer.count for writer in writers.values())
     log.info("tokenized %.1f MB into %s tokens in %.1f s (%.1f MB/s)", sum(n_bytes.values()) / 1e6, f"{tokens:,}",
@@ -308,14 +301,14 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
 def _trained_tokenizer(name, stream, vocab_size):
     """bpe: trained on up to BPE_SAMPLE characters of the training text; char: on all text, including validation."""
     began, texts = time.perf_counter(), (piece for piece in stream if piece.split == "train" or name == "char")
-    texts = _take(texts, BPE_SAMPLE) if name == "bpe" else texts
+    texts = take(texts, BPE_SAMPLE) if name == "bpe" else texts
     tokenizer = train_tokenizer(name, (piece.text for piece in texts), vocab_size or 4096)
     log.info("trained a %s tokenizer of %s tokens in %.1f s", name, f"{tokenizer.get_vocab_size():,}",
              time.perf_counter() - began)
     return tokenizer
 
 
-def _take(stream, characters):
+def take(stream, characters):
     """The next pieces of the stream, up to about that many characters in total; [] at the end."""
     batch = []
     while characters > 0 and (piece := next(stream, None)):
@@ -362,7 +355,7 @@ class Corpus:
         million training tokens; otherwise, as with a single document, the newline token, if the tokenizer has one."""
         if self.eos is None or self.eos not in self.train.read(0, min(self.train.count - 1, 1 << 20)):
             with contextlib.suppress(UserError, ImportError, IndexError):  # shards may come without their tokenizer
-                return open_tokenizer(self.folder / "tokenizer").encode("\n", add_special_tokens=False).ids[-1]
+                return encode(open_tokenizer(self.folder / "tokenizer"), ["\n"])[0][-1]
         return self.eos or 0
 
     def export_tokenizer(self, folder):

@@ -17,12 +17,12 @@ import torch
 
 import hardware
 from config import UserError, arg, one_line_errors, parse, without_infinity
-from data import spread_windows
+from data import BATCH, spread_windows, take
 from model import IGNORE
 from pretrained import load_run
 from shards import Shard, ShardWriter, read_meta
 from text import find_sources, pieces, require_hub, source_names
-from tokenizer import as_encoded, known_characters
+from tokenizer import encode_pieces
 
 MIN_DOCUMENTS = 20  # with fewer, the confidence interval clusters by window, not by document
 
@@ -117,23 +117,23 @@ def open_data(paths, tokenizer, eos, saved, folder):
         return ({name: Shard(shard, *span) for name, span in meta["val_sources"].items()},
                 meta["bytes"]["val"] / meta["tokens"]["val"])
     sources, n_bytes, shards = find_sources(paths, "--data"), 0, {}
-    known, left_out = known_characters(tokenizer), 0
+    left_out = 0
     require_hub(sources, "--data")
     for number, name in enumerate(source_names(paths) or [""]):
         file = Path(folder) / f"{number}.bin"
         writer = ShardWriter(file, tokenizer.get_vocab_size(), -1 if eos is None else eos, bytes(32))
-        for piece in pieces([source for source in sources if source.argument == number], "val"):
-            writer.write(tokenizer.encode(piece.text, add_special_tokens=False).ids)
-            text = as_encoded(piece.text, known)
-            n_bytes += len(text.encode("utf-8", "replace"))
-            left_out += len(piece.text) - len(text)
-            if piece.ends_document and eos is not None:
-                writer.write([eos])
+        stream = pieces([source for source in sources if source.argument == number], "val")
+        while batch := take(stream, BATCH):
+            for _, ids, size, lost in encode_pieces(tokenizer, batch, eos):
+                writer.write(ids)
+                n_bytes, left_out = n_bytes + size, left_out + lost
         writer.close()
         shards[name] = Shard(file)
     if left_out:
         print(f"warning: {left_out:,} characters are left out: the tokenizer has no token for them", file=sys.stderr)
-    return shards, n_bytes / max(1, sum(shard.count for shard in shards.values()))
+    if not n_bytes:
+        raise UserError(f"--data {' '.join(paths)}: the tokenizer knows none of this text; give another")
+    return shards, n_bytes / sum(shard.count for shard in shards.values())
 
 
 def sliding_windows(n_targets, seq_len, stride):
@@ -247,7 +247,8 @@ def main():
             raise UserError(f"{error.filename or folder}: {error.strerror}; make room there, or set TMPDIR") from None
         for name, shard in shards.items():
             if shard.count < (2 if cfg.stride else seq_len + 1):
-                where = f"--data {name or ' '.join(cfg.data)}" if cfg.data else "the run's own validation set"
+                where = f"--data {' '.join(cfg.data)}" if cfg.data else "the run's own validation set"
+                where += f" ({name})" if name else ""
                 raise UserError(f"{where}: {shard.count} tokens are fewer than one "
                                 f"window of --seq-len {seq_len} + 1; give more text, or --stride {seq_len}, which "
                                 f"takes shorter ones, too")

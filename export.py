@@ -77,7 +77,7 @@ def export(path, output, dtype="float32"):
             _complete_tokenizer(Path(output) / "tokenizer_config.json", model.cfg.max_position_embeddings)
         except ValueError as error:
             raise UserError(f"{tokenizer}: tokenizer_config.json is damaged: {error}") from None
-        (Path(output) / "README.md").write_text(model_card(path, model, saved, n_tokens, dtype))
+        (Path(output) / "README.md").write_text(model_card(path, model, saved, n_tokens, dtype), "utf-8")
     except OSError as error:
         raise UserError(f"--output {output}: {error.strerror or error}; name a folder that can be written") from None
 

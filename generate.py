@@ -18,7 +18,7 @@ import hardware
 from config import UserError, arg, one_line_errors, parse
 from model import KVCache
 from pretrained import load_run
-from tokenizer import open_tokenizer
+from tokenizer import encode, open_tokenizer
 
 RULE = "-" * 15  # separates two texts
 TEMPERATURE, TOP_K, SAMPLE_TOKENS = 0.8, 50, 128  # also for samples during training, and in exported folders
@@ -52,7 +52,7 @@ class GenerateConfig:
         if not self.prompt_file:
             return self.prompt or [""]
         try:
-            with open(0 if self.prompt_file == "-" else self.prompt_file, encoding="utf-8") as file:
+            with open(0 if self.prompt_file == "-" else self.prompt_file, encoding="utf-8-sig") as file:
                 lines = [line.removesuffix("\n") for line in file]
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
@@ -184,13 +184,13 @@ def batches(lengths, batch_size, max_new_tokens):
     return found
 
 
-def encode(tokenizer, start, prompt):
+def prompt_ids(tokenizer, start, prompt):
     """The ids of a prompt; [start] for an empty one."""
     try:
         prompt.encode()
     except UnicodeEncodeError:
         raise UserError(f"--prompt {prompt!r}: not UTF-8 text") from None
-    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    (ids,) = encode(tokenizer, [prompt])
     if prompt and not ids:
         raise UserError(f"--prompt {prompt!r}: the tokenizer knows none of these characters; give another")
     return ids or [start]
@@ -200,7 +200,7 @@ def write_texts(model, tokenizer, eos, start, cfg, out):
     """Generate what `cfg` asks for and write it to `out`: a single text is streamed, several are each written once
     complete, in order. Returns the number of generated tokens."""
     texts = [text for text in cfg.prompts() for _ in range(cfg.num_samples)]
-    ids = [encode(tokenizer, start, text) for text in texts]
+    ids = [prompt_ids(tokenizer, start, text) for text in texts]
     seeds = [[cfg.seed, *divmod(row, cfg.num_samples)] for row in range(len(texts))]
     finished, n_tokens, n_written = {}, 0, 0
 

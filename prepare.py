@@ -6,7 +6,7 @@ It takes train.py's flags. Training with the same flags then finds the shards in
 prints to another machine, and pass that as --train-data.
 """
 
-from config import one_line_errors, parse
+from config import UserError, one_line_errors, parse
 from data import Corpus
 from pretrained import resolve_init
 from tracking import setup_logging
@@ -15,6 +15,10 @@ from train import Config
 
 class Preparation(Config):
     """Tokenize what train.py with these flags would train on, and say where the tokens are."""
+
+    def validate(self):
+        if self.batch.dry_run:
+            raise UserError("--dry-run: this only tokenizes; leave it out, or give it to train.py")
 
 
 @one_line_errors()

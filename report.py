@@ -12,6 +12,7 @@ import html
 import io
 import math
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -132,7 +133,8 @@ def find(word):
 
 
 def _known(folder):
-    names = [str(rows.with_name(rows.name.removesuffix(ROWS) + ".pt")) for rows in sorted(folder.glob("*" + ROWS))]
+    names = [str(rows.with_name(rows.name.removesuffix(ROWS) + ".pt")) for rows in sorted(folder.glob("*" + ROWS))
+             if not re.search(r"\.rank\d+$", rows.name.removesuffix(ROWS))]  # what other ranks sent to W&B
     return "; there: " + ", ".join(names[:5]) if names else f"; {folder} has no run: python train.py makes one"
 
 

@@ -2,6 +2,7 @@
 
 import codecs
 import glob
+import json
 import logging
 import os
 import re
@@ -17,25 +18,29 @@ from tokenizer import END_OF_TEXT, hub_reachable
 log = logging.getLogger("mini_llm")
 
 PIECE = 1 << 15  # characters passed to the tokenizer at once
-TEXT_SUFFIXES = {".txt", ".text", ".md"}
-TABLE_SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+TABLES = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}  # all else is plain text, but:
+UNREADABLE = dict.fromkeys((".csv", ".tsv", ".arrow"), "convert it to .jsonl or .parquet") | dict.fromkeys(
+    (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar"), "unpack it")
+IN_FOLDERS = {".txt", ".text", ".md", ".jsonl", ".ndjson", ".parquet"}  # taken from folders, where .json is metadata
 
 
 @dataclass(frozen=True)
 class Source:
-    """`kind`: text, json, parquet, or hub (NAME[:CONFIG][@SPLIT]). A text source is one file; tables may be several."""
+    """`kind`: text, json or parquet, and `path` is a file; or hub, and `path` is NAME[:CONFIG][@SPLIT]."""
 
     kind: str
-    paths: tuple[str, ...]
+    path: str
     argument: int = 0  # index of the given path that it comes from
 
-    def files(self):
-        return () if self.kind == "hub" else self.paths
+    @property
+    def size(self):
+        """The file's size in bytes; 0 for a Hub dataset."""
+        return 0 if self.kind == "hub" else os.path.getsize(self.path)
 
 
 def files_of(sources):
     """The real paths of all files of the sources, and the names of their Hub datasets."""
-    return {os.path.realpath(file) if source.files() else file for source in sources for file in source.paths}
+    return {source.path if source.kind == "hub" else os.path.realpath(source.path) for source in sources}
 
 
 def find_sources(paths, label="--train-data"):
@@ -47,52 +52,50 @@ def find_sources(paths, label="--train-data"):
             if not files:
                 raise UserError(f"{label} {path}: no file matches; quote the pattern and check it with ls")
         elif os.path.isdir(path):
-            suffixes = TEXT_SUFFIXES | TABLE_SUFFIXES.keys()
-            files = [str(file) for file in _texts_and_tables(Path(path), suffixes)]
+            files = [str(file) for file in _texts_and_tables(Path(path))]
             if not files:
-                raise UserError(f"{label} {path}: no {', '.join(sorted(suffixes))} file in this folder")
+                raise UserError(f"{label} {path}: no {', '.join(sorted(IN_FOLDERS))} file in this folder")
         elif os.path.exists(path):
             files = [path]
         elif _is_hub_name(path):
-            sources.append(Source("hub", (path,), argument))
-            continue
+            files = []
         else:
             raise UserError(f"{label} {path}: no such file or folder")
         files = [file for file in files if os.path.getsize(file)] or files  # skip empty files, unless all are
-        if label == "--train-data":  # a file read twice could end up on both sides of the validation split
-            new = {}
-            for file in files:
-                if (real := os.path.realpath(file)) not in known:
-                    new.setdefault(real, file)
-            known, again, files = known | new.keys(), again + len(files) - len(new), list(new.values())
-        for file in files:
-            _check_readable(file, label)
-        sources += [Source("text", (file,), argument) for file in files if Path(file).suffix not in TABLE_SUFFIXES]
-        for kind in ("json", "parquet"):
-            tables = tuple(file for file in files if TABLE_SUFFIXES.get(Path(file).suffix) == kind)
-            sources += [Source(kind, tables, argument)] if tables else []
+        found = [Source(TABLES.get(_suffix(file), "text"), file, argument) for file in files]
+        for source in found or [Source("hub", path.removesuffix("@train"), argument)]:
+            # A file read twice could end up on both sides of the validation split.
+            if label == "--train-data" and not known.isdisjoint(files_of([source])):
+                again += 1
+                continue
+            known |= files_of([source])
+            if source.kind != "hub":
+                _check_readable(source.path, source.kind, label)
+            sources.append(source)
     if again:
         log.warning("%s names files more than once (%d times in all): each is read once", label, again)
     return sources
 
 
+def _suffix(file):
+    return Path(file).suffix.lower()
+
+
 def _is_hub_name(path):
     """Whether `path` may be the name of a Hub dataset, rather than a missing file."""
     return (re.fullmatch(r"\w[\w-]*(/[\w.-]+)?(:[\w.-]+)?(@[\w.-]+)?", path)
-            and Path(path).suffix not in TEXT_SUFFIXES | TABLE_SUFFIXES.keys()
+            and _suffix(path) not in IN_FOLDERS | TABLES.keys() | UNREADABLE.keys()
             and not os.path.isdir(Path(path).parts[0]))
 
 
-def _texts_and_tables(folder, suffixes):
-    """Text and table files in a folder, recursively, but no hidden files, files of runs or W&B, or token caches."""
+def _texts_and_tables(folder):
+    """Text and table files in a folder, recursively, but no hidden files, nor those of runs, W&B and exported models
+    (checkpoints and token caches have no such files)."""
     found = sorted(file for file in folder.rglob("*")
                    if not any(part[0] == "." for part in file.relative_to(folder).parts))
-    ours = {file.parent for file in found if file.name == "tokenizer.json" and file.parent.suffix == ".tokenizer"
-            or file.name == "meta.json" and (file.parent / "train.bin").exists()
-            or file.name == "tokenizer" and re.fullmatch(r"[0-9a-f]{24}\.draft", file.parent.name)
-            or re.fullmatch(r"run-.+\.wandb", file.name)}
-    return [file for file in found if file.suffix in suffixes and file.is_file() and ours.isdisjoint(file.parents)
-            and not file.name.endswith((".metrics.jsonl", ".wandb.json", ".trace.json", ".stacks.txt"))]
+    ours = {file.parent for file in found if re.fullmatch(r"run-.+\.wandb|.+\.safetensors", file.name)}
+    return [file for file in found if _suffix(file) in IN_FOLDERS and file.is_file() and ours.isdisjoint(file.parents)
+            and not file.name.endswith((".metrics.jsonl", ".stacks.txt"))]
 
 
 def is_pattern(path):
@@ -129,12 +132,14 @@ def builtin_sources():
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
     files = [file for file in sorted(root.rglob("*.py")) if not skipped & set(file.relative_to(root).parts)]
-    return [Source("text", (str(file),)) for file in files]
+    return [Source("text", str(file)) for file in files]
 
 
-def _check_readable(file, label):
+def _check_readable(file, kind, label):
     if not os.path.isfile(file):  # a pipe cannot be read twice, a device may be endless
         raise UserError(f"{label} {file}: not a file; write the text to one")
+    if advice := UNREADABLE.get(_suffix(file)):
+        raise UserError(f"{label} {file}: no text, JSONL or Parquet; {advice}")
     try:
         with open(file, "rb") as stream:
             head = stream.read(PIECE)
@@ -142,11 +147,9 @@ def _check_readable(file, label):
         raise UserError(f"{label} {file}: {error.strerror}") from None
     if not head:
         raise UserError(f"{label} {file}: the file is empty")
-    kind = TABLE_SUFFIXES.get(Path(file).suffix)
     if kind == "parquet":
         return
     if kind == "json" and head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] not in (b"{", b"["):
-        # If the first row is null, pyarrow's reader crashes the process.
         raise UserError(f"{label} {file}: not JSON rows, which begin with {{; give .txt, .jsonl or .parquet")
     undecodable = codecs.getincrementaldecoder("utf-8")("replace").decode(head).count("\ufffd")
     if b"\0" in head or undecodable > len(head) / 10:
@@ -155,7 +158,7 @@ def _check_readable(file, label):
 
 def require_hub(sources, label="--train-data"):
     """Raises UserError within seconds if any source is a Hub dataset and the Hub is unreachable."""
-    names = [source.paths[0] for source in sources if source.kind == "hub"]
+    names = [source.path for source in sources if source.kind == "hub"]
     if names and not hub_reachable():
         raise UserError(f"{label} {names[0]}: no such file, and as a Hugging Face dataset it cannot be reached")
 
@@ -179,11 +182,11 @@ def pieces(sources, split, val_ratio=0.0, seed=0) -> Iterator[Piece]:
     index = 0
     for source in sources:
         if tails:
-            cut, size = tail_start(source.paths[0], val_ratio), os.path.getsize(source.paths[0])
+            cut = tail_start(source.path, val_ratio)
             # The tail comes first: with --max-tokens, the rest need not be read to the end.
-            parts = [(text_pieces(source.paths[0], cut, size), "val"), (text_pieces(source.paths[0], 0, cut), "train")]
+            parts = [(text_pieces(source.path, cut), "val"), (text_pieces(source.path, 0, cut), "train")]
         elif source.kind == "text":
-            parts = [(text_pieces(source.paths[0]), None)]
+            parts = [(text_pieces(source.path), None)]
         else:
             parts = [(table_pieces(source), None)]
         for stream, part in parts:
@@ -200,7 +203,8 @@ def is_validation(index, ratio, seed):
 
 
 def tail_start(file, ratio):
-    """The byte where the last `ratio` of a text file begins, moved on to the next end of a document, else of a line."""
+    """The byte where the last `ratio` of a text file begins, moved on to the next end of a document (unless that leaves
+    less than half of it), else of a line."""
     size, mark = os.path.getsize(file), END_OF_TEXT.encode()
     start = int(size * (1 - ratio))
     first = max(0, start - len(mark) + 1)  # a mark that begins here or later ends after `start`
@@ -208,9 +212,9 @@ def tail_start(file, ratio):
         stream.seek(first)
         window = stream.read(1 << 20)
     if (last := window.find(mark)) >= 0:
-        rest = window[last + len(mark):]
-        if rest.strip() or first + len(window) < size:  # another document follows
-            return first + last + len(mark)
+        end, follows = first + last + len(mark), window[last + len(mark):].strip() or first + len(window) < size
+        if follows and size - end >= (size - start) / 2:
+            return end
         start = min(start, first + last)  # not inside the file's last mark, nor in what is blank after it
     window = window[start - first:last if last >= 0 else None]
     if (found := window.find(b"\n")) >= 0 and start + found + 1 < size:
@@ -266,50 +270,63 @@ def _last_break(text, mark, start, end):
     return None
 
 
-def _has_rows(path):
-    """Whether a Parquet file has any rows; True if it is damaged, so that the reader reports it."""
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.read_metadata(path).num_rows > 0
-    except (OSError, pyarrow.ArrowException):
-        return True
-
-
 def table_pieces(source):
-    """Yields (text, ends_document) for the rows of JSONL or Parquet files or of a Hugging Face Hub dataset."""
-    import datasets
-
-    name = " ".join(source.paths)
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # the error below reports what it would log
+    """Yields (text, ends_document) for the rows of a JSONL or Parquet file or of a Hugging Face Hub dataset: their
+    column `text`, or the only one with strings. `<|endoftext|>` ends a document, as does the end of a row."""
+    rows = {"json": _json_rows, "parquet": _parquet_rows, "hub": _hub_rows}[source.kind]
+    column, number = None, 0
     try:
-        if source.kind == "hub":
-            name, _, split = source.paths[0].partition("@")
-            repository, _, config = name.partition(":")
-            rows = datasets.load_dataset(repository, config or None, split=split or "train", streaming=True)
-        else:
-            paths = [path for path in source.paths if source.kind != "parquet" or _has_rows(path)] or source.paths
-            rows = datasets.load_dataset(source.kind, data_files=[glob.escape(path) for path in paths],
-                                         split="train", streaming=True)
-        column = None
-        for row in rows:
+        for number, row in enumerate(rows(source.path), 1):  # noqa: B007 - the error below has the number
             text = row.get("text")
-            if "text" not in row:  # use the only string column, the same one in every row
+            if "text" not in row:
                 strings = {key for key, value in row.items() if isinstance(value, str)}
-                column = column or next(iter(strings), None)
+                column = column or next(iter(strings), None)  # the same one in every row
                 if strings - {column} or not strings and all(value is not None for value in row.values()):
-                    raise UserError(f"{name}: no column named text (found {', '.join(row)}); rename one of them")
+                    raise UserError(f"{source.path}: no column named text (found {', '.join(row)}); rename one of them")
                 text = row[column] if strings else None
             if not isinstance(text, str | None):
-                raise UserError(f"{name}: the column text has {type(text).__name__}, not text; convert it")
-            if text:
-                yield from document_pieces(text)
+                raise UserError(f"{source.path}: the column text has {type(text).__name__}, not text; convert it")
+            # JSON can hold half of a surrogate pair, which is no character; it becomes U+FFFD.
+            text = (text or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            for document in text.split(END_OF_TEXT):
+                yield from document_pieces(document)
     except UserError:
         raise
-    except Exception as error:  # datasets wraps its readers' errors in many types of its own
+    except Exception as error:  # the readers raise many types
         reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
         if source.kind == "hub":
-            raise UserError(f"{source.paths[0]}: {reason}; name a configuration as {repository}:NAME, a split other "
-                            f"than train as {name}@SPLIT") from None
-        raise UserError(f"{name}: not readable as {source.kind}: {reason}") from None
+            name = source.path.partition("@")[0]
+            raise UserError(f"{source.path}: {reason}; name a configuration as {name.partition(':')[0]}:NAME, a split "
+                            f"other than train as {name}@SPLIT") from None
+        raise UserError(f"{source.path}: not readable as {source.kind}, from row {number + 1:,} on: {reason}") from None
+
+
+def _json_rows(path):
+    """The objects of a file with one per line, or of an array. Not by `datasets`, which infers all columns' types from
+    the beginning of a file and fails at a later row that has other columns, or a date that is no date."""
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        is_array = file.read(1) == "["
+        file.seek(0)
+        for row in json.load(file) if is_array else (json.loads(line) for line in file if line.strip()):
+            if not isinstance(row, dict):
+                raise ValueError(f"{type(row).__name__}, not an object with a text")
+            yield row
+
+
+def _parquet_rows(path):
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(path) as file:
+        columns = ["text"] if "text" in file.schema_arrow.names else None
+        for batch in file.iter_batches(256, columns=columns):
+            yield from batch.to_pylist()
+
+
+def _hub_rows(name):
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # the error raised from here reports what it would log
+    name, _, split = name.partition("@")
+    name, _, config = name.partition(":")
+    return datasets.load_dataset(name, config or None, split=split or "train", streaming=True)

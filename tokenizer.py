@@ -70,6 +70,15 @@ def open_tokenizer(folder):
         raise UserError(f"{folder}: not a tokenizer ({error}); copy the one that the model was trained with") from None
 
 
+def encode(tokenizer, texts):
+    """The ids of each text. Raises UserError if a part of it has no token, and the tokenizer none for the unknown."""
+    try:
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"--tokenizer-name: cannot encode this text ({error}); take a tokenizer that encodes any "
+                        f"text, such as bpe, byte or gpt2") from None
+
+
 def end_of_text(tokenizer, folder):
     """The id of the tokenizer's end-of-text token, or None."""
     eos = _eos_token(tokenizer, str(folder))
@@ -86,6 +95,16 @@ def as_encoded(text, known):
     """`text` without the characters that have no token: those not in `known`, from `known_characters`."""
     unknown = set(text) - known if known is not None else ()
     return text.translate(dict.fromkeys(map(ord, unknown))) if unknown else text
+
+
+def encode_pieces(tokenizer, pieces, eos):
+    """Pieces of text → for each (piece, its ids, bytes of its text, characters for which there is no token). Those
+    characters' bytes are not counted, and a document's ids end in `eos` unless that is None."""
+    known = known_characters(tokenizer)
+    for piece, ids in zip(pieces, encode(tokenizer, [piece.text for piece in pieces]), strict=True):
+        text = as_encoded(piece.text, known)
+        ids += [eos] if piece.ends_document and eos is not None else []
+        yield piece, ids, len(text.encode("utf-8", "replace")), len(piece.text) - len(text)
 
 
 def _byte_tokenizer():

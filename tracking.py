@@ -108,8 +108,8 @@ def log_facts(cfg, world, corpus, raw, precision, accum, state):
     log.info(f"model: {size.arch}, {n_params:,} parameters, {raw.flops_per_token(corpus.seq_len):.3g} FLOPs per token; "
              f"about {(fixed + activations) / 1e9:.2f} GB ({fixed / 1e9:.2f} weights and optimizer, "
              f"{activations / 1e9:.2f} activations)")
-    log.info(f"step: {step_tokens:,} tokens = {cfg.batch.batch_size} sequences x {corpus.seq_len} x {accum} "
-             f"micro-batches x {world.size} ranks; amp {precision.name} ({precision.reason})")
+    log.info(f"step: {step_tokens:,} tokens = batch {cfg.batch.batch_size} x sequence {corpus.seq_len} x accumulation "
+             f"{accum} x ranks {world.size}; amp {precision.name} ({precision.reason})")
     if cfg.optim.warmup_steps >= cfg.optim.num_steps:
         log.warning(f"--warmup-steps {cfg.optim.warmup_steps} is not below --num-steps: the run ends in the warm-up")
     log.info(f"Resumed at step {state.step}" if state.step else f"Starting from {cfg.init.init_from or 'scratch'}")

@@ -94,6 +94,7 @@ def test_mistakes_are_named_with_a_way_out(argv, words):
     ("fuel = true", ["fuel", "expected str"]),
     ("cylinders = ", ["not valid TOML"]),
     ("power = nan", ["a finite number"]),
+    ("cylinders = 4\n[engine]\ncylinders = 8", ["cylinders is there twice"]),
 ])
 def test_mistakes_in_toml_are_named_too(tmp_path, toml, words):
     file = tmp_path / "car.toml"
@@ -110,6 +111,7 @@ def test_every_recipe_is_valid(file):
     cfg = parse(Config, ["--config", str(file)])
     assert cfg.checkpoint.checkpoint_path != Config().checkpoint.checkpoint_path, "a recipe keeps to its own files"
     assert cfg.batch.accum_steps(8, cfg.data.seq_len) >= 1
+    cfg.model.validate_sizes()
 
 
 def test_one_flag_has_one_owner():

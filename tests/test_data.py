@@ -1,3 +1,4 @@
+import errno
 import json
 import multiprocessing
 import os
@@ -20,7 +21,7 @@ import tokenizer as tokenizer_module
 from config import UserError
 from data import Corpus, DataConfig, permute, prepare
 from shards import HEADER, Shard, ShardWriter
-from text import Source, cut_text, files_of, find_sources, is_validation, pieces, source_names, text_pieces
+from text import Source, cut_text, files_of, find_sources, is_validation, pieces, source_names, tail_start, text_pieces
 from tokenizer import END_OF_TEXT, hub_reachable, known_characters, load_tokenizer, open_tokenizer, train_tokenizer
 
 
@@ -169,6 +170,15 @@ def test_a_single_text_gives_its_tail_to_validation(text, cache):
     assert len(val) / len(whole) == pytest.approx(0.1, abs=0.01)
 
 
+@pytest.mark.parametrize("last, share", [("a last line\n", 0.1), ("words " * 80, 480 / 6500)])
+def test_a_tail_begins_with_a_document_unless_that_leaves_little(tmp_path, last, share):
+    file = tmp_path / "text.txt"
+    file.write_text("some words\n" * 546 + END_OF_TEXT + last)
+    start, size = tail_start(file, 0.1), file.stat().st_size
+    assert (size - start) / size == pytest.approx(share, abs=0.01)
+    assert file.read_text()[start:].startswith(last if share < 0.1 else "some")
+
+
 def test_the_share_of_validation_documents_is_right_even_for_a_few():
     for n in (20, 50, 1000):
         share = sum(is_validation(i, 0.1, seed=3) for i in range(n)) / n
@@ -189,12 +199,16 @@ def test_parquet_jsonl_and_text_give_the_same_tokens(tmp_path, cache):
 
 
 def test_folders_and_globs_are_read_in_order(tmp_path):
-    for name in ("b.txt", "a.txt", "sub/c.md", "d.jsonl", "e.bin"):
+    for name in ("B.TXT", "a.txt", "sub/c.md", "d.jsonl", "e.bin", "config.json", "f.txt.gz"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}" if name.endswith("jsonl") else "text")
-    kinds = [(source.kind, [os.path.basename(p) for p in source.paths]) for source in find_sources([str(tmp_path)])]
-    assert kinds == [("text", ["a.txt"]), ("text", ["b.txt"]), ("text", ["c.md"]), ("json", ["d.jsonl"])]
-    assert len(find_sources([str(tmp_path / "*.txt")])) == 2
+    kinds = [(source.kind, os.path.basename(source.path)) for source in find_sources([str(tmp_path)])]
+    assert kinds == [("text", "B.TXT"), ("text", "a.txt"), ("json", "d.jsonl"), ("text", "c.md")]
+    assert len(find_sources([str(tmp_path / "*.[tT]*[tT]")])) == 2
+    for name in "f.txt.gz", "table.CSV":
+        (tmp_path / name).write_text("a,b")
+        with pytest.raises(UserError, match="unpack it|convert it"):
+            find_sources([str(tmp_path / name)])
 
 
 def test_invalid_utf8_crlf_bom_and_nothing_but_newlines_are_read(tmp_path):
@@ -309,7 +323,7 @@ def test_a_file_named_twice_is_read_once(tmp_path, caplog):
         (tmp_path / f"{name}.txt").write_text(name)
     (tmp_path / "link.txt").symlink_to(tmp_path / "a.txt")
     sources = find_sources([str(tmp_path), f"{tmp_path}/*.txt"])
-    assert [Path(source.paths[0]).name for source in sources] == ["a.txt", "b.txt"]
+    assert [Path(source.path).name for source in sources] == ["a.txt", "b.txt"]
     assert "names files more than once (4 times in all)" in caplog.text
 
 
@@ -319,7 +333,7 @@ def test_a_folder_gives_no_hidden_files_nor_those_of_a_profiler_or_wandb(tmp_pat
                  "wandb/offline-run-1-x-rank-0/files/requirements.txt", "wandb/offline-run-1-x/run-x.wandb"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("text")
-    assert [source.paths for source in find_sources([str(tmp_path)])] == [(str(tmp_path / "a.txt"),)]
+    assert [source.path for source in find_sources([str(tmp_path)])] == [str(tmp_path / "a.txt")]
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\n \n"])
@@ -338,7 +352,7 @@ def test_a_file_that_is_missing_is_no_dataset_of_the_hub(tmp_path, monkeypatch):
     for path in "", "train.txt", "some/rows.jsonl", "data/train", "../a/b":
         with pytest.raises(UserError, match="no such file or folder"):
             find_sources([path])
-    names = ["c4", "some/data-set_1.0", "some/books:en@validation"]
+    names = ["c4", "some/data-set_1.0", "some/books:en@validation", "c4@train"]  # the last is the first
     assert [source.kind for source in find_sources(names)] == ["hub"] * 3
     assert files_of(find_sources(names)) & files_of(find_sources(["c4"])) == {"c4"}
 
@@ -352,7 +366,7 @@ def test_a_dataset_of_the_hub_is_read_in_its_configuration_and_split(monkeypatch
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     for name in "c4", "c4:en", "some/books@validation", "some/books:en@train[:10%]":
-        assert list(text_module.table_pieces(Source("hub", (name,)))) == [("one", True)]
+        assert list(text_module.table_pieces(Source("hub", name))) == [("one", True)]
     assert asked == [("c4", None, "train"), ("c4", "en", "train"), ("some/books", None, "validation"),
                      ("some/books", "en", "train[:10%]")]
 
@@ -401,8 +415,11 @@ def test_a_folder_gives_its_text_and_not_what_runs_have_left_there(tmp_path, tex
     for file in theirs:
         file.parent.mkdir(exist_ok=True)
         file.write_text("text")
-    assert {source.paths for source in find_sources([str(tmp_path)])} == {
-        (str(file),) for file in (tmp_path / "a.txt", *theirs)}
+    (tmp_path / "export").mkdir()
+    for name in "model.safetensors", "README.md":
+        (tmp_path / "export" / name).write_text("a model's card")
+    assert {source.path for source in find_sources([str(tmp_path)])} == {
+        str(file) for file in (tmp_path / "a.txt", *theirs)}
     for file in theirs:
         file.unlink()
     assert prepare(config(tmp_path, tmp_path / "data" / "cache")) == folder
@@ -418,6 +435,40 @@ def test_tables_with_files_without_rows_and_rows_without_text(tmp_path):
     (tmp_path / "d.jsonl").write_text('{"title": "T", "content": null}\n{"title": null, "content": "C"}\n')
     with pytest.raises(UserError, match="no column named text"):
         list(pieces(find_sources([str(tmp_path / "d.jsonl")]), "train"))
+
+
+@pytest.mark.parametrize("rows, texts", [
+    ([{"text": "a"}, {"text": "b", "title": "B"}, {"text": "c", "title": 3}], ["a", "b", "c"]),
+    ([{"text": "2020-01-01"}, {"text": "not a date"}], ["2020-01-01", "not a date"]),
+    ([{"text": "one<|endoftext|>two<|endoftext|>"}, {"text": "three"}], ["one", "two", "three"]),
+    ([{"text": "half \ud83d of a pair"}, {"text": "\ud83e\udd9c"}], ["half \ufffd of a pair", "\U0001f99c"]),
+    ([{"body": "a", "n": 1}, {"n": 2, "body": "b"}], ["a", "b"]),
+], ids=["columns", "dates", "marks", "surrogates", "another name"])
+def test_rows_of_json_are_read_one_by_one(tmp_path, rows, texts):
+    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    (tmp_path / "array.json").write_text(json.dumps(rows))
+    for file in "lines.jsonl", "array.json":
+        found = list(pieces(find_sources([str(tmp_path / file)]), "train"))
+        assert [piece.text for piece in found] == texts and all(piece.ends_document for piece in found)
+
+
+def test_tables_need_not_have_the_same_columns(tmp_path):
+    import pyarrow.parquet
+
+    tables = dict(a=dict(text=["one"], id=[1]), b=dict(id=["x"], text=["two"]), c=dict(body=["three"]))
+    for name, columns in tables.items():
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / f"{name}.parquet")
+    (tmp_path / "d.jsonl").write_bytes(b'{"text": "na\xefve"}\n')
+    found = [piece.text for piece in pieces(find_sources([str(tmp_path)]), "train")]
+    assert found == ["one", "two", "three", "na\ufffdve"]
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '"text"', '{"text": 1}'])
+def test_a_row_that_cannot_be_read_is_named(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 9)
+    (tmp_path / "b.jsonl").write_text('{"text": "b"}\n' * 9 + line + "\n")
+    with pytest.raises(UserError, match=r"b\.jsonl: .*(from row 10 on|the column text has int)"):
+        list(pieces(find_sources([str(tmp_path)]), "train"))
 
 
 def test_a_large_seed_takes_its_share_for_validation_too():
@@ -547,6 +598,44 @@ def test_a_waiting_process_gives_up_on_one_that_hangs(tmp_path, text, monkeypatc
     os.close(fd)
 
 
+def test_who_waits_does_not_give_up_because_the_draft_has_just_been_renamed(tmp_path, monkeypatch):
+    clock, draft, looks = [1000.0], tmp_path / "draft", iter(range(10))
+    monkeypatch.setattr(data, "PREPARE_PATIENCE", 1)
+    monkeypatch.setattr(data.time, "time", lambda: clock[0])
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+    draft.mkdir()
+
+    def blocked():  # the writer has written until now; then it renames its draft, between two looks
+        clock[0] += 0.9
+        if (look := next(looks)) < 5:
+            os.utime(draft, (clock[0], clock[0]))
+        elif look == 5:
+            draft.rename(tmp_path / "done")
+        return look < 6
+
+    data._wait(blocked, draft)
+
+
+def test_text_that_a_tokenizer_cannot_encode_is_a_mistake_and_not_a_crash(tmp_path, text):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"the": 0, "a": 1}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    (tmp_path / "words").mkdir()
+    words.save(str(tmp_path / "words" / "tokenizer.json"))
+    with pytest.raises(UserError, match="--tokenizer-name: cannot encode this text"):
+        prepare(config(text, tmp_path / "cache", tokenizer_name=str(tmp_path / "words")))
+
+
+def test_a_file_system_without_locks_is_named_as_such(tmp_path, text, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(data.fcntl, "flock", flock)
+    with pytest.raises(UserError, match="--cache-dir .* file system with locks"):
+        prepare(config(text, tmp_path / "cache"))
+
+
 def test_every_validation_source_has_a_name_of_its_own(tmp_path, monkeypatch):
     for file in ("a.txt", "sub/a.jsonl", "my text (1).txt", "v1.0/b.txt"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
@@ -561,7 +650,7 @@ def test_every_validation_source_has_a_name_of_its_own(tmp_path, monkeypatch):
 def test_the_built_in_corpus_is_python_source():
     sources = text_module.builtin_sources()
     assert len(sources) > 300
-    assert any(source.paths[0].endswith("argparse.py") for source in sources)
+    assert any(source.path.endswith("argparse.py") for source in sources)
     total = sum(len(piece.text) for piece in pieces(sources, "train"))
     assert total > 5_000_000
 

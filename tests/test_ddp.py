@@ -61,7 +61,7 @@ def test_accumulation_over_ranks_averages_every_gradient_once(trainer):
     flags = [*EXACT, "--num-steps", 6]
     wide = trainer(*flags, "--grad-accum-steps", 4, checkpoint="wide.pt")
     ranks = trainer(*flags, "--global-batch-tokens", 4 * 4 * 32, ranks=2, checkpoint="ranks.pt")
-    assert "512 tokens = 4 sequences x 32 x 2 micro-batches x 2 ranks" in ranks.out
+    assert "512 tokens = batch 4 x sequence 32 x accumulation 2 x ranks 2" in ranks.out
     close(wide, ranks, 1e-5)
 
 

@@ -403,7 +403,7 @@ def test_links_that_lead_round_in_circles_give_each_file_once(tmp_path):
     for name in ("one", "two", "sub/three", "sub/four"):  # followed, they are 4 ** 40 folders
         os.symlink(tmp_path, tmp_path / name)
     for pattern in ("", "**/*.txt", "**", "s*/**/*.txt", "**/sub/*"):
-        files = [source.paths[0] for source in find_sources([str(tmp_path / pattern)])]
+        files = [source.path for source in find_sources([str(tmp_path / pattern)])]
         assert files == [str(tmp_path / "sub" / "a.txt")], pattern
 
 
@@ -416,7 +416,7 @@ def test_two_stars_find_what_they_always_did(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for pattern in ("**", "**/*.txt", "sub/**", "*/**/*.md", "./**/b*", f"{tmp_path}/**/*.txt", "sub/**/**.md"):
         want = {os.path.realpath(file) for file in glob.glob(pattern, recursive=True) if os.path.isfile(file)}
-        assert {os.path.realpath(source.paths[0]) for source in find_sources([pattern])} == want, pattern
+        assert {os.path.realpath(source.path) for source in find_sources([pattern])} == want, pattern
 
 
 def test_a_draft_that_is_a_link_is_not_emptied(tmp_path, text):
