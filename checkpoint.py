@@ -84,7 +84,8 @@ class CheckpointConfig:
         """Whether resuming from that file continues the run at the checkpoint path (the file is one of that run's)
         rather than branching off from it."""
         file, path = map(Path, map(os.path.realpath, (resume_from, self.checkpoint_path)))
-        return file == path or file.suffix == ".pt" and beside_run(file, ".pt") == path
+        same = file == path or path.exists() and os.path.samefile(file, path)  # a hard link is a name of it, too
+        return same or file.suffix == ".pt" and beside_run(file, ".pt") == path
 
 
 @dataclass
@@ -121,12 +122,13 @@ def plan(cfg):
             if not cfg.resume or not lock_until_exit(lock, PATIENCE):
                 raise _in_use(cfg)
         cfg.beside(".rank0000.metrics.jsonl.tmp").exists()  # raises here if the name would be too long
-        known = [file for file in (path, cfg.beside(".prev.pt"), cfg.beside(".best.pt")) if file.exists()]
+        newest = [file for file in (path, cfg.beside(".prev.pt")) if file.exists()]
+        known = newest + [file for file in (*reversed(cfg.numbered()), cfg.beside(".best.pt")) if file.exists()]
     except OSError as error:
         raise UserError(f"--checkpoint-path {path}: {folder} cannot be written ({error.strerror}); give a path in a "
                         f"folder of your own") from None
     # A run killed before its first --save-steps may have left only its best checkpoint.
-    newest = known[0] if known == [cfg.beside(".best.pt")] else path
+    newest = path if newest or not known else known[0]
     if not cfg.resume:
         if known and not cfg.overwrite:
             raise UserError(f"--checkpoint-path {path}: there is a checkpoint already; add --resume to go on, "
@@ -144,6 +146,17 @@ def plan(cfg):
         raise UserError(f"--resume {cfg.resume}: {path} exists, too; --overwrite rolls it back to that file, "
                         f"a new --checkpoint-path branches off")
     return Path(cfg.resume)
+
+
+def plan_together(cfg, world):
+    """Collective: the main rank's plan, for every rank. Raises UserError if only other ranks have a checkpoint there,
+    as on nodes with disks of their own whose order has changed: the run would silently start again."""
+    resume_from = world.from_main(lambda: plan(cfg))
+    elsewhere = world.max([cfg.resume == "auto" and os.path.exists(cfg.checkpoint_path)])[0]
+    if elsewhere and resume_from is None:
+        raise UserError(f"--resume auto: another node has {cfg.checkpoint_path}, and that of rank 0 has not; put "
+                        f"--checkpoint-path on storage that all nodes share, or start with that node as the first")
+    return resume_from
 
 
 def claim(cfg, resume_from, n_bytes, n_steps):
@@ -201,7 +214,7 @@ def restore(path, cfg, identity, config):
     if not is_of_a_run(payload):
         raise UserError(f"--resume: {source} is not a checkpoint of this version of mini-llm; use the one that "
                         f"wrote it, or start anew with another --checkpoint-path")
-    was = {"--optimizer": "adamw"} | payload["identity"]  # checkpoints from before --optimizer existed
+    was = payload["identity"]
     changed = [f"{name} was {was.get(name)}, is {value}" for name, value in identity.items() if was.get(name) != value]
     if changed:
         raise UserError(f"--resume: {source} is of another run: {'; '.join(changed)}; give the flags and data that "
@@ -232,8 +245,9 @@ def apply(payload, parts, continues):
                 part.load_state_dict(payload[name])
         state = State(**payload["state"])
     except Exception as error:  # torch raises many types
-        foreign = UserError(f"--resume: parts of the checkpoint are not those of this run ({type(error).__name__}); "
-                            f"name another with --resume FILE, or start anew with another --checkpoint-path")
+        foreign = UserError(f"--resume: parts of the checkpoint are not those of this run ({type(error).__name__}: "
+                            f"{' '.join(str(error).split())[:300]}); name another with --resume FILE, or start anew "
+                            f"with another --checkpoint-path")
         raise error if hardware.out_of_memory(error) else foreign from None
     return state if continues else dataclasses.replace(state, wandb_run_id="")  # a branch is a separate run
 
@@ -254,9 +268,9 @@ def begin(cfg, resume_from, state, eval_tokens):
     if cfg.overwrite:
         if not goes_on or _saved(best)["state"].get("step", 0) > state.step:
             best.unlink(missing_ok=True)
-        if resume_from is not None:
+        if goes_on:
             link(Path(resume_from), path)
-        else:
+        else:  # a branch's path gets its own first checkpoint: that of `resume_from` names another W&B run
             path.unlink(missing_ok=True)
         for file in (cfg.beside(".prev.pt"), cfg.beside(".nonfinite.pt")):
             file.unlink(missing_ok=True)
@@ -266,9 +280,9 @@ def begin(cfg, resume_from, state, eval_tokens):
         for file in cfg.numbered():
             if not goes_on or int(file.stem.rpartition("-")[2]) > state.step:
                 file.unlink(missing_ok=True)
-    if not best.exists():
-        return math.inf
     saved = _saved(best)
+    if not saved["state"]:  # missing, or not readable: the next evaluation writes one
+        return math.inf
     if (of := saved["config"].get("eval_tokens", eval_tokens)) != eval_tokens:
         link(best, kept := cfg.beside(f".best-of-{of}.pt"))
         log.info("the best loss so far is over --eval-tokens %d: not comparable; its weights stay in %s", of, kept)
@@ -312,18 +326,18 @@ def save_nonfinite(cfg, payload):
 def load_latest(path, cfg):
     """(checkpoint, its path): the one at `path` or, if that is damaged, the previous one. Raises UserError if neither
     is intact."""
-    previous = cfg.beside(".prev.pt")
-    try:
-        return load(path), path
-    except DamagedCheckpoint as error:
-        if os.path.realpath(path) != os.path.realpath(cfg.checkpoint_path) or not previous.exists():
-            raise UserError(f"--resume: {error}; {_way_back(cfg)}") from None
-        log.warning("%s; falling back to %s", error, previous)
-        newest = error
-    try:
-        return load(previous), previous
-    except DamagedCheckpoint as error:
-        raise UserError(f"--resume: {newest}; {error}; {_way_back(cfg)}") from None
+    previous, damage = cfg.beside(".prev.pt"), []
+    is_newest = os.path.realpath(path) == os.path.realpath(cfg.checkpoint_path)
+    for file in [path, previous] if is_newest and previous.exists() else [path]:
+        try:
+            payload = load(file)
+        except DamagedCheckpoint as error:
+            damage.append(str(error))
+            continue
+        if damage:
+            log.warning("%s; falling back to %s", damage[0], file)
+        return payload, file
+    raise UserError(f"--resume: {'; '.join(damage)}; {_way_back(cfg)}")
 
 
 def _way_back(cfg):
@@ -349,8 +363,9 @@ def save_run(cfg, payload, step, latest, best):
     if best:
         link(path, cfg.beside(".best.pt"))
     if cfg.keep_last:
-        link(path, cfg.beside(f".step-{step:08d}.pt"))
-        for old in cfg.numbered()[:-cfg.keep_last]:
+        link(path, newest := cfg.beside(f".step-{step:08d}.pt"))
+        # Not those of later steps, left from before the run fell back: they would outlive the new ones.
+        for old in [file for file in cfg.numbered() if file <= newest][:-cfg.keep_last]:
             old.unlink(missing_ok=True)
     return path
 

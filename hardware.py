@@ -107,7 +107,6 @@ def configure(cfg, device, dropout=0.0):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid: nothing here reads such memory
-        torch.backends.cudnn.benchmark = False
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
@@ -254,7 +253,8 @@ def explained(error):
 @contextlib.contextmanager
 def reserved(n_bytes, device):
     """Holds so much of the device's memory within the block, for what will need it later. Raises what torch does."""
-    held = torch.empty(n_bytes, dtype=torch.uint8, device=device)  # noqa: F841 - by being a variable
+    # Ones, because on a CPU memory that is not written to is not held.
+    held = torch.ones(n_bytes, dtype=torch.uint8, device=device)  # noqa: F841 - by being a variable
     yield
 
 

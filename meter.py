@@ -145,9 +145,9 @@ class Meter:
     def load_state_dict(self, state):
         self.smoothed = dict(state["smoothed"])
         # A resumed run may split the batch into micro-batches of another size: rescale the restored totals to it.
-        share = state.get("batch_size", self.batch_size) / self.batch_size
+        share = state["batch_size"] / self.batch_size
         self.restored = [state["loss_sum"] * share, state["micro_batches"] * share]
-        for count, before in zip((self.skipped, self.skipped_in_row), state.get("skipped", (0, 0)), strict=True):
+        for count, before in zip((self.skipped, self.skipped_in_row), state["skipped"], strict=True):
             count.fill_(before)
 
 

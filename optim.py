@@ -70,7 +70,6 @@ def make_optimizer(model, cfg, device, matmul_dtype=None):
     matrices = [p for p in model.parameters() if p.ndim >= 2 and p not in hidden]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors, weight_decay=0.0)]
-    groups = [group for group in groups if group["params"]]
     options = dict(lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=device.type in ("cuda", "cpu"))
     shapes = dict.fromkeys(p.shape for p in model.blocks.parameters() if p in hidden)
     muon = [dict(params=[p for p in model.blocks.parameters() if p.shape == shape], momentum=MOMENTUM,

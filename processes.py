@@ -128,11 +128,12 @@ class StopSignal:
         if number == signal.SIGUSR1:
             self.save = True
             return
-        # torchrun forwards the Ctrl-C that the terminal has already sent to every process: not a second one.
-        if number == signal.SIGINT and self.received and time.monotonic() - self.since > 2:
-            raise KeyboardInterrupt
-        if not self.received:
-            self.received, self.since = number, time.monotonic()
+        if number == signal.SIGINT:
+            # torchrun forwards the Ctrl-C that the terminal has already sent to every process: not a second one.
+            if self.since and time.monotonic() - self.since > 2:
+                raise KeyboardInterrupt
+            self.since = self.since or time.monotonic()
+        self.received = self.received or number
 
     def agreed(self):
         """The signal to stop for (0: none) and whether to save now, if any rank received one; equal on all ranks."""

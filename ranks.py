@@ -10,6 +10,7 @@ import datetime
 import functools
 import json
 import os
+import pickle
 import re
 import signal
 import socket
@@ -205,6 +206,15 @@ def _exists(pid):
     except ProcessLookupError:
         return False
     return True
+
+
+def portable(error):
+    """The error itself if other ranks can unpickle it, else a RunFailed with its message."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever its constructor raises
+        return RunFailed(f"{type(error).__name__}: {error}")
+    return error
 
 
 def require_same(mine, what, error, advice):

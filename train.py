@@ -123,7 +123,7 @@ def train(cfg, world):
     """Train until `num_steps` or a stop signal. Returns the exit code: 0, or 128 + the signal number."""
     dry_run, batch_size = cfg.batch.dry_run, cfg.batch.batch_size
     world.require_same({flag(name): value for name, value in flatten(cfg).items()}, "flags")
-    resume_from = None if dry_run else world.from_main(lambda: checkpoint.plan(cfg.checkpoint))
+    resume_from = None if dry_run else checkpoint.plan_together(cfg.checkpoint, world)
     cfg.model, cfg.init = world.from_main(lambda: resolve_init(cfg, resume_from))
     accum, config = cfg.batch.accum_steps(world.size, cfg.data.seq_len), flatten(cfg)
     corpus = Corpus(cfg.data, cfg.model.vocab_size, writes=world.local_rank == 0, scratch=dry_run)
@@ -227,7 +227,8 @@ def train(cfg, world):
             forward_backward(micro)
         optimizer.zero_grad(set_to_none=True)
         if number := world.max([stop.received])[0]:  # also a barrier: it fits on every rank
-            return 128 + number  # nothing has been replaced
+            log.info("stopped by signal %d before the first step: nothing has been replaced", number)
+            return 128 + number
         world.from_main(lambda: corpus.export_tokenizer(cfg.checkpoint.beside(".tokenizer")))
         state.best_val = world.from_main(
             lambda: checkpoint.begin(cfg.checkpoint, resume_from, state, cfg.report.eval_tokens))
@@ -254,14 +255,15 @@ def train(cfg, world):
                 saver.conclude(wait=False)
                 metrics = meter.report(ends_interval=state.step % cfg.report.log_steps == 0)
                 metrics["lr"] = lr_at(state.step - 1, cfg.optim)  # learning rate of the step just taken
-                if meter.skipped_in_row >= cfg.optim.max_bad_steps:
-                    halt(f"was not finite in {meter.skipped_in_row} steps in a row, the last", state.step - 1)
             if due(eval_steps):
                 metrics |= evaluate_now()
                 state.val_loss = metrics["val/loss"]
                 best = state.val_loss < state.best_val
             if metrics:
                 track.report(state, epochs_per_step, metrics)
+            if "lr" in metrics and meter.skipped_in_row >= cfg.optim.max_bad_steps:
+                saver.conclude()
+                halt(f"was not finite in {meter.skipped_in_row} steps in a row, the last", state.step - 1)
             if due(cfg.report.sample_steps):  # before saving: a run killed in here repeats the step and its sample
                 with meter.excluded("sample"), precision.autocast():
                     world.from_main(lambda: track.sample(

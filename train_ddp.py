@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from config import UserError
 from hardware import usable_cores
-from ranks import RESUME, NoPulse, RankFault, digests, join, require_same
+from ranks import RESUME, NoPulse, RankFault, digests, join, portable, require_same
 from train import World, main
 
 
@@ -74,7 +74,7 @@ class DDPWorld(World):
                 value = make()
                 outcome[1] = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), value)
             except Exception as error:
-                outcome[0] = error
+                outcome[0] = portable(error)
         dist.broadcast_object_list(outcome)
         error, skeleton = outcome
         if error is not None:

@@ -29,13 +29,13 @@ class Watchdog:
 
     def __init__(self, meter, state, cfg, rank):
         """`cfg` is the whole configuration."""
-        self.meter, self.state, self.heartbeat, self.is_main = meter, state, cfg.tracking.heartbeat_file, rank == 0
+        self.meter, self.state, self.heartbeat = meter, state, "" if rank else cfg.tracking.heartbeat_file
         self.stacks = cfg.checkpoint.beside(f".rank{rank}.stacks.txt" if rank else ".stacks.txt")
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
     def __enter__(self):
-        if self.heartbeat and self.is_main:
+        if self.heartbeat:
             self._beat("start")  # an existing file is from an earlier run
         self.thread.start()
         return self
@@ -48,7 +48,7 @@ class Watchdog:
         seen = told = None
         while not self.done.wait(POLL):
             now = self.meter.doing
-            if now != seen and self.heartbeat and self.is_main:
+            if now != seen and self.heartbeat:
                 self._beat(now[0])
             seen, seconds = now, time.perf_counter() - now[1]
             if now != told and seconds > self._limit(now[0]):

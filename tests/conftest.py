@@ -267,6 +267,8 @@ class Clock:
     def perf_counter(self):
         return self.now
 
+    monotonic = perf_counter
+
     def sleep(self, seconds):
         self.now += seconds
 

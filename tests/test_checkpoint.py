@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -272,6 +273,30 @@ def test_a_best_checkpoint_alone_is_one_and_is_gone_on_from(tmp_path):
         assert plan(cfg) == tmp_path / "c.best.pt" and cfg.continues(plan(cfg))
     save_run(config(tmp_path), whole(30), 30, latest=True, best=False)
     assert plan(config(tmp_path, resume="auto")) == tmp_path / "c.pt"
+    (tmp_path / "c.pt").rename(tmp_path / "c.step-00000030.pt")
+    assert plan(config(tmp_path, resume="auto")) == tmp_path / "c.step-00000030.pt"
+
+
+def test_after_falling_back_the_new_checkpoints_are_kept_and_not_the_old(tmp_path):
+    cfg = config(tmp_path, keep_last=2)
+    for step in (10, 20, 12, 14, 16):
+        save_run(cfg, whole(step), step, latest=True, best=False)
+    assert [file.name[-5:-3] for file in cfg.numbered()] == ["14", "16", "20"]
+
+
+def test_another_name_of_the_newest_checkpoint_goes_on_from_it(tmp_path):
+    save_run(config(tmp_path), whole(5), 5, latest=True, best=False)
+    os.link(tmp_path / "c.pt", tmp_path / "backup.pt")
+    cfg = config(tmp_path, resume=str(tmp_path / "backup.pt"))
+    assert plan(cfg) == tmp_path / "backup.pt" and cfg.continues(plan(cfg))
+
+
+def test_a_checkpoint_on_another_node_alone_is_not_passed_over(tmp_path):
+    world = SimpleNamespace(from_main=lambda make: make(), max=lambda values: [1])  # another rank has one
+    with pytest.raises(UserError, match="--resume auto: another node has .* storage that all nodes share"):
+        checkpoint.plan_together(config(tmp_path, resume="auto"), world)
+    save_run(config(tmp_path), whole(5), 5, latest=True, best=False)
+    assert checkpoint.plan_together(config(tmp_path, resume="auto"), world) == tmp_path / "c.pt"
 
 
 def test_a_run_that_goes_on_from_before_its_best_checkpoint_has_that_to_beat(tmp_path):
@@ -282,8 +307,8 @@ def test_a_run_that_goes_on_from_before_its_best_checkpoint_has_that_to_beat(tmp
     assert checkpoint.begin(cfg, tmp_path / "c.pt", State(step=60, best_val=3.2), EVAL_TOKENS) == 3.1
     assert checkpoint.begin(cfg, tmp_path / "c.pt", State(step=60, best_val=3.2), 0) == math.inf  # of another set
     assert load(tmp_path / f"c.best-of-{EVAL_TOKENS}.pt")["state"]["step"] == 100
-    (tmp_path / "c.best.pt").write_bytes(b"damaged")
-    assert checkpoint.begin(cfg, tmp_path / "c.pt", State(step=60, best_val=3.2), EVAL_TOKENS) == 3.2
+    (tmp_path / "c.best.pt").write_bytes(b"damaged")  # there are no best weights: the next evaluation makes some
+    assert checkpoint.begin(cfg, tmp_path / "c.pt", State(step=60, best_val=3.2), EVAL_TOKENS) == math.inf
 
 
 def test_files_of_a_run_whose_name_begins_alike_are_left_alone(tmp_path):
@@ -309,7 +334,8 @@ def test_a_branch_begins_without_the_history_of_the_run_that_was_there(tmp_path)
     (tmp_path / "a.tensorboard").mkdir()
     cfg = CheckpointConfig(str(tmp_path / "a.pt"), resume=str(tmp_path / "b.pt"), overwrite=True, keep_last=1)
     checkpoint.begin(cfg, tmp_path / "b.pt", State(step=5), EVAL_TOKENS)
-    assert {path.name for path in tmp_path.iterdir()} == {"a.pt", "b.pt", "b.step-00000005.pt"}
+    # Nor is the source's checkpoint put there: a kill before the first save would leave one of the source's W&B run.
+    assert {path.name for path in tmp_path.iterdir()} == {"b.pt", "b.step-00000005.pt"}
 
 
 def test_a_checkpoint_that_came_while_this_run_tokenized_is_not_written_over(tmp_path):

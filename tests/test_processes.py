@@ -1,15 +1,31 @@
 """Children and parents, whatever they are called."""
 
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, eventually
+from conftest import ROOT, Clock, eventually
 
-from processes import child_processes, parent_of
+import processes
+from processes import StopSignal, child_processes, parent_of
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="processes are looked up in /proc")
+
+
+def test_the_second_ctrl_c_ends_a_run_at_once_and_the_first_does_not(monkeypatch):
+    clock = Clock(monkeypatch, processes)
+    stop = StopSignal(None)
+    stop._on_signal(signal.SIGTERM, None)
+    clock.sleep(5)
+    stop._on_signal(signal.SIGINT, None)  # the first of its kind: the run is still saving
+    clock.sleep(1)
+    stop._on_signal(signal.SIGINT, None)  # torchrun's, of the same key
+    assert stop.received == signal.SIGTERM
+    clock.sleep(5)
+    with pytest.raises(KeyboardInterrupt):
+        stop._on_signal(signal.SIGINT, None)
 
 
 def test_a_child_is_found_whatever_bytes_its_name_has():
