@@ -6,6 +6,7 @@ rejected with the closest declared one as a suggestion.
 """
 
 import argparse
+import ast
 import contextlib
 import dataclasses
 import difflib
@@ -99,7 +100,7 @@ def parse(cls, argv=None):
             if field in dataclasses.fields(group.type):
                 _add_flag(section, name, field, kind)
 
-    argv = [_plain_flag(word, fields) for word in (sys.argv[1:] if argv is None else argv)]
+    argv = [word for given in (sys.argv[1:] if argv is None else argv) for word in _plain_flags(given, fields)]
     given, unknown = parser.parse_known_args(argv)
     given = vars(given)
     if unknown:
@@ -330,13 +331,21 @@ def _nearest(word, known):
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _plain_flag(word, fields):
-    """--batch_size=4 → --batch-size=4 and, for switches as a sweep writes them, --compile=False → --no-compile. Other
-    values are unchanged."""
+def _plain_flags(word, fields):
+    """--batch_size=4 → --batch-size=4 and, for values as a sweep writes them, --compile=False → --no-compile,
+    --train-data=['a', 'b'] → --train-data a b, --eval-steps=None → nothing. Other values are unchanged."""
     if not word.startswith("--"):
-        return word
-    name, equals, value = word.partition("=")
-    declared = fields.get(name[2:].replace("-", "_"))
-    if declared and _base_type(declared[2]) is bool and value.lower() in ("true", "false"):
-        return flag(name[2:] if value.lower() == "true" else "no-" + name[2:])
-    return flag(name[2:]) + equals + value
+        return [word]
+    name, equals, value = word[2:].partition("=")
+    name = name.replace("-", "_")
+    no = "no_" if name.startswith("no_") and name not in fields else ""
+    _, _, kind = fields.get(name.removeprefix(no), (None, None, None))
+    if kind and _base_type(kind) is bool and value.lower() in ("true", "false"):
+        on = (value.lower() == "true") is not bool(no)
+        return [flag(name.removeprefix(no) if on else "no_" + name.removeprefix(no))]
+    if value == "None" and type(None) in typing.get_args(kind):
+        return []
+    if typing.get_origin(kind) is list and value.startswith("["):
+        with contextlib.suppress(ValueError, SyntaxError):
+            return [flag(name), *map(str, ast.literal_eval(value))]
+    return [flag(name) + equals + value]

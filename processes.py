@@ -64,7 +64,12 @@ def stop_when_orphaned(generations):
 @contextlib.contextmanager
 def only_one(path, patience=0):
     """Hold an exclusive lock on a file; yields whether it was acquired within `patience` seconds."""
-    with open(path, "a") as file:  # open for writing, as NFS requires for this lock
+    try:
+        file = open(path, "a")  # noqa: SIM115 - open for writing, as NFS requires for this lock
+    except OSError:  # nothing can be written there, by nobody
+        yield True
+        return
+    with file:
         yield _locked(file, patience)
 
 

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -34,12 +35,7 @@ def read_sweep(path):
     """Read a sweep's configuration, in W&B's schema, from TOML or YAML; fill in its command. Raises UserError."""
     try:
         text = Path(path).read_text()
-        if Path(path).suffix == ".toml":
-            sweep = tomllib.loads(text)
-        else:
-            import yaml  # installed with wandb
-
-            sweep = yaml.safe_load(text)
+        sweep = tomllib.loads(text) if Path(path).suffix == ".toml" else _load_yaml(text)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (ValueError, ImportError) as error:
@@ -56,6 +52,18 @@ def read_sweep(path):
         raise UserError(f"{path}: program {program}: train.py or train_ddp.py, or give a command of your own")
     sweep.setdefault("command", COMMANDS.get(program))
     return sweep
+
+
+def _load_yaml(text):
+    """YAML, in which 1e-4 is a number, as in YAML 1.2, and not a text."""
+    import yaml  # installed with wandb
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+                                 list("-+.0123456789"))
+    return yaml.load(text, Loader)
 
 
 def create(args):

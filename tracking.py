@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from config import RunFailed, UserError, arg, flatten, to_toml, without_infinity
 from hardware import device_name, should_compile
-from wandb_runs import base_run_id, distributed_info, in_sweep, plan_run, provenance, with_environment
+from wandb_runs import distributed_info, in_sweep, new_run_id, plan_run, provenance, recalled, with_environment
 
 log = logging.getLogger("mini_llm")
 
@@ -138,12 +138,16 @@ class Tracker:
             return None, None
 
         def resolve():
-            wandb = with_environment(cfg.wandb)
-            return wandb, base_run_id(in_sweep() or wandb.wandb_run_id, state.wandb_run_id, self.beside(".wandb.json"),
-                                      bool(cfg.checkpoint.resume))
+            before = recalled(self.beside(".wandb.json")) if cfg.checkpoint.resume else {}
+            if state.wandb_run_id not in ("", before.get("base")):  # the file is of another run
+                before = {}
+            wandb = with_environment(cfg.wandb, before=before.get("init"))
+            known = state.wandb_run_id or before.get("base")
+            return wandb, in_sweep() or wandb.wandb_run_id or known or new_run_id()
 
         wandb, state.wandb_run_id = world.from_main(resolve)  # even if another node's environment differs
         if wandb.wandb_mode == "disabled":
+            log.info("W&B is off: by --wandb-mode, WANDB_MODE or `wandb disabled`")
             return None, None
         return wandb, plan_run(wandb.wandb_run_mode, wandb.wandb_rank_scope, state.wandb_run_id,
                                distributed_info(world))
@@ -151,7 +155,7 @@ class Tracker:
     def _open(self, cfg, step, wandb, config, tag):
         """Open this rank's files; on ranks other than the main one, their names contain `tag`."""
         self.beside(".log").parent.mkdir(parents=True, exist_ok=True)
-        console, toml = None, to_toml(cfg, without=("resume", "overwrite", "dry_run"))
+        console, toml = None, to_toml(cfg, without=("resume", "overwrite", "dry_run", "wandb_run_id"))
         if self.is_main:
             self.file = _LogFile(self.beside(".log"), mode="a" if step else "w", encoding="utf-8")
             self.file.setFormatter(FORMATTER)

@@ -123,6 +123,10 @@ def leave(code=0):
 def import_wandb():
     """The wandb package. Raises RuntimeError if missing, even if a run folder of that name is importable instead."""
     tempfile.tempdir = scratch().name
+    os.environ["TMPDIR"] = tempfile.tempdir  # wandb-core's, which leaves its socket's folder behind when killed
+    if not os.access(os.path.expanduser("~"), os.W_OK):  # where the SDK stages tables and artifacts
+        for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
+            os.environ.setdefault(name, tempfile.tempdir)
     try:
         import wandb
 
@@ -148,14 +152,16 @@ def open_run(job, say, may_go_offline=True, stop=None):
         init = init | dict(dir=os.path.dirname(job.lock) or ".")  # beside the checkpoint, for the same reason
 
     def start(**mode):
+        records = dict(console="wrap" if job.live else "off", x_disable_meta=not job.live,
+                       x_disable_stats=not job.live, disable_git=not job.live)
+        if job.live:  # what the user has switched off by WANDB_CONSOLE, WANDB_DISABLE_GIT … stays off
+            records = {name: value for name, value in records.items() if f"WANDB_{name.upper()}" not in os.environ}
         # Flush the local file every second: after a kill, no W&B process is left to write what was buffered.
         settings = wandb.Settings(x_transaction_log_flush_interval=1, init_timeout=job.init_timeout,
-                                  finish_timeout=job.finish_timeout, console="wrap" if job.live else "off",
-                                  x_disable_meta=not job.live, x_disable_stats=not job.live,
-                                  disable_git=not job.live, git_commit=job.config.get("git_commit"), host=job.host,
-                                  x_stats_pid=job.pid, git_root=str(SOURCE), program=job.program,
+                                  finish_timeout=job.finish_timeout, git_commit=job.config.get("git_commit"),
+                                  host=job.host, x_stats_pid=job.pid, git_root=str(SOURCE), program=job.program,
                                   program_relpath=os.path.relpath(job.program, SOURCE), stop_fn=stop,
-                                  sweep_id=job.sweep or None, **mode)
+                                  sweep_id=job.sweep or None, **records, **mode)
         return wandb.init(settings=settings, resume="allow", **init)
 
     try:
@@ -232,11 +238,21 @@ class Publisher:
         """`samples`: records that the sample table starts with, such as those from before a resume."""
         self.run, self.job, self.say, self.waiting, self.uploading = run, job, say, [], None
         self.samples = [[record["step"], record["text"]] for record in samples]
+        self.failed = set()  # kinds of events that could not be logged
 
     def publish(self, lines, last=False):
         """Send the records in `lines` of JSON; if these are the `last` ones, also wait for uploads."""
         for line in lines:
-            self._pass_on(json.loads(line))
+            record = json.loads(line)
+            try:
+                self._pass_on(dict(record))
+            except Exception as error:
+                if "event" not in record:
+                    raise
+                if record["event"] not in self.failed:  # less important than the rows that follow
+                    self.say("WARNING", f"{record['event']} of step {record['step']} not logged: {reason(error)}; "
+                                        f"send it later: {self.job.sync}")
+                self.failed.add(record["event"])
         self._upload_waiting(last)
 
     def _pass_on(self, record):
@@ -320,11 +336,15 @@ def _plain(name, value):
 
 def reason(error):
     """The first line of an error message, without the server's response."""
-    return re.sub(r":? *\{.*", "", (str(error).splitlines() or [""])[0])[:200].strip() or type(error).__name__
+    lines = str(error).splitlines() or [""]
+    if "validation error" in lines[0] and len(lines) > 2:  # a setting; its value may be a secret
+        lines = [re.sub(r"\[type=.*", "", f"WANDB_{lines[1].strip().upper()}: {lines[2].strip()}")]
+    return re.sub(r":? *\{.*", "", lines[0])[:200].strip() or type(error).__name__
 
 
 ADVICE = [  # (pattern in W&B's error message, what to do)
     (r"package is missing", "pip install wandb"),
+    (r"^WANDB_", "correct or unset that variable"),
     (r"api[ _]key|\blogin\b|\b401\b|authenticat|logged in|no-tty", "wandb login, or WANDB_API_KEY"),
     (r"no space left|\[errno 2\]|read-only|not a directory|file exists|\[errno 13\]|disk quota",
      "name a folder of your own with room: --wandb-dir"),
@@ -343,7 +363,8 @@ def advice(error):
 
 def explained(error):
     """The message of a W&B error, and what the user can do about it, unless the message already says so."""
-    why, remedy = reason(error).rstrip("."), advice(error)
+    why = reason(error).rstrip(".")
+    remedy = advice(f"{why} {error}")
     return why if remedy.split(",")[0] in why else f"{why}; {remedy}"
 
 
@@ -395,7 +416,8 @@ class Relay:
 def main():
     out, control = os.fdopen(os.dup(1), "w"), sys.stdin
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the pipe to the trainer is for `say` alone
-    job = Job(**json.loads(control.readline()))
+    with os.fdopen(int(sys.argv[1])) as file:
+        job = Job(**json.load(file))
     # W&B records the command line of the running process: make it the trainer's.
     sys.argv, os.environ["WANDB_PROGRAM"] = [job.program, *job.arguments], job.program
 

@@ -63,7 +63,7 @@ class WandbConfig:
         if final.wandb_run_mode == "shared" and final.wandb_mode == "offline":
             raise UserError("--wandb-run-mode shared: W&B can share a run online only; offline take --wandb-run-mode "
                             "new, whose runs are synced one by one, or auto")
-        if not re.fullmatch(r"[\w.-]{0,64}", final.wandb_run_id):
+        if not re.fullmatch(r"[\w.-]{0,64}", final.wandb_run_id, re.ASCII):
             raise UserError(f"--wandb-run-id {final.wandb_run_id}: letters, digits, _ . and -, 64 at most")
         if final.wandb_project in ("runs", "sweeps"):
             raise UserError(f"--wandb-project {final.wandb_project}: W&B takes this word for a part of its links; take "
@@ -83,13 +83,18 @@ SETTINGS = dict(wandb_project="project", wandb_entity="entity", wandb_mode="mode
 DEFAULTS = dict(wandb_project="mini-llm", wandb_mode="online", wandb_init_timeout=90.0, wandb_finish_timeout=60.0)
 
 
-def with_environment(cfg, environ=os.environ):
-    """`cfg` with its unset fields filled in: from the WANDB_* variables, else from the settings file that `wandb init`,
-    `wandb offline` and `wandb disabled` write, else from DEFAULTS. Raises UserError."""
-    filled, written = {}, _settings(os.path.join(cfg.wandb_dir or environ.get("WANDB_DIR", ""), "wandb", "settings"))
+def with_environment(cfg, environ=os.environ, before=None):
+    """`cfg` with its unset fields filled in: from the WANDB_* variables, else with the project and entity that the run
+    had `before` (its arguments of wandb.init), else from the settings file that `wandb init`, `wandb offline` and
+    `wandb disabled` write, else from DEFAULTS. In a sweep, project and entity are the sweep's. Raises UserError."""
+    root = cfg.wandb_dir or environ.get("WANDB_DIR", "")
+    folder = ".wandb" if os.path.isdir(os.path.join(root, ".wandb")) else "wandb"
+    filled, written = {}, _settings(os.path.join(root, folder, "settings"))
+    written |= {name: before[name] for name in ("project", "entity") if before.get(name)} if before else {}
     for name, variable in ENVIRONMENT.items():
         text = environ.get(variable, "").strip() or written.get(SETTINGS.get(name), "")
-        if getattr(cfg, name) not in ("", [], None):
+        decided = text and in_sweep(environ) and name in ("wandb_project", "wandb_entity")
+        if getattr(cfg, name) not in ("", [], None) and not decided:
             continue
         if not text:
             filled |= {name: DEFAULTS[name]} if name in DEFAULTS else {}
@@ -163,15 +168,16 @@ def in_sweep(environ=os.environ):
     return environ.get("WANDB_RUN_ID", "") if environ.get("WANDB_SWEEP_ID") else ""
 
 
-def base_run_id(given, known, path, resumes):
-    """The run id: the one given (by flag or environment; in a sweep, by the agent), else the checkpoint's (`known`),
-    else, when resuming, the one stored in the file `path`, else a new random one."""
-    remembered = ""
-    if resumes:
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            remembered = json.loads(path.read_text())["base"]
-    return given or known or remembered or "".join(secrets.choice(string.ascii_lowercase + string.digits)
-                                                   for _ in range(8))
+def new_run_id():
+    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
+
+
+def recalled(path):
+    """What `remember` stored in `path`; {} if it is missing or damaged."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        facts = json.loads(path.read_text())
+        return facts | dict(base=facts["base"], init=dict(facts["init"]))
+    return {}
 
 
 def remember(path, base, job):
@@ -184,7 +190,10 @@ def remember(path, base, job):
 
 
 def git(*words):
-    """The output of a git command on this source tree; "" if it fails: not a repository, or git is not installed."""
+    """The output of a git command on this source tree; "" if it fails (not a repository, git is not installed) or is
+    not wanted (WANDB_DISABLE_GIT)."""
+    if os.environ.get("WANDB_DISABLE_GIT", "").lower() in ("1", "true", "yes", "on"):
+        return ""
     try:
         return subprocess.run(["git", "-C", str(SOURCE), *words], capture_output=True, text=True, timeout=10,
                               check=True, errors="replace").stdout.rstrip("\n")

@@ -16,6 +16,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -83,11 +84,13 @@ class WandbSink:
         environment.setdefault("WANDB_ERROR_REPORTING", "false")  # else exit takes 12 s longer when the server hangs
         environment.setdefault("WANDB_X_DISABLE_VIEWER", "true")  # and startup 10 s, to look up the user's name
         try:
-            process = subprocess.Popen([sys.executable, str(FOLLOWER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                       stderr=subprocess.DEVNULL, env=environment, text=True,
-                                       start_new_session=True)  # Ctrl-C and torchrun's signals are only for the trainer
-            process.stdin.write(json.dumps(dataclasses.asdict(self.job)) + "\n")
-            process.stdin.flush()
+            with tempfile.TemporaryFile("w+") as job:  # a pipe would make training wait until it is read
+                json.dump(dataclasses.asdict(self.job), job)
+                job.seek(0)
+                # In a session of its own: Ctrl-C and torchrun's signals are only for the trainer.
+                process = subprocess.Popen([sys.executable, str(FOLLOWER), str(job.fileno())], stdin=subprocess.PIPE,
+                                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
+                                           text=True, start_new_session=True, pass_fds=[job.fileno()])
         except OSError as error:
             self._say(logging.WARNING, f"cannot start its process ({error}); send the run later: {self.job.sync}")
             return False

@@ -13,7 +13,7 @@ import re
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path, PurePosixPath
 
 from config import Parser, UserError, beside_run, read_records
@@ -56,7 +56,7 @@ def check(args):
 
     def read():
         target = f"{facts['run'].entity}/{facts['run'].project}/{facts['run'].id}"
-        rows = awaited(lambda: rows_of(facts["api"], target), bool)
+        rows = awaited(lambda: rows_of(facts["api"], target), bool) or []
         if [row.get("check") for row in rows] != [1.0]:
             raise RuntimeError(f"the row did not arrive: the server has {rows}")
         try:
@@ -84,13 +84,13 @@ def awaited(look, arrived):
 
 
 def rows_of(api, target):
-    """The rows that the server has of a run; [] if there is no such run. Other errors are raised."""
+    """The rows that the server has of a run; None if there is no such run. Other errors are raised."""
     api.flush()
     try:  # bypass the SDK's cache, which may hold an export from before a resume
         return list(api.run(target).scan_history(use_cache=False))
     except Exception as error:
         if "could not find run" in str(error).lower():
-            return []
+            return None
         raise
 
 
@@ -127,11 +127,15 @@ def send(facts, path):
     config = next((record["config"] for record in reversed(records) if record.get("event") == "config"), {})
     # If the run was resumed and then killed, its last exit event is that of an earlier start.
     last = next((record for record in reversed(records) if record.get("event") in ("config", "exit")), {})
-    job = Job(facts["init"] | dict(dir=None), config, live=False, sweep=facts.get("sweep", ""),
-              **{name: facts[name] for name in ("shared", "primary", "label", "host", "program") if name in facts})
     api = wandb.Api(timeout=TIMEOUT)
     target = "/".join([facts["init"]["entity"] or api.default_entity, facts["init"]["project"], facts["init"]["id"]])
-    missing = lacking(records, rows_of(api, target))
+    stored = rows_of(api, target)
+    init = facts["init"] | dict(dir=None)
+    if stored is not None:  # keep the name, tags and notes that it has been given since
+        init = {name: init[name] for name in ("project", "entity", "id")}
+    job = Job(init, config, live=False, sweep=facts.get("sweep", ""),
+              **{name: facts[name] for name in ("shared", "primary", "label", "host", "program") if name in facts})
+    missing = lacking(records, stored or [])
     if not missing:
         return f"{target} has every row"
     run = open_run(job, lambda level, text: print(text, flush=True), may_go_offline=False)
@@ -140,7 +144,7 @@ def send(facts, path):
     publisher.publish(map(json.dumps, missing))
     run.finish(exit_code=last.get("code", LOST_CODE))
     # The SDK does not report uploads that have failed permanently.
-    if lost := awaited(lambda: lacking(missing, rows_of(api, target)), lambda lost: not lost):
+    if lost := awaited(lambda: lacking(missing, rows_of(api, target) or []), lambda lost: not lost):
         raise RuntimeError(f"{len(lost)} of {len(missing)} rows did not arrive at {target}")
     return f"{len(missing)} rows sent to {target}"
 
@@ -173,7 +177,7 @@ def download(args):
         parts = parts[:parts.index(kind)] + parts[parts.index(kind) + 1:][:1]
     *where, name = parts
     project = where[-1] if where else with_environment(WandbConfig()).wandb_project
-    target = "/".join([*(where[:-1] or [api.default_entity]), project, name])
+    target, code = "/".join([*(where[:-1] or [api.default_entity]), project, name]), 0
     for run in api.sweep(target).runs if kind == "sweeps" else [api.run(target)]:
         folder = Path(args.folder or ".") / run.id
         folder.mkdir(parents=True, exist_ok=True)
@@ -181,14 +185,19 @@ def download(args):
         (folder / "summary.json").write_text(json.dumps(dict(run.summary), indent=1, default=dict))
         with open(folder / "history.jsonl", "w") as file:
             rows = [file.write(json.dumps(row) + "\n") for row in run.scan_history(use_cache=False)]
-        files = [file for file in run.files() if _stays_inside(file.name)]
-        for file in files:
-            file.download(root=str(folder / "files"), replace=True)
-        artifacts = list(run.logged_artifacts())
-        for artifact in artifacts:
-            artifact.download(root=str(folder / "artifacts" / artifact.name.replace(":", "-")))
-        print(f"{folder}: {len(rows)} rows, {len(files)} files, {len(artifacts)} artifacts", flush=True)
-    return 0
+        wanted = [(file, "files", dict(replace=True)) for file in run.files() if _stays_inside(file.name)]
+        wanted += [(artifact, f"artifacts/{artifact.name.replace(':', '-')}", {})
+                   for artifact in run.logged_artifacts()]
+        fetched = Counter()
+        for item, place, options in wanted:
+            try:
+                item.download(root=str(folder / place), **options)
+                fetched[place.partition("/")[0]] += 1
+            except Exception as error:  # the rest is wanted all the same
+                print(f"error: {folder / place}: {item.name} not fetched: {explained(error)}", file=sys.stderr)
+                code = 1
+        print(f"{folder}: {len(rows)} rows, {fetched['files']} files, {fetched['artifacts']} artifacts", flush=True)
+    return code
 
 
 def _stays_inside(name):

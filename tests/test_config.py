@@ -114,6 +114,14 @@ def test_every_recipe_is_valid(file):
     cfg.model.validate_sizes()
 
 
+@pytest.mark.parametrize("word, expected", [
+    ("--cylinders=8", dict(cylinders=8)), ("--turbo=True", dict(turbo=True)), ("--no_turbo=True", dict(turbo=False)),
+    ("--no-turbo=False", dict(turbo=True)), ("--idle_speed=None", dict(idle_speed=None)),
+    ("--stops=['a b', 'c']", dict(stops=["a b", "c"])), ("--stops=[a", dict(stops=["[a"]))])
+def test_values_as_a_sweep_writes_them(word, expected):
+    assert expected.items() <= flatten(parse(Car, [word])).items()
+
+
 def test_one_flag_has_one_owner():
     @dataclass
     class Twice:

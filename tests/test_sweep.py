@@ -159,6 +159,14 @@ def test_a_trial_is_saved_and_no_process_of_it_outlives_its_agent(server, create
     assert {row["step"] for row in trial.history} == reports(file).keys()
 
 
+def test_numbers_of_a_sweep_are_numbers(tmp_path):
+    (tmp_path / "sweep.yaml").write_text("method: random\nparameters: {lr: {min: 1e-5, max: 1.5E-2}, beta1: {values: "
+                                         "[.9, 1e-1, -2e+3]}, name: {values: [1e, e5, 1e-4x]}}\n")
+    parameters = read_sweep(tmp_path / "sweep.yaml")["parameters"]
+    assert parameters["lr"] == dict(min=1e-5, max=1.5e-2) and parameters["beta1"]["values"] == [0.9, 0.1, -2000.0]
+    assert parameters["name"]["values"] == ["1e", "e5", "1e-4x"]
+
+
 GRID = "method: grid\nparameters: {lr: {values: [1, 2]}}\n"
 
 

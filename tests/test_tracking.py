@@ -162,7 +162,7 @@ def test_tensorboard_has_the_same_names_values_and_steps(tmp_path):
 
 def test_a_resumed_interval_is_of_all_ranks_but_a_ranks_own_loss_is_its_own():
     meter = Meter(Alone(), 1.0, None)
-    meter.load_state_dict(dict(loss_sum=10.0, norm_sum=1.0, micro_batches=2, smoothed={}))
+    meter.load_state_dict(dict(loss_sum=10.0, micro_batches=2, batch_size=1, smoothed={}, skipped=[0, 0]))
     meter.add(torch.tensor([2.0]), torch.tensor(0.5), torch.tensor(True), tokens=10)
     assert meter.state_dict()["loss_sum"] == 12.0
     metrics = meter.report()
@@ -172,7 +172,7 @@ def test_a_resumed_interval_is_of_all_ranks_but_a_ranks_own_loss_is_its_own():
 
 
 def test_an_interval_resumed_in_other_micro_batches_weighs_them_by_their_sequences():
-    saved = dict(loss_sum=12.0, micro_batches=2, batch_size=4, smoothed={})  # 8 sequences of mean 6
+    saved = dict(loss_sum=12.0, micro_batches=2, batch_size=4, smoothed={}, skipped=[0, 0])  # 8 sequences of mean 6
     meter = Meter(Alone(), 1.0, None, batch_size=2)
     meter.load_state_dict(saved)
     meter.add(torch.tensor([2.0, 4.0]), torch.ones(()), torch.tensor(True), tokens=10)  # 4 of mean 3

@@ -45,6 +45,7 @@ def test_a_run_is_tracked_with_all_its_config_and_rows(trainer):
     assert memory["base"] == memory["init"]["id"] == tracked.run_id
     resolved = tracked.folder / "files" / "c.config.toml"
     assert 'd_model = 32' in resolved.read_text()
+    assert "wandb_run_id" not in resolved.read_text()  # else what is begun with it would go on in this run
     again = trainer("--config", resolved, "--dry-run", tiny=False, checkpoint="again.pt")
     assert again.code == 0 and "d_model=32" in again.out, again.err
     log = (tracked.folder / "files" / "output.log").read_text()

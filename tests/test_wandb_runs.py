@@ -7,10 +7,10 @@ from processes import only_one
 from wandb_runs import (
     Job,
     WandbConfig,
-    base_run_id,
     distributed_info,
     in_sweep,
     plan_run,
+    recalled,
     remember,
     with_environment,
 )
@@ -91,7 +91,10 @@ def test_what_wandb_init_and_wandb_offline_write_comes_after_the_environment(tmp
     assert (found.wandb_mode, found.wandb_project, found.wandb_entity) == ("offline", "100%", "us")
     found = with_environment(WandbConfig(wandb_project="mine"), here | dict(WANDB_MODE="online"))
     assert (found.wandb_mode, found.wandb_project, found.wandb_entity) == ("online", "mine", "us")
-    (tmp_path / "wandb" / "settings").write_text("torn")
+    (tmp_path / ".wandb").mkdir()  # where there is one, W&B's commands write there
+    (tmp_path / ".wandb" / "settings").write_text("[default]\nmode = disabled\n")
+    assert with_environment(WandbConfig(), here).wandb_mode == "disabled"
+    (tmp_path / ".wandb" / "settings").write_text("torn")
     assert with_environment(WandbConfig(), here).wandb_mode == "online"
 
 
@@ -103,6 +106,7 @@ def test_an_environment_that_makes_no_sense_is_named(environ):
 
 
 @pytest.mark.parametrize("wrong", [dict(wandb_run_mode="shared", wandb_mode="offline"), dict(wandb_run_id="a/b"),
+                                   dict(wandb_run_id="b\u00fccher"),
                                    dict(wandb_project="a/b"), dict(wandb_project="runs"), dict(wandb_tags=["x" * 65])])
 def test_settings_that_wandb_would_refuse_are_refused_at_once(wrong):
     WandbConfig(**wrong).validate()  # but not where W&B is off
@@ -110,15 +114,28 @@ def test_settings_that_wandb_would_refuse_are_refused_at_once(wrong):
         WandbConfig(use_wandb=True, **wrong).validate()
 
 
-def test_the_run_id_is_given_else_known_else_remembered_else_new(tmp_path):
+def test_a_resumed_run_stays_in_its_project(tmp_path):
     path = tmp_path / "c.wandb.json"
-    remember(path, "kept", Job(init={}, config={}))
-    assert base_run_id("given", "known", path, True) == "given"
-    assert base_run_id("", "known", path, True) == "known"
-    assert base_run_id("", "", path, True) == "kept"
-    assert base_run_id("", "", path, False) not in ("", "kept")
-    path.write_text("torn")
-    assert len(base_run_id("", "", path, True)) == 8
+    remember(path, "kept", Job(init=dict(project="ours", entity=None, name="first"), config={}))
+    before = recalled(path)
+    assert before["base"] == "kept"
+    for given, environ, project in (("", {}, "ours"), ("", dict(WANDB_PROJECT="theirs"), "theirs"),
+                                    ("mine", dict(WANDB_PROJECT="theirs"), "mine")):
+        found = with_environment(WandbConfig(wandb_project=given), environ, before["init"])
+        assert (found.wandb_project, found.wandb_entity, found.wandb_run_name) == (project, "", "")
+    for damaged in ("torn", "[]", '{"base": "x"}', '{"base": "x", "init": 1}'):
+        path.write_text(damaged)
+        assert recalled(path) == {}
+
+
+def test_a_sweep_decides_the_project_of_its_trials():
+    trial = dict(WANDB_SWEEP_ID="s", WANDB_RUN_ID="r", WANDB_PROJECT="of the sweep")
+    assert with_environment(WandbConfig(wandb_project="of a recipe"), trial).wandb_project == "of the sweep"
+
+
+def test_a_lock_in_a_folder_that_cannot_be_written_is_held_by_nobody(tmp_path):
+    with only_one(tmp_path / "missing" / "lock") as alone:
+        assert alone
 
 
 def test_one_process_sends_a_run(tmp_path):

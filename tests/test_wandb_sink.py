@@ -1,10 +1,13 @@
 """The trainer's end of W&B: what it leaves on disk, without starting anything."""
 
 import json
+import time
 
 import pytest
 
-from wandb_runs import WandbConfig, plan_run, with_environment
+import wandb_sink
+from wandb_follower import Publisher
+from wandb_runs import Job, WandbConfig, plan_run, with_environment
 from wandb_sink import UPLOADS, WandbSink
 
 
@@ -29,6 +32,34 @@ def sink(tmp_path):
 
     (tmp_path / "c.pt").write_bytes(b"newest")
     return make
+
+
+def test_a_process_that_does_not_read_holds_nothing_up(sink, tmp_path, monkeypatch):
+    (tmp_path / "idle.py").write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(wandb_sink, "FOLLOWER", tmp_path / "idle.py")
+    made, began = sink(), time.monotonic()
+    made.job.files["diff.patch"] = "+ a line\n" * 10**5  # more than a pipe holds
+    made.job.finish_timeout = 0.1
+    made.process = made._start()
+    made.close(0)
+    assert time.monotonic() - began < 20 and made.given_up and made.process.poll() is not None
+
+
+def test_an_event_that_cannot_be_logged_costs_one_warning_and_no_row():
+    class Run:
+        rows, offline = [], False
+
+        def log(self, row):
+            if "samples" in row:
+                raise OSError("no room")
+            self.rows.append(row["step"])
+
+    said = []
+    publisher = Publisher(Run(), Job({}, {}, sync="sync c.pt"), lambda level, text: said.append(text))
+    samples = [dict(step=step, time=2.0, event="sample", text="x") for step in (1, 2)]
+    records = [dict(step=1, time=1.0, loss=3.0), *samples, dict(step=3, time=3.0, loss=2.0)]
+    publisher.publish(map(json.dumps, records))
+    assert Run.rows == [1, 3] and said == ["sample of step 1 not logged: no room; send it later: sync c.pt"]
 
 
 def links(folder):

@@ -107,6 +107,12 @@ def test_check_without_the_package_says_how_to_get_it(server, tmp_path):
     assert done.returncode == 1 and step.startswith("package  FAIL") and advice.strip() == "pip install wandb"
 
 
+def test_a_wrong_setting_of_wandb_is_named():
+    error = RuntimeError("1 validation error for Settings\nbase_url\n  Input should be a valid URL [type=url_parsing, "
+                         "input_value='secret', input_type=str]")
+    assert explained(error) == "WANDB_BASE_URL: Input should be a valid URL; correct or unset that variable"
+
+
 def test_advice_is_given_once():
     missing = "the wandb package is missing: pip install wandb"
     assert explained(RuntimeError(missing)) == missing
@@ -130,6 +136,16 @@ def test_sync_completes_a_run_whose_uploads_had_failed(server, trainer, tool):
     code, out, err = tool("sync", "c.best.pt")
     assert (code, err) == (0, "") and "has every row" in out
     assert not {"filestream", "upsert"} & {kind for _, kind, _ in server.requests[known:]}
+
+
+def test_sync_keeps_the_name_and_notes_that_a_run_was_given_on_its_page(server, tool, tmp_path):
+    leave(tmp_path, "c", "one", [{"loss": 3.0}])
+    assert tool("sync", "c.pt")[0] == 0
+    run = only_run(server)
+    run.display_name, run.tags, run.notes = "renamed", ["seen"], "good"
+    leave(tmp_path, "c", "one", [{"loss": 3.0}, {"loss": 2.0}])
+    assert tool("sync", "c.pt")[0] == 0 and [row["loss"] for row in run.history] == [3, 2]
+    assert (run.display_name, run.tags, run.notes) == ("renamed", ["seen"], "good")
 
 
 def test_sync_sends_a_run_that_was_offline(server, trainer, tool):
