@@ -43,6 +43,7 @@ class CheckpointConfig:
                       const="latest", metavar="auto|FILE", empty=False)
     overwrite: bool = arg(False, "start over where a checkpoint is")
     save_steps: int = arg(250, "steps between checkpoints; 0: only the last step's", ge=0)
+    save_best: bool = arg(True, "save a checkpoint at each new lowest validation loss, too, as FILE.best.pt")
     keep_last: int = arg(0, "how many of the newest checkpoints to keep as FILE.step-N.pt, too; 0: none", ge=0)
     async_save: bool = arg(False, "write checkpoints from a copy in the CPU's memory while training goes on")
     time_limit: float = arg(0.0, "minutes after which the run saves and leaves, with exit code 142; 0: none", ge=0,
@@ -303,7 +304,7 @@ def require_space(cfg, n_bytes, n_steps):
     files += cfg.beside("").parent.glob(glob.escape(cfg.beside("").name) + "*.pt.tmp")  # from a save that was killed
     ours = {file.stat().st_ino: file.stat().st_size for file in files}
     saves = math.ceil(n_steps / cfg.save_steps) if cfg.save_steps else 1
-    wanted = 2 + min(max(2, cfg.keep_last), saves + len(ours))
+    wanted = 1 + cfg.save_best + min(max(2, cfg.keep_last), saves + len(ours))
     missing = wanted * n_bytes - sum(ours.values()) - shutil.disk_usage(_nearest_folder(cfg.checkpoint_path)).free
     if missing > 0:
         raise UserError(f"--checkpoint-path {cfg.checkpoint_path}: {wanted} checkpoints of {n_bytes / 1e9:.2g} GB need "

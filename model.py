@@ -27,20 +27,21 @@ EXPLICIT_ATTENTION, CHUNKED_VOCABULARY = 512, 1024
 class Arch:
     norm: str  # layernorm: gain and bias; rmsnorm: gain only; plain_rmsnorm: no parameters
     norm_eps: float
-    bias: bool  # in every linear layer except the head
-    rope_theta: float  # 0: learned absolute positions instead of RoPE
-    rope_sign: int  # -1: nanochat rotates in the opposite direction
-    qk_norm: str  # RMSNorm on queries and keys: no, before or after RoPE
     mlp: str  # gelu: tanh approximation; swiglu; relu2
-    embed_norm: bool
-    tie_embeddings: bool
-    softcap: float  # logits = cap * tanh(logits / cap); 0: none
+    bias: bool = False  # in every linear layer except the head
+    rope_theta: float = 0  # 0: learned absolute positions instead of RoPE
+    rope_sign: int = 1  # -1: nanochat rotates in the opposite direction
+    qk_norm: str = "no"  # RMSNorm on queries and keys: no, before or after RoPE
+    embed_norm: bool = False
+    tie_embeddings: bool = False
+    softcap: float = 0.0  # logits = cap * tanh(logits / cap); 0: none
 
 
 ARCHS = {
-    "gpt2": Arch("layernorm", 1e-5, True, 0, 1, "no", "gelu", False, True, 0.0),
-    "qwen3": Arch("rmsnorm", 1e-6, False, 1e6, 1, "before", "swiglu", False, False, 0.0),
-    "nanochat": Arch("plain_rmsnorm", 1e-6, False, 1e4, -1, "after", "relu2", True, False, 15.0),
+    "gpt2": Arch(norm="layernorm", norm_eps=1e-5, bias=True, mlp="gelu", tie_embeddings=True),
+    "qwen3": Arch(norm="rmsnorm", norm_eps=1e-6, rope_theta=1e6, qk_norm="before", mlp="swiglu"),
+    "nanochat": Arch(norm="plain_rmsnorm", norm_eps=1e-6, rope_theta=1e4, rope_sign=-1, qk_norm="after", mlp="relu2",
+                     embed_norm=True, softcap=15.0),
 }
 
 
@@ -237,6 +238,8 @@ class GPT(nn.Module):
         embeddings of std 1, matrices uniform with std 1/sqrt(C), residual projections zero, the head near zero."""
         nanochat = self.cfg.arch == "nanochat"
         for name, parameter in self.named_parameters():
+            if not name.endswith((".weight", ".bias")):
+                continue  # a module's own kind of parameter, as it made it
             into_stream = name.endswith(("proj.weight", "down.weight"))
             if name.endswith("bias"):
                 parameter.zero_()

@@ -86,8 +86,9 @@ class StepGuard:
     """Takes the optimizer step, or skips it if the gradient is NaN or infinite or, with --skip-loss-spikes, its norm is
     far above recent ones. The loss spikes one step after the gradient norm, so the norm is tested (as in OLMo 2).
 
-    The decision stays on the device: the fused kernels and Muon read a flag, and the host does not wait for it. The
-    norm is that of the all-reduced gradient, so all ranks decide alike.
+    The decision stays on the device: the fused kernels and Muon read a flag, `found_inf`, as every optimizer with a
+    fused group must, and the host does not wait for it. The norm is that of the all-reduced gradient, so all ranks
+    decide alike.
     """
 
     WINDOW, MIN_NORMS = 128, 32  # norms in the window; how many it must hold before steps can be skipped as spikes

@@ -301,7 +301,7 @@ def load_model(path):
         model.load_state_dict(weights)
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, UserError) as error:
         raise UserError(f"--checkpoint-path {path}: its weights do not fit its own configuration "
-                        f"({str(error).splitlines()[0]})") from None
+                        f"({' '.join(str(error).split())[:300]})") from None
     return model.eval(), saved
 
 

@@ -109,7 +109,8 @@ def log_facts(cfg, world, corpus, raw, precision, accum, state):
              f"about {(fixed + activations) / 1e9:.2f} GB ({fixed / 1e9:.2f} weights and optimizer, "
              f"{activations / 1e9:.2f} activations)")
     log.info(f"step: {step_tokens:,} tokens = batch {cfg.batch.batch_size} x sequence {corpus.seq_len} x accumulation "
-             f"{accum} x ranks {world.size}; amp {precision.name} ({precision.reason})")
+             f"{accum} x ranks {world.size}; amp {precision.name} ({precision.reason})"
+             + ("; compiling, which takes a minute or more" if should_compile(cfg.speed, world.device) else ""))
     if cfg.optim.warmup_steps >= cfg.optim.num_steps:
         log.warning(f"--warmup-steps {cfg.optim.warmup_steps} is not below --num-steps: the run ends in the warm-up")
     log.info(f"Resumed at step {state.step}" if state.step else f"Starting from {cfg.init.init_from or 'scratch'}")
@@ -295,7 +296,7 @@ class JsonlSink:
 
     def log(self, step, record):
         row = {"step": step, "time": time.time(), **without_infinity(record)}
-        self.unwritten += json.dumps(row).encode() + b"\n"
+        self.unwritten += json.dumps(row, default=float).encode() + b"\n"  # a metric may be a tensor
         self._write()
 
     def _write(self):

@@ -258,7 +258,7 @@ def train(cfg, world):
             if due(eval_steps):
                 metrics |= evaluate_now()
                 state.val_loss = metrics["val/loss"]
-                best = state.val_loss < state.best_val
+                best = cfg.checkpoint.save_best and state.val_loss < state.best_val
             if metrics:
                 track.report(state, epochs_per_step, metrics)
             if "lr" in metrics and meter.skipped_in_row >= cfg.optim.max_bad_steps:

@@ -49,7 +49,8 @@ def test_two_ranks_are_one_process_with_two_micro_batches_and_continue_it(traine
 def test_validation_does_not_depend_on_the_number_of_ranks(trainer, text):
     (trainer.folder / "a.txt").write_text(text.read_text()[:12_000])
     (trainer.folder / "b.txt").write_text(text.read_text()[:500].upper())
-    flags = ["--num-steps", 1, "--no-amp", "--eval-tokens", 0, "--lr", 1e-9, "--val-data", "a.txt", "b.txt"]
+    flags = ["--num-steps", 1, "--no-amp", "--eval-tokens", 0, "--lr", 1e-9, "--val-data", "a.txt", "b.txt",
+             "--dropout", 0.5]  # which an evaluation does without
     runs = [trainer(*flags, "--grad-accum-steps", 6 // (ranks or 1), ranks=ranks, checkpoint=f"{ranks}.pt")
             for ranks in (None, 2, 3)]
     for name in ("val/loss", "val/loss/a", "val/loss/b"):
@@ -63,6 +64,10 @@ def test_accumulation_over_ranks_averages_every_gradient_once(trainer):
     ranks = trainer(*flags, "--global-batch-tokens", 4 * 4 * 32, ranks=2, checkpoint="ranks.pt")
     assert "512 tokens = batch 4 x sequence 32 x accumulation 2 x ranks 2" in ranks.out
     close(wide, ranks, 1e-5)
+    assert wide.rows[6]["train/tokens"] == ranks.rows[6]["train/tokens"] == 6 * 512
+    for run in wide, ranks:  # speed counts the tokens of every micro-batch and rank
+        row = run.rows[6]
+        assert row["global_tokens_per_sec"] * row["train/step_time_sec"] == pytest.approx(512, rel=0.2)
 
 
 @pytest.mark.parametrize("ranks, precision", [

@@ -115,7 +115,7 @@ def test_rows_that_a_full_disk_refuses_are_written_later_each_once_and_whole(tmp
     assert re.findall(r'"step": (\d)', sink.path.read_text()) == ["1", "2", "3", "4"]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", OptimConfig.__dataclass_fields__["optimizer"].metadata["choices"])
 def test_a_gradient_that_is_no_number_changes_nothing(optimizer):
     from model import GPT, GPTConfig
 

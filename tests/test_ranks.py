@@ -130,7 +130,7 @@ def test_torchrun_restarts_no_run_that_was_stopped_as_asked(trainer):
     args = trainer.arguments([*LONG, "--resume", "auto", "--time-limit", 0.2], ranks=2)
     args[3:3] = ["--max-restarts=2"]
     run = subprocess.run(args, cwd=trainer.folder, env=environment(), text=True, capture_output=True, timeout=200)
-    assert run.returncode == 0, run.err
+    assert run.returncode == 0, run.stderr
     assert run.stdout.count("stopped by SIGALRM") == run.stdout.count("Using device") == 1, run.stdout
 
 

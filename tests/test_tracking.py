@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import Clock
 
+import hardware
 import meter as meter_module
 import tracking
 from checkpoint import State
@@ -68,6 +69,34 @@ def test_the_loss_is_the_mean_over_every_micro_batch_since_the_last_report():
     assert metrics["train/loss"] == 3.5 and metrics["train/grad_norm"] == 0.5
     meter.add(torch.tensor([9.0]), torch.tensor(0.5), torch.tensor(True), tokens=10)
     assert meter.report()["train/loss"] == 9.0
+
+
+def test_a_skipped_step_counts_as_such_and_not_in_the_loss():
+    meter = Meter(Alone(), 1.0, None)
+    for loss, norm, taken in ((2.0, 1.0, True), (3.0, math.nan, False), (9.0, 1.0, False), (math.nan, math.nan, False)):
+        meter.add(torch.tensor([loss, loss]), torch.tensor(norm), torch.tensor(taken), tokens=10)
+    assert meter.skipped_in_row == 1, "a spike, whose norm is finite, is in between"
+    metrics = meter.report()
+    assert metrics["train/loss"] == 2.0 and metrics["train/skipped_steps"] == 3
+
+
+def test_the_last_report_of_a_run_leaves_the_averages_to_the_one_that_ends_the_interval():
+    meter = Meter(Alone(), 1.0, None)
+    for loss, ends, smoothed in ((1.0, True, 1.0), (5.0, False, 1.0), (5.0, True, 0.9 * 1.0 + 0.1 * 5.0)):
+        meter.add(torch.tensor([loss]), torch.tensor(0.5), torch.tensor(True), tokens=10)
+        assert meter.report(ends_interval=ends)["smoothed/loss"] == pytest.approx(smoothed)
+
+
+def test_the_forward_time_is_of_a_step(monkeypatch):
+    clock = Clock(monkeypatch, meter_module, hardware)
+    meter = Meter(Pair(), 1.0, None)
+    for _ in range(5):
+        with meter.forward:
+            clock.sleep(0.02)
+        meter.add(torch.ones(1), torch.ones(()), torch.tensor(True), tokens=10)
+    metrics = meter.report()
+    assert metrics["rank/forward_time_sec"] == metrics["train/forward_time_sec/min"] == pytest.approx(0.02)
+    assert metrics["train/forward_time_sec/max"] == pytest.approx(0.06)
 
 
 def test_speed_counts_training_time_only(monkeypatch):

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, Run, environment, eventually, forked, interrupt_after
 
 import train
+from optim import OptimConfig, lr_at
 from tracking import ReportConfig
 
 full = pytest.mark.full
@@ -211,6 +212,14 @@ def test_a_step_that_overflows_in_fp16_is_repeated_at_a_smaller_scale(trainer, o
     trainer(*flags, "--num-steps", 20, checkpoint="resumed.pt")
     resumed = trainer(*flags, "--num-steps", 30, "--resume", checkpoint="resumed.pt")
     assert same(resumed, straight)
+
+
+def test_the_schedule_waits_for_a_step_that_is_repeated(trainer):
+    schedule = dict(lr=0.3, warmup_steps=0, lr_scheduler="linear", num_steps=12)
+    run = trainer(*(word for name, value in schedule.items() for word in (f"--{name}", value)), "--amp-dtype", "fp16",
+                  "--grad-clip-norm", 0, "--log-steps", 1, "--eval-steps", 0)
+    assert torch.load(run.checkpoint, weights_only=True)["scaler"]["scale"] < 65536, "nothing has overflowed"
+    assert [row["lr"] for row in run.rows.values()][1:] == [lr_at(step, OptimConfig(**schedule)) for step in range(12)]
 
 
 def test_an_overwritten_run_is_never_resumed_as_the_new_one(trainer):
