@@ -52,6 +52,8 @@ class DataConfig:
                                 metavar="PATH")
     val_data: list[str] = arg([], "text to validate on; several also get a loss each; nothing: a share of the "
                                   "training text", metavar="PATH")
+    text_column: str = arg("text", "column of JSONL, Parquet and Hugging Face data that has the text; where there is "
+                                   "no such column, the only one with strings", metavar="NAME")
     val_ratio: float = arg(0.1, "share of the training text kept for validation where there is no --val-data",
                            gt=0, lt=1)
     tokenizer_name: str = arg("bpe", "bpe (trained on the text), byte, char, or a Hugging Face tokenizer's name or "
@@ -113,14 +115,14 @@ def prepare(cfg, vocab_size=0, writes=True, scratch=None):
     if cfg.use_toy_data:
         sources, val_sources = [], []
     else:
-        sources = find_sources(cfg.train_data) if cfg.train_data else builtin_sources()
-        val_sources = find_sources(cfg.val_data, "--val-data")
+        sources = find_sources(cfg.train_data, column=cfg.text_column) if cfg.train_data else builtin_sources()
+        val_sources = find_sources(cfg.val_data, "--val-data", cfg.text_column)
         if both := sorted(files_of(sources) & files_of(val_sources)):
             log.warning("%s (%d in all) is in --train-data and in --val-data, and so validates text that is trained on",
                         both[0], len(both))
     tokenizer = load_tokenizer(cfg.tokenizer_name)
     key = hashlib.blake2b(digest_size=12)
-    settings = [CODE_VERSION, FORMAT, cfg.use_toy_data, cfg.max_tokens,
+    settings = [CODE_VERSION, FORMAT, cfg.use_toy_data, cfg.max_tokens, cfg.text_column,
                 *([] if val_sources else [cfg.val_ratio, cfg.data_seed]),
                 cfg.tokenizer_name if tokenizer is None else tokenizer.to_str(),
                 vocab_size if cfg.tokenizer_name == "bpe" else 0,

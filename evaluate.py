@@ -116,7 +116,7 @@ def open_data(paths, tokenizer, eos, saved, folder):
         Shard(shard).verify(meta, "val")
         return ({name: Shard(shard, *span) for name, span in meta["val_sources"].items()},
                 meta["bytes"]["val"] / meta["tokens"]["val"])
-    sources, n_bytes, shards = find_sources(paths, "--data"), 0, {}
+    sources, n_bytes, shards = find_sources(paths, "--data", saved["config"].get("text_column", "text")), 0, {}
     left_out = 0
     require_hub(sources, "--data")
     for number, name in enumerate(source_names(paths) or [""]):

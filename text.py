@@ -31,6 +31,7 @@ class Source:
     kind: str
     path: str
     argument: int = 0  # index of the given path that it comes from
+    column: str = "text"
 
     @property
     def size(self):
@@ -43,7 +44,7 @@ def files_of(sources):
     return {source.path if source.kind == "hub" else os.path.realpath(source.path) for source in sources}
 
 
-def find_sources(paths, label="--train-data"):
+def find_sources(paths, label="--train-data", column="text"):
     """Paths, globs, folders and dataset names → Sources. Raises UserError for anything that is missing or not text."""
     sources, known, again = [], set(), 0
     for argument, path in enumerate(paths):
@@ -62,8 +63,8 @@ def find_sources(paths, label="--train-data"):
         else:
             raise UserError(f"{label} {path}: no such file or folder")
         files = [file for file in files if os.path.getsize(file)] or files  # skip empty files, unless all are
-        found = [Source(TABLES.get(_suffix(file), "text"), file, argument) for file in files]
-        for source in found or [Source("hub", path.removesuffix("@train"), argument)]:
+        found = [Source(TABLES.get(_suffix(file), "text"), file, argument, column) for file in files]
+        for source in found or [Source("hub", path.removesuffix("@train"), argument, column)]:
             # A file read twice could end up on both sides of the validation split.
             if label == "--train-data" and not known.isdisjoint(files_of([source])):
                 again += 1
@@ -272,25 +273,28 @@ def _last_break(text, mark, start, end):
 
 def table_pieces(source):
     """Yields (text, ends_document) for the rows of a JSONL or Parquet file or of a Hugging Face Hub dataset: their
-    column `text`, or the only one with strings. `<|endoftext|>` ends a document, as does the end of a row."""
+    column `source.column`, or the only one with strings. `<|endoftext|>` ends a document, as does the end of a row."""
     rows = {"json": _json_rows, "parquet": _parquet_rows, "hub": _hub_rows}[source.kind]
     column, number = None, 0
     try:
-        for number, row in enumerate(rows(source.path), 1):  # noqa: B007 - the error below has the number
-            text = row.get("text")
-            if "text" not in row:
+        for number, row in enumerate(rows(source), 1):  # noqa: B007 - the error below has the number
+            if source.column in row:
+                column = source.column
+            elif column != source.column:
                 strings = {key for key, value in row.items() if isinstance(value, str)}
                 column = column or next(iter(strings), None)  # the same one in every row
                 if strings - {column} or not strings and all(value is not None for value in row.values()):
-                    raise UserError(f"{source.path}: no column named text (found {', '.join(row)}); rename one of them")
-                text = row[column] if strings else None
+                    raise UserError(f"{source.path}: no column named {source.column} (found {', '.join(row)}); name "
+                                    f"that with the text: --text-column")
+            text = row.get(column)
             if not isinstance(text, str | None):
-                raise UserError(f"{source.path}: the column text has {type(text).__name__}, not text; convert it")
+                raise UserError(f"{source.path}: the column {source.column} has {type(text).__name__}, not text; "
+                                f"convert it")
             # JSON can hold half of a surrogate pair, which is no character; it becomes U+FFFD.
             text = (text or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             for document in text.split(END_OF_TEXT):
                 yield from document_pieces(document)
-    except UserError:
+    except (UserError, ModuleNotFoundError):
         raise
     except Exception as error:  # the readers raise many types
         reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
@@ -301,10 +305,10 @@ def table_pieces(source):
         raise UserError(f"{source.path}: not readable as {source.kind}, from row {number + 1:,} on: {reason}") from None
 
 
-def _json_rows(path):
+def _json_rows(source):
     """The objects of a file with one per line, or of an array. Not by `datasets`, which infers all columns' types from
     the beginning of a file and fails at a later row that has other columns, or a date that is no date."""
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
+    with open(source.path, encoding="utf-8-sig", errors="replace") as file:
         is_array = file.read(1) == "["
         file.seek(0)
         for row in json.load(file) if is_array else (json.loads(line) for line in file if line.strip()):
@@ -313,20 +317,20 @@ def _json_rows(path):
             yield row
 
 
-def _parquet_rows(path):
+def _parquet_rows(source):
     from pyarrow.parquet import ParquetFile
 
-    with ParquetFile(path) as file:
-        columns = ["text"] if "text" in file.schema_arrow.names else None
+    with ParquetFile(source.path) as file:
+        columns = [source.column] if source.column in file.schema_arrow.names else None
         for batch in file.iter_batches(256, columns=columns):
             yield from batch.to_pylist()
 
 
-def _hub_rows(name):
+def _hub_rows(source):
     import datasets
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # the error raised from here reports what it would log
-    name, _, split = name.partition("@")
+    name, _, split = source.path.partition("@")
     name, _, config = name.partition(":")
     return datasets.load_dataset(name, config or None, split=split or "train", streaming=True)

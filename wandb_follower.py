@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from processes import child_processes, only_one
-from wandb_runs import SOURCE, Job
+from wandb_runs import SOURCE, Job, local_folder
 
 POLL = 1.0  # seconds between reads of the file; each takes CPU time that training may need
 LOST_CODE = 137  # exit code reported to W&B if the trainer died without reporting one, as after SIGKILL
@@ -146,9 +146,10 @@ def open_run(job, say, may_go_offline=True, stop=None):
     shared = dict(mode="shared", x_primary=job.primary, x_label=job.label,
                   x_update_finish_state=True) if job.shared else dict(mode=job.mode)
 
-    if init.get("dir"):
-        os.makedirs(init["dir"], exist_ok=True)  # else the SDK falls back to a temporary folder
-    if job.lock and not os.access(init.get("dir") or os.environ.get("WANDB_DIR") or ".", os.W_OK):
+    folder = local_folder(init.get("dir") or os.environ.get("WANDB_DIR") or ".")
+    with contextlib.suppress(OSError):
+        os.makedirs(folder, exist_ok=True)  # else the SDK falls back to a temporary folder
+    if job.lock and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
         init = init | dict(dir=os.path.dirname(job.lock) or ".")  # beside the checkpoint, for the same reason
 
     def start(**mode):

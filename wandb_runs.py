@@ -87,9 +87,8 @@ def with_environment(cfg, environ=os.environ, before=None):
     """`cfg` with its unset fields filled in: from the WANDB_* variables, else with the project and entity that the run
     had `before` (its arguments of wandb.init), else from the settings file that `wandb init`, `wandb offline` and
     `wandb disabled` write, else from DEFAULTS. In a sweep, project and entity are the sweep's. Raises UserError."""
-    root = cfg.wandb_dir or environ.get("WANDB_DIR", "")
-    folder = ".wandb" if os.path.isdir(os.path.join(root, ".wandb")) else "wandb"
-    filled, written = {}, _settings(os.path.join(root, folder, "settings"))
+    folder = local_folder(os.path.expanduser(cfg.wandb_dir or environ.get("WANDB_DIR", "")))
+    filled, written = {}, _settings(os.path.join(folder, "settings"))
     written |= {name: before[name] for name in ("project", "entity") if before.get(name)} if before else {}
     for name, variable in ENVIRONMENT.items():
         text = environ.get(variable, "").strip() or written.get(SETTINGS.get(name), "")
@@ -110,7 +109,14 @@ def with_environment(cfg, environ=os.environ, before=None):
             filled[name] = float(text)
         else:
             filled[name] = text
-    return dataclasses.replace(cfg, **filled)
+    final = dataclasses.replace(cfg, **filled)
+    return dataclasses.replace(final, wandb_dir=os.path.expanduser(final.wandb_dir))  # of TOML, which no shell expands
+
+
+def local_folder(root):
+    """Where W&B keeps its files and settings, in the folder `root`."""
+    hidden = os.path.join(root, ".wandb")
+    return hidden if os.path.isdir(hidden) else os.path.join(root, "wandb")
 
 
 def _settings(path):

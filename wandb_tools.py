@@ -113,9 +113,10 @@ def sync(args):
     # Shortest name first: rank 0, whose files have no tag, opens the run that other ranks may share.
     for memory in sorted(memories, key=lambda memory: (len(memory.name), memory.name)):
         facts = json.loads(memory.read_text())
-        with only_one(memory.with_suffix(".lock")) as alone:
-            if not alone:
-                raise UserError(f"{memory}: this run is still being sent; wait for it to end")
+        with only_one(memory.with_suffix(".lock")) as alone, only_one(beside_run(path, ".lock")) as ended:
+            if not alone or not ended:
+                raise UserError(f"{memory}: this run is still {'training' if alone else 'being sent'}; wait for it to "
+                                f"end")
             rows = memory.with_name(memory.name.replace(".wandb.json", ".metrics.jsonl"))
             print(f"{rows}: {send(facts, rows)}", flush=True)
     return 0

@@ -433,8 +433,10 @@ def test_tables_with_files_without_rows_and_rows_without_text(tmp_path):
         pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
     assert [piece.text for piece in pieces(find_sources([str(tmp_path)]), "train")] == ["one", "two", "three"]
     (tmp_path / "d.jsonl").write_text('{"title": "T", "content": null}\n{"title": null, "content": "C"}\n')
-    with pytest.raises(UserError, match="no column named text"):
+    with pytest.raises(UserError, match=r"d\.jsonl: no column named text \(found title, content\); .*--text-column"):
         list(pieces(find_sources([str(tmp_path / "d.jsonl")]), "train"))
+    named = find_sources([str(tmp_path / "d.jsonl")], column="content")
+    assert [piece.text for piece in pieces(named, "train")] == ["C"]
 
 
 @pytest.mark.parametrize("rows, texts", [
@@ -443,7 +445,8 @@ def test_tables_with_files_without_rows_and_rows_without_text(tmp_path):
     ([{"text": "one<|endoftext|>two<|endoftext|>"}, {"text": "three"}], ["one", "two", "three"]),
     ([{"text": "half \ud83d of a pair"}, {"text": "\ud83e\udd9c"}], ["half \ufffd of a pair", "\U0001f99c"]),
     ([{"body": "a", "n": 1}, {"n": 2, "body": "b"}], ["a", "b"]),
-], ids=["columns", "dates", "marks", "surrogates", "another name"])
+    ([{"text": "a"}, {"title": "B"}, {"text": None}, {"text": "c"}], ["a", "c"]),
+], ids=["columns", "dates", "marks", "surrogates", "another name", "missing"])
 def test_rows_of_json_are_read_one_by_one(tmp_path, rows, texts):
     (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     (tmp_path / "array.json").write_text(json.dumps(rows))
@@ -458,6 +461,8 @@ def test_tables_need_not_have_the_same_columns(tmp_path):
     tables = dict(a=dict(text=["one"], id=[1]), b=dict(id=["x"], text=["two"]), c=dict(body=["three"]))
     for name, columns in tables.items():
         pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / f"{name}.parquet")
+    named = find_sources([str(tmp_path / "b.parquet")], column="id")
+    assert [piece.text for piece in pieces(named, "train")] == ["x"]
     (tmp_path / "d.jsonl").write_bytes(b'{"text": "na\xefve"}\n')
     found = [piece.text for piece in pieces(find_sources([str(tmp_path)]), "train")]
     assert found == ["one", "two", "three", "na\ufffdve"]
