@@ -218,19 +218,19 @@ def _wait(blocked, draft):
 
 
 def _source_digest(source, whole):
-    """A digest of a source's text: of its bytes (`whole`) or, in a corpus too large for that, of a large file's size,
+    """A digest of a source's text: of its bytes (`whole`) or, for a corpus too large for that, of each file's size,
     modification time and 16 samples."""
     if source.kind == "hub":
         return source.path.encode()
     digest = hashlib.blake2b(source.kind.encode(), digest_size=16)
     with open(source.path, "rb") as file:
-        if whole or source.size <= 1 << 24:
+        if whole or source.size <= 1 << 16:
             digest.update(hashlib.file_digest(file, "sha256").digest())
         else:
             digest.update(f"{source.size} {os.stat(source.path).st_mtime_ns}".encode())
             for part in range(16):
                 file.seek(source.size // 16 * part)
-                digest.update(file.read(1 << 16))
+                digest.update(file.read(1 << 12))
     return digest.digest()
 
 

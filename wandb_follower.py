@@ -123,7 +123,8 @@ def leave(code=0):
 def import_wandb():
     """The wandb package. Raises RuntimeError if missing, even if a run folder of that name is importable instead."""
     tempfile.tempdir = scratch().name
-    os.environ["TMPDIR"] = tempfile.tempdir  # wandb-core's, which leaves its socket's folder behind when killed
+    if sys.platform == "linux":  # elsewhere the path may be too long for a socket
+        os.environ["TMPDIR"] = tempfile.tempdir  # wandb-core leaves its socket's folder behind when it is killed
     if not os.access(os.path.expanduser("~"), os.W_OK):  # where the SDK stages tables and artifacts
         for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
             os.environ.setdefault(name, tempfile.tempdir)
@@ -250,10 +251,10 @@ class Publisher:
             except Exception as error:
                 if "event" not in record:
                     raise
-                if record["event"] not in self.failed:  # less important than the rows that follow
-                    self.say("WARNING", f"{record['event']} of step {record['step']} not logged: {reason(error)}; "
-                                        f"send it later: {self.job.sync}")
-                self.failed.add(record["event"])
+                what, later = record["event"], f"; send it later: {self.job.sync}" if self.job.sync else ""
+                if what not in self.failed:  # less important than the rows that follow
+                    self.say("WARNING", f"{what} of step {record['step']} not logged: {reason(error)}{later}")
+                self.failed.add(what)
         self._upload_waiting(last)
 
     def _pass_on(self, record):
