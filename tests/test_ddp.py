@@ -185,6 +185,7 @@ def test_a_signal_to_one_rank_alone_stops_them_all(trainer):
     assert torch.load(trainer.folder / "c.pt", weights_only=True)["state"]["step"] == step
 
 
+@full
 def test_a_rank_that_dies_takes_the_others_with_it(trainer):
     process = _at_step_30(trainer, "--save-steps", 20)
     victim = _rank_process(process.pid, 1)
