@@ -157,10 +157,11 @@ def test_disabled_is_like_no_flag(trainer):
     assert run.code == 0 and "wandb:" not in run.out and not (trainer.folder / "wandb").exists()
 
 
-def test_a_folder_that_cannot_be_one_costs_one_warning(trainer, tmp_path):
-    (tmp_path / "file").touch()
-    run = trainer("--num-steps", 300, *WANDB, "--wandb-dir", tmp_path / "file" / "folder")
-    assert run.code == 0 and run.out.count("wandb: ") == 1 and "--wandb-dir" in run.out.split("wandb: ")[1], run.out
+def test_a_folder_that_cannot_be_one_is_left_for_that_of_the_checkpoint(trainer):
+    (trainer.folder / "file").touch()
+    run = trainer("--num-steps", 20, *WANDB, "--wandb-dir", "file/folder")
+    (tracked,) = run_files(trainer.folder)
+    assert run.code == 0 and [row["step"] for row in tracked.rows] == [0, 10, 20], run.out
 
 
 def test_a_folder_that_is_full_costs_one_warning(trainer, tmp_path):
