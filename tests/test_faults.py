@@ -202,7 +202,7 @@ def test_fp16_leaves_a_batch_without_a_loss_out_too(trainer):
     assert 0 < saved["meter"]["skipped"][0] < 30 and all(map(torch.isfinite, map(torch.sum, saved["model"].values())))
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(None, marks=pytest.mark.full), 2])
+@pytest.mark.parametrize("ranks", [None, pytest.param(2, marks=pytest.mark.full)])
 def test_a_batch_without_a_loss_is_left_out_counted_and_resumed_over(trainer, ranks):
     (trainer.folder / "planted.py").write_text(PLANTED.format(root=str(ROOT), every=5))
     flags = ["--num-steps", 200, "--save-steps", 7, "--log-steps", 5, "--eval-steps", 0, "--max-bad-steps", 199]

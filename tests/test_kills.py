@@ -70,7 +70,7 @@ class Life:
 
 
 @pytest.mark.parametrize(("ranks", "kills"), [
-    (None, 3), (2, 1), pytest.param(None, 140, marks=pytest.mark.full), pytest.param(2, 60, marks=pytest.mark.full)])
+    (None, 3), *(pytest.param(ranks, kills, marks=pytest.mark.full) for ranks, kills in ((None, 140), (2, 60)))])
 @pytest.mark.timeout(3000)
 def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(trainer, tmp_path, ranks, kills):
     rng = random.Random(kills)

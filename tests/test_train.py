@@ -320,6 +320,8 @@ def test_non_finite_loss_halts_with_the_last_good_checkpoint_kept(trainer):
                   "--warmup-steps", 0, "--no-amp", "--eval-steps", 0)
     assert run.code == 1 and "not finite" in run.err and "--resume" in run.err and "Traceback" not in run.err
     assert (trainer.folder / "c.nonfinite.pt").exists()
+    halted = run.rows[int(re.search(r"at step (\d+)", run.err)[1])]
+    assert halted["train/skipped_steps"] >= 10 and math.isfinite(halted["lr"]), "its own report is there"
     if run.checkpoint.exists():
         assert all(torch.isfinite(tensor).all() for tensor in run.weights().values())
 
@@ -334,6 +336,13 @@ def test_toy_data_is_learned_to_its_entropy(trainer, arch):
     assert run.code == 0, run.err
     entropy = float(re.search(r"below a loss of (\S+) nats", run.out)[1])
     assert entropy * 0.99 < run.rows[400]["val/loss"] < entropy * 1.02
+
+
+def test_a_run_stopped_before_its_first_step_says_so_and_leaves_what_was_there(trainer):
+    (trainer.folder / "c.metrics.jsonl").write_text("of a run before\n")
+    run = trainer("--num-steps", 20, "--time-limit", 1e-5)
+    assert run.code == 142 and "before the first step: nothing has been replaced" in run.out
+    assert (trainer.folder / "c.metrics.jsonl").read_text() == "of a run before\n" and not run.checkpoint.exists()
 
 
 def test_a_dry_run_says_the_size_takes_a_step_and_writes_nothing(trainer, text):
