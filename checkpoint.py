@@ -123,13 +123,13 @@ def plan(cfg):
             if not cfg.resume or not lock_until_exit(lock, PATIENCE):
                 raise _in_use(cfg)
         cfg.beside(".rank0000.metrics.jsonl.tmp").exists()  # raises here if the name would be too long
-        newest = [file for file in (path, cfg.beside(".prev.pt")) if file.exists()]
-        known = newest + [file for file in (*reversed(cfg.numbered()), cfg.beside(".best.pt")) if file.exists()]
+        last_two = [file for file in (path, cfg.beside(".prev.pt")) if file.exists()]
+        known = last_two + [file for file in (*reversed(cfg.numbered()), cfg.beside(".best.pt")) if file.exists()]
     except OSError as error:
         raise UserError(f"--checkpoint-path {path}: {folder} cannot be written ({error.strerror}); give a path in a "
                         f"folder of your own") from None
     # A run killed before its first --save-steps may have left only its best checkpoint.
-    newest = path if newest or not known else known[0]
+    newest = path if last_two or not known else known[0]
     if not cfg.resume:
         if known and not cfg.overwrite:
             raise UserError(f"--checkpoint-path {path}: there is a checkpoint already; add --resume to go on, "

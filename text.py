@@ -66,10 +66,11 @@ def find_sources(paths, label="--train-data", column="text"):
         found = [Source(TABLES.get(_suffix(file), "text"), file, argument, column) for file in files]
         for source in found or [Source("hub", path.removesuffix("@train"), argument, column)]:
             # A file read twice could end up on both sides of the validation split.
-            if label == "--train-data" and not known.isdisjoint(files_of([source])):
+            (real,) = files_of([source])
+            if label == "--train-data" and real in known:
                 again += 1
                 continue
-            known |= files_of([source])
+            known.add(real)
             if source.kind != "hub":
                 _check_readable(source.path, source.kind, label)
             sources.append(source)

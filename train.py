@@ -261,7 +261,7 @@ def train(cfg, world):
                 best = cfg.checkpoint.save_best and state.val_loss < state.best_val
             if metrics:
                 track.report(state, epochs_per_step, metrics)
-            if "lr" in metrics and meter.skipped_in_row >= cfg.optim.max_bad_steps:
+            if due(cfg.report.log_steps) and meter.skipped_in_row >= cfg.optim.max_bad_steps:
                 saver.conclude()
                 halt(f"was not finite in {meter.skipped_in_row} steps in a row, the last", state.step - 1)
             if due(cfg.report.sample_steps):  # before saving: a run killed in here repeats the step and its sample
