@@ -267,7 +267,7 @@ class Clock:
     def perf_counter(self):
         return self.now
 
-    monotonic = perf_counter
+    time = monotonic = perf_counter
 
     def sleep(self, seconds):
         self.now += seconds

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PEAK_MB, ROOT, SHARED, environment
+from conftest import PEAK_MB, ROOT, SHARED, Clock, environment
 
 import data
 import text as text_module
@@ -609,16 +609,14 @@ def test_a_waiting_process_gives_up_on_one_that_hangs(tmp_path, text, monkeypatc
 
 
 def test_who_waits_does_not_give_up_because_the_draft_has_just_been_renamed(tmp_path, monkeypatch):
-    clock, draft, looks = [1000.0], tmp_path / "draft", iter(range(10))
+    clock, draft, looks = Clock(monkeypatch, data), tmp_path / "draft", iter(range(10))
     monkeypatch.setattr(data, "PREPARE_PATIENCE", 1)
-    monkeypatch.setattr(data.time, "time", lambda: clock[0])
-    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
     draft.mkdir()
 
     def blocked():  # the writer has written until now; then it renames its draft, between two looks
-        clock[0] += 0.9
+        clock.sleep(0.8)
         if (look := next(looks)) < 5:
-            os.utime(draft, (clock[0], clock[0]))
+            os.utime(draft, (clock.now, clock.now))
         elif look == 5:
             draft.rename(tmp_path / "done")
         return look < 6

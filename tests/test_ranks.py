@@ -117,6 +117,22 @@ def test_a_connection_to_the_store_that_breaks_once_ends_no_run(faulted, trainer
     assert "stopped by SIGALRM" in out and "has stopped" not in err, err
 
 
+def test_replicas_are_compared_in_their_moments_too(monkeypatch):
+    import train_ddp
+
+    seen = []
+    monkeypatch.setattr(train_ddp, "require_same", lambda mine, *_: seen.append(dict(mine)))
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    world = train_ddp.DDPWorld.__new__(train_ddp.DDPWorld)
+    for _ in range(2):
+        world.require_replicas(model, optimizer)
+        optimizer.state[model.weight]["momentum_buffer"][0, 0] += 1
+    assert seen[0].keys() == seen[1].keys() and sum(seen[0][name] != seen[1][name] for name in seen[0]) == 1
+
+
 @pytest.mark.timeout(200)
 def test_torchrun_restarts_a_killed_rank_and_the_run_ends_as_if_it_had_not_been(faulted, trainer):
     flags = ["--num-steps", 40, "--eval-steps", 10, "--log-steps", 5, "--save-steps", 10, "--dropout", 0.1]

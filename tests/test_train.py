@@ -338,6 +338,18 @@ def test_toy_data_is_learned_to_its_entropy(trainer, arch):
     assert entropy * 0.99 < run.rows[400]["val/loss"] < entropy * 1.02
 
 
+@pytest.mark.parametrize("flags", [[], ["--no-save-best"]], ids=["best", "none"])
+def test_the_best_checkpoint_is_of_the_lowest_loss_and_no_other(trainer, flags):
+    run = trainer("--num-steps", 60, "--eval-steps", 10, "--warmup-steps", 60, "--lr", 0.5, "--no-amp", *flags)
+    losses = {step: row["val/loss"] for step, row in run.rows.items()}
+    assert losses[60] > min(losses.values()) < losses[0], "it is to fall and then to rise"
+    best = trainer.folder / "c.best.pt"
+    assert best.exists() != bool(flags)
+    if not flags:
+        state = torch.load(best, weights_only=True)["state"]
+        assert losses[state["step"]] == state["best_val"] == min(losses.values())
+
+
 def test_a_run_stopped_before_its_first_step_says_so_and_leaves_what_was_there(trainer):
     (trainer.folder / "c.metrics.jsonl").write_text("of a run before\n")
     run = trainer("--num-steps", 20, "--time-limit", 1e-5)
