@@ -45,7 +45,6 @@ def faulty(self, at, *rest):
                     raise torch.distributed.DistNetworkError("Connection reset by peer")
 
                 DDPWorld.pulse._read = lost
-                time.sleep(3)
             case "flip": DDPWorld.weight.view(torch.int32)[0] ^= 1 << 20  # a lower one may be lost in the update
     return batch(self, at, *rest)
 
@@ -111,8 +110,8 @@ def test_a_rank_with_a_fault_ends_all_ranks_in_time_and_is_named_in_one_line(fau
 
 
 def test_a_connection_to_the_store_that_breaks_once_ends_no_run(faulted, trainer):
-    """Two beats later this rank's heartbeat is missed, if it has none: --timeout is shorter than what follows."""
-    flags = ["--eval-steps", 0, "--log-steps", 5, "--save-steps", 0, "--timeout", 3, "--time-limit", 0.5]
+    """Without a new connection this rank has no heartbeat any more, and --timeout is shorter than what follows."""
+    flags = ["--eval-steps", 0, "--log-steps", 5, "--save-steps", 0, "--timeout", 6, "--time-limit", 0.4]
     code, out, err, _ = faulted("store 1 25", "--num-steps", 100_000, *flags)
     assert "stopped by SIGALRM" in out and "has stopped" not in err, err
 
