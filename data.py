@@ -24,7 +24,17 @@ import numpy as np
 import toy
 from config import UserError, arg
 from shards import FORMAT, Shard, ShardWriter, read_meta
-from text import Piece, builtin_sources, files_of, find_sources, pieces, require_hub, source_names
+from text import (
+    Piece,
+    builtin_sources,
+    files_of,
+    find_sources,
+    pieces,
+    require_hub,
+    require_own_tokenizer,
+    source_names,
+    take,
+)
 from tokenizer import (
     encode,
     encode_pieces,
@@ -48,7 +58,8 @@ class DataConfig:
     """Data"""
 
     train_data: list[str] = arg([], "text to train on: .txt, .jsonl or .parquet files, globs, folders, a Hugging Face "
-                                    "dataset, or a folder of token shards; nothing: Python's own standard library",
+                                    "dataset, .bin token files of nanoGPT or llm.c, or a folder of token shards; "
+                                    "nothing: Python's own standard library",
                                 metavar="PATH")
     val_data: list[str] = arg([], "text to validate on; several also get a loss each; nothing: a share of the "
                                   "training text", metavar="PATH")
@@ -120,6 +131,7 @@ def prepare(cfg, vocab_size=0, writes=True, scratch=None):
         if both := sorted(files_of(sources) & files_of(val_sources)):
             log.warning("%s (%d in all) is in --train-data and in --val-data, and so validates text that is trained on",
                         both[0], len(both))
+    require_own_tokenizer(sources, val_sources, cfg.tokenizer_name)
     tokenizer = load_tokenizer(cfg.tokenizer_name)
     key = hashlib.blake2b(digest_size=12)
     settings = [CODE_VERSION, FORMAT, cfg.use_toy_data, cfg.max_tokens, cfg.text_column,
@@ -308,15 +320,6 @@ def _trained_tokenizer(name, stream, vocab_size):
     log.info("trained a %s tokenizer of %s tokens in %.1f s", name, f"{tokenizer.get_vocab_size():,}",
              time.perf_counter() - began)
     return tokenizer
-
-
-def take(stream, characters):
-    """The next pieces of the stream, up to about that many characters in total; [] at the end."""
-    batch = []
-    while characters > 0 and (piece := next(stream, None)):
-        batch.append(piece)
-        characters -= len(piece.text)
-    return batch
 
 
 # --- Batches

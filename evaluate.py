@@ -17,11 +17,11 @@ import torch
 
 import hardware
 from config import UserError, arg, one_line_errors, parse, without_infinity
-from data import BATCH, spread_windows, take
+from data import BATCH, spread_windows
 from model import IGNORE
 from pretrained import load_run
 from shards import Shard, ShardWriter, read_meta
-from text import find_sources, pieces, require_hub, source_names
+from text import find_sources, pieces, require_hub, source_names, take
 from tokenizer import encode_pieces
 
 MIN_DOCUMENTS = 20  # with fewer, the confidence interval clusters by window, not by document

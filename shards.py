@@ -1,4 +1,7 @@
-"""Token shards: files of token ids with a header, and a meta.json beside them, checked when read."""
+"""Token shards: files of token ids with a header, and a meta.json beside them, checked when read.
+
+Also reads the token files of llm.c, which modded-nanogpt uses, too, and of nanoGPT.
+"""
 
 import errno
 import hashlib
@@ -12,6 +15,8 @@ from config import UserError, read_json
 HEADER = struct.Struct("<8sIIQIi32s")
 MAGIC, FORMAT = b"MINILLM\0", 1
 DTYPES = {2: np.uint16, 4: np.uint32}  # by bytes per id
+LLM_C_HEADER = 1024  # bytes, as 256 int32, of which the first three are magic number, version and count
+LLM_C_DTYPES = {(20240520, 1): np.uint16, (20240801, 7): np.uint32}  # GPT-2's tokens, Llama 3's
 
 
 class ShardWriter:
@@ -102,6 +107,33 @@ class Shard:
                             f"folder and prepare it again")
 
 
+def token_file_format(path):
+    """(bytes of its header, dtype) of a token file of llm.c or, without a header, of nanoGPT. Raises UserError."""
+    with open(path, "rb") as file:
+        head = file.read(LLM_C_HEADER)
+    size, words = os.path.getsize(path), np.frombuffer(head[:12].ljust(12, b"\0"), np.int32).tolist()
+    if head.startswith(MAGIC):
+        raise UserError(f"{path}: a token shard of mini-llm; give the folder that it is in")
+    if dtype := LLM_C_DTYPES.get(tuple(words[:2])):
+        if size != LLM_C_HEADER + words[2] * dtype().itemsize:
+            raise UserError(f"{path}: {size:,} bytes are not the {words[2]:,} tokens that its header says; copy it "
+                            f"again")
+        return LLM_C_HEADER, dtype
+    if size % 2:
+        raise UserError(f"{path}: {size:,} bytes are no 16-bit token ids; give a token file of llm.c or nanoGPT, or "
+                        f"text")
+    return 0, np.uint16
+
+
+def read_token_file(path, block=1 << 16):
+    """Yields the ids of such a file, in arrays of `block` ids."""
+    header, dtype = token_file_format(path)
+    with open(path, "rb") as file:
+        file.seek(header)
+        while len(ids := np.fromfile(file, dtype, block)):
+            yield ids
+
+
 def read_meta(folder):
     """The meta.json beside the shards. Raises UserError if it is unreadable or malformed."""
     try:
@@ -115,5 +147,6 @@ def read_meta(folder):
                 and isinstance(meta["entropy_rate"], float | None) and meta.keys() >= {"vocab_size", "eos"}):
             raise TypeError("a value of it is of another type")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder}: no readable meta.json beside the shards ({error}); prepare them again") from None
+        raise UserError(f"{folder}: no readable meta.json beside the shards ({error}); prepare them again, or give "
+                        f"nanoGPT's files by their names: --train-data train.bin --val-data val.bin") from None
     return meta

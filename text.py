@@ -1,4 +1,4 @@
-"""Text sources: files, folders, tables and datasets → documents, in pieces small enough to stream."""
+"""Text sources: files, folders, tables and datasets → documents, in pieces small enough to stream. Token files, too."""
 
 import codecs
 import glob
@@ -12,13 +12,17 @@ from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 
+import numpy as np
+
 from config import UserError
-from tokenizer import END_OF_TEXT, hub_reachable
+from shards import read_token_file, token_file_format
+from tokenizer import END_OF_TEXT, OWN, hub_reachable
 
 log = logging.getLogger("mini_llm")
 
 PIECE = 1 << 15  # characters passed to the tokenizer at once
-TABLES = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}  # all else is plain text, but:
+KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".bin": "tokens"}
+# All else is plain text, but:
 UNREADABLE = dict.fromkeys((".csv", ".tsv", ".arrow"), "convert it to .jsonl or .parquet") | dict.fromkeys(
     (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar"), "unpack it")
 IN_FOLDERS = {".txt", ".text", ".md", ".jsonl", ".ndjson", ".parquet"}  # taken from folders, where .json is metadata
@@ -26,7 +30,7 @@ IN_FOLDERS = {".txt", ".text", ".md", ".jsonl", ".ndjson", ".parquet"}  # taken 
 
 @dataclass(frozen=True)
 class Source:
-    """`kind`: text, json or parquet, and `path` is a file; or hub, and `path` is NAME[:CONFIG][@SPLIT]."""
+    """`kind`: text, json, parquet or tokens, and `path` is a file; or hub, and `path` is NAME[:CONFIG][@SPLIT]."""
 
     kind: str
     path: str
@@ -63,7 +67,7 @@ def find_sources(paths, label="--train-data", column="text"):
         else:
             raise UserError(f"{label} {path}: no such file or folder")
         files = [file for file in files if os.path.getsize(file)] or files  # skip empty files, unless all are
-        found = [Source(TABLES.get(_suffix(file), "text"), file, argument, column) for file in files]
+        found = [Source(KINDS.get(_suffix(file), "text"), file, argument, column) for file in files]
         for source in found or [Source("hub", path.removesuffix("@train"), argument, column)]:
             # A file read twice could end up on both sides of the validation split.
             (real,) = files_of([source])
@@ -86,7 +90,7 @@ def _suffix(file):
 def _is_hub_name(path):
     """Whether `path` may be the name of a Hub dataset, rather than a missing file."""
     return (re.fullmatch(r"\w[\w-]*(/[\w.-]+)?(:[\w.-]+)?(@[\w.-]+)?", path)
-            and _suffix(path) not in IN_FOLDERS | TABLES.keys() | UNREADABLE.keys()
+            and _suffix(path) not in IN_FOLDERS | KINDS.keys() | UNREADABLE.keys()
             and not os.path.isdir(Path(path).parts[0]))
 
 
@@ -149,7 +153,9 @@ def _check_readable(file, kind, label):
         raise UserError(f"{label} {file}: {error.strerror}") from None
     if not head:
         raise UserError(f"{label} {file}: the file is empty")
-    if kind == "parquet":
+    if kind == "tokens":
+        token_file_format(file)
+    if kind in ("parquet", "tokens"):
         return
     if kind == "json" and head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] not in (b"{", b"["):
         raise UserError(f"{label} {file}: not JSON rows, which begin with {{; give .txt, .jsonl or .parquet")
@@ -165,9 +171,19 @@ def require_hub(sources, label="--train-data"):
         raise UserError(f"{label} {names[0]}: no such file, and as a Hugging Face dataset it cannot be reached")
 
 
+def require_own_tokenizer(sources, val_sources, tokenizer_name):
+    """Raises UserError if there are token files without the tokenizer that made them, or none to validate on."""
+    files = [source.path for source in [*sources, *val_sources] if source.kind == "tokens"]
+    if files and tokenizer_name in OWN:
+        raise UserError(f"--tokenizer-name {tokenizer_name}: name the tokenizer that made the tokens of {files[0]}, "
+                        f"such as gpt2")
+    if files and not val_sources:  # the ends of documents, where a split may be, are not known
+        raise UserError(f"--train-data {files[0]}: a token file is trained on as a whole; give --val-data, too")
+
+
 @dataclass(frozen=True)
 class Piece:
-    text: str
+    text: str | np.ndarray  # ids, if it is of a token file
     split: str  # train or val
     ends_document: bool
     argument: int = 0  # that of its source
@@ -183,6 +199,9 @@ def pieces(sources, split, val_ratio=0.0, seed=0) -> Iterator[Piece]:
     tails = val_ratio and len(texts) == len(sources) and len(texts) * val_ratio < 2
     index = 0
     for source in sources:
+        if source.kind == "tokens":  # with their documents' ends
+            yield from (Piece(ids, split, False, source.argument) for ids in read_token_file(source.path))
+            continue
         if tails:
             cut = tail_start(source.path, val_ratio)
             # The tail comes first: with --max-tokens, the rest need not be read to the end.
@@ -196,6 +215,15 @@ def pieces(sources, split, val_ratio=0.0, seed=0) -> Iterator[Piece]:
                 chosen = part or ("val" if is_validation(index, val_ratio, seed) else split)
                 yield Piece(text, chosen, ends, source.argument)
                 index += ends
+
+
+def take(stream, characters):
+    """The next pieces of the stream, up to about that many characters or ids in total; [] at the end."""
+    batch = []
+    while characters > 0 and (piece := next(stream, None)):
+        batch.append(piece)
+        characters -= len(piece.text)
+    return batch
 
 
 def is_validation(index, ratio, seed):

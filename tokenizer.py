@@ -99,12 +99,19 @@ def as_encoded(text, known):
 
 def encode_pieces(tokenizer, pieces, eos):
     """Pieces of text → for each (piece, its ids, bytes of its text, characters for which there is no token). Those
-    characters' bytes are not counted, and a document's ids end in `eos` unless that is None."""
+    characters' bytes are not counted, and a document's ids end in `eos` unless that is None. Pieces of a token file are
+    decoded to count their bytes: one that begins within a character counts up to 3 too many."""
     known = known_characters(tokenizer)
-    for piece, ids in zip(pieces, encode(tokenizer, [piece.text for piece in pieces]), strict=True):
-        text = as_encoded(piece.text, known)
-        ids += [eos] if piece.ends_document and eos is not None else []
-        yield piece, ids, len(text.encode("utf-8", "replace")), len(piece.text) - len(text)
+    encoded = iter(encode(tokenizer, [piece.text for piece in pieces if isinstance(piece.text, str)]))
+    decoded = iter(tokenizer.decode_batch([piece.text.tolist() for piece in pieces if not isinstance(piece.text, str)]))
+    for piece in pieces:
+        if isinstance(piece.text, str):
+            text = as_encoded(piece.text, known)
+            ids = next(encoded) + ([eos] if piece.ends_document and eos is not None else [])
+            lost = len(piece.text) - len(text)
+        else:
+            text, ids, lost = next(decoded), piece.text, 0
+        yield piece, ids, len(text.encode("utf-8", "replace")), lost
 
 
 def _byte_tokenizer():

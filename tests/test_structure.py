@@ -14,7 +14,7 @@ ALLOWED = {
     "archive": {"config", "hardware"},
     "checkpoint": {"archive", "config", "hardware", "processes"},
     "tokenizer": {"config"},
-    "text": {"config", "tokenizer"},
+    "text": {"config", "shards", "tokenizer"},
     "shards": {"config"},
     "data": {"config", "shards", "text", "tokenizer", "toy"},
     "generate": {"config", "hardware", "model", "pretrained", "tokenizer"},

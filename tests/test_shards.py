@@ -1,0 +1,99 @@
+"""Token files of llm.c and nanoGPT are trained on as if the text had been given."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, environment
+
+from config import UserError
+from data import DataConfig, prepare
+from shards import HEADER, MAGIC, Shard, read_token_file
+
+
+def llm_c(ids, magic=20240520, version=1, dtype=np.uint16, count=None):
+    """A token file as llm.c and modded-nanogpt write it."""
+    header = np.zeros(256, np.int32)
+    header[:3] = magic, version, len(ids) if count is None else count
+    return header.tobytes() + np.asarray(ids, dtype).tobytes()
+
+
+def nanogpt(ids):
+    return np.asarray(ids, np.uint16).tobytes()
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, text, cache):
+    """(folder, flags): texts to train and validate on, in several documents, and the bpe tokenizer of their tokens."""
+    folder, whole = tmp_path_factory.mktemp("tokens"), text.read_text()
+    parts = {"train": [whole[:30_000], whole[30_000:60_000]], "val": [whole[60_000:70_000], whole[70_000:80_000]]}
+    for split, documents in parts.items():
+        (folder / f"{split}.txt").write_text("<|endoftext|>".join(documents), "utf-8")
+    shards = prepare(DataConfig(train_data=[str(folder / "train.txt")], val_data=[str(folder / "val.txt")], seq_len=32,
+                                cache_dir=str(cache)), 300)
+    (folder / "tokenizer").symlink_to(shards / "tokenizer")
+    for split in parts:
+        shard = Shard(shards / f"{split}.bin")
+        np.save(folder / f"{split}.npy", shard.read(0, shard.count))
+    return folder
+
+
+def test_token_files_give_the_run_of_their_text(trainer, prepared, cache):
+    flags = ["--num-steps", 6, "--log-steps", 2, "--eval-tokens", 0, "--cache-dir", cache, "--tokenizer-name",
+             prepared / "tokenizer"]
+    of_text = trainer(*flags, "--train-data", prepared / "train.txt", "--val-data", prepared / "val.txt", data=False)
+    assert of_text.code == 0 and of_text.losses(), of_text.err
+    train, val = (np.load(prepared / f"{split}.npy") for split in ("train", "val"))
+    for name, written in ("llm_c", llm_c), ("nanogpt", nanogpt):
+        (trainer.folder / f"{name}_0.bin").write_bytes(written(train[:7001]))  # several, cut anywhere
+        (trainer.folder / f"{name}_1.bin").write_bytes(written(train[7001:]))
+        (trainer.folder / "val.bin").write_bytes(written(val))
+        run = trainer(*flags, "--train-data", f"{name}_*.bin", "--val-data", "val.bin", data=False,
+                      checkpoint=f"{name}.pt")
+        assert run.losses() == of_text.losses(), run.err
+        for step in (0, 6):
+            assert run.rows[step]["val/bits_per_byte"] == of_text.rows[step]["val/bits_per_byte"]
+
+    found = [subprocess.run([sys.executable, str(ROOT / "evaluate.py"), "--checkpoint-path", "c.pt", "--data", path],
+                            cwd=trainer.folder, env=environment(), text=True, capture_output=True)
+             for path in ("val.bin", str(prepared / "val.txt"))]
+    assert found[0].returncode == found[1].returncode == 0, found[0].stderr + found[1].stderr
+    assert "bits per byte" in found[0].stdout and found[0].stdout == found[1].stdout
+
+
+def test_ids_of_32_bits_and_a_file_longer_than_a_block(tmp_path):
+    ids = np.random.default_rng(0).integers(0, 128_256, 70_000)
+    (tmp_path / "a.bin").write_bytes(llm_c(ids, 20240801, 7, np.uint32))
+    assert np.concatenate(list(read_token_file(tmp_path / "a.bin", block=1 << 12))).tolist() == ids.tolist()
+    (tmp_path / "b.bin").write_bytes(nanogpt(ids % 50_257))
+    assert np.concatenate(list(read_token_file(tmp_path / "b.bin"))).tolist() == (ids % 50_257).tolist()
+
+
+WRONG = {
+    "cut off": (llm_c(range(100))[:-2], {}, "1,222 bytes are not the 100 tokens that its header says"),
+    "odd": (b"abc", {}, "3 bytes are no 16-bit token ids"),
+    "ours": (MAGIC + bytes(HEADER.size), {}, "a token shard of mini-llm; give the folder that it is in"),
+    "empty": (b"", {}, "the file is empty"),
+    "of a larger vocabulary": (nanogpt([65_000] * 100), {}, "token id 65000 is outside its vocabulary of 300"),
+    "no tokenizer": (nanogpt(range(100)), {"tokenizer_name": "bpe"}, "bpe: name the tokenizer that made"),
+    "nothing to validate on": (nanogpt(range(100)), {"val_data": []}, "give --val-data, too"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_no_token_file_is_refused(tmp_path, prepared, case):
+    content, changes, words = WRONG[case]
+    (tmp_path / "a.bin").write_bytes(content)
+    given = dict(train_data=[str(tmp_path / "a.bin")], val_data=[str(prepared / "val.txt")], seq_len=32,
+                 tokenizer_name=str(prepared / "tokenizer"), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(UserError) as error:
+        prepare(DataConfig(**given | changes))
+    assert words in str(error.value) and not (tmp_path / "cache").exists()
+
+
+def test_a_folder_of_nanogpts_says_how_to_name_its_files(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.bin").write_bytes(nanogpt(range(100)))
+    with pytest.raises(UserError, match="--train-data train.bin --val-data val.bin"):
+        prepare(DataConfig(train_data=[str(tmp_path)], cache_dir=str(tmp_path / "cache")))
