@@ -18,7 +18,7 @@ import hardware
 from config import UserError, arg, one_line_errors, parse
 from model import KVCache
 from pretrained import load_run
-from tokenizer import encode, open_tokenizer
+from tokenizer import encode, known_characters, open_tokenizer
 
 RULE = "-" * 15  # separates two texts
 TEMPERATURE, TOP_K, SAMPLE_TOKENS = 0.8, 50, 128  # also for samples during training, and in exported folders
@@ -193,14 +193,18 @@ def prompt_ids(tokenizer, start, prompt):
     (ids,) = encode(tokenizer, [prompt])
     if prompt and not ids:
         raise UserError(f"--prompt {prompt!r}: the tokenizer knows none of these characters; give another")
+    known = known_characters(tokenizer)
+    if known is not None and (unknown := "".join(sorted(set(prompt) - known))):
+        print(f"warning: the tokenizer has no token for {unknown!r}: left out of --prompt {prompt!r}", file=sys.stderr)
     return ids or [start]
 
 
 def write_texts(model, tokenizer, eos, start, cfg, out):
     """Generate what `cfg` asks for and write it to `out`: a single text is streamed, several are each written once
     complete, in order. Returns the number of generated tokens."""
-    texts = [text for text in cfg.prompts() for _ in range(cfg.num_samples)]
-    ids = [prompt_ids(tokenizer, start, text) for text in texts]
+    prompts = cfg.prompts()
+    texts = [text for text in prompts for _ in range(cfg.num_samples)]
+    ids = [one for text in prompts for one in [prompt_ids(tokenizer, start, text)] * cfg.num_samples]
     seeds = [[cfg.seed, *divmod(row, cfg.num_samples)] for row in range(len(texts))]
     finished, n_tokens, n_written = {}, 0, 0
 

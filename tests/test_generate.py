@@ -18,10 +18,10 @@ from test_model import build, randomized
 from config import UserError
 from data import DataConfig, prepare
 from export import export
-from generate import Continuation, GenerateConfig, batches, choose, generate, main, sample_text
+from generate import Continuation, GenerateConfig, batches, choose, generate, main, prompt_ids, sample_text
 from model import ARCHS, GPT, GPTConfig
 from pretrained import load_run
-from tokenizer import load_tokenizer, open_tokenizer
+from tokenizer import load_tokenizer, open_tokenizer, train_tokenizer
 
 
 def continued(model, prompts, n, **options):
@@ -213,6 +213,12 @@ def test_the_command_continues_prompts_as_transformers_does_on_the_exported_fold
         texts.append(tokenizer.decode(out[0][not prompt:], skip_special_tokens=True))
     assert ours.stdout == "\n---------------\n".join(texts) + "\n"
     assert "36 tokens in" in ours.stderr and "tokens/s on cpu" in ours.stderr
+
+
+def test_characters_of_a_prompt_without_a_token_are_named(capsys):
+    known = train_tokenizer("char", ["abc"], 0)
+    assert prompt_ids(known, 0, "abca") == prompt_ids(known, 0, "a—bçca")
+    assert capsys.readouterr().err == ("warning: the tokenizer has no token for 'ç—': left out of --prompt 'a—bçca'\n")
 
 
 def test_samples_repeat_and_do_not_depend_on_their_number(run_folder):
