@@ -13,7 +13,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 import hardware
-from config import UserError
+from config import UserError, first_line
 
 COMMENT = b"sha256:"
 
@@ -37,7 +37,7 @@ def load(path):
     except DamagedCheckpoint:
         raise
     except Exception as error:  # torch.load raises many types, from pickle's to zip's
-        why = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        why = first_line(error)
         if isinstance(error, OSError) and error.errno != errno.ELOOP or hardware.out_of_memory(error):
             raise UserError(f"{path} cannot be read now ({why}); try again when it can be, or move it away to go on "
                             f"from the one before") from None

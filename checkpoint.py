@@ -260,27 +260,20 @@ def begin(cfg, resume_from, state, eval_tokens):
     measured with another `eval_tokens`."""
     path, best = Path(cfg.checkpoint_path), cfg.beside(".best.pt")
     goes_on = resume_from is not None and cfg.continues(resume_from)
-    if not goes_on:  # any such files belong to another run, even if that one never saved a checkpoint
-        for suffix in (".metrics.jsonl", ".log"):
-            cfg.beside(suffix).unlink(missing_ok=True)
+    stale = [cfg.beside(".prev.pt"), cfg.beside(".nonfinite.pt")] if cfg.overwrite else []
+    if cfg.overwrite and goes_on:
+        link(Path(resume_from), path)
+        stale += [file for file in cfg.numbered() if int(file.stem.rpartition("-")[2]) > state.step]
+        stale += [best] * (_saved(best)["state"].get("step", 0) > state.step)
+    elif not goes_on:  # any such files belong to another run, even if that one never saved a checkpoint
         shutil.rmtree(cfg.beside(".tensorboard"), ignore_errors=True)
-        if resume_from is not None:  # a branch gets its own W&B run
-            cfg.beside(".wandb.json").unlink(missing_ok=True)
-    if cfg.overwrite:
-        if not goes_on or _saved(best)["state"].get("step", 0) > state.step:
-            best.unlink(missing_ok=True)
-        if goes_on:
-            link(Path(resume_from), path)
-        else:  # a branch's path gets its own first checkpoint: that of `resume_from` names another W&B run
-            path.unlink(missing_ok=True)
-        for file in (cfg.beside(".prev.pt"), cfg.beside(".nonfinite.pt")):
-            file.unlink(missing_ok=True)
-        if not goes_on:
-            for file in cfg.matching(r"\.best-of-\d+\.pt|\.wandb\.json|\.rank\d+\.(wandb\.json|metrics\.jsonl)"):
-                file.unlink()
-        for file in cfg.numbered():
-            if not goes_on or int(file.stem.rpartition("-")[2]) > state.step:
-                file.unlink(missing_ok=True)
+        stale += [cfg.beside(".metrics.jsonl"), cfg.beside(".log")]
+        stale += [cfg.beside(".wandb.json")] * (resume_from is not None)  # a branch gets its own W&B run
+        if cfg.overwrite:  # a branch's path gets its own first checkpoint: that of `resume_from` names another W&B run
+            stale += [path, best, *cfg.numbered()]
+            stale += cfg.matching(r"\.best-of-\d+\.pt|\.wandb\.json|\.rank\d+\.(wandb\.json|metrics\.jsonl)")
+    for file in stale:
+        file.unlink(missing_ok=True)
     saved = _saved(best)
     if not saved["state"]:  # missing, or not readable: the next evaluation writes one
         return math.inf

@@ -46,6 +46,11 @@ class RunFailed(Exception):
     """A failure that ends the run: shown as one line on stderr, exit code 1."""
 
 
+def first_line(error):
+    """The first line of an exception's message, or its type's name if there is none; 200 characters at most."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 @contextlib.contextmanager
 def needed_packages():
     """Turn a missing package into a UserError: not every training machine has all packages installed."""

@@ -20,6 +20,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 import toy
 from config import UserError, arg
@@ -46,7 +47,7 @@ from tokenizer import (
 )
 
 CODE_VERSION = 3  # bump it when the same text would give different tokens: old caches are then not reused
-BATCH = 1 << 21  # characters tokenized per parallel batch: bounds the memory use of tokenization
+BATCH = 1 << 21  # characters, or ids of token files, per parallel batch: bounds the memory use of tokenization
 BPE_SAMPLE = 1 << 25  # maximum number of characters that a bpe tokenizer is trained on
 PREPARE_PATIENCE = 900  # seconds without progress after which a process stops waiting for another to tokenize
 
@@ -270,8 +271,6 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
     writers = {split: ShardWriter(draft / f"{split}.bin", size, -1 if eos is None else eos, identity, limit)
                for split, limit in limits.items()}
     n_bytes, n_tokens, left_out, started = dict(train=0, val=0), Counter(), 0, time.perf_counter()
-    from tqdm import tqdm
-
     total = sum(source.size for source in [*sources, *val_sources])
     with tqdm(total=total or None, unit="B", unit_scale=True, desc="tokenizing", leave=False, disable=None) as bar:
         source = stream()  # --val-data comes first and is read in full
@@ -282,7 +281,7 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
                 n_bytes[piece.split] += round(encoded * written / max(1, len(ids)))
                 n_tokens[piece.split, piece.argument] += written
                 left_out += lost
-            bar.update(sum(len(piece.text) for piece in batch))
+            bar.update(sum(getattr(piece.content, "nbytes", len(piece.content)) for piece in batch))
     for writer in writers.values():
         writer.close()
     if left_out:
@@ -316,7 +315,7 @@ def _trained_tokenizer(name, stream, vocab_size):
     """bpe: trained on up to BPE_SAMPLE characters of the training text; char: on all text, including validation."""
     began, texts = time.perf_counter(), (piece for piece in stream if piece.split == "train" or name == "char")
     texts = take(texts, BPE_SAMPLE) if name == "bpe" else texts
-    tokenizer = train_tokenizer(name, (piece.text for piece in texts), vocab_size or 4096)
+    tokenizer = train_tokenizer(name, (piece.content for piece in texts), vocab_size or 4096)
     log.info("trained a %s tokenizer of %s tokens in %.1f s", name, f"{tokenizer.get_vocab_size():,}",
              time.perf_counter() - began)
     return tokenizer

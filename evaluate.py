@@ -162,29 +162,15 @@ def window_batches(shards, seq_len, stride, max_tokens, batch_size):
             yield name, np.array(firsts), tokens[:, :-1].copy(), y
 
 
-class Clusters:
-    """Sums of losses and of tokens per cluster, and from them a confidence interval for the mean."""
-
-    def __init__(self):
-        self.sums = {}  # key → [nats, tokens]
-
-    def add(self, keys, nats, counted):
-        """Cluster keys, losses, and whether each counts (0 or 1), (B, T) each."""
-        values, inverse = np.unique(keys, return_inverse=True)
-        sums = (np.bincount(inverse.ravel(), weights.ravel()) for weights in (nats.astype(np.float64), counted))
-        for key, *new in zip(values.tolist(), *sums, strict=True):
-            old = self.sums.setdefault(key, [0.0, 0.0])
-            old[:] = old[0] + new[0], old[1] + new[1]
-
-    def interval(self):
-        """The 95 % confidence interval of the loss, None with fewer than two clusters: ± 1.96 times the standard error
-        of a ratio of sums over independent clusters (Cochran 1977, section 6.4)."""
-        nats, tokens = np.array([pair for pair in self.sums.values() if pair[1]]).T
-        if len(nats) < 2:
-            return None
-        loss = nats.sum() / tokens.sum()
-        error = math.sqrt(len(nats) / (len(nats) - 1) * np.square(nats - loss * tokens).sum()) / tokens.sum()
-        return [loss - 1.96 * error, loss + 1.96 * error]
+def interval(nats, tokens):
+    """Sums of losses and of tokens per cluster, (n,) each → the 95 % confidence interval of the loss, None with fewer
+    than two clusters: ± 1.96 times the standard error of a ratio of sums over independent clusters (Cochran 1977,
+    section 6.4)."""
+    if len(nats) < 2:
+        return None
+    loss = nats.sum() / tokens.sum()
+    error = math.sqrt(len(nats) / (len(nats) - 1) * np.square(nats - loss * tokens).sum()) / tokens.sum()
+    return [loss - 1.96 * error, loss + 1.96 * error]
 
 
 def document_starts(shard, block=1 << 20):
@@ -198,23 +184,26 @@ def document_starts(shard, block=1 << 20):
 @torch.no_grad()
 def evaluate_text(model, shards, bytes_per_token, cfg, seq_len, precision, device):
     """Everything that the command reports, as a dict."""
-    nats, n_tokens = dict.fromkeys(shards, 0.0), dict.fromkeys(shards, 0)
-    documents, windows = Clusters(), Clusters()
-    order = {name: i << 48 for i, name in enumerate(shards)}  # keeps the clusters of different sources apart
     starts = {name: document_starts(shard) for name, shard in shards.items()}
+    documents = {name: np.zeros((2, len(at) + 1)) for name, at in starts.items()}  # nats and tokens of each document
+    windows = []  # the same of each window, (2, B) per batch
     for name, firsts, x, y in window_batches(shards, seq_len, cfg.stride, cfg.eval_tokens, cfg.batch_size):
-        losses, counted = token_nats(model, x, y, precision, device).cpu().numpy(), y != IGNORE
-        nats[name] += losses.sum(dtype=np.float64)
-        n_tokens[name] += int(counted.sum())
+        losses, counted = token_nats(model, x, y, precision, device).cpu().numpy().astype(np.float64), y != IGNORE
         targets = firsts[:, None] + 1 + np.arange(y.shape[1])  # (B, T) positions
-        documents.add(order[name] + np.searchsorted(starts[name], targets, side="right"), losses, counted)
-        if len(documents.sums) < MIN_DOCUMENTS:  # otherwise they are not used, and there may be millions
-            windows.add(order[name] + np.broadcast_to(firsts[:, None], y.shape), losses, counted)
-    kind, clusters = ("documents", documents) if len(documents.sums) >= MIN_DOCUMENTS else ("windows", windows)
-    return figures(sum(nats.values()), sum(n_tokens.values()), bytes_per_token) | {
-        "ci95": clusters.interval(), "clusters": f"{len(clusters.sums)} {kind}", "tokens": sum(n_tokens.values()),
+        keys = np.searchsorted(starts[name], targets, side="right")  # (B, T) documents
+        for sums, values in zip(documents[name], (losses, counted), strict=True):
+            np.add.at(sums, keys, values)
+        windows.append([losses.sum(1), counted.sum(1)])
+    totals = {name: sums.sum(1) for name, sums in documents.items()}
+    nats, n_tokens = sum(totals.values()).tolist()
+    kind, clusters = "documents", np.concatenate(list(documents.values()), axis=1)
+    clusters = clusters[:, clusters[1] > 0]
+    if clusters.shape[1] < MIN_DOCUMENTS:
+        kind, clusters = "windows", np.concatenate(windows, axis=1)
+    return figures(nats, n_tokens, bytes_per_token) | {
+        "ci95": interval(*clusters), "clusters": f"{clusters.shape[1]} {kind}", "tokens": int(n_tokens),
         "seq_len": seq_len, "stride": cfg.stride, "precision": precision.name,
-        "losses": {name: nats[name] / n_tokens[name] for name in shards if name}}
+        "losses": {name: part[0] / part[1] for name, part in totals.items() if name}}
 
 
 def report(found):

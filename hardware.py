@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from config import UserError, arg
+from config import UserError, arg, first_line
 
 # Dense bf16 peak in FLOP/s, from the vendors' data sheets (without sparsity), keyed by the full device name: NVL, PCIe,
 # Ti and Laptop variants are different devices.
@@ -228,8 +228,7 @@ def out_of_memory(error, advice="lower --batch-size and raise --grad-accum-steps
     """The message for an out-of-memory error; None for any other error."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or isinstance(error, RuntimeError) and re.search(
             "DefaultCPUAllocator|out of memory", str(error)):  # CPU; Metal, and CUDA outside torch's allocator
-        what = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        return f"out of memory: {what}; {advice}"
+        return f"out of memory: {first_line(error)}; {advice}"
     return None
 
 
@@ -247,7 +246,7 @@ def enough_memory(advice):
 def explained(error):
     """The message for an error whose cause is known; None for any other error."""
     if type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):
-        return f"torch.compile failed: {(str(error).strip().splitlines() or ['?'])[0][:200]}; add --no-compile"
+        return f"torch.compile failed: {first_line(error)}; add --no-compile"
     return out_of_memory(error)
 
 

@@ -16,7 +16,7 @@ import torch
 
 import checkpoint
 from archive import DamagedCheckpoint, load, peek
-from config import UserError, arg, beside_run, flag, read_json
+from config import UserError, arg, beside_run, first_line, flag, read_json
 from model import ARCHS, GPT, GPTConfig
 from tokenizer import end_of_text, hub_reachable, open_tokenizer
 
@@ -143,8 +143,7 @@ def _hugging_face(auto, source, **options):
         return getattr(transformers, auto).from_pretrained(folder, local_files_only=True, trust_remote_code=False,
                                                            **options)
     except Exception as error:  # many types: huggingface_hub's, safetensors', bare RuntimeError
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"--init-from {source}: {why}") from None
+        raise UserError(f"--init-from {source}: {first_line(error)}") from None
 
 
 def _folder(source):

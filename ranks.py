@@ -24,7 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from config import RunFailed
+from config import RunFailed, first_line
 from hardware import explained
 
 CONNECT = 60  # seconds to connect to torchrun's store
@@ -191,7 +191,7 @@ class Pulse(NoPulse):
         elif not advice:
             with contextlib.suppress(OSError):
                 traceback.print_exception(error)
-        what = advice or f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        what = advice or f"{type(error).__name__}: {first_line(error)}"
         self.end(f"{self.me['name']} failed {self._where()}: {what}; {RESUME}")
 
 

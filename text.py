@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError
+from config import UserError, first_line
 from shards import read_token_file, token_file_format
 from tokenizer import END_OF_TEXT, OWN, hub_reachable
 
@@ -183,14 +183,14 @@ def require_own_tokenizer(sources, val_sources, tokenizer_name):
 
 @dataclass(frozen=True)
 class Piece:
-    text: str | np.ndarray  # ids, if it is of a token file
+    content: str | np.ndarray  # text, or the ids of a token file
     split: str  # train or val
     ends_document: bool
     argument: int = 0  # that of its source
 
 
 def pieces(sources, split, val_ratio=0.0, seed=0) -> Iterator[Piece]:
-    """The documents of the sources in order, in pieces of about PIECE characters.
+    """The documents of the sources in order, in pieces of about PIECE characters; token files in blocks of ids.
 
     With a `val_ratio`, whole documents are held out for validation, spread evenly over the corpus. If the sources are
     too few text files for that, the tail of each is held out instead, cut at the end of a document or line.
@@ -222,7 +222,7 @@ def take(stream, characters):
     batch = []
     while characters > 0 and (piece := next(stream, None)):
         batch.append(piece)
-        characters -= len(piece.text)
+        characters -= len(piece.content)
     return batch
 
 
@@ -326,7 +326,7 @@ def table_pieces(source):
     except (UserError, ModuleNotFoundError):
         raise
     except Exception as error:  # the readers raise many types
-        reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error.__cause__ or error)
         if source.kind == "hub":
             name = source.path.partition("@")[0]
             raise UserError(f"{source.path}: {reason}; name a configuration as {name.partition(':')[0]}:NAME, a split "

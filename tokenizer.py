@@ -79,9 +79,9 @@ def encode(tokenizer, texts):
                         f"text, such as bpe, byte or gpt2") from None
 
 
-def end_of_text(tokenizer, folder):
-    """The id of the tokenizer's end-of-text token, or None."""
-    eos = _eos_token(tokenizer, str(folder))
+def end_of_text(tokenizer, name):
+    """The id of the end-of-text token of the tokenizer of that name or folder, or None."""
+    eos = _eos_token(tokenizer, str(name))
     return None if eos is None else tokenizer.token_to_id(eos)
 
 
@@ -102,15 +102,16 @@ def encode_pieces(tokenizer, pieces, eos):
     characters' bytes are not counted, and a document's ids end in `eos` unless that is None. Pieces of a token file are
     decoded to count their bytes: one that begins within a character counts up to 3 too many."""
     known = known_characters(tokenizer)
-    encoded = iter(encode(tokenizer, [piece.text for piece in pieces if isinstance(piece.text, str)]))
-    decoded = iter(tokenizer.decode_batch([piece.text.tolist() for piece in pieces if not isinstance(piece.text, str)]))
+    texts = [piece.content for piece in pieces if isinstance(piece.content, str)]
+    arrays = [piece.content.tolist() for piece in pieces if not isinstance(piece.content, str)]
+    encoded, decoded = iter(encode(tokenizer, texts)), iter(tokenizer.decode_batch(arrays))
     for piece in pieces:
-        if isinstance(piece.text, str):
-            text = as_encoded(piece.text, known)
+        if isinstance(piece.content, str):
+            text = as_encoded(piece.content, known)
             ids = next(encoded) + ([eos] if piece.ends_document and eos is not None else [])
-            lost = len(piece.text) - len(text)
+            lost = len(piece.content) - len(text)
         else:
-            text, ids, lost = next(decoded), piece.text, 0
+            text, ids, lost = next(decoded), piece.content, 0
         yield piece, ids, len(text.encode("utf-8", "replace")), lost
 
 

@@ -110,7 +110,7 @@ def log_facts(cfg, world, corpus, raw, precision, accum, state):
              f"{activations / 1e9:.2f} activations)")
     log.info(f"step: {step_tokens:,} tokens = batch {cfg.batch.batch_size} x sequence {corpus.seq_len} x accumulation "
              f"{accum} x ranks {world.size}; amp {precision.name} ({precision.reason})"
-             + ("; torch.compile, before the first step" if should_compile(cfg.speed, world.device) else ""))
+             + ("; torch.compile, before the first step" if compiled else ""))
     if cfg.optim.warmup_steps >= cfg.optim.num_steps:
         log.warning(f"--warmup-steps {cfg.optim.warmup_steps} is not below --num-steps: the run ends in the warm-up")
     log.info(f"Resumed at step {state.step}" if state.step else f"Starting from {cfg.init.init_from or 'scratch'}")

@@ -231,7 +231,7 @@ def test_max_tokens_of_one_text_reads_no_further(tmp_path, text, monkeypatch):
     monkeypatch.setattr(data, "pieces", lambda *args: (read.append(piece) or piece for piece in pieces(*args)))
     corpus = Corpus(config(big, tmp_path / "cache", max_tokens=1000))
     assert corpus.train.count == 1000
-    assert sum(len(piece.text) for piece in read) < 6_000_000 < os.path.getsize(big)
+    assert sum(len(piece.content) for piece in read) < 6_000_000 < os.path.getsize(big)
 
 
 @pytest.mark.parametrize("max_tokens", [0, 5000])
@@ -246,7 +246,7 @@ def test_max_tokens_with_its_own_validation_text_reads_no_further(tmp_path, text
     read = []
     monkeypatch.setattr(data, "pieces", lambda *args: (read.append(piece) or piece for piece in pieces(*args)))
     corpus = Corpus(config(big, tmp_path / "cache", max_tokens=1000, val_data=[str(text)]))
-    assert corpus.train.count == 1000 and sum(len(piece.text) for piece in read) < 6_000_000
+    assert corpus.train.count == 1000 and sum(len(piece.content) for piece in read) < 6_000_000
 
 
 def test_shards_are_trained_on_as_they_are(text, cache):
@@ -342,7 +342,7 @@ def test_a_mark_at_the_end_of_a_file_leaves_no_validation_text_of_nothing(tmp_pa
     (tmp_path / "a.txt").write_text(line * 4000 + END_OF_TEXT + end)
     texts = Counter()
     for piece in pieces(find_sources([str(tmp_path / "a.txt")]), "train", 0.1):
-        texts[piece.split] += len(piece.text)
+        texts[piece.split] += len(piece.content)
     assert texts["val"] == pytest.approx(6000, abs=50) and texts["train"] == pytest.approx(54_000, abs=50)
 
 
@@ -431,12 +431,12 @@ def test_tables_with_files_without_rows_and_rows_without_text(tmp_path):
     for name, rows in dict(a=["one", None, "two"], b=[], c=["three"]).items():
         table = pyarrow.table({"content": pyarrow.array(rows, pyarrow.string())})
         pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
-    assert [piece.text for piece in pieces(find_sources([str(tmp_path)]), "train")] == ["one", "two", "three"]
+    assert [piece.content for piece in pieces(find_sources([str(tmp_path)]), "train")] == ["one", "two", "three"]
     (tmp_path / "d.jsonl").write_text('{"title": "T", "content": null}\n{"title": null, "content": "C"}\n')
     with pytest.raises(UserError, match=r"d\.jsonl: no column named text \(found title, content\); .*--text-column"):
         list(pieces(find_sources([str(tmp_path / "d.jsonl")]), "train"))
     named = find_sources([str(tmp_path / "d.jsonl")], column="content")
-    assert [piece.text for piece in pieces(named, "train")] == ["C"]
+    assert [piece.content for piece in pieces(named, "train")] == ["C"]
 
 
 @pytest.mark.parametrize("rows, texts", [
@@ -452,7 +452,7 @@ def test_rows_of_json_are_read_one_by_one(tmp_path, rows, texts):
     (tmp_path / "array.json").write_text(json.dumps(rows))
     for file in "lines.jsonl", "array.json":
         found = list(pieces(find_sources([str(tmp_path / file)]), "train"))
-        assert [piece.text for piece in found] == texts and all(piece.ends_document for piece in found)
+        assert [piece.content for piece in found] == texts and all(piece.ends_document for piece in found)
 
 
 def test_tables_need_not_have_the_same_columns(tmp_path):
@@ -462,9 +462,9 @@ def test_tables_need_not_have_the_same_columns(tmp_path):
     for name, columns in tables.items():
         pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / f"{name}.parquet")
     named = find_sources([str(tmp_path / "b.parquet")], column="id")
-    assert [piece.text for piece in pieces(named, "train")] == ["x"]
+    assert [piece.content for piece in pieces(named, "train")] == ["x"]
     (tmp_path / "d.jsonl").write_bytes(b'{"text": "na\xefve"}\n')
-    found = [piece.text for piece in pieces(find_sources([str(tmp_path)]), "train")]
+    found = [piece.content for piece in pieces(find_sources([str(tmp_path)]), "train")]
     assert found == ["one", "two", "three", "na\ufffdve"]
 
 
@@ -659,7 +659,7 @@ def test_the_built_in_corpus_is_python_source():
     sources = text_module.builtin_sources()
     assert len(sources) > 300
     assert any(source.path.endswith("argparse.py") for source in sources)
-    total = sum(len(piece.text) for piece in pieces(sources, "train"))
+    total = sum(len(piece.content) for piece in pieces(sources, "train"))
     assert total > 5_000_000
 
 

@@ -399,7 +399,7 @@ def wrong(trainer):
     (folder / "empty.txt").touch()
     (folder / "short.txt").write_text("just a few words")
     (folder / "no text here").mkdir()
-    (folder / "picture.bin").write_bytes(bytes(range(256)) * 100)
+    (folder / "picture.png").write_bytes(bytes(range(256)) * 100)
     (folder / "bad.jsonl").write_text('{"text": "fine"}\n{"text": ')
     (folder / "columns.jsonl").write_text('{"a": "x", "b": "y"}\n')
     (folder / "bad.toml").write_text("n_layers = = 4")
@@ -417,7 +417,7 @@ WRONG = {
     "short text": (["--train-data", "short.txt"], ["fewer than one sequence", "--seq-len"]),
     "folder without text": (["--train-data", "no text here"], ["no text here", ".jsonl"]),
     "glob without files": (["--train-data", "*.nothing"], ["*.nothing", "no file matches"]),
-    "binary file": (["--train-data", "picture.bin"], ["picture.bin", "not UTF-8 text"]),
+    "binary file": (["--train-data", "picture.png"], ["picture.png", "not UTF-8 text"]),
     "bad jsonl": (["--train-data", "bad.jsonl"], ["bad.jsonl", "not readable"]),
     "jsonl without text": (["--train-data", "columns.jsonl"], ["no column named text", "a, b"]),
     "no such dataset offline": (["--train-data", "some/dataset"], ["some/dataset", "cannot be reached"]),
