@@ -154,7 +154,10 @@ def _check_readable(file, kind, label):
     if not head:
         raise UserError(f"{label} {file}: the file is empty")
     if kind == "tokens":
-        token_file_format(file)
+        try:
+            token_file_format(file)
+        except UserError as error:
+            raise UserError(f"{label} {error}") from None
     if kind in ("parquet", "tokens"):
         return
     if kind == "json" and head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] not in (b"{", b"["):
