@@ -11,6 +11,7 @@
 #   bench/gpu.sh loss PATH/TO/nanoGPT          time to the validation loss that nanoGPT reaches in five minutes
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export PYTHONUNBUFFERED=1  # what was printed before a time limit is not lost
 python=${PYTHON:-python3}
 what=${1:?check, speed, trainer, step or loss}
 case $what in

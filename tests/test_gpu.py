@@ -17,7 +17,7 @@ def test_training_on_the_gpu_is_training_on_the_cpu(trainer, flags):
     run = trainer("--num-steps", 20, *CUDA, *flags, checkpoint="gpu.pt")
     assert run.code == 0, run.err
     for key, value in exact.losses().items():
-        assert run.losses()[key] == pytest.approx(value, abs=0.02), key
+        assert run.losses()[key] == pytest.approx(value, abs=4e-3), key  # one micro-batch of four: up to 0.02 off
     assert "gpu/peak_gb" in run.rows[20]
 
 
@@ -43,7 +43,7 @@ def test_nccl_with_one_rank_is_train_py(trainer, how):
     alone, launched = trainer(*flags, checkpoint="a.pt"), trainer(*flags, ranks=1, checkpoint="b.pt")
     assert launched.code == 0, launched.err
     for key, value in alone.losses().items():
-        assert launched.losses()[key] == pytest.approx(value, abs=1e-3 if "--no-amp" in how else 2e-2)
+        assert launched.losses()[key] == pytest.approx(value, abs=1e-3 if "--no-amp" in how else 3e-3)
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "qwen3", "nanochat"])
