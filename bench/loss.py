@@ -34,6 +34,7 @@ def nanogpt(bench, options):
                  "--lr_decay_iters=2000"]
         wall, *_ = run(*bench.nano(2000, False, *flags), on_line=read)
         return wall, found["loss"]
+    # A decay that ends within the time, by estimate: an unfinished one would flatter ours.
     flags = ["--eval_iters=20", "--eval_interval=250", "--max_iters=100000", "--lr_decay_iters=1500",
              "--learning_rate=6e-4", "--weight_decay=0.1"]
     run(*bench.nano(3000, True, *flags), on_line=read, seconds=options.seconds)

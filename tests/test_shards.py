@@ -12,10 +12,10 @@ from data import DataConfig, prepare
 from shards import HEADER, MAGIC, Shard, read_token_file
 
 
-def llm_c(ids, magic=20240520, version=1, dtype=np.uint16, count=None):
+def llm_c(ids, magic=20240520, version=1, dtype=np.uint16):
     """A token file as llm.c and modded-nanogpt write it."""
     header = np.zeros(256, np.int32)
-    header[:3] = magic, version, len(ids) if count is None else count
+    header[:3] = magic, version, len(ids)
     return header.tobytes() + np.asarray(ids, dtype).tobytes()
 
 
@@ -25,7 +25,7 @@ def nanogpt(ids):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory, text, cache):
-    """(folder, flags): texts to train and validate on, in several documents, and the bpe tokenizer of their tokens."""
+    """A folder of texts to train and validate on, each of two documents, their tokens, and their bpe tokenizer."""
     folder, whole = tmp_path_factory.mktemp("tokens"), text.read_text()
     parts = {"train": [whole[:30_000], whole[30_000:60_000]], "val": [whole[60_000:70_000], whole[70_000:80_000]]}
     for split, documents in parts.items():
@@ -72,7 +72,7 @@ def test_ids_of_32_bits_and_a_file_longer_than_a_block(tmp_path):
 
 WRONG = {
     "cut off": (llm_c(range(100))[:-2], {}, "1,222 bytes are not the 100 tokens that its header says"),
-    "odd": (b"abc", {}, "3 bytes are no 16-bit token ids"),
+    "odd": (b"abc", {}, "--train-data {file}: 3 bytes are no 16-bit token ids"),
     "ours": (MAGIC + bytes(HEADER.size), {}, "a token shard of mini-llm; give the folder that it is in"),
     "empty": (b"", {}, "the file is empty"),
     "of a larger vocabulary": (nanogpt([65_000] * 100), {}, "token id 65000 is outside its vocabulary of 300"),
@@ -89,7 +89,7 @@ def test_what_is_no_token_file_is_refused(tmp_path, prepared, case):
                  tokenizer_name=str(prepared / "tokenizer"), cache_dir=str(tmp_path / "cache"))
     with pytest.raises(UserError) as error:
         prepare(DataConfig(**given | changes))
-    assert words in str(error.value) and not (tmp_path / "cache").exists()
+    assert words.format(file=tmp_path / "a.bin") in str(error.value) and not (tmp_path / "cache").exists()
 
 
 def test_a_folder_of_nanogpts_says_how_to_name_its_files(tmp_path):
