@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import struct
+import zipfile
 from pathlib import Path
 
 import torch
@@ -29,6 +30,8 @@ def load(path):
         if os.path.exists(path) and not os.path.isfile(path):  # a pipe would block, a device may be endless
             raise DamagedCheckpoint(f"{path} is not a file")
         stated, actual = read_digest(path), file_digest(path)
+        if stated is None and zipfile.is_zipfile(path):
+            raise DamagedCheckpoint(f"{path} was not written by mini-llm (it has no SHA-256 of its content)")
         if stated != actual:
             raise DamagedCheckpoint(f"{path} is damaged (its SHA-256 is not the one it was written with)")
         return torch.load(path, map_location="cpu", weights_only=True)

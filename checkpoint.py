@@ -85,7 +85,8 @@ class CheckpointConfig:
         """Whether resuming from that file continues the run at the checkpoint path (the file is one of that run's)
         rather than branching off from it."""
         file, path = map(Path, map(os.path.realpath, (resume_from, self.checkpoint_path)))
-        same = file == path or path.exists() and os.path.samefile(file, path)  # a hard link is a name of it, too
+        there = file.exists() and path.exists()  # not on every node, and --init-from may be a name on the hub
+        same = file == path or there and os.path.samefile(file, path)  # a hard link is a name of it, too
         return same or file.suffix == ".pt" and beside_run(file, ".pt") == path
 
 
@@ -144,8 +145,9 @@ def plan(cfg):
     if not os.path.isfile(cfg.resume):
         raise UserError(f"--resume {cfg.resume}: no such file; --resume alone takes {path}")
     if known and not cfg.overwrite and not os.path.samefile(cfg.resume, known[0]):
-        raise UserError(f"--resume {cfg.resume}: {path} exists, too; --overwrite rolls it back to that file, "
-                        f"a new --checkpoint-path branches off")
+        effect = "rolls it back to that file" if cfg.continues(cfg.resume) else "replaces that run, its metrics, too"
+        raise UserError(f"--resume {cfg.resume}: {path} exists, too; --overwrite {effect}, a new --checkpoint-path "
+                        f"branches off")
     return Path(cfg.resume)
 
 
@@ -161,9 +163,10 @@ def plan_together(cfg, world):
 
 
 def claim(cfg, resume_from, n_bytes, n_steps):
-    """Locks the checkpoint path against other runs while this process lives. Raises UserError if another run writes
+    """Locks the run's checkpoint path against others while this process lives. Raises UserError if another run writes
     there, or has since `plan`, or if the disk cannot hold the checkpoints of `n_steps` steps, `n_bytes` each."""
-    require_space(cfg, n_bytes, n_steps)
+    cfg, uploads = cfg.checkpoint, cfg.wandb.uploads
+    require_space(cfg, n_bytes, n_steps, uploads)
     try:
         cfg.beside(".lock").parent.mkdir(parents=True, exist_ok=True)
         free = lock_until_exit(cfg.beside(".lock"))
@@ -225,6 +228,9 @@ def restore(path, cfg, identity, config):
         if name not in ignored and not name.startswith("wandb_") and payload["config"].get(name, value) != value:
             log.info("resumed with another %s: was %s, is %s", flag(name), payload["config"][name], value)
     if source != path:
+        best = cfg.beside(".best.pt")
+        if best.exists() and os.path.exists(path) and os.path.samefile(best, path):
+            best.unlink()  # the damaged one by another name: its loss would be the one to beat
         link(source, path)  # else the next save would replace the good file with the damaged one
     return payload
 
@@ -290,14 +296,14 @@ def _saved(file):
     return saved if is_of_a_run(saved) else {"config": {}, "state": {}}
 
 
-def require_space(cfg, n_bytes, n_steps):
+def require_space(cfg, n_bytes, n_steps, uploads=0):
     """Raises UserError if the disk cannot hold the checkpoints of `n_steps` steps, about `n_bytes` each: the newest and
-    the one before (which count toward --keep-last), the best, and the one being written."""
+    the one before (which count toward --keep-last), the best, the one being written, and those kept for uploads."""
     files = [file for file in map(Path, cfg.files()) if file.suffix == ".pt"]
     files += cfg.beside("").parent.glob(glob.escape(cfg.beside("").name) + "*.pt.tmp")  # from a save that was killed
     ours = {file.stat().st_ino: file.stat().st_size for file in files}
     saves = math.ceil(n_steps / cfg.save_steps) if cfg.save_steps else 1
-    wanted = 1 + cfg.save_best + min(max(2, cfg.keep_last), saves + len(ours))
+    wanted = 1 + cfg.save_best + uploads + min(max(2, cfg.keep_last), saves + len(ours))
     missing = wanted * n_bytes - sum(ours.values()) - shutil.disk_usage(_nearest_folder(cfg.checkpoint_path)).free
     if missing > 0:
         raise UserError(f"--checkpoint-path {cfg.checkpoint_path}: {wanted} checkpoints of {n_bytes / 1e9:.2g} GB need "

@@ -40,6 +40,7 @@ from tokenizer import (
     encode,
     encode_pieces,
     end_of_text,
+    identity,
     load_tokenizer,
     open_tokenizer,
     save_tokenizer,
@@ -146,14 +147,14 @@ def prepare(cfg, vocab_size=0, writes=True, scratch=None):
     for source in [*sources, None, *val_sources]:
         key.update(_source_digest(source, whole=n_bytes <= 1 << 30) if source else b"|")
     folder = Path(cfg.cache_dir) / key.hexdigest()
-    if scratch and not folder.exists():
+    if scratch and not os.path.exists(folder):  # unlike Path.exists, not an error where access is denied
         folder, writes = Path(scratch) / key.hexdigest(), True
-    if writes and not folder.exists():
+    if writes and not os.path.exists(folder):
         require_hub(sources)
         require_hub(val_sources, "--val-data")
     if not writes:
-        _wait(lambda: not folder.exists(), folder.with_name(folder.name + ".draft"))
-    while not folder.exists():
+        _wait(lambda: not os.path.exists(folder), folder.with_name(folder.name + ".draft"))
+    while not os.path.exists(folder):
         with _locked_draft(folder) as draft:
             if draft is not None:
                 _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources)
@@ -263,12 +264,11 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
     if eos is None:
         log.warning("the tokenizer %s has no end-of-text token: documents are concatenated without a separator",
                     cfg.tokenizer_name)
-    size = tokenizer.get_vocab_size(with_added_tokens=True)
-    identity = hashlib.blake2b(tokenizer.to_str().encode(), digest_size=32).digest()
+    size, tokenizer_hash = tokenizer.get_vocab_size(with_added_tokens=True), identity(tokenizer)
     limits = dict(train=cfg.max_tokens, val=0)
     if cfg.max_tokens and not val_sources:
         limits["val"] = max(1, int(cfg.max_tokens * cfg.val_ratio))
-    writers = {split: ShardWriter(draft / f"{split}.bin", size, -1 if eos is None else eos, identity, limit)
+    writers = {split: ShardWriter(draft / f"{split}.bin", size, -1 if eos is None else eos, tokenizer_hash, limit)
                for split, limit in limits.items()}
     n_bytes, n_tokens, left_out, started = dict(train=0, val=0), Counter(), 0, time.perf_counter()
     total = sum(source.size for source in [*sources, *val_sources])
@@ -302,7 +302,7 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
              seconds, sum(n_bytes.values()) / 1e6 / max(seconds, 1e-9))
     meta = dict(tokens={split: writer.count for split, writer in writers.items()}, bytes=n_bytes, vocab_size=size,
                 eos=eos, tokenizer=cfg.tokenizer_name if not cfg.use_toy_data else "char",
-                tokenizer_hash=identity.hex(), entropy_rate=entropy,
+                tokenizer_hash=tokenizer_hash.hex(), entropy_rate=entropy,
                 val_sources={name: [sum(parts[:i]), parts[i]] for i, name in enumerate(source_names(cfg.val_data))},
                 fingerprint={split: writer.digest.hexdigest() for split, writer in writers.items()})
     with open(draft / "meta.json", "w") as file:
@@ -363,14 +363,17 @@ class Corpus:
         return self.eos or 0
 
     def export_tokenizer(self, folder):
-        """Copy the tokenizer to `folder`, so that the checkpoint can be used without the data."""
+        """Copy the tokenizer to `folder`, to use the checkpoint without the data; another corpus's there is removed."""
+        files = [file for file in (self.folder / "tokenizer").glob("*") if file.is_file()]  # a device may be endless
         try:
-            for file in (self.folder / "tokenizer").glob("*"):
-                if file.is_file():  # not a device, which may be endless
-                    folder.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(file, folder / file.name)
+            for file in files:
+                folder.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, folder / file.name)
         except OSError as error:
             raise UserError(f"{error.filename or folder}: {error.strerror}; the tokenizer cannot be copied") from None
+        with contextlib.suppress(UserError):  # shards may come without their tokenizer, and be trained on without any
+            if not files and identity(open_tokenizer(folder)).hex() != self.meta["tokenizer_hash"]:
+                shutil.rmtree(folder)
 
     @property
     def val_bytes_per_token(self):

@@ -6,6 +6,7 @@ The folder loads with `transformers.AutoModelForCausalLM.from_pretrained(DIR)`, 
 import contextlib
 import json
 import math
+import os
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -36,9 +37,9 @@ class OutputConfig:
     def validate(self):
         if not self.output:
             raise UserError("--output is missing: name the folder to write, such as --output export/minigpt")
-        if Path(self.output).exists() and not self.overwrite:
+        if os.path.exists(self.output) and not self.overwrite:
             raise UserError(f"--output {self.output}: there already; add --overwrite, or name another folder")
-        if Path(self.output).is_file():
+        if os.path.isfile(self.output):
             raise UserError(f"--output {self.output}: is a file; name a folder")
 
 

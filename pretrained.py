@@ -108,8 +108,8 @@ def _saved_config(path, cfg):
     """All flags of the run whose checkpoint is at `path`, without reading its tensors; {} if it is damaged, which
     `checkpoint.restore` reports."""
     for file in (path, cfg.beside(".prev.pt")):
-        if isinstance(config := peek(file).get("config"), dict):
-            return config
+        if checkpoint.is_of_a_run(saved := peek(file)):
+            return saved["config"]
     return {}
 
 

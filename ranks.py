@@ -90,10 +90,11 @@ class Pulse(NoPulse):
         # A rank with fewer moves than the others is one that they are waiting for in a collective.
         self.me = dict(name=name, pid=os.getpid(), node=os.environ["GROUP_RANK"], beat=0, moves=0, step=0,
                        left=False)
-        self.leaving, self.saving = threading.Lock(), threading.Lock()
+        self.leaving, self.saving, self.rounds = threading.Lock(), threading.Lock(), 0
         self._publish()
         signal.signal(signal.SIGTERM, self._on_sigterm)
         threading.Thread(target=self._run, daemon=True, name="pulse").start()
+        threading.Thread(target=self._watch_store, args=(os.getppid(),), daemon=True, name="store").start()
 
     def _where(self):
         return f"at step {self.me['step']}" if self.me["step"] else "before the first step"  # same on all ranks ±1
@@ -135,9 +136,22 @@ class Pulse(NoPulse):
                     slow = [who for who in everyone if who["moves"] < self.me["moves"]]
                     if slow and not any(who["left"] for who in everyone):
                         self.end(self._stopped(slow, moved))
+                self.rounds += 1
             except Exception:  # a lost connection; or torchrun, which holds the store, is gone: see stop_when_orphaned
                 with contextlib.suppress(Exception):
                     self.store = self.store.clone()
+
+    def _watch_store(self, launcher):
+        """Ends this rank if the store is lost while torchrun is there: with the store's node, on several. An operation
+        on it may then never return, whatever its timeout, so that the pulse's own thread cannot tell."""
+        silent = seen = 0
+        while silent < self.silent + 2 or os.getppid() != launcher:  # an orphan saves first: see stop_when_orphaned
+            time.sleep(1)
+            silent, seen = 0 if self.rounds != seen else silent + 1, self.rounds
+        _say(f"torchrun's store at {os.environ['MASTER_ADDR']} has not answered for {silent} s {self._where()}: its "
+             f"node or the network has failed; {RESUME}")
+        self.saving.acquire(timeout=LAST_SAVE)
+        os._exit(1)
 
     def _stopped(self, who, seconds):
         names, (have, them) = ", ".join(one["name"] for one in who), ("have", "them") if who[1:] else ("has", "it")

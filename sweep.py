@@ -80,8 +80,8 @@ def create(args):
 def agent(args):
     if args.agents > MOST_AGENTS:
         raise UserError(f"--agents {args.agents}: at most {MOST_AGENTS}")
+    environment = dict(os.environ)  # before import_wandb, which gives this process a temporary folder of its own
     wandb = import_wandb()
-    environment = dict(os.environ)
     # The agent looks up `python` and `torchrun` on PATH: make it find those of this Python environment.
     environment["PATH"] = os.path.dirname(sys.executable) + os.pathsep + environment.get("PATH", "")
     if args.nproc_per_node:

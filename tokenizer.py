@@ -1,5 +1,6 @@
 """Tokenizers, all of one type: `tokenizers.Tokenizer`, which underlies every fast Hugging Face tokenizer."""
 
+import hashlib
 import json
 import os
 import threading
@@ -29,11 +30,13 @@ def train_tokenizer(name, texts, vocab_size):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if name == "char":
-        alphabet = sorted(set().union(*(set(text) for text in texts)))
+        alphabet = set()
+        for text in texts:  # not set().union(*texts), which holds a set for each of millions of documents
+            alphabet.update(text)
         if not alphabet:
             raise UserError("--tokenizer-name char: the text has no characters; give --train-data with text in it")
         # BPE without merges is a character tokenizer that every Hugging Face tool understands.
-        tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+        tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(sorted(alphabet))}, merges=[]))
         tokenizer.decoder = decoders.Fuse()
         tokenizer.add_special_tokens([END_OF_TEXT])
     else:
@@ -68,6 +71,11 @@ def open_tokenizer(folder):
         return _unbounded(Tokenizer.from_file(str(Path(folder) / "tokenizer.json")))
     except Exception as error:  # tokenizers raises bare Exception
         raise UserError(f"{folder}: not a tokenizer ({error}); copy the one that the model was trained with") from None
+
+
+def identity(tokenizer):
+    """A digest of what the tokenizer does, 32 bytes: equal ids mean equal text."""
+    return hashlib.blake2b(tokenizer.to_str().encode(), digest_size=32).digest()
 
 
 def encode(tokenizer, texts):

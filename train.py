@@ -120,7 +120,7 @@ class World:
 
 
 def train(cfg, world):
-    """Train until `num_steps` or a stop signal. Returns the exit code: 0, or 128 + the signal number."""
+    """Train until `num_steps` or a stop signal. Returns the exit code: 0, or, outside a sweep, 128 + signal."""
     dry_run, batch_size = cfg.batch.dry_run, cfg.batch.batch_size
     world.require_same({flag(name): value for name, value in flatten(cfg).items()}, "flags")
     resume_from = None if dry_run else checkpoint.plan_together(cfg.checkpoint, world)
@@ -218,7 +218,7 @@ def train(cfg, world):
         return 0
 
     n_bytes, left = state_bytes(optimizer), num_steps - state.step
-    world.from_main(lambda: checkpoint.claim(cfg.checkpoint, resume_from, 4 * raw.num_params() + n_bytes, left))
+    world.from_main(lambda: checkpoint.claim(cfg, resume_from, 4 * raw.num_params() + n_bytes, left))
     stop = StopSignal(world, cfg.checkpoint.time_limit).listen()  # until the end of the loop
     # A discarded warm-up pass, with memory held for the optimizer state: OOM and compile errors show before any file is
     # replaced. Not optional: DDP rebuilds its buckets after its first, which changes sums of 3 or more ranks.
@@ -276,7 +276,7 @@ def train(cfg, world):
                 break
         else:
             track.finished(cfg.checkpoint.files())
-    return track.exit_code
+    return 0 if in_sweep() else track.exit_code  # W&B's agent gives up after some failures, which a stop is not
 
 
 def main(world_type=World):

@@ -316,6 +316,7 @@ class Publisher:
             for file, name in [(path, "model.pt"), *((file, f"model.tokenizer/{file.name}")
                                                      for file in tokenizer.glob("*.json"))]:
                 artifact.add_file(str(file), name=name, policy="immutable", skip_cache=True)
+            best = best and self.job.policy != "last"  # which does not upload those that are only the best
             logged = self.run.log_artifact(artifact, aliases=["latest", f"step-{record['step']}"] + ["best"] * best)
             if not self.run.offline:
                 logged.wait()

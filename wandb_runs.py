@@ -53,6 +53,11 @@ class WandbConfig:
     wandb_finish_timeout: float | None = arg(None, "seconds that the end of a run waits for uploads at most "
                                                    "(WANDB_FINISH_TIMEOUT; else 60)", gt=0)
 
+    @property
+    def uploads(self):
+        """The most replaced checkpoints that stay on the disk until they are uploaded (`wandb_sink.UPLOADS` wait)."""
+        return {"none": 0, "best": 1, "last": 1, "all": 2}[self.wandb_log_checkpoints] * self.use_wandb
+
     def validate(self):
         if not self.use_wandb:
             return
@@ -87,7 +92,7 @@ def with_environment(cfg, environ=os.environ, before=None):
     """`cfg` with its unset fields filled in: from the WANDB_* variables, else with the project and entity that the run
     had `before` (its arguments of wandb.init), else from the settings file that `wandb init`, `wandb offline` and
     `wandb disabled` write, else from DEFAULTS. In a sweep, project and entity are the sweep's. Raises UserError."""
-    folder = local_folder(os.path.expanduser(cfg.wandb_dir or environ.get("WANDB_DIR", "")))
+    folder = local_folder(os.path.expanduser(environ.get("WANDB_DIR", "")))  # where W&B's commands write
     filled, written = {}, _settings(os.path.join(folder, "settings"))
     written |= {name: before[name] for name in ("project", "entity") if before.get(name)} if before else {}
     for name, variable in ENVIRONMENT.items():

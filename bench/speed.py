@@ -4,7 +4,8 @@
 
 Speed is taken from outside: every program prints a line each ten steps, once its device is done with them, and what
 counts is the wall time from the line of a first step, after imports, compilation and warm-up, to that of a last one.
-Our own reports must agree with it. Each round runs every program once, and ratios are taken within a round.
+Our own reports must agree with it. Each round runs every program once, and ratios are taken within a round. Ours and
+the compiled Trainer run in bf16 where the device does it fast, and in fp32 where it does not.
 """
 
 import argparse
@@ -20,10 +21,10 @@ import torch
 from peers import SIZES, Bench, machine, spread, timed
 
 
-def programs(bench, options):
-    """Name → (steps → (folder, command)). The first is what ratios are taken against."""
+def programs(bench, options, fast):
+    """Name → (steps → (folder, command)). The first is what ratios are taken against. `fast`: fp32 or bf16."""
     found = {}
-    cpu = options.device == "cpu"
+    cpu, bf16 = options.device == "cpu", ["--bf16"] * (fast == "bf16")
     if options.nanogpt:
         if cpu:
             found["nanoGPT, eager fp32"] = lambda steps: bench.nano(steps, False)
@@ -31,9 +32,10 @@ def programs(bench, options):
     if not options.no_trainer:
         if cpu:
             found["HF Trainer, fp32"] = lambda steps: bench.trainer(steps)
-        found["HF Trainer, bf16 + compile"] = lambda steps: bench.trainer(steps, "--bf16", "--compile")
-    if cpu:
+        found[f"HF Trainer, {fast} + compile"] = lambda steps: bench.trainer(steps, *bf16, "--compile")
+    if cpu and bf16:
         found["mini-llm, --no-amp"] = lambda steps: bench.ours(steps, "--no-amp")
+    if cpu:
         found["mini-llm, --compile"] = lambda steps: bench.ours(steps, "--compile")
     found["mini-llm, default"] = lambda steps: bench.ours(steps)
     return {name: make for name, make in found.items() if not options.only or any(o in name for o in options.only)}
@@ -79,14 +81,15 @@ def main():
 
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(folder, size, options.text, options.nanogpt, options.device)
-        from hardware import peak_flops
+        from hardware import SpeedConfig, choose_precision, peak_flops
         from model import GPT, GPTConfig
 
         with torch.device("meta"):
             flops = GPT(GPTConfig(n_layers=size.layers, n_heads=size.heads, d_model=size.width, vocab_size=bench.vocab,
                                   max_position_embeddings=size.context)).flops_per_token(size.context)
-        makers, speed, memory, agreement = programs(bench, options), {}, {}, []
-        peaks = {torch.float32: [], torch.bfloat16: []}
+        fast = choose_precision(SpeedConfig(), torch.device(options.device)).dtype or torch.float32
+        makers = programs(bench, options, "bf16" if fast == torch.bfloat16 else "fp32")
+        speed, memory, agreement, peaks = {}, {}, [], {torch.float32: [], fast: []}
         longest = 0
         for number, (name, make) in product(range(1, options.rounds + 1), makers.items()):
             if name == next(iter(makers)):
@@ -130,7 +133,7 @@ def main():
     print(f"\n| program | tokens/s, median (least–largest) | ÷ {first} | share of the matrix products' peak "
           "| ours ÷ it | peak RSS, MB |\n|---|---|---|---|---|---|")
     for name, rates in speed.items():
-        peak = max(peaks[torch.float32 if "fp32" in name or "no-amp" in name else torch.bfloat16])
+        peak = max(peaks[torch.float32 if "fp32" in name or "no-amp" in name else fast])
         share = statistics.median(rates.values()) * flops / peak
         print(f"| {name} | {spread(rates.values())} | {ratios(rates, speed[first])} | {share:.0%} "
               f"| {ratios(ours, rates)} | {statistics.median(memory[name]):,.0f} |")

@@ -78,7 +78,7 @@ def main():
                 step()
         spent, calls = Counter(), Counter()
         for event in trace.key_averages():
-            if device.type == "cuda" and event.device_type is torch.autograd.DeviceType.CPU:
+            if device.type == "cuda" and event.device_type == torch.autograd.DeviceType.CPU:
                 continue  # the host's calls
             spent[kind_of(event.key)] += event.self_device_time_total if device.type == "cuda" else \
                 event.self_cpu_time_total

@@ -197,6 +197,40 @@ def test_nodes_that_differ_are_told_in_one_line_which_and_in_what(tmp_path, text
     assert time.monotonic() - began < 80
 
 
+@pytest.mark.timeout(150)
+def test_a_node_that_is_lost_with_torchruns_store_ends_the_others(trainer):
+    """Its sockets stay open, as after a power cut: nothing answers, and nothing says so."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mark, nodes = trainer.folder.name, []
+    try:
+        for node in range(2):
+            (folder := trainer.folder / f"node{node}").mkdir()
+            command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1",
+                       f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}",
+                       str(ROOT / "train_ddp.py"), *TINY, *LONG, "--use-toy-data", "--timeout", "6"]
+            with open(folder / "err", "w") as err:
+                nodes.append(subprocess.Popen(list(map(str, command)), cwd=folder, stdout=err, stderr=err,
+                                              env=environment(LOST=f"{mark}-{node}")))
+        said = trainer.folder / "node1" / "err"
+        eventually(lambda: "step 10/" in (trainer.folder / "node0" / "err").read_text(), 90)
+        for pid in processes_with(f"LOST={mark}-0"):
+            os.kill(pid, signal.SIGSTOP)
+        began = time.monotonic()
+        eventually(lambda: "error: " in said.read_text(), 60)
+        took = time.monotonic() - began
+        assert re.search(r"error: torchrun's store at 127.0.0.1 has not answered for \d+ s at step \d+: its node",
+                         said.read_text()), said.read_text()
+        assert took < 45  # the collective itself waits for --timeout and a minute more
+    finally:
+        for pid in [pid for node in range(2) for pid in processes_with(f"LOST={mark}-{node}")]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for node in nodes:
+            node.wait(30)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool])
 def test_a_digest_tells_every_bit_and_place(dtype):
     torch.manual_seed(0)
