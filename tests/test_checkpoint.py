@@ -186,6 +186,35 @@ def test_a_fallback_mends_the_newest_so_that_a_kill_in_the_next_save_loses_nothi
     assert load_latest(tmp_path / "c.pt", cfg)[0]["step"] == 1
 
 
+def test_a_best_checkpoint_that_is_the_damaged_newest_by_another_name_is_forgotten(tmp_path):
+    cfg = config(tmp_path, resume="latest")
+    for step, best in ((1, False), (2, True)):
+        save_run(cfg, whole(step), step, latest=True, best=best)
+    with open(tmp_path / "c.pt", "r+b") as file:  # in place, as a disk does it: `.best.pt` has these bytes, too
+        file.seek(-200, os.SEEK_END)
+        file.write(bytes([file.read(1)[0] ^ 1]))
+    restored = checkpoint.restore(tmp_path / "c.pt", cfg, {}, {})
+    assert restored["step"] == 1 and not (tmp_path / "c.best.pt").exists()
+    assert checkpoint.begin(cfg, tmp_path / "c.pt", State(step=1), EVAL_TOKENS) == math.inf
+
+
+def test_overwrite_says_whether_it_rolls_a_run_back_or_replaces_it(tmp_path):
+    cfg = config(tmp_path, keep_last=2)
+    for step in (1, 2):
+        save_run(cfg, whole(step), step, latest=True, best=False)
+    save(tmp_path / "copy.pt", whole(1))
+    for name, words in (("c.step-00000001.pt", "--overwrite rolls it back to that file"),
+                        ("copy.pt", "--overwrite replaces that run, its metrics, too")):
+        with pytest.raises(UserError, match=words):
+            plan(config(tmp_path, resume=str(tmp_path / name)))
+
+
+def test_a_checkpoint_of_another_program_is_not_called_damaged(tmp_path):
+    torch.save({"model": {}, "config": {"init_from": "scratch"}}, tmp_path / "ckpt.pt")  # as nanoGPT's
+    with pytest.raises(DamagedCheckpoint, match="was not written by mini-llm"):
+        load(tmp_path / "ckpt.pt")
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ESTALE, "Stale file handle"), PermissionError(errno.EACCES, "denied"),
                                    MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: not enough")])
 def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch, error):

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -381,6 +382,14 @@ def test_a_dataset_of_the_hub_is_needed_until_it_is_tokenized_and_no_longer(tmp_
     with pytest.raises(UserError, match="--train-data someone/books: no such file, and .* cannot be reached"):
         prepare(config("someone/books", tmp_path / "other", val_data=[str(text)]))
     assert not (tmp_path / "other").exists()
+
+
+def test_the_characters_of_many_short_documents_are_not_kept_for_each():
+    tracemalloc.start()
+    tokenizer = train_tokenizer("char", (f"document {i} with some thirty characters" for i in range(20_000)), 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert tokenizer.get_vocab_size() > 20 and peak < 1e6  # a set for each takes 40 MB
 
 
 def test_characters_without_a_token_are_told_of_and_are_no_bytes(tmp_path, text, caplog):

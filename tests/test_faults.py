@@ -92,6 +92,8 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path, monkeypatc
     checkpoint.require_space(cfg, 1_000, n_steps=1_000)  # what is there already counts
     every = dataclasses.replace(cfg, checkpoint_path=str(tmp_path / "other.pt"), keep_last=10**6)
     checkpoint.require_space(every, 1_000, n_steps=250)  # one save in all
+    with pytest.raises(UserError, match="5 checkpoints"):  # those that wait for their upload
+        checkpoint.require_space(every, 1_000, n_steps=250, uploads=2)
 
 
 class Free:

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -436,6 +437,36 @@ def test_a_device_beside_shards_is_not_copied(tmp_path, text):
     os.mkfifo(folder / "tokenizer" / "merges.txt")
     Corpus(DataConfig(train_data=[str(folder)], seq_len=8)).export_tokenizer(tmp_path / "copy")
     assert sorted(os.listdir(tmp_path / "copy")) == ["tokenizer.json", "tokenizer_config.json"]
+
+
+def test_shards_without_their_tokenizer_do_not_leave_that_of_a_run_before(tmp_path, text):
+    def corpus(name):
+        folder = prepare(DataConfig(train_data=[str(text)], tokenizer_name=name, cache_dir=str(tmp_path), seq_len=8))
+        return folder, Corpus(DataConfig(train_data=[str(folder)], seq_len=8))
+
+    (folder, byte), (_, char) = corpus("byte"), corpus("char")
+    char.export_tokenizer(tmp_path / "c.tokenizer")
+    shutil.rmtree(folder / "tokenizer")
+    byte.export_tokenizer(tmp_path / "c.tokenizer")
+    assert not (tmp_path / "c.tokenizer").exists()
+    shutil.copytree(char.folder / "tokenizer", tmp_path / "c.tokenizer")
+    shutil.rmtree(char.folder / "tokenizer")
+    char.export_tokenizer(tmp_path / "c.tokenizer")  # its own, put there by hand
+    assert (tmp_path / "c.tokenizer" / "tokenizer.json").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
+def test_a_cache_that_may_not_be_looked_into_is_refused_in_a_line():
+    with tempfile.TemporaryDirectory() as folder:  # tmp_path is for its owner alone
+        (closed := Path(folder) / "closed").mkdir(mode=0o700)
+        (text := Path(folder) / "text.txt").write_text("some text\n" * 1000)
+        os.chmod(folder, 0o755)
+        cfg = DataConfig(train_data=[str(text)], tokenizer_name="byte", cache_dir=str(closed / "cache"), seq_len=8)
+        os.seteuid(65534)
+        try:
+            assert f"--cache-dir {closed / 'cache'}: Permission denied" in line_of(prepare, cfg)
+        finally:
+            os.seteuid(0)
 
 
 @pytest.mark.parametrize("limit", [0, 100, 50_000, 200_000])

@@ -60,6 +60,8 @@ WRONG = {
     "tokenizer of the text": (["--tokenizer-name", "bpe"], ["--tokenizer-name", "they were trained with"]),
     "itself": (["--init-from", "x/c.best.pt", "--checkpoint-path", "x/c.pt", "--overwrite"],
                ["x/c.best.pt", "--overwrite would remove it", "another --checkpoint-path"]),
+    "unknown name, to replace a run": (["--init-from", "no/such", "--checkpoint-path", "{file}.pt", "--overwrite"],
+                                       ["no/such", "cannot be reached"]),
     "no weights": (["--init-from", "{empty}"], ["{empty}", "no config.json with *.safetensors"]),
     "unknown name offline": (["--init-from", "no/such"], ["no/such", "cannot be reached"]),
     "other model": (["--init-from", "{other}"], ["{other}", "model_type llama"]),
@@ -75,6 +77,7 @@ def argv(tuned, tmp_path, monkeypatch):
     shutil.copytree(tuned["gpt2"][0], names["other"])
     (tmp_path / "other" / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "file").write_bytes(b"no checkpoint")
+    (tmp_path / "file.pt").write_bytes(b"of a run before")
     base = ["--init-from", str(tuned["gpt2"][0]), "--tokenizer-name", "byte", "--seq-len", "32"]
     return lambda *flags: [*base, *(flag.format(**names) for flag in flags)], names
 
@@ -86,6 +89,12 @@ def test_what_does_not_go_with_the_weights_is_refused_by_name(argv, case):
     with pytest.raises(UserError) as error:
         resolve_init(cfg, None)
     assert all(word.format(**names) in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_resuming_from_nanogpts_checkpoint_leaves_the_refusal_to_restore(tmp_path):
+    torch.save({"model": {}, "config": {"init_from": "scratch", "dataset": "openwebtext"}}, tmp_path / "ckpt.pt")
+    cfg = parse(Config, ["--resume", str(tmp_path / "ckpt.pt"), "--checkpoint-path", str(tmp_path / "new.pt")])
+    assert resolve_init(cfg, tmp_path / "ckpt.pt") == (cfg.model, cfg.init)
 
 
 def test_flags_that_agree_with_the_weights_are_fine(argv):

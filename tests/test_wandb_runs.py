@@ -89,6 +89,8 @@ def test_what_wandb_init_and_wandb_offline_write_comes_after_the_environment(tmp
     here = dict(WANDB_DIR=str(tmp_path))
     found = with_environment(WandbConfig(), here)
     assert (found.wandb_mode, found.wandb_project, found.wandb_entity) == ("offline", "100%", "us")
+    # --wandb-dir says where runs go: W&B's commands have written without knowing of it.
+    assert with_environment(WandbConfig(wandb_dir=str(tmp_path / "runs")), here).wandb_mode == "offline"
     found = with_environment(WandbConfig(wandb_project="mine"), here | dict(WANDB_MODE="online"))
     assert (found.wandb_mode, found.wandb_project, found.wandb_entity) == ("online", "mine", "us")
     (tmp_path / ".wandb").mkdir()  # where there is one, W&B's commands write there
