@@ -31,7 +31,7 @@ def load(path):
             raise DamagedCheckpoint(f"{path} is not a file")
         stated, actual = read_digest(path), file_digest(path)
         if stated is None and zipfile.is_zipfile(path):
-            raise DamagedCheckpoint(f"{path} was not written by mini-llm (it has no SHA-256 of its content)")
+            raise DamagedCheckpoint(f"{path} is not a checkpoint of mini-llm (it has no SHA-256 of its content)")
         if stated != actual:
             raise DamagedCheckpoint(f"{path} is damaged (its SHA-256 is not the one it was written with)")
         return torch.load(path, map_location="cpu", weights_only=True)

@@ -211,7 +211,7 @@ def test_overwrite_says_whether_it_rolls_a_run_back_or_replaces_it(tmp_path):
 
 def test_a_checkpoint_of_another_program_is_not_called_damaged(tmp_path):
     torch.save({"model": {}, "config": {"init_from": "scratch"}}, tmp_path / "ckpt.pt")  # as nanoGPT's
-    with pytest.raises(DamagedCheckpoint, match="was not written by mini-llm"):
+    with pytest.raises(DamagedCheckpoint, match="is not a checkpoint of mini-llm"):
         load(tmp_path / "ckpt.pt")
 
 
