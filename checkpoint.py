@@ -145,7 +145,7 @@ def plan(cfg):
     if not os.path.isfile(cfg.resume):
         raise UserError(f"--resume {cfg.resume}: no such file; --resume alone takes {path}")
     if known and not cfg.overwrite and not os.path.samefile(cfg.resume, known[0]):
-        effect = "rolls it back to that file" if cfg.continues(cfg.resume) else "replaces that run, its metrics, too"
+        effect = "rolls it back to that file" if cfg.continues(cfg.resume) else "replaces that run and its metrics"
         raise UserError(f"--resume {cfg.resume}: {path} exists, too; --overwrite {effect}, a new --checkpoint-path "
                         f"branches off")
     return Path(cfg.resume)

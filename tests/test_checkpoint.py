@@ -204,7 +204,7 @@ def test_overwrite_says_whether_it_rolls_a_run_back_or_replaces_it(tmp_path):
         save_run(cfg, whole(step), step, latest=True, best=False)
     save(tmp_path / "copy.pt", whole(1))
     for name, words in (("c.step-00000001.pt", "--overwrite rolls it back to that file"),
-                        ("copy.pt", "--overwrite replaces that run, its metrics, too")):
+                        ("copy.pt", "--overwrite replaces that run and its metrics")):
         with pytest.raises(UserError, match=words):
             plan(config(tmp_path, resume=str(tmp_path / name)))
 
