@@ -33,7 +33,7 @@ log = logging.getLogger("mini_llm")
 
 @dataclass
 class Config:
-    """Pretrain a GPT. With no flags: a small model on Python's standard library, offline, in about three minutes."""
+    """Pretrain a GPT. With no flags: a small model on Python's standard library, offline, in minutes."""
 
     model: GPTConfig = field(default_factory=GPTConfig)
     init: InitConfig = field(default_factory=InitConfig)
