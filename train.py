@@ -1,5 +1,4 @@
-"""Pretrain a GPT on one device: `python train.py`. This is the only training loop: `train_ddp.py` runs it with a
-`World` of many processes."""
+"""Pretrain a GPT on one device: `python train.py`. `train_ddp.py` runs this loop with a `World` of many processes."""
 
 import contextlib
 import dataclasses
@@ -120,7 +119,7 @@ class World:
 
 
 def train(cfg, world):
-    """Train until `num_steps` or a stop signal. Returns the exit code: 0, or, outside a sweep, 128 + signal."""
+    """Train until `num_steps` or a stop signal. Returns the exit code: 0, or 128 + the signal number."""
     dry_run, batch_size = cfg.batch.dry_run, cfg.batch.batch_size
     world.require_same({flag(name): value for name, value in flatten(cfg).items()}, "flags")
     resume_from = None if dry_run else checkpoint.plan_together(cfg.checkpoint, world)
@@ -276,7 +275,7 @@ def train(cfg, world):
                 break
         else:
             track.finished(cfg.checkpoint.files())
-    return 0 if in_sweep() else track.exit_code  # W&B's agent gives up after some failures, which a stop is not
+    return track.exit_code
 
 
 def main(world_type=World):
@@ -286,7 +285,8 @@ def main(world_type=World):
         world = world_type(cfg)
         setup_logging(world.is_main)
         with needed_packages():
-            world.leave(train(cfg, world))
+            stopped_by = train(cfg, world)
+            world.leave(0 if in_sweep() else stopped_by)  # W&B's agent gives up after five trials that fail
     except (UserError, RunFailed) as error:
         world_type.fail(error, 2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:  # before there is anything to save, or a second Ctrl-C
