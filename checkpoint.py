@@ -85,9 +85,7 @@ class CheckpointConfig:
         """Whether resuming from that file continues the run at the checkpoint path (the file is one of that run's)
         rather than branching off from it."""
         file, path = map(Path, map(os.path.realpath, (resume_from, self.checkpoint_path)))
-        there = file.exists() and path.exists()  # not on every node, and --init-from may be a name on the hub
-        same = file == path or there and os.path.samefile(file, path)  # a hard link is a name of it, too
-        return same or file.suffix == ".pt" and beside_run(file, ".pt") == path
+        return file == path or _one_file(file, path) or file.suffix == ".pt" and beside_run(file, ".pt") == path
 
 
 @dataclass
@@ -228,11 +226,17 @@ def restore(path, cfg, identity, config):
         if name not in ignored and not name.startswith("wandb_") and payload["config"].get(name, value) != value:
             log.info("resumed with another %s: was %s, is %s", flag(name), payload["config"][name], value)
     if source != path:
-        best = cfg.beside(".best.pt")
-        if best.exists() and os.path.exists(path) and os.path.samefile(best, path):
-            best.unlink()  # the damaged one by another name: its loss would be the one to beat
+        if _one_file(cfg.beside(".best.pt"), path):  # its loss would be the one to beat, its weights are damaged
+            cfg.beside(".best.pt").unlink()
         link(source, path)  # else the next save would replace the good file with the damaged one
     return payload
+
+
+def _one_file(a, b):
+    """Whether both paths are names, such as hard links, of one file. No: one is missing, or only another node's."""
+    with contextlib.suppress(OSError):
+        return os.path.samefile(a, b)
+    return False
 
 
 def is_of_a_run(payload):
