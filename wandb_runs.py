@@ -19,6 +19,7 @@ from typing import NamedTuple
 from config import UserError, arg, flag
 
 SOURCE = Path(__file__).resolve().parent
+UPLOADS = 4  # maximum checkpoints waiting for upload; each is a hard link that may keep a replaced file on disk
 DIFF_CHARACTERS = 1 << 20  # maximum length of the uncommitted diff stored with a run
 MODES = ("online", "offline", "disabled")
 OLD_MODES = {"run": "online", "dryrun": "offline"}  # legacy values that W&B itself still accepts in WANDB_MODE
@@ -55,8 +56,9 @@ class WandbConfig:
 
     @property
     def uploads(self):
-        """The most replaced checkpoints that stay on the disk until they are uploaded (`wandb_sink.UPLOADS` wait)."""
-        return {"none": 0, "best": 1, "last": 1, "all": 2}[self.wandb_log_checkpoints] * self.use_wandb
+        """The most replaced checkpoints that stay on the disk until they are uploaded: two of all are not replaced yet,
+        and of `best` and `last` only the newest waits while one is uploaded."""
+        return {"none": 0, "best": 1, "last": 1, "all": UPLOADS - 2}[self.wandb_log_checkpoints] * self.use_wandb
 
     def validate(self):
         if not self.use_wandb:

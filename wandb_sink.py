@@ -22,11 +22,10 @@ from pathlib import Path
 
 import archive
 from processes import child_processes, only_one
-from wandb_runs import DIFF_CHARACTERS, Job, git, remember
+from wandb_runs import DIFF_CHARACTERS, UPLOADS, Job, git, remember
 
 FOLLOWER = Path(__file__).with_name("wandb_follower.py")
 FAILURE_TIMEOUT = 15  # maximum seconds for uploads after a signal or an error: other ranks may be waiting
-UPLOADS = 4  # maximum checkpoints waiting for upload; each is a hard link that may keep a replaced file on disk
 
 log = logging.getLogger("mini_llm.wandb")
 log.setLevel(logging.INFO)  # even on ranks whose other messages are suppressed
