@@ -144,11 +144,11 @@ class Pulse(NoPulse):
     def _watch_store(self, launcher):
         """Ends this rank if the store is lost while torchrun is there: with the store's node, on several. An operation
         on it may then never return, whatever its timeout, so that the pulse's own thread cannot tell."""
-        silent = seen = 0
-        while silent < self.silent + 2 or os.getppid() != launcher:  # an orphan saves first: see stop_when_orphaned
+        missed = seen = 0  # own beats without an answer, as in _run
+        while missed < self.silent + 2 or os.getppid() != launcher:  # an orphan saves first: see stop_when_orphaned
             time.sleep(1)
-            silent, seen = 0 if self.rounds != seen else silent + 1, self.rounds
-        _say(f"torchrun's store at {os.environ['MASTER_ADDR']} has not answered for {silent} s {self._where()}: its "
+            missed, seen = 0 if self.rounds != seen else missed + 1, self.rounds
+        _say(f"torchrun's store at {os.environ['MASTER_ADDR']} has not answered for {missed} s {self._where()}: its "
              f"node or the network has failed; {RESUME}")
         self.saving.acquire(timeout=LAST_SAVE)
         os._exit(1)

@@ -169,6 +169,19 @@ def test_a_replica_with_one_wrong_bit_is_named_and_never_saved(faulted, trainer)
     assert "step 25/" in out and "step 30/" not in out
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def start_node(node, port, folder, flags, env=None, **streams):
+    """torchrun with one rank on one of two nodes of this machine, in `folder`."""
+    args = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--node-rank={node}",
+            "--master-addr=127.0.0.1", f"--master-port={port}", ROOT / "train_ddp.py", *TINY, *flags]
+    return subprocess.Popen(list(map(str, args)), cwd=folder, env=environment(**(env or {})), text=True, **streams)
+
+
 @pytest.mark.parametrize(("flags", "words"), [
     ([[], ["--data-seed", 2, "--lr", 0.5]], "different flags: rank 1 has --data-seed 2 instead of 1337, --lr 0.5 "
                                             "instead of 0.001"),
@@ -177,19 +190,14 @@ def test_a_replica_with_one_wrong_bit_is_named_and_never_saved(faulted, trainer)
 ], ids=["flags", "data"])
 @pytest.mark.timeout(100)
 def test_nodes_that_differ_are_told_in_one_line_which_and_in_what(tmp_path, text, flags, words):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     nodes, began = [], time.monotonic()
     for node in range(2):
         folder = tmp_path / f"node{node}"
         folder.mkdir()
         (folder / "a.txt").write_text(text.read_text()[node:])
         more = ["--train-data", text, *flags[node]] if "--train-data" not in flags[node] else flags[node]
-        nodes.append(subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--node-rank={node}",
-             "--master-addr=127.0.0.1", f"--master-port={port}", str(ROOT / "train_ddp.py"), *TINY, *map(str, more)],
-            cwd=folder, env=environment(), text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
+        nodes.append(start_node(node, port, folder, more, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
     errors = [node.communicate(timeout=200)[1] for node in nodes]
     lines = [line for line in "".join(errors).splitlines() if line.startswith("error: ")]
     assert all(node.returncode for node in nodes) and len(lines) == 1, errors
@@ -200,29 +208,21 @@ def test_nodes_that_differ_are_told_in_one_line_which_and_in_what(tmp_path, text
 @pytest.mark.timeout(150)
 def test_a_node_that_is_lost_with_torchruns_store_ends_the_others(trainer):
     """Its sockets stay open, as after a power cut: nothing answers, and nothing says so."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     mark, nodes = trainer.folder.name, []
     try:
         for node in range(2):
             (folder := trainer.folder / f"node{node}").mkdir()
-            command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1",
-                       f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}",
-                       str(ROOT / "train_ddp.py"), *TINY, *LONG, "--use-toy-data", "--timeout", "6"]
             with open(folder / "err", "w") as err:
-                nodes.append(subprocess.Popen(list(map(str, command)), cwd=folder, stdout=err, stderr=err,
-                                              env=environment(LOST=f"{mark}-{node}")))
+                nodes.append(start_node(node, port, folder, [*LONG, "--use-toy-data", "--timeout", 6],
+                                        {"LOST": f"{mark}-{node}"}, stdout=err, stderr=err))
         said = trainer.folder / "node1" / "err"
         eventually(lambda: "step 10/" in (trainer.folder / "node0" / "err").read_text(), 90)
         for pid in processes_with(f"LOST={mark}-0"):
             os.kill(pid, signal.SIGSTOP)
-        began = time.monotonic()
-        eventually(lambda: "error: " in said.read_text(), 60)
-        took = time.monotonic() - began
+        eventually(lambda: "error: " in said.read_text(), 45)  # the collective itself waits for 66 s
         assert re.search(r"error: torchrun's store at 127.0.0.1 has not answered for \d+ s at step \d+: its node",
                          said.read_text()), said.read_text()
-        assert took < 45  # the collective itself waits for --timeout and a minute more
     finally:
         for pid in [pid for node in range(2) for pid in processes_with(f"LOST={mark}-{node}")]:
             with contextlib.suppress(ProcessLookupError):
@@ -261,9 +261,7 @@ def test_a_rank_whose_torchrun_was_killed_before_it_came_leaves(trainer):
     script = trainer.folder / "late.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport ranks, train_ddp\nranks.CONNECT = 2\n"
                       "train_ddp.main(train_ddp.DDPWorld)\n")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     late = environment(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="2", GROUP_RANK="0",
                        MASTER_ADDR="127.0.0.1", MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="True")
     run = subprocess.run([sys.executable, str(script), *TINY, "--use-toy-data"], cwd=trainer.folder, env=late,

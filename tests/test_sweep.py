@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import QUICK, ROOT, TINY, environment, eventually, processes_with
 
+import sweep
 from config import flatten, parse
 from sweep import COMMANDS, read_sweep, shares
 from train import Config
@@ -196,6 +198,24 @@ def test_a_wrong_flag_is_one_line(run, flags, words):
 def test_agents_have_gpus_of_their_own(monkeypatch, visible, agents, expected):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert ["".join(gpus) for gpus in shares(agents)] == expected
+
+
+def test_trials_have_the_users_temporary_folder_and_compile_cache(monkeypatch):
+    """Not the one that this process has while it uses the SDK, and removes."""
+    class Agent:
+        def __init__(self, command, env, **options):
+            environments.append(env)
+
+        def wait(self):
+            return 0
+
+    environments = []
+    monkeypatch.setenv("TMPDIR", "mine")
+    monkeypatch.setattr(sweep, "import_wandb", lambda: monkeypatch.setenv("TMPDIR", "of the SDK"))
+    monkeypatch.setattr(sweep.subprocess, "Popen", Agent)
+    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
+    assert sweep.agent(SimpleNamespace(sweep="us/p/1", agents=1, nproc_per_node=None, count=None)) == 0
+    assert [env["TMPDIR"] for env in environments] == ["mine"]
 
 
 def test_processes_are_refused_where_torchrun_does_not_start_the_trials(create, run):
