@@ -130,12 +130,14 @@ def allow_nondeterministic():
     """Allow nondeterministic kernels despite --deterministic, for sampling, which does not affect training. Disables
     cuDNN attention, which builds a new plan for every sequence length."""
     strict, cudnn = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled()
-    torch.use_deterministic_algorithms(False)
+    if strict:  # else not called: it would import torch's compiler, which takes two seconds
+        torch.use_deterministic_algorithms(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(strict)
+        if strict:
+            torch.use_deterministic_algorithms(True)
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
 
 

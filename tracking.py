@@ -90,11 +90,13 @@ def log_facts(cfg, world, corpus, raw, precision, accum, state):
     micro = cfg.batch.batch_size * corpus.seq_len
     step_tokens = micro * accum * world.size
     # Weights, gradients and AdamW's moments in fp32; activations as counted by Korthikanti et al. 2022 (34 bytes per
-    # token, layer and channel with flash attention and 16-bit matmuls), plus the logits and their gradient, which share
-    # one buffer under torch.compile and in the chunked loss.
+    # token, layer and channel with flash attention and 16-bit matmuls; checkpointing keeps each layer's input and all
+    # of one layer), plus the logits and their gradient, which share one buffer under torch.compile and in the chunked
+    # loss.
     compiled = should_compile(cfg.speed, world.device)
-    fixed, layers = 16 * n_params, 1 if size.use_activation_checkpoint else size.n_layers
-    per_token = 34 * size.d_model * layers + (2 if raw.chunks_loss or compiled else 10) * size.vocab_size
+    fixed, layers = 16 * n_params, size.n_layers
+    per_channel = 34 + 2 * layers if size.use_activation_checkpoint else 34 * layers
+    per_token = per_channel * size.d_model + (2 if raw.chunks_loss or compiled else 10) * size.vocab_size
     activations = micro * per_token * (1 if precision.dtype else 2)
     log.info(f"Using device: {world.device} ({device_name(world.device)}), {world.size} rank{'s'[:world.size > 1]}")
     log.info("Arguments: " + " ".join(f"{name}={value}" for name, value in flatten(cfg).items()

@@ -210,7 +210,7 @@ def train(cfg, world):
         began = time.perf_counter()
         while (done := train_step()) is None:
             pass
-        log.info("one step: loss %.4f in %.2f s; nothing written", done[0].mean(), time.perf_counter() - began)
+        log.info("one step: loss %.4f in %.2f s; nothing written", done[0].mean().item(), time.perf_counter() - began)
         return 0
     if state.step >= num_steps:
         log.info("already at step %d of %d: raise --num-steps to train on", state.step, num_steps)
