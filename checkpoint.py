@@ -220,7 +220,8 @@ def restore(path, cfg, identity, config):
     changed = [f"{name} was {was.get(name)}, is {value}" for name, value in identity.items() if was.get(name) != value]
     if changed:
         raise UserError(f"--resume: {source} is of another run: {'; '.join(changed)}; give the flags and data that "
-                        f"it was started with, or start anew with another --checkpoint-path")
+                        f"it was started with (--config {beside_run(source, '.config.toml')}), or start anew with "
+                        f"another --checkpoint-path")
     ignored = {"resume", "overwrite", "checkpoint_path", "cache_dir", "init_from"}
     for name, value in config.items():
         if name not in ignored and not name.startswith("wandb_") and payload["config"].get(name, value) != value:
@@ -278,10 +279,11 @@ def begin(cfg, resume_from, state, eval_tokens):
     elif not goes_on:  # any such files belong to another run, even if that one never saved a checkpoint
         shutil.rmtree(cfg.beside(".tensorboard"), ignore_errors=True)
         stale += [cfg.beside(".metrics.jsonl"), cfg.beside(".log")]
-        stale += [cfg.beside(".wandb.json")] * (resume_from is not None)  # a branch gets its own W&B run
+        stale += cfg.matching(r"(\.rank\d+)?\.upload-\d+(\.best)?\.pt")
+        if resume_from is not None or cfg.resume != "auto":  # auto continues the W&B run of a start that saved nothing
+            stale += cfg.matching(r"\.wandb\.json|\.rank\d+\.(wandb\.json|metrics\.jsonl)")
         if cfg.overwrite:  # a branch's path gets its own first checkpoint: that of `resume_from` names another W&B run
-            stale += [path, best, *cfg.numbered()]
-            stale += cfg.matching(r"\.best-of-\d+\.pt|\.wandb\.json|\.rank\d+\.(wandb\.json|metrics\.jsonl)")
+            stale += [path, best, *cfg.numbered(), *cfg.matching(r"\.best-of-\d+\.pt")]
     for file in stale:
         file.unlink(missing_ok=True)
     saved = _saved(best)

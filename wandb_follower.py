@@ -199,7 +199,7 @@ def describe(run, job):
     run.config.update(facts, allow_val_change=True)
     for name, text in job.files.items():
         path = Path(run.dir, name)
-        path.write_text(text)
+        path.write_text(text, "utf-8")
         run.save(str(path), base_path=run.dir, policy="now")
 
 
@@ -353,7 +353,7 @@ ADVICE = [  # (pattern in W&B's error message, what to do)
      "name a folder of your own with room: --wandb-dir"),
     (r"\b409\b|previously created and deleted", "an id is given once: go on with --resume --wandb-run-id NEW"),
     (r"\b(403|404)\b|permission|not found|could not find|\bentity\b",
-     "check --wandb-entity and --wandb-project, or the key's rights"),
+     "check --wandb-entity and --wandb-project (WANDB_ENTITY, WANDB_PROJECT), or the key's rights"),
     (r"\b429\b|rate limit|quota|storage", "W&B limits this account: fewer reports (--log-steps), or wait"),
     (r"", "check the network and WANDB_BASE_URL, or take --wandb-mode offline"),
 ]

@@ -205,7 +205,7 @@ def remember(path, base, job):
 def git(*words):
     """The output of a git command on this source tree; "" if it fails (not a repository, git is not installed) or is
     not wanted (WANDB_DISABLE_GIT)."""
-    if os.environ.get("WANDB_DISABLE_GIT", "").lower() in ("1", "true", "yes", "on"):
+    if _switched_on("WANDB_DISABLE_GIT"):
         return ""
     try:
         return subprocess.run(["git", "-C", str(SOURCE), *words], capture_output=True, text=True, timeout=10,
@@ -214,11 +214,21 @@ def git(*words):
         return ""
 
 
+def uncommitted():
+    """The uncommitted changes of this source tree, as a patch; "" if there are none or they are not wanted."""
+    diff = "" if _switched_on("WANDB_DISABLE_CODE") else git("diff", "HEAD")[:DIFF_CHARACTERS]
+    return diff and diff + "\n"
+
+
+def _switched_on(variable):
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on")
+
+
 def provenance():
     """The git commit of this code, whether the tree is dirty, and the versions of Python and the main packages."""
     from importlib import metadata
 
-    commit = git("rev-parse", "HEAD")
+    commit = os.environ.get("WANDB_GIT_COMMIT") or git("rev-parse", "HEAD")
     facts = dict(git_commit=commit, git_dirty=bool(git("status", "--porcelain"))) if commit else {}
     for package in ("torch", "numpy", "transformers", "tokenizers", "datasets", "wandb"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -247,7 +257,7 @@ class Job:
     tokenizer: str = ""  # the folder beside the checkpoints, uploaded with each of them
     sync: str = ""  # the command to send missing rows later
     pid: int = dataclasses.field(default_factory=os.getpid)  # the process whose system metrics are recorded
-    host: str = dataclasses.field(default_factory=platform.node)
+    host: str = dataclasses.field(default_factory=lambda: os.environ.get("WANDB_HOST") or platform.node())
     program: str = dataclasses.field(default_factory=lambda: os.path.abspath(sys.argv[0]))
     arguments: list = dataclasses.field(default_factory=lambda: sys.argv[1:])
     sweep: str = dataclasses.field(default_factory=lambda: os.environ.get("WANDB_SWEEP_ID", ""))

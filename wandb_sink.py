@@ -22,7 +22,7 @@ from pathlib import Path
 
 import archive
 from processes import child_processes, only_one
-from wandb_runs import DIFF_CHARACTERS, UPLOADS, Job, git, remember
+from wandb_runs import UPLOADS, Job, remember, uncommitted
 
 FOLLOWER = Path(__file__).with_name("wandb_follower.py")
 FAILURE_TIMEOUT = 15  # maximum seconds for uploads after a signal or an error: other ranks may be waiting
@@ -45,8 +45,8 @@ class WandbSink:
                     group=cfg.wandb_group or plan.group or None, job_type=cfg.wandb_job_type or None,
                     tags=cfg.wandb_tags or None, notes=cfg.wandb_notes or None, dir=cfg.wandb_dir or None)
         tool = os.path.relpath(FOLLOWER.with_name("wandb_tools.py"))
-        diff = git("diff", "HEAD")[:DIFF_CHARACTERS]
-        files = {beside(".config.toml").name: toml} | ({"diff.patch": diff + "\n"} if diff else {})
+        diff = uncommitted()
+        files = {beside(".config.toml").name: toml} | ({"diff.patch": diff} if diff else {})
         self.job = Job(init, config, mode=cfg.wandb_mode, shared=plan.shared, primary=plan.primary, label=plan.label,
                        init_timeout=cfg.wandb_init_timeout, finish_timeout=cfg.wandb_finish_timeout,
                        files=files, policy=cfg.wandb_log_checkpoints, rows=rows, console=console,
@@ -82,6 +82,8 @@ class WandbSink:
                        if name not in unwanted and (value or not name.startswith("WANDB_"))}
         environment.setdefault("WANDB_ERROR_REPORTING", "false")  # else exit takes 12 s longer when the server hangs
         environment.setdefault("WANDB_X_DISABLE_VIEWER", "true")  # and startup 10 s, to look up the user's name
+        # On SageMaker the SDK makes up an id of its own, even where `id` is given, unless this is set.
+        environment |= dict(WANDB_RUN_ID=self.job.init["id"], PYTHONUTF8="1")
         try:
             with tempfile.TemporaryFile("w+") as job:  # a pipe would make training wait until it is read
                 json.dump(dataclasses.asdict(self.job), job)
@@ -89,7 +91,8 @@ class WandbSink:
                 # In a session of its own: Ctrl-C and torchrun's signals are only for the trainer.
                 process = subprocess.Popen([sys.executable, str(FOLLOWER), str(job.fileno())], stdin=subprocess.PIPE,
                                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
-                                           text=True, start_new_session=True, pass_fds=[job.fileno()])
+                                           text=True, encoding="utf-8", start_new_session=True,
+                                           pass_fds=[job.fileno()])
         except OSError as error:
             self._say(logging.WARNING, f"cannot start its process ({error}); send the run later: {self.job.sync}")
             return False
@@ -100,8 +103,8 @@ class WandbSink:
     def _listen(self, process):
         for line in process.stdout:
             level, _, text = line.rstrip("\n").partition(" ")
-            if level == "STOP" and not self.closing:
-                os.kill(os.getpid(), signal.SIGTERM)  # all ranks save and exit together
+            if level == "STOP" and not self.closing and callable(signal.getsignal(signal.SIGTERM)):
+                os.kill(os.getpid(), signal.SIGTERM)  # all ranks save and exit together; not once the loop has ended
             self._say(logging.getLevelNamesMapping().get(level, logging.INFO), text)
         if process.wait() and not self.given_up:
             self._say(logging.WARNING, f"its process ended with code {process.returncode}; send the rest later: "
@@ -114,12 +117,14 @@ class WandbSink:
         """A link to a checkpoint, so that it can be uploaded after the next one replaces it; None: do not upload it."""
         latest = path != self.beside(".best.pt")
         wanted = {"none": False, "best": best, "last": latest, "all": True}[self.job.policy]
+        if wanted and self.process is None:
+            self.process = self._start()
         if not wanted or not self.process or self.process.poll() is not None:
             return None
-        waiting = self._links()
-        while len(waiting) >= UPLOADS:
-            waiting.pop(1).unlink(missing_ok=True)  # the oldest may be uploading: keep it
-        link = self.beside(f"{self.tag}.upload-{step:08d}.pt")
+        while len(waiting := self._links()) >= UPLOADS:  # the oldest may be uploading: keep it, and the best
+            skipped = next((link for link in waiting[1:] if ".best" not in link.suffixes), waiting[1])
+            skipped.unlink(missing_ok=True)
+        link = self.beside(f"{self.tag}.upload-{step:08d}{'.best' * best}.pt")
         try:
             archive.link(path, link)
         except OSError as error:
@@ -131,6 +136,12 @@ class WandbSink:
         if not self.process:
             return
         self.closing = True
+        try:
+            self._finish(exit_code)
+        finally:  # also after a Ctrl-C
+            self._forget_links()
+
+    def _finish(self, exit_code):
         seconds = min(self.job.finish_timeout, FAILURE_TIMEOUT) if exit_code else self.job.finish_timeout
         with contextlib.suppress(OSError, ValueError):
             self.process.stdin.write(json.dumps([exit_code, seconds]) + "\n")
@@ -147,4 +158,3 @@ class WandbSink:
             self._say(logging.WARNING, f"not finished within {seconds:g} s, ended; send the rest later: "
                                        f"{self.job.sync}")
         self.listener.join(1)
-        self._forget_links()

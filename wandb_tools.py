@@ -137,7 +137,8 @@ def send(facts, path):
     job = Job(init, config, live=False, sweep=facts.get("sweep", ""),
               **{name: facts[name] for name in ("shared", "primary", "label", "host", "program") if name in facts})
     missing = lacking(records, stored or [])
-    if not missing:
+    unended = stored is not None and api.run(target).state in ("running", "crashed")
+    if not missing and not unended:
         return f"{target} has every row"
     run = open_run(job, lambda level, text: print(text, flush=True), may_go_offline=False)
     publisher = Publisher(run, job, print, [record for record in records if record.get("event") == "sample"
@@ -147,7 +148,7 @@ def send(facts, path):
     # The SDK does not report uploads that have failed permanently.
     if lost := awaited(lambda: lacking(missing, rows_of(api, target) or []), lambda lost: not lost):
         raise RuntimeError(f"{len(lost)} of {len(missing)} rows did not arrive at {target}")
-    return f"{len(missing)} rows sent to {target}"
+    return f"{len(missing)} rows sent to {target}" if missing else f"{target} has every row, and is ended now"
 
 
 def lacking(records, stored):
@@ -177,8 +178,9 @@ def download(args):
     if kind in parts:  # a URL may continue after the id: /workspace, /overview
         parts = parts[:parts.index(kind)] + parts[parts.index(kind) + 1:][:1]
     *where, name = parts
-    project = where[-1] if where else with_environment(WandbConfig()).wandb_project
-    target, code = "/".join([*(where[:-1] or [api.default_entity]), project, name]), 0
+    settings = with_environment(WandbConfig())
+    project, entity = where[-1] if where else settings.wandb_project, settings.wandb_entity or api.default_entity
+    target, code = "/".join([*(where[:-1] or [entity]), project, name]), 0
     for run in api.sweep(target).runs if kind == "sweeps" else [api.run(target)]:
         folder = Path(args.folder or ".") / run.id
         folder.mkdir(parents=True, exist_ok=True)

@@ -89,6 +89,15 @@ def test_waiting_uploads_take_a_bounded_space_and_the_newest_is_among_them(sink,
     assert links(tmp_path)[-1] == "c.upload-00000009.pt"
 
 
+def test_the_best_checkpoint_is_not_the_one_that_is_skipped(sink, tmp_path):
+    main = sink(policy="all")
+    (tmp_path / "c.best.pt").write_bytes(b"best")
+    for step in range(1, 10):
+        main.checkpoint_to_upload(tmp_path / "c.pt", step, best=step == 2)
+    assert "c.upload-00000002.best.pt" in links(tmp_path) and len(links(tmp_path)) == UPLOADS
+    assert links(tmp_path)[-1] == "c.upload-00000009.pt"
+
+
 @pytest.mark.parametrize("policy, best, name, wanted", [
     ("none", True, ".pt", False), ("last", False, ".pt", True), ("last", True, ".best.pt", False),
     ("best", False, ".pt", False), ("best", True, ".best.pt", True), ("all", False, ".pt", True)])

@@ -132,6 +132,10 @@ def test_sync_completes_a_run_whose_uploads_had_failed(server, trainer, tool):
     assert_same_rows(stored, rows)
     assert [row["step"] for row in stored.history if "samples" in row] == [10, 20]
     assert (stored.state, stored.exit_code) == ("finished", 0) and stored.config["d_model"] == 32
+    stored.reported, stored.exit_code = "crashed", None  # all rows have arrived, the end of the run has not
+    code, out, err = tool("sync", "c.pt")
+    assert (code, err) == (0, "") and "has every row, and is ended now" in out
+    assert (stored.state, stored.exit_code) == ("finished", 0) and len(stored.history) == 7
     known = len(server.requests)
     code, out, err = tool("sync", "c.best.pt")
     assert (code, err) == (0, "") and "has every row" in out
@@ -288,8 +292,8 @@ def test_download_brings_all_of_a_run(server, trainer, tool):
 
 
 def test_download_of_a_missing_run_is_one_line(tool):
-    code, out, err = tool("download", "mini-llm/missing")
-    assert (code, out, err.count("\n")) == (1, "", 1) and "missing" in err and "--wandb-entity" in err
+    code, out, err = tool("download", "mini-llm/missing", WANDB_ENTITY="team")  # whose runs training would write
+    assert (code, out, err.count("\n")) == (1, "", 1) and "team/mini-llm/missing" in err and "WANDB_ENTITY" in err
 
 
 @pytest.mark.parametrize("case", FAILING)
