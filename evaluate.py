@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import hardware
 from config import UserError, arg, one_line_errors, parse, without_infinity
@@ -67,6 +68,7 @@ class EvaluateConfig:
     data: list[str] = arg([], "text: whatever --train-data takes, several with a loss each, or a folder of token "
                               "shards, for its validation set; nothing: the run's own, if its --cache-dir is there",
                           metavar="PATH")
+    text_column: str = arg("", "the column with the text, in files that have columns; unset: the run's")
     seq_len: int = arg(0, "tokens in a window; 0: the run's --seq-len", ge=0)
     stride: int = arg(0, "tokens between windows that overlap: each token but the first is predicted from at least "
                          "--seq-len - --stride before it, if there are; 0: windows that do not overlap, as in training",
@@ -105,7 +107,7 @@ def own_validation_set(saved):
                     f"text to evaluate on{named}")
 
 
-def open_data(paths, tokenizer, eos, saved, folder):
+def open_data(paths, text_column, tokenizer, eos, saved, folder):
     """{name: Shard} of the data, and the bytes of text per token. Text is tokenized into `folder`. Raises UserError."""
     prepared = Path(paths[0])
     if len(paths) == 1 and (prepared / "val.bin").is_file():
@@ -116,8 +118,8 @@ def open_data(paths, tokenizer, eos, saved, folder):
         Shard(shard).verify(meta, "val")
         return ({name: Shard(shard, *span) for name, span in meta["val_sources"].items()},
                 meta["bytes"]["val"] / meta["tokens"]["val"])
-    sources, n_bytes, shards = find_sources(paths, "--data", saved["config"].get("text_column", "text")), 0, {}
-    left_out = 0
+    column = text_column or saved["config"].get("text_column", "text")
+    sources, n_bytes, left_out, shards = find_sources(paths, "--data", column), 0, 0, {}
     require_hub(sources, "--data")
     for number, name in enumerate(source_names(paths) or [""]):
         file = Path(folder) / f"{number}.bin"
@@ -187,6 +189,8 @@ def evaluate_text(model, shards, bytes_per_token, cfg, seq_len, precision, devic
     starts = {name: document_starts(shard) for name, shard in shards.items()}
     documents = {name: np.zeros((2, len(at) + 1)) for name, at in starts.items()}  # nats and tokens of each document
     windows = []  # the same of each window, (2, B) per batch
+    bar = tqdm(total=cfg.eval_tokens or sum(shard.count for shard in shards.values()), unit=" tokens", unit_scale=True,
+               leave=False, disable=None)  # none in a pipe
     for name, firsts, x, y in window_batches(shards, seq_len, cfg.stride, cfg.eval_tokens, cfg.batch_size):
         losses, counted = token_nats(model, x, y, precision, device).cpu().numpy().astype(np.float64), y != IGNORE
         targets = firsts[:, None] + 1 + np.arange(y.shape[1])  # (B, T) positions
@@ -194,6 +198,8 @@ def evaluate_text(model, shards, bytes_per_token, cfg, seq_len, precision, devic
         for sums, values in zip(documents[name], (losses, counted), strict=True):
             np.add.at(sums, keys, values)
         windows.append([losses.sum(1), counted.sum(1)])
+        bar.update(int(counted.sum()))
+    bar.close()
     totals = {name: sums.sum(1) for name, sums in documents.items()}
     nats, n_tokens = sum(totals.values()).tolist()
     kind, clusters = "documents", np.concatenate(list(documents.values()), axis=1)
@@ -231,7 +237,8 @@ def main():
         raise UserError(f"--stride {cfg.stride} is above --seq-len {seq_len}: windows would leave tokens out")
     with tempfile.TemporaryDirectory() as folder:
         try:
-            shards, bytes_per_token = open_data(cfg.data or [own_validation_set(saved)], tokenizer, eos, saved, folder)
+            shards, bytes_per_token = open_data(cfg.data or [own_validation_set(saved)], cfg.text_column, tokenizer,
+                                                eos, saved, folder)
         except OSError as error:  # a full disk
             raise UserError(f"{error.filename or folder}: {error.strerror}; make room there, or set TMPDIR") from None
         for name, shard in shards.items():

@@ -9,15 +9,16 @@ import math
 import os
 import re
 import shutil
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from config import UserError, arg, beside_run, one_line_errors, parse, read_json, read_records
 from generate import TEMPERATURE, TOP_K
-from pretrained import hugging_face_config, load_model, to_hugging_face, tokenizer_folder
-from tokenizer import end_of_text, open_tokenizer
+from pretrained import hugging_face_config, load_run, to_hugging_face, tokenizer_folder
 
 SAMPLING = dict(do_sample=True, temperature=TEMPERATURE, top_k=TOP_K)
 # Flags that say nothing about what was trained.
@@ -56,10 +57,8 @@ def export(path, output, dtype="float32"):
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    model, saved = load_model(path)
-    tokenizer = tokenizer_folder(path)
-    known = open_tokenizer(tokenizer)
-    eos, n_tokens = end_of_text(known, tokenizer), known.get_vocab_size()
+    model, known, eos, saved = load_run(path)
+    tokenizer, n_tokens = tokenizer_folder(path), known.get_vocab_size()
     twin = transformers.AutoModelForCausalLM.from_config(hugging_face_config(model.cfg, eos))
     missing, unexpected = twin.load_state_dict(to_hugging_face(model.cfg, model.state_dict()), strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
@@ -67,20 +66,28 @@ def export(path, output, dtype="float32"):
     twin.generation_config = transformers.GenerationConfig(
         bos_token_id=saved.get("start", eos), eos_token_id=eos, pad_token_id=eos,
         suppress_tokens=spare if 0 < len(spare) <= SPARE_IDS else None, **SAMPLING)
+    output = Path(output)
     try:
-        twin.to(getattr(torch, dtype)).save_pretrained(output)
-        for file in filter(Path.is_file, tokenizer.iterdir()):
-            shutil.copy(file, output)
-        if known.encode("a").ids != known.encode("a", add_special_tokens=False).ids:
-            known.post_processor = None  # it adds special tokens that training did not
-            (Path(output) / "tokenizer.json").write_text(known.to_str(pretty=True), "utf-8")
-        try:
-            _complete_tokenizer(Path(output) / "tokenizer_config.json", model.cfg.max_position_embeddings)
-        except ValueError as error:
-            raise UserError(f"{tokenizer}: tokenizer_config.json is damaged: {error}") from None
-        (Path(output) / "README.md").write_text(model_card(path, model, saved, n_tokens, dtype), "utf-8")
-    except OSError as error:
-        raise UserError(f"--output {output}: {error.strerror or error}; name a folder that can be written") from None
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as draft:
+            draft = Path(draft)
+            twin.to(getattr(torch, dtype)).save_pretrained(draft)
+            for file in filter(Path.is_file, tokenizer.iterdir()):
+                shutil.copy(file, draft)
+            if known.encode("a").ids != known.encode("a", add_special_tokens=False).ids:
+                known.post_processor = None  # it adds special tokens that training did not
+                (draft / "tokenizer.json").write_text(known.to_str(pretty=True), "utf-8")
+            try:
+                _complete_tokenizer(draft / "tokenizer_config.json", model.cfg.max_position_embeddings)
+            except ValueError as error:
+                raise UserError(f"{tokenizer}: tokenizer_config.json is damaged: {error}") from None
+            (draft / "README.md").write_text(model_card(path, model, saved, n_tokens, dtype), "utf-8")
+            output.mkdir(exist_ok=True)
+            for file in draft.iterdir():  # once all of them are complete
+                file.replace(output / file.name)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--output {output}: {getattr(error, 'strerror', None) or error}; name a folder that can be "
+                        f"written") from None
 
 
 def _complete_tokenizer(path, length):

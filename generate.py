@@ -135,7 +135,9 @@ class Continuation:
 
     def __init__(self, tokenizer, eos, prompt=(), stops=()):
         self.tokenizer, self.eos, self.stops, self.done = tokenizer, eos, stops, False
-        self.ids = list(prompt[-1:])  # decoded together: some tokenizers emit a space only after another token
+        # Decoded with what stands before: some tokenizers emit a space only after another token, others decode bytes
+        # of several tokens only if all of them together are whole characters.
+        self.ids, self.whole = list(prompt), len(prompt)
         self.shown = len(self._decode())
         self.held = ""  # what may be the beginning of a stop string
 
@@ -147,7 +149,7 @@ class Continuation:
         whole = text.rstrip("\ufffd")  # how a character decodes until all its bytes are there
         new, self.shown = whole[self.shown:], max(self.shown, len(whole))
         if whole == text:
-            self.ids = self.ids[-1:]
+            self.ids, self.whole = self.ids[self.whole:], len(self.ids) - self.whole
             self.shown = len(self._decode())
         return self._before_stop(new) if self.stops else new
 

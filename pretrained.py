@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import checkpoint
 from archive import DamagedCheckpoint, load, peek
 from config import UserError, arg, beside_run, first_line, flag, read_json
 from model import ARCHS, GPT, GPTConfig
-from tokenizer import end_of_text, hub_reachable, open_tokenizer
+from tokenizer import end_of_text, hub_reachable, identity, open_tokenizer
 
 # Our parameter names → theirs; {i} is the block index. Our fused qkv is GPT-2's c_attn, and separate q, k, v elsewhere.
 LLAMA_NAMES = {
@@ -321,6 +322,10 @@ def load_run(path):
     if tokenizer.get_vocab_size() > model.cfg.vocab_size:
         raise UserError(f"--checkpoint-path {path}: {folder} has {tokenizer.get_vocab_size()} tokens, the model "
                         f"{model.cfg.vocab_size}; copy the one that it was trained with")
+    if identity(tokenizer).hex()[:16] != saved["identity"]["the tokenizer"]:
+        # Not refused: another version of `tokenizers` may write the same one in other words.
+        print(f"warning: {folder} is not the tokenizer that {path} was trained with, or not as it was then",
+              file=sys.stderr)
     return model, tokenizer, end_of_text(tokenizer, folder), saved
 
 

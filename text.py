@@ -307,10 +307,13 @@ def table_pieces(source):
     """Yields (text, ends_document) for the rows of a JSONL or Parquet file or of a Hugging Face Hub dataset: their
     column `source.column`, or the only one with strings. `<|endoftext|>` ends a document, as does the end of a row."""
     rows = {"json": _json_rows, "parquet": _parquet_rows, "hub": _hub_rows}[source.kind]
-    column, number = None, 0
+    column, number, left_out = None, 0, 0
     try:
         for number, row in enumerate(rows(source), 1):  # noqa: B007 - the error below has the number
             if source.column in row:
+                if column not in (None, source.column):
+                    raise UserError(f"{source.path}: row {number:,} has a column {source.column}, the rows before it "
+                                    f"have none, only {column}; name one for all of them: --text-column")
                 column = source.column
             elif column != source.column:
                 strings = {key for key, value in row.items() if isinstance(value, str)}
@@ -318,6 +321,7 @@ def table_pieces(source):
                 if strings - {column} or not strings and all(value is not None for value in row.values()):
                     raise UserError(f"{source.path}: no column named {source.column} (found {', '.join(row)}); name "
                                     f"that with the text: --text-column")
+            left_out += column not in row and any(isinstance(value, str) for value in row.values())
             text = row.get(column)
             if not isinstance(text, str | None):
                 raise UserError(f"{source.path}: the column {source.column} has {type(text).__name__}, not text; "
@@ -326,6 +330,8 @@ def table_pieces(source):
             text = (text or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             for document in text.split(END_OF_TEXT):
                 yield from document_pieces(document)
+        if left_out:
+            log.warning("%s: %d of %d rows have no column %s and are left out", source.path, left_out, number, column)
     except (UserError, ModuleNotFoundError):
         raise
     except Exception as error:  # the readers raise many types
@@ -341,7 +347,7 @@ def _json_rows(source):
     """The objects of a file with one per line, or of an array. Not by `datasets`, which infers all columns' types from
     the beginning of a file and fails at a later row that has other columns, or a date that is no date."""
     with open(source.path, encoding="utf-8-sig", errors="replace") as file:
-        is_array = file.read(1) == "["
+        is_array = file.read(1 << 12).lstrip().startswith("[")
         file.seek(0)
         for row in json.load(file) if is_array else (json.loads(line) for line in file if line.strip()):
             if not isinstance(row, dict):

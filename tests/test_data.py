@@ -464,6 +464,21 @@ def test_rows_of_json_are_read_one_by_one(tmp_path, rows, texts):
         assert [piece.content for piece in found] == texts and all(piece.ends_document for piece in found)
 
 
+def test_rows_without_the_text_are_counted_or_refused_but_not_left_out_in_silence(tmp_path, caplog):
+    file = tmp_path / "mixed.jsonl"
+    file.write_text('{"text": "a"}\n' + '{"content": "b"}\n' * 20 + '{"text": "c"}\n{"n": 1}\n')
+    assert [piece.content for piece in pieces(find_sources([str(file)]), "train")] == ["a", "c"]
+    assert "20 of 23 rows have no column text and are left out" in caplog.text
+    file.write_text('{"title": "T"}\n{"title": "U", "text": "a"}\n')
+    with pytest.raises(UserError, match="row 2 has a column text, the rows before it have none, only title"):
+        list(pieces(find_sources([str(file)]), "train"))
+
+
+def test_an_array_may_follow_blank_lines(tmp_path):
+    (tmp_path / "a.json").write_text('\n  [{"text": "a"}]')
+    assert [piece.content for piece in pieces(find_sources([str(tmp_path / "a.json")]), "train")] == ["a"]
+
+
 def test_tables_need_not_have_the_same_columns(tmp_path):
     import pyarrow.parquet
 

@@ -36,6 +36,28 @@ def evaluate(folder, *flags):
     return json.loads(shown(main, folder, "--checkpoint-path", "c.pt", "--precision", "fp32", "--json", *flags))
 
 
+def test_the_column_of_a_table_can_be_named(run_folder):
+    rows = [dict(title="none of this", body=line) for line in (run_folder / "b.txt").read_text().splitlines()]
+    (run_folder / "b.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (run_folder / "bodies.txt").write_text("<|endoftext|>".join(row["body"] for row in rows))
+    assert (evaluate(run_folder, "--data", "b.jsonl", "--text-column", "body")["loss"]
+            == evaluate(run_folder, "--data", "bodies.txt")["loss"])
+
+
+def test_another_tokenizer_beside_the_checkpoint_is_told(run_folder, tmp_path, capsys):
+    shutil.copy(run_folder / "c.pt", tmp_path)
+    shutil.copytree(run_folder / "c.tokenizer", tmp_path / "c.tokenizer")
+    load_run(tmp_path / "c.pt")
+    assert capsys.readouterr().err == ""
+    file = tmp_path / "c.tokenizer" / "tokenizer.json"
+    settings = json.loads(file.read_text())
+    vocabulary = settings["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(settings))
+    load_run(tmp_path / "c.pt")
+    assert "c.tokenizer is not the tokenizer that" in capsys.readouterr().err
+
+
 def test_want_of_memory_is_one_line(run_folder, monkeypatch, capsys):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 TiB")

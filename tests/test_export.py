@@ -145,6 +145,19 @@ def test_wrong_input_gets_one_line_that_names_it(tuned, tmp_path, monkeypatch, c
     assert all(word in error for word in words), error
 
 
+def test_a_full_disk_leaves_the_folder_as_it_was(tuned, tmp_path):
+    flags = [sys.executable, ROOT / "export.py", "--checkpoint-path", tuned["gpt2"][1].checkpoint, "--output", "out"]
+    limited = ["sh", "-c", 'ulimit -f 40; exec "$@"', "sh", *flags]
+    run = subprocess.run(limited, cwd=tmp_path, capture_output=True, text=True, env=environment())
+    assert run.returncode == 2 and run.stderr.startswith("error: --output out: ") and run.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("another's")
+    run = subprocess.run([*limited, "--overwrite"], cwd=tmp_path, capture_output=True, text=True, env=environment())
+    assert run.returncode == 2 and [path.name for path in tmp_path.rglob("*")] == ["out", "config.json"]
+    assert (tmp_path / "out" / "config.json").read_text() == "another's"
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
 def test_ctranslate2_computes_the_same(exported, tmp_path, arch):

@@ -132,6 +132,31 @@ def test_characters_come_whole_and_add_up_to_the_text(kind, bpe):
     assert "".join([*map(cut.add, ids[:ids.index(tokenizer.encode("🦜").ids[0]) + 2]), cut.finish()]) == "naïve \ufffd"
 
 
+@pytest.fixture(scope="module")
+def byte_fallback():
+    """A tokenizer of Llama 2's kind: what is no token is bytes, which decode only if all that stand together are whole
+    characters."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefgh"]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, [], unk_token="<unk>",
+                                     fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                           decoders.Strip(" ", 1, 0)])
+    return tokenizer
+
+
+@pytest.mark.parametrize("text", ["日本語", "ab 日本語🦜🦜 cd", "é é日 a"])
+def test_characters_of_bytes_that_follow_each_other_are_whole(byte_fallback, text):
+    ids = byte_fallback.encode(text).ids
+    assert byte_fallback.decode(ids) == text
+    ends = [n for n in range(1, len(ids)) if "\ufffd" not in byte_fallback.decode(ids[:n])]
+    for n in ends:
+        one = Continuation(byte_fallback, None, ids[:n])
+        assert byte_fallback.decode(ids[:n]) + "".join(map(one.add, ids[n:])) + one.finish() == text, n
+
+
 def test_bytes_that_are_no_characters_add_up_to_what_the_tokenizer_makes_of_them():
     tokenizer, rng = load_tokenizer("byte"), np.random.default_rng(0)
     for _ in range(200):
