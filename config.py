@@ -27,7 +27,10 @@ ELSEWHERE = {"learning_rate": "lr", "max_iters": "num_steps", "max_steps": "num_
              "resume_from_checkpoint": "resume", "hidden_size": "d_model", "n_embd": "d_model", "dtype": "amp_dtype",
              "gradient_accumulation_steps": "grad_accum_steps", "wandb_log": "use_wandb",
              "max_grad_norm": "grad_clip_norm", "grad_clip": "grad_clip_norm", "log_interval": "log_steps",
-             "eval_interval": "eval_steps", "dataset": "train_data", "tokenizer": "tokenizer_name"}
+             "eval_interval": "eval_steps", "dataset": "train_data", "tokenizer": "tokenizer_name",
+             "data": "train_data", "epochs": "num_steps", "batch": "batch_size", "context_length": "seq_len",
+             "max_seq_len": "seq_len", "ckpt": "checkpoint_path", "wandb": "use_wandb", "model": "arch",
+             "model_name": "init_from", "save_interval": "save_steps", "always_save_checkpoint": "save_steps"}
 BOUNDS = {"gt": (operator.gt, "greater than"), "ge": (operator.ge, "at least"),
           "lt": (operator.lt, "less than"), "le": (operator.le, "at most")}
 

@@ -138,6 +138,10 @@ class StopSignal:
             if self.since and time.monotonic() - self.since > 2:
                 raise KeyboardInterrupt
             self.since = self.since or time.monotonic()
+        if not self.received and self.world.is_main:
+            with contextlib.suppress(OSError):  # stderr may be gone
+                os.write(2, f"{signal.Signals(number).name}: ends after the step in progress, with everything saved "
+                            f"(Ctrl-C after two seconds: at once, unsaved)\n".encode())
         self.received = self.received or number
 
     def agreed(self):

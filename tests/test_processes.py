@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, Clock, eventually
@@ -14,10 +15,12 @@ from processes import StopSignal, child_processes, parent_of
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="processes are looked up in /proc")
 
 
-def test_the_second_ctrl_c_ends_a_run_at_once_and_the_first_does_not(monkeypatch):
+def test_the_second_ctrl_c_ends_a_run_at_once_and_the_first_does_not(monkeypatch, capfd):
     clock = Clock(monkeypatch, processes)
-    stop = StopSignal(None)
+    stop = StopSignal(SimpleNamespace(is_main=True))
     stop._on_signal(signal.SIGTERM, None)
+    said = capfd.readouterr().err
+    assert said.startswith("SIGTERM: ends after the step in progress") and said.count("\n") == 1
     clock.sleep(5)
     stop._on_signal(signal.SIGINT, None)  # the first of its kind: the run is still saving
     clock.sleep(1)
@@ -26,6 +29,7 @@ def test_the_second_ctrl_c_ends_a_run_at_once_and_the_first_does_not(monkeypatch
     clock.sleep(5)
     with pytest.raises(KeyboardInterrupt):
         stop._on_signal(signal.SIGINT, None)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_child_is_found_whatever_bytes_its_name_has():
