@@ -182,6 +182,11 @@ def read_json(path):
     return value
 
 
+def switched_on(variable):
+    """Whether an environment variable says yes, in one of the ways that the Hugging Face Hub and W&B take for it."""
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on")
+
+
 def beside_run(path, suffix):
     """checkpoints/minigpt.best.pt, `.tokenizer` → checkpoints/minigpt.tokenizer, which all checkpoints of a run share.
     `path`: any of those checkpoints, or the run's metrics.jsonl."""

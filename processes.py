@@ -140,8 +140,9 @@ class StopSignal:
             self.since = self.since or time.monotonic()
         if not self.received and self.world.is_main:
             with contextlib.suppress(OSError):  # stderr may be gone
-                os.write(2, f"{signal.Signals(number).name}: ends after the step in progress, with everything saved "
-                            f"(Ctrl-C after two seconds: at once, unsaved)\n".encode())
+                # Not by print or logging, which this handler may have interrupted.
+                os.write(2, f"{signal.Signals(number).name}: saves and ends after the step in progress (Ctrl-C after "
+                            f"two seconds: at once, unsaved)\n".encode())
         self.received = self.received or number
 
     def agreed(self):

@@ -1,6 +1,7 @@
 """Text sources: files, folders, tables and datasets → documents, in pieces small enough to stream. Token files, too."""
 
 import codecs
+import functools
 import glob
 import json
 import logging
@@ -331,7 +332,7 @@ def table_pieces(source):
             for document in text.split(END_OF_TEXT):
                 yield from document_pieces(document)
         if left_out:
-            log.warning("%s: %d of %d rows have no column %s and are left out", source.path, left_out, number, column)
+            _warn(f"{source.path}: {left_out:,} of {number:,} rows have no column {column} and are left out")
     except (UserError, ModuleNotFoundError):
         raise
     except Exception as error:  # the readers raise many types
@@ -341,6 +342,12 @@ def table_pieces(source):
             raise UserError(f"{source.path}: {reason}; name a configuration as {name.partition(':')[0]}:NAME, a split "
                             f"other than train as {name}@SPLIT") from None
         raise UserError(f"{source.path}: not readable as {source.kind}, from row {number + 1:,} on: {reason}") from None
+
+
+@functools.cache
+def _warn(message):
+    """Logs a warning once, however often a file is read: a bpe tokenizer is trained on it first."""
+    log.warning(message)
 
 
 def _json_rows(source):

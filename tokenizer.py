@@ -7,7 +7,7 @@ import threading
 import urllib.request
 from pathlib import Path
 
-from config import UserError, read_json
+from config import UserError, read_json, switched_on
 
 END_OF_TEXT = "<|endoftext|>"
 OWN = ("bpe", "byte", "char")
@@ -194,7 +194,7 @@ def _hub_file(name, file, **options):
 
 def hub_reachable(seconds=3.0):
     """Whether the Hugging Face Hub answers within that many seconds: its own clients try for a minute."""
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+    if switched_on("HF_HUB_OFFLINE"):
         return False
     answered = threading.Event()
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from config import UserError, arg, flag
+from config import UserError, arg, flag, switched_on
 
 SOURCE = Path(__file__).resolve().parent
 UPLOADS = 4  # maximum checkpoints waiting for upload; each is a hard link that may keep a replaced file on disk
@@ -205,7 +205,7 @@ def remember(path, base, job):
 def git(*words):
     """The output of a git command on this source tree; "" if it fails (not a repository, git is not installed) or is
     not wanted (WANDB_DISABLE_GIT)."""
-    if _switched_on("WANDB_DISABLE_GIT"):
+    if switched_on("WANDB_DISABLE_GIT"):
         return ""
     try:
         return subprocess.run(["git", "-C", str(SOURCE), *words], capture_output=True, text=True, timeout=10,
@@ -215,13 +215,10 @@ def git(*words):
 
 
 def uncommitted():
-    """The uncommitted changes of this source tree, as a patch; "" if there are none or they are not wanted."""
-    diff = "" if _switched_on("WANDB_DISABLE_CODE") else git("diff", "HEAD")[:DIFF_CHARACTERS]
+    """The uncommitted changes of this source tree, as a patch; "" if there are none or they are not wanted
+    (WANDB_DISABLE_CODE, as W&B has it)."""
+    diff = "" if switched_on("WANDB_DISABLE_CODE") else git("diff", "HEAD")[:DIFF_CHARACTERS]
     return diff and diff + "\n"
-
-
-def _switched_on(variable):
-    return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on")
 
 
 def provenance():

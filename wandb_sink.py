@@ -82,7 +82,8 @@ class WandbSink:
                        if name not in unwanted and (value or not name.startswith("WANDB_"))}
         environment.setdefault("WANDB_ERROR_REPORTING", "false")  # else exit takes 12 s longer when the server hangs
         environment.setdefault("WANDB_X_DISABLE_VIEWER", "true")  # and startup 10 s, to look up the user's name
-        # On SageMaker the SDK makes up an id of its own, even where `id` is given, unless this is set.
+        # On SageMaker the SDK makes up an id of its own, even where `id` is given, unless it is in the environment. And
+        # in an ASCII locale the first other character of the console would end the follower.
         environment |= dict(WANDB_RUN_ID=self.job.init["id"], PYTHONUTF8="1")
         try:
             with tempfile.TemporaryFile("w+") as job:  # a pipe would make training wait until it is read

@@ -123,7 +123,8 @@ def sync(args):
 
 
 def send(facts, path):
-    """Send the rows of `path`, a metrics.jsonl, that the server's run lacks → a message saying what was done."""
+    """Send the rows of `path`, a metrics.jsonl, that the server's run lacks, and end that run, also if only its end is
+    lacking → a message saying what was done."""
     wandb, records = import_wandb(), list(read_records(path))
     config = next((record["config"] for record in reversed(records) if record.get("event") == "config"), {})
     # If the run was resumed and then killed, its last exit event is that of an earlier start.
@@ -179,8 +180,8 @@ def download(args):
         parts = parts[:parts.index(kind)] + parts[parts.index(kind) + 1:][:1]
     *where, name = parts
     settings = with_environment(WandbConfig())
-    project, entity = where[-1] if where else settings.wandb_project, settings.wandb_entity or api.default_entity
-    target, code = "/".join([*(where[:-1] or [entity]), project, name]), 0
+    project = where[-1] if where else settings.wandb_project
+    target, code = "/".join([*(where[:-1] or [settings.wandb_entity or api.default_entity]), project, name]), 0
     for run in api.sweep(target).runs if kind == "sweeps" else [api.run(target)]:
         folder = Path(args.folder or ".") / run.id
         folder.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 import pytest
 
+import wandb_runs
 from config import UserError
 from processes import only_one
 from wandb_runs import (
@@ -133,6 +134,13 @@ def test_a_resumed_run_stays_in_its_project(tmp_path):
 def test_a_sweep_decides_the_project_of_its_trials():
     trial = dict(WANDB_SWEEP_ID="s", WANDB_RUN_ID="r", WANDB_PROJECT="of the sweep")
     assert with_environment(WandbConfig(wandb_project="of a recipe"), trial).wandb_project == "of the sweep"
+
+
+def test_uncommitted_changes_are_kept_unless_code_is_not_wanted(monkeypatch):
+    monkeypatch.setattr(wandb_runs, "git", lambda *words: "+ mine" if words == ("diff", "HEAD") else "")
+    assert wandb_runs.uncommitted() == "+ mine\n"
+    monkeypatch.setenv("WANDB_DISABLE_CODE", "true")
+    assert wandb_runs.uncommitted() == ""
 
 
 def test_a_lock_in_a_folder_that_cannot_be_written_is_held_by_nobody(tmp_path):
