@@ -29,12 +29,14 @@ def load(path):
     try:
         if os.path.exists(path) and not os.path.isfile(path):  # a pipe would block, a device may be endless
             raise DamagedCheckpoint(f"{path} is not a file")
-        stated, actual = read_digest(path), file_digest(path)
-        if stated is None and zipfile.is_zipfile(path):
-            raise DamagedCheckpoint(f"{path} is not a checkpoint of mini-llm (it has no SHA-256 of its content)")
-        if stated != actual:
-            raise DamagedCheckpoint(f"{path} is damaged (its SHA-256 is not the one it was written with)")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:  # once: a run that still trains may replace it meanwhile
+            stated, actual = read_digest(file), file_digest(file)
+            if stated is None and zipfile.is_zipfile(file):
+                raise DamagedCheckpoint(f"{path} is not a checkpoint of mini-llm (it has no SHA-256 of its content)")
+            if stated != actual:
+                raise DamagedCheckpoint(f"{path} is damaged (its SHA-256 is not the one it was written with)")
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{path} is missing") from None
     except DamagedCheckpoint:
@@ -55,12 +57,14 @@ def peek(path):
     return {}
 
 
-def save(path, payload, keep=None):
+def save(path, payload, keep=None, names=()):
     """Write `payload`, tensors and plain values, to a temporary file, fsync it, then rename it to `path`. A kill at any
-    moment leaves either the old file or the new one. The old one is kept as `keep` once the new one is complete."""
+    moment leaves either the old file or the new one. Once the new one is complete, it also gets the other `names`, and
+    the old one is kept as `keep`."""
     path, payload = Path(path), tree_map_only(torch.Tensor, torch.Tensor.cpu, payload)  # so any machine can read it
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".tmp")
+    draft.unlink(missing_ok=True)  # after a kill in `link` it is a checkpoint's second name: not to be written into
     try:
         with open(draft, "wb") as file:
             writer = _HashingFile(file)
@@ -73,6 +77,8 @@ def save(path, payload, keep=None):
             file.write(struct.pack("<H", len(comment)) + comment)
             file.flush()
             os.fsync(file.fileno())
+        for name in names:
+            link(draft, name)
         if keep and path.exists():
             link(path, keep)
         os.replace(draft, path)
@@ -87,15 +93,13 @@ def link(source, target):
     draft = target.with_name(target.name + ".tmp")
     draft.unlink(missing_ok=True)
     try:
-        os.link(os.path.realpath(source), draft)  # resolves a symbolic link
-    except OSError:  # a file system without hard links
         try:
+            os.link(os.path.realpath(source), draft)  # resolves a symbolic link
+        except OSError:  # a file system without hard links
             shutil.copyfile(source, draft)
-        except OSError:
-            draft.unlink(missing_ok=True)
-            raise
-    os.replace(draft, target)
-    draft.unlink(missing_ok=True)  # renaming onto another hard link of the same file does nothing
+        os.replace(draft, target)
+    finally:
+        draft.unlink(missing_ok=True)  # renaming onto another hard link of the same file does nothing
 
 
 def _sync_folder(folder):
@@ -130,21 +134,20 @@ class _HashingFile:
         self.file.flush()
 
 
-def read_digest(path):
-    """The SHA-256 stored in a checkpoint's comment, or None."""
+def read_digest(file):
+    """The SHA-256 stored in a checkpoint's comment, or None. `file` is open for reading."""
     length = len(COMMENT) + 64
-    with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - length))
-        tail = file.read()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - length))
+    tail = file.read()
     return tail[len(COMMENT):].decode("ascii", "replace") if tail.startswith(COMMENT) else None
 
 
-def file_digest(path):
+def file_digest(file):
     """The SHA-256 of a checkpoint's bytes before the comment's length field."""
-    digest, left = hashlib.sha256(), os.path.getsize(path) - len(COMMENT) - 64 - 2
-    with open(path, "rb") as file:
-        while left > 0 and (block := file.read(min(left, 1 << 22))):
-            digest.update(block)
-            left -= len(block)
+    digest, left = hashlib.sha256(), file.seek(0, os.SEEK_END) - len(COMMENT) - 64 - 2
+    file.seek(0)
+    while left > 0 and (block := file.read(min(left, 1 << 22))):
+        digest.update(block)
+        left -= len(block)
     return digest.hexdigest()

@@ -6,7 +6,6 @@ before), `.best.pt` (lowest validation loss), `.step-N.pt` (with `--keep-last`),
 
 import contextlib
 import dataclasses
-import glob
 import logging
 import math
 import os
@@ -22,10 +21,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import hardware
 from archive import DamagedCheckpoint, link, load, peek, save
-from config import RunFailed, UserError, arg, beside_run, flag
+from config import RunFailed, UserError, arg, beside_run, flag, matching
 from processes import lock_until_exit
 
 FORMAT = 1
+DATA_FLAGS = ("tokenizer_name", "train_data", "val_data", "val_ratio", "max_tokens", "text_column", "use_toy_data")
 SUFFIXES = (".prev.pt", ".best.pt", ".nonfinite.pt", ".log", ".metrics.jsonl", ".config.toml", ".tokenizer",
             ".tensorboard", ".trace.json", ".wandb.json")
 PATIENCE = 180  # seconds --resume waits for the previous run's lock: it may still be saving, or its node may be gone
@@ -73,9 +73,11 @@ class CheckpointConfig:
 
     def matching(self, pattern):
         """The files beside the checkpoint path whose names are its stem plus a match of the regex `pattern`, sorted."""
-        stem = self.beside("").name
-        return sorted(file for file in self.beside("").parent.glob(glob.escape(stem) + "*")
-                      if re.fullmatch(f"{re.escape(stem)}({pattern})", file.name))
+        return matching(self.beside(""), pattern)
+
+    def drafts(self):
+        """What a save that was killed has left."""
+        return self.matching(r"(\.(prev|best|best-of-\d+|nonfinite|step-\d+))?\.pt\.tmp")
 
     def numbered(self):
         """The checkpoints kept by --keep-last, oldest first."""
@@ -108,8 +110,9 @@ class NotSaved(RunFailed):
 
 
 def plan(cfg):
-    """The file this run resumes from, or None to start from scratch. Raises UserError if the flags do not match the
-    existing files, the folder is not writable, or another run writes there. Writes nothing."""
+    """The file this run resumes from, or None to start from scratch. Writes nothing. Takes the lock of an earlier run
+    at that path and keeps it; with --resume, waits for that run to end. Raises UserError if the flags do not match the
+    existing files, the folder is not writable, or another run writes there."""
     path = Path(cfg.checkpoint_path)
     folder = path.parent
     try:
@@ -128,17 +131,15 @@ def plan(cfg):
         raise UserError(f"--checkpoint-path {path}: {folder} cannot be written ({error.strerror}); give a path in a "
                         f"folder of your own") from None
     # A run killed before its first --save-steps may have left only its best checkpoint.
-    newest = path if last_two or not known else known[0]
+    newest = path if last_two else next(iter(known), None)
     if not cfg.resume:
-        if known and not cfg.overwrite:
+        if newest and not cfg.overwrite:
             raise UserError(f"--checkpoint-path {path}: there is a checkpoint already; add --resume to go on, "
                             f"--overwrite to start over, or name another path")
         return None
-    if cfg.resume == "auto":
-        return newest if known else None
-    if cfg.resume == "latest":
-        if not known:
-            raise UserError(f"--resume: no checkpoint at {path}; leave --resume out to start, or use --resume auto")
+    if cfg.resume == "latest" and not newest:
+        raise UserError(f"--resume: no checkpoint at {path}; leave --resume out to start, or use --resume auto")
+    if cfg.resume in ("auto", "latest"):
         return newest
     if not os.path.isfile(cfg.resume):
         raise UserError(f"--resume {cfg.resume}: no such file; --resume alone takes {path}")
@@ -207,8 +208,9 @@ def run_identity(cfg, corpus, step_samples):
         "the training data": corpus.fingerprint["train"], "the validation data": corpus.fingerprint["val"]}
 
 
-def restore(path, cfg, identity, config):
-    """The checkpoint at `path`, verified, and checked to be from this run: same model, tokenizer, data and batch.
+def restore(path, cfg, identity, config, mends=True):
+    """The checkpoint at `path`, verified, and checked to be from this run: same model, tokenizer, data and batch. If it
+    is damaged, the one before, which with `mends` then takes its place.
 
     `identity` must be equal; `config` is all flags, whose differences are only logged. Raises UserError.
     """
@@ -216,17 +218,23 @@ def restore(path, cfg, identity, config):
     if not is_of_a_run(payload):
         raise UserError(f"--resume: {source} is not a checkpoint of this version of mini-llm; use the one that "
                         f"wrote it, or start anew with another --checkpoint-path")
-    was = payload["identity"]
-    changed = [f"{name} was {was.get(name)}, is {value}" for name, value in identity.items() if was.get(name) != value]
+    was, flags = payload["identity"], payload["config"]
+    # 0 where a checkpoint is older than the flag: "as the architecture has it".
+    changed = {name: (was.get(name), value) for name, value in identity.items() if was.get(name, 0) != value}
+    others = {flag(name): (flags[name], config.get(name)) for name in DATA_FLAGS
+              if name in flags and flags[name] != config.get(name)}
+    if others and any(name.startswith("the ") for name in changed):  # hashes, which say less than these flags
+        changed = {name: change for name, change in changed.items() if not name.startswith("the ")} | others
     if changed:
+        changed = [f"{name} was {before}, is {now}" for name, (before, now) in changed.items()]
         raise UserError(f"--resume: {source} is of another run: {'; '.join(changed)}; give the flags and data that "
                         f"it was started with (--config {beside_run(source, '.config.toml')}), or start anew with "
                         f"another --checkpoint-path")
     ignored = {"resume", "overwrite", "checkpoint_path", "cache_dir", "init_from"}
     for name, value in config.items():
-        if name not in ignored and not name.startswith("wandb_") and payload["config"].get(name, value) != value:
-            log.info("resumed with another %s: was %s, is %s", flag(name), payload["config"][name], value)
-    if source != path:
+        if name not in ignored and not name.startswith("wandb_") and flags.get(name, value) != value:
+            log.info("resumed with another %s: was %s, is %s", flag(name), flags[name], value)
+    if source != path and mends:
         if _one_file(cfg.beside(".best.pt"), path):  # its loss would be the one to beat, its weights are damaged
             cfg.beside(".best.pt").unlink()
         link(source, path)  # else the next save would replace the good file with the damaged one
@@ -265,13 +273,13 @@ def apply(payload, parts, continues):
 
 
 def begin(cfg, resume_from, state, eval_tokens):
-    """Before the first step, removes what a replaced run left: its log and metrics unless this run continues it, with
-    --overwrite also its checkpoints; a rollback makes `resume_from` the newest at once. Returns the validation loss to
-    beat: that of `.best.pt`, which may be newer than the checkpoint resumed from; infinity if there is none or it was
-    measured with another `eval_tokens`."""
+    """Before the first step, removes the drafts of killed saves and what a replaced run left: its log and metrics
+    unless this run continues it, with --overwrite its checkpoints. A rollback makes `resume_from` the newest at once.
+    Returns the validation loss to beat: that of `.best.pt`, which may be newer than the checkpoint resumed from, or
+    infinity if there is none or it was measured with another `eval_tokens`."""
     path, best = Path(cfg.checkpoint_path), cfg.beside(".best.pt")
     goes_on = resume_from is not None and cfg.continues(resume_from)
-    stale = [cfg.beside(".prev.pt"), cfg.beside(".nonfinite.pt")] if cfg.overwrite else []
+    stale = cfg.drafts() + ([cfg.beside(".prev.pt"), cfg.beside(".nonfinite.pt")] if cfg.overwrite else [])
     if cfg.overwrite and goes_on:
         link(Path(resume_from), path)
         stale += [file for file in cfg.numbered() if int(file.stem.rpartition("-")[2]) > state.step]
@@ -306,7 +314,7 @@ def require_space(cfg, n_bytes, n_steps, uploads=0):
     """Raises UserError if the disk cannot hold the checkpoints of `n_steps` steps, about `n_bytes` each: the newest and
     the one before (which count toward --keep-last), the best, the one being written, and those kept for uploads."""
     files = [file for file in map(Path, cfg.files()) if file.suffix == ".pt"]
-    files += cfg.beside("").parent.glob(glob.escape(cfg.beside("").name) + "*.pt.tmp")  # from a save that was killed
+    files += cfg.drafts()
     ours = {file.stat().st_ino: file.stat().st_size for file in files}
     saves = math.ceil(n_steps / cfg.save_steps) if cfg.save_steps else 1
     wanted = 1 + cfg.save_best + uploads + min(max(2, cfg.keep_last), saves + len(ours))
@@ -316,11 +324,12 @@ def require_space(cfg, n_bytes, n_steps, uploads=0):
                         f"{missing / 1e9:.2g} GB more than is free; make room, or name a path on another disk")
 
 
-def save_nonfinite(cfg, payload):
-    """Save what a run halted with → a message that says where it is and how to continue."""
+def save_nonfinite(cfg, payload, saving):
+    """Save what a run halted with → a message that says where it is and how to continue. `saving`: World.saving."""
     path = cfg.beside(".nonfinite.pt")
     try:
-        save(path, payload)
+        with saving:
+            save(path, payload)
         kept = f"the weights, which these steps left unchanged, are in {path}"
     except OSError as error:
         kept = f"the weights could not be saved ({error.strerror})"
@@ -359,17 +368,15 @@ def save_run(cfg, payload, step, latest, best):
     """Save at the checkpoint path (`latest`), as `.best.pt` (`best`), or both with one write. Returns the file's path.
 
     The previous checkpoint stays as `.prev.pt`, and with --keep-last the new one also gets a name with its step. These
-    are hard links, which cost no writing and ensure that an intact checkpoint has some name at every moment.
+    are hard links, which cost no writing and ensure that an intact checkpoint has some name at every moment. The best
+    is named before the newest: a run killed in between goes on from the one before, and finds the best again.
     """
-    path = Path(cfg.checkpoint_path)
+    path, best_path, newest = Path(cfg.checkpoint_path), cfg.beside(".best.pt"), cfg.beside(f".step-{step:08d}.pt")
     if not latest:
-        save(cfg.beside(".best.pt"), payload)
-        return cfg.beside(".best.pt")
-    save(path, payload, keep=cfg.beside(".prev.pt"))
-    if best:
-        link(path, cfg.beside(".best.pt"))
+        save(best_path, payload)
+        return best_path
+    save(path, payload, cfg.beside(".prev.pt"), [best_path] * best + [newest] * (cfg.keep_last > 0))
     if cfg.keep_last:
-        link(path, newest := cfg.beside(f".step-{step:08d}.pt"))
         # Not those of later steps, left from before the run fell back: they would outlive the new ones.
         for old in [file for file in cfg.numbered() if file <= newest][:-cfg.keep_last]:
             old.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import glob
 import json
 import math
 import operator
@@ -30,7 +31,9 @@ ELSEWHERE = {"learning_rate": "lr", "max_iters": "num_steps", "max_steps": "num_
              "eval_interval": "eval_steps", "dataset": "train_data", "tokenizer": "tokenizer_name",
              "data": "train_data", "epochs": "num_steps", "batch": "batch_size", "context_length": "seq_len",
              "max_seq_len": "seq_len", "ckpt": "checkpoint_path", "wandb": "use_wandb", "model": "arch",
-             "model_name": "init_from", "save_interval": "save_steps", "always_save_checkpoint": "save_steps"}
+             "model_name": "init_from", "save_interval": "save_steps", "always_save_checkpoint": "save_steps",
+             "per_device_train_batch_size": "batch_size", "micro_batch_size": "batch_size", "start": "prompt",
+             "gpu": "cuda"}
 BOUNDS = {"gt": (operator.gt, "greater than"), "ge": (operator.ge, "at least"),
           "lt": (operator.lt, "less than"), "le": (operator.le, "at most")}
 
@@ -100,12 +103,12 @@ def parse(cls, argv=None):
     """
     fields = flag_fields(cls)
     parser = Parser(prog=Path(sys.argv[0]).name, description=cls.__doc__, allow_abbrev=False,
-                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=118))
-    parser.add_argument("--config", metavar="FILE.toml", help="defaults for the flags below, which win over it")
+                    formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=118))
+    parser.add_argument("--config", metavar="FILE.toml", help="defaults for the flags below, which override it")
     for group in dataclasses.fields(cls):
         section = parser.add_argument_group(group.type.__doc__.strip().splitlines()[0].rstrip("."))
-        for name, (_, field, kind) in fields.items():
-            if field in dataclasses.fields(group.type):
+        for name, (owner, field, kind) in fields.items():
+            if owner == group.name:
                 _add_flag(section, name, field, kind)
 
     argv = [word for given in (sys.argv[1:] if argv is None else argv) for word in _plain_flags(given, fields)]
@@ -147,6 +150,11 @@ def flatten(config):
     return {name: getattr(getattr(config, group), name) for name, (group, _, _) in flag_fields(type(config)).items()}
 
 
+def part_of(cls, flat):
+    """A dataclass of flags from a flat dict that may have more of them or fewer, such as a checkpoint's `config`."""
+    return cls(**{field.name: flat[field.name] for field in dataclasses.fields(cls) if field.name in flat})
+
+
 def to_toml(config, without=()):
     """A filled dataclass of dataclasses as TOML for `--config`, omitting unset values and the names in `without`."""
     lines = []
@@ -182,6 +190,16 @@ def read_json(path):
     return value
 
 
+def write_whole(path, content):
+    """Write a file of these bytes so that a kill at any moment leaves either the old one or the new one."""
+    draft = path.with_name(path.name + ".tmp")
+    try:
+        draft.write_bytes(content)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
 def switched_on(variable):
     """Whether an environment variable says yes, in one of the ways that the Hugging Face Hub and W&B take for it."""
     return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on")
@@ -193,6 +211,12 @@ def beside_run(path, suffix):
     path = Path(path)
     stem = path.name.removesuffix(".metrics.jsonl") if path.name.endswith(".metrics.jsonl") else path.stem
     return path.with_name(re.sub(r"\.(best(-of-\d+)?|prev|nonfinite|step-\d+)$", "", stem) + suffix)
+
+
+def matching(prefix, pattern):
+    """The files whose paths are `prefix` plus a match of the regex `pattern`, sorted."""
+    return sorted(file for file in prefix.parent.glob(glob.escape(prefix.name) + "*")
+                  if re.fullmatch(pattern, file.name.removeprefix(prefix.name)))
 
 
 def read_records(path):
@@ -306,7 +330,8 @@ def _read_toml(path, cls, fields):
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # numbers with too many digits raise ValueError, too
-        raise UserError(f"--config {path}: not valid TOML: {error}") from None
+        advice = {".py": "; write it as TOML, as in configs/", ".yaml": "; a sweep: python sweep.py create"}
+        raise UserError(f"--config {path}: not valid TOML: {error}{advice.get(Path(path).suffix, '')}") from None
 
 
 def _toml_values(path, table, cls, fields):

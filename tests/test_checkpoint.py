@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import math
 import os
@@ -159,7 +160,57 @@ def test_a_foreign_checkpoint_is_not_resumed(tmp_path):
 
 def test_a_large_tensor_written_in_one_block_is_hashed_right(tmp_path):
     save(tmp_path / "c.pt", {"w": torch.randn(3_000_001)})
-    assert archive.read_digest(tmp_path / "c.pt") == archive.file_digest(tmp_path / "c.pt")
+    with open(tmp_path / "c.pt", "rb") as file:
+        assert archive.read_digest(file) == archive.file_digest(file)
+
+
+def test_a_save_writes_into_no_checkpoint_that_a_killed_link_left_under_its_draft(tmp_path):
+    cfg = config(tmp_path)
+    save_run(cfg, payload(1), 1, latest=True, best=False)
+    os.link(tmp_path / "c.pt", tmp_path / "c.best.pt.tmp")  # killed before it became c.best.pt
+    save_run(cfg, payload(2), 2, latest=False, best=True)
+    assert [load(tmp_path / name)["step"] for name in ("c.pt", "c.best.pt")] == [1, 2]
+    os.link(tmp_path / "c.best.pt", tmp_path / "c.pt.tmp")
+    save_run(cfg, payload(3), 3, latest=True, best=False)
+    assert [load(tmp_path / name)["step"] for name in ("c.pt", "c.prev.pt", "c.best.pt")] == [3, 1, 2]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("moment", range(6))
+def test_a_kill_in_a_save_leaves_the_newest_before_and_no_best_behind_it(tmp_path, monkeypatch, moment):
+    """Else a resumed run takes an older model for the best, and the better one is gone."""
+    cfg, calls = config(tmp_path, keep_last=2), []
+    save_run(cfg, payload(1), 1, latest=True, best=True)
+
+    def dies(do):
+        def call(*paths):
+            calls.append(paths)
+            if len(calls) == moment + 1:
+                raise Killed
+            return do(*paths)
+        return call
+
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr(os, "link", dies(os.link))
+        patch.setattr(os, "replace", dies(os.replace))
+        save_run(cfg, payload(2), 2, latest=True, best=True)
+    newest, best = (load(tmp_path / name)["step"] for name in ("c.pt", "c.best.pt"))
+    assert 1 <= newest <= best <= 2 and (moment or best == 1)
+
+
+def test_a_run_that_trains_on_may_replace_a_checkpoint_while_it_is_read(tmp_path, monkeypatch):
+    save(tmp_path / "c.pt", payload(1))
+    digest = archive.file_digest
+
+    def slow(file):
+        save(tmp_path / "c.pt", payload(2) | {"more": torch.zeros(999)})
+        return digest(file)
+
+    monkeypatch.setattr(archive, "file_digest", slow)
+    assert load(tmp_path / "c.pt")["step"] == 1
 
 
 EVAL_TOKENS = 100

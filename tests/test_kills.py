@@ -1,6 +1,8 @@
-"""Runs that are killed at any moment, again and again: what comes out is what an uninterrupted run leaves.
+"""Runs that are killed at any moment, or between any two operations on files: what comes out is what an uninterrupted
+run leaves.
 
-`pytest -n 0 -s -m full tests/test_kills.py` kills 200 times and prints the table of bench/RELIABILITY.md.
+`pytest -n 0 -s -m full tests/test_kills.py` kills 200 times at random and once before each operation on a file, and
+prints what bench/RELIABILITY.md has.
 """
 
 import contextlib
@@ -10,12 +12,14 @@ import random
 import signal
 import statistics
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 
 import pytest
-from conftest import environment, eventually, processes_with
+import torch
+from conftest import ROOT, TINY, Run, environment, eventually, processes_with
 from test_train import same
 
 # A kill in every phase: a save and an evaluation in every third step, and text to tokenize at the first start.
@@ -96,3 +100,82 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(trainer, tmp_path
           f"{statistics.median(ready):.1f} s (at most {max(ready):.1f})")
     for (name, moment), times in sorted(killed.items()):
         print(f"| {name} | {moment} | {times} | 0 | 0 |")
+
+
+# For each line (a folder, N) runs train.py there, in a copy of this process, which has imported it; kills it before its
+# N-th operation on a file; and starts it again with --resume auto. Prints the number of operations, and the exit codes.
+DYING = """
+import builtins, io, os, signal, sys; sys.path.insert(0, {root!r})
+import tracking, train
+
+def start(arguments, dies_at):
+    done = 0
+
+    def counted(owner, name, wanted=lambda *_: True):
+        real = getattr(owner, name)
+
+        def call(path, *args, **options):
+            nonlocal done
+            inside = isinstance(path, int) or os.path.abspath(path).startswith(os.getcwd())
+            if inside and wanted(*args):
+                done += 1
+                if done == dies_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return real(path, *args, **options)
+        setattr(owner, name, call)
+
+    if pid := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    for name in ("replace", "link", "unlink", "mkdir", "rmdir", "fsync"):
+        counted(os, name)
+    counted(io, "open", lambda mode="r", *_: not mode.startswith("r"))
+    builtins.open = io.open
+    log = open("out", "a")
+    os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
+    sys.argv = ["train.py", *arguments]
+    try:
+        train.main()
+    except SystemExit as left:
+        open("count", "w").write(str(done))
+        os._exit(left.code)
+    os._exit(1)
+
+for line in sys.stdin:
+    folder, dies_at = line.split()
+    os.makedirs(folder)
+    os.chdir(folder)
+    codes = [start(sys.argv[1:], int(dies_at))]
+    while codes[-1] == -9 and len(codes) < 3:
+        codes.append(start([*sys.argv[1:], "--resume", "auto"], 0))
+    print(open("count").read(), *codes, flush=True)
+"""
+
+
+@pytest.mark.parametrize("every", [17, pytest.param(1, marks=pytest.mark.full)])
+@pytest.mark.timeout(3000)
+def test_a_kill_between_any_two_operations_on_files_loses_nothing(tmp_path, text, every):
+    flags = [*TINY, "--n-layers", 1, "--train-data", text, "--max-tokens", 20_000, "--num-steps", 24, "--warmup-steps",
+             4, "--log-steps", 4, "--eval-steps", 4, "--save-steps", 8, "--keep-last", 1, "--cache-dir", "cache",
+             "--checkpoint-path", "c.pt"]
+    (tmp_path / "dying.py").write_text(DYING.format(root=str(ROOT)))
+    with subprocess.Popen([sys.executable, "dying.py", *map(str, flags)], cwd=tmp_path, env=environment(), text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as runs:
+
+        def run(dies_at):
+            folder = tmp_path / f"run{dies_at}"
+            print(folder, dies_at, file=runs.stdin, flush=True)
+            count, *codes = map(int, runs.stdout.readline().split())
+            files = {file.relative_to(folder) for file in folder.rglob("*") if file.is_file()}
+            done = subprocess.CompletedProcess([], codes[-1], (folder / "out").read_text(), "")
+            return count, codes, files, Run(done, folder, "c.pt"), torch.load(folder / "c.best.pt", weights_only=True)
+
+        count, codes, files, whole, best = run(0)
+        assert codes == [0] and count > 90
+        for dies_at in range(1, count + 1, every):
+            _, codes, found, mended, mended_best = run(dies_at)
+            assert codes == [-9, 0], f"{dies_at}: {codes}\n{mended.out}"
+            assert same(mended, whole) and mended_best["state"] == best["state"], dies_at
+            # What the next save removes, and a lock file of the token cache.
+            assert files <= found and {file.name for file in found - files} <= {"c.step-00000016.pt", ".lock"}, dies_at
+        runs.stdin.close()
+    print(f"\n{len(range(1, count + 1, every))} kills, one before each operation on a file: 0 lost, 0 differing")
