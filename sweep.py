@@ -21,7 +21,8 @@ import tomllib
 from pathlib import Path
 
 from config import Parser, UserError, positive
-from wandb_follower import import_wandb, reason
+from wandb_errors import reason
+from wandb_follower import import_wandb
 from wandb_runs import WandbConfig, with_environment
 from wandb_tools import run
 
@@ -71,6 +72,8 @@ def create(args):
     os.environ["WANDB_SILENT"] = "true"  # what matters is printed here
     settings = with_environment(WandbConfig(wandb_project=args.project or sweep.get("project", ""),
                                             wandb_entity=args.entity or sweep.get("entity", "")))
+    if settings.wandb_mode != "online":
+        raise UserError(f"a sweep needs W&B online, and WANDB_MODE or `wandb offline` says {settings.wandb_mode}")
     entity = settings.wandb_entity or wandb.Api(timeout=30).default_entity
     sweep_id = wandb.sweep(sweep, project=settings.wandb_project, entity=entity)
     print(f"python sweep.py agent {entity}/{settings.wandb_project}/{sweep_id}")
@@ -140,7 +143,7 @@ def main():
     command = commands.add_parser("agent", help="run trials of a sweep")
     command.add_argument("sweep", metavar="SWEEP_ID", help="ENTITY/PROJECT/ID, as create prints it")
     command.add_argument("--count", type=positive, help="trials of each agent; else until the sweep is done")
-    command.add_argument("--agents", type=positive, default=1, help=f"agents side by side, at most {MOST_AGENTS}")
+    command.add_argument("--agents", type=positive, default=1, help=f"agents to run in parallel, at most {MOST_AGENTS}")
     command.add_argument("--nproc-per-node", type=positive, help="processes of each trial, under torchrun")
     command.set_defaults(run_command=agent)
     run(parser)

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 from processes import child_processes, only_one
+from wandb_errors import Relay, explained, reason
 from wandb_runs import SOURCE, Job, local_folder
 
 POLL = 1.0  # seconds between reads of the file; each takes CPU time that training may need
@@ -66,6 +67,7 @@ class Follower:
             with self._patience():
                 run = open_run(self.job, self.say, stop=lambda: self.stop())  # a lambda: the SDK copies a method's self
             publisher = Publisher(run, self.job, self.say, samples_before(*self.job.rows))
+            publisher.publish(self._unsent(run))
             delivery, last = Delivery(run, self.job, self.say), False
             while not last:
                 last = self.ended.wait(POLL)  # wait before reading: what was written by then is read below
@@ -84,6 +86,16 @@ class Follower:
                 self.say("INFO", f"recorded; send it with wandb sync {shlex.quote(offline_folder(run))}")
             elif delivery.log:
                 self.say("INFO", f"finished: {run.url}")
+
+    def _unsent(self, run):
+        """Reports of earlier starts that did not reach the server: those behind the last step that it has."""
+        last = run.summary.get("step", -1)
+        if run.offline or self.job.shared or not isinstance(last, int | float):  # a shared run's are not known apart
+            return []
+        unsent = reports_before(*self.job.rows, after=last)
+        if unsent:
+            self.say("INFO", f"{len(unsent)} rows of earlier starts were not there, and are sent now")
+        return unsent
 
     @contextlib.contextmanager
     def _patience(self):
@@ -233,6 +245,17 @@ def samples_before(path, offset):
     return [record for record in found if record.get("event") == "sample"]
 
 
+def reports_before(path, offset, after):
+    """The reports of steps above `after` in the first `offset` bytes of a metrics.jsonl, as JSON."""
+    found = []
+    with open(path, "rb") as file:
+        while file.tell() < offset and (line := file.readline()):
+            step = re.match(rb'\{"step": (\d+), "time": [^,]+, (?!"event")', line)  # parse none, as above
+            if step and int(step[1]) > after:
+                found.append(line.decode())
+    return found
+
+
 class Publisher:
     """Sends the records of metrics.jsonl to a W&B run: metrics, samples, checkpoints, alerts."""
 
@@ -337,40 +360,6 @@ def _plain(name, value):
     return value
 
 
-def reason(error):
-    """The first line of an error message, without the server's response."""
-    lines = str(error).splitlines() or [""]
-    if "validation error" in lines[0] and len(lines) > 2:  # a setting; its value may be a secret
-        lines = [re.sub(r"\[type=.*", "", f"WANDB_{lines[1].strip().upper()}: {lines[2].strip()}")]
-    return re.sub(r":? *\{.*", "", lines[0])[:200].strip() or type(error).__name__
-
-
-ADVICE = [  # (pattern in W&B's error message, what to do)
-    (r"package is missing", "pip install wandb"),
-    (r"^WANDB_", "correct or unset that variable"),
-    (r"api[ _]key|\blogin\b|\b401\b|authenticat|logged in|no-tty", "wandb login, or WANDB_API_KEY"),
-    (r"no space left|\[errno 2\]|read-only|not a directory|file exists|\[errno 13\]|disk quota",
-     "name a folder of your own with room: --wandb-dir"),
-    (r"\b409\b|previously created and deleted", "an id is given once: go on with --resume --wandb-run-id NEW"),
-    (r"\b(403|404)\b|permission|not found|could not find|\bentity\b",
-     "check --wandb-entity and --wandb-project (WANDB_ENTITY, WANDB_PROJECT), or the key's rights"),
-    (r"\b429\b|rate limit|quota|storage", "W&B limits this account: fewer reports (--log-steps), or wait"),
-    (r"", "check the network and WANDB_BASE_URL, or take --wandb-mode offline"),
-]
-
-
-def advice(error):
-    """What the user can do about a W&B error."""
-    return next(words for pattern, words in ADVICE if re.search(pattern, str(error), re.IGNORECASE))
-
-
-def explained(error):
-    """The message of a W&B error, and what the user can do about it, unless the message already says so."""
-    why = reason(error).rstrip(".")
-    remedy = advice(f"{why} {error}")
-    return why if remedy.split(",")[0] in why else f"{why}; {remedy}"
-
-
 class Delivery:
     """Checks whether the SDK's service process still delivers rows. If the server rejects them for good, or a captive
     portal answers in its place, the SDK carries on silently; only its internal log shows it."""
@@ -390,30 +379,6 @@ class Delivery:
                                     f"{self.sync}")
                 self.log = None
                 return
-
-
-class Relay:
-    """Replaces stderr: relays each of the SDK's warnings and errors once, ten at most, and drops everything else."""
-
-    KNOWN = re.compile("is experimental|Fatal error while uploading")  # Delivery reports the latter better
-
-    def __init__(self, say):
-        self.say, self.told, self.buffer = say, set(), ""
-
-    def write(self, text):
-        *lines, self.buffer = (self.buffer + text).split("\n")
-        for line in lines:
-            found = re.match(r"wandb: (WARNING|ERROR) (.*)", re.sub(r"\x1b\[[0-9;]*m", "", line))
-            if found and found[2] not in self.told and len(self.told) < 10 and not self.KNOWN.search(found[2]):
-                self.told.add(found[2])
-                self.say("WARNING", found[2])
-        return len(text)
-
-    def flush(self):
-        pass
-
-    def isatty(self):
-        return False
 
 
 def main():

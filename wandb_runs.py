@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from config import UserError, arg, flag, switched_on
+from config import UserError, arg, flag, switched_on, write_whole
 
 SOURCE = Path(__file__).resolve().parent
 UPLOADS = 4  # maximum checkpoints waiting for upload; each is a hard link that may keep a replaced file on disk
@@ -73,8 +73,8 @@ class WandbConfig:
         if not re.fullmatch(r"[\w.-]{0,64}", final.wandb_run_id, re.ASCII):
             raise UserError(f"--wandb-run-id {final.wandb_run_id}: letters, digits, _ . and -, 64 at most")
         if final.wandb_project in ("runs", "sweeps"):
-            raise UserError(f"--wandb-project {final.wandb_project}: W&B takes this word for a part of its links; take "
-                            f"another name")
+            raise UserError(f"--wandb-project {final.wandb_project}: W&B reserves this word in its links; take another "
+                            f"name")
         if not re.fullmatch(r"[^/\\#?%:]{1,128}", final.wandb_project):
             raise UserError(f"--wandb-project {final.wandb_project}: 128 characters at most, and none of / \\ # ? % :")
         for tag in final.wandb_tags:
@@ -193,13 +193,13 @@ def recalled(path):
     return {}
 
 
+IDENTITY = ("shared", "primary", "label", "sweep", "host", "program")  # of a Job, beside its id: kept for a later sync
+
+
 def remember(path, base, job):
     """Store this run's identity in `path`, for resuming after a kill and for `wandb_tools.py sync`."""
-    facts = dict(base=base, init=job.init, shared=job.shared, primary=job.primary, label=job.label, sweep=job.sweep,
-                 host=job.host, program=job.program)
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(json.dumps(facts))
-    draft.replace(path)
+    facts = dict(base=base, init=job.init) | {name: getattr(job, name) for name in IDENTITY}
+    write_whole(path, json.dumps(facts).encode())
 
 
 def git(*words):

@@ -8,7 +8,6 @@ what was written. A pipe connects the two: EOF on it tells the follower that the
 
 import contextlib
 import dataclasses
-import glob
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ import threading
 from pathlib import Path
 
 import archive
+from config import matching
 from processes import child_processes, only_one
 from wandb_runs import UPLOADS, Job, remember, uncommitted
 
@@ -61,8 +61,7 @@ class WandbSink:
 
     def _links(self):
         """This rank's upload links; other ranks' may be in the same folder."""
-        prefix = self.beside(f"{self.tag}.upload-")
-        return sorted(prefix.parent.glob(glob.escape(prefix.name) + "[0-9]" * 8 + "*.pt"))
+        return matching(self.beside(f"{self.tag}.upload-"), r"\d{8}.*\.pt")
 
     def _forget_links(self):
         for link in self._links():

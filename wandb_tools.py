@@ -6,7 +6,6 @@ python wandb_tools.py download PROJECT/RUN_ID [DIR]      files, history and arti
 """
 
 import argparse
-import glob
 import json
 import os
 import re
@@ -16,10 +15,11 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path, PurePosixPath
 
-from config import Parser, UserError, beside_run, read_records
+from config import Parser, UserError, beside_run, matching, read_records
 from processes import only_one
-from wandb_follower import LOST_CODE, Publisher, advice, explained, import_wandb, leave, open_run, reason
-from wandb_runs import ENVIRONMENT, Job, WandbConfig, with_environment
+from wandb_errors import advice, explained, reason
+from wandb_follower import LOST_CODE, Publisher, import_wandb, leave, open_run
+from wandb_runs import ENVIRONMENT, IDENTITY, Job, WandbConfig, recalled, with_environment
 
 TIMEOUT = 30  # seconds per request
 ARRIVAL = 10  # seconds to wait until what was sent can be read back
@@ -29,50 +29,47 @@ def check(args):
     """Go through each step that a tracked run takes; if one fails, say how to fix it."""
     settings = with_environment(WandbConfig(use_wandb=True, wandb_project=args.project, wandb_entity=args.entity))
     forget_environment()
-    folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-    facts = {}
-
-    def package():
-        return f"wandb {import_wandb().__version__}"
-
-    def key():
-        wandb = import_wandb()
-        facts["api"] = wandb.Api(timeout=TIMEOUT)
-        if not facts["api"].api_key:
-            raise RuntimeError("no API key: not logged in")
-        return f"a key for {facts['api'].settings['base_url']}"
-
-    def server():
-        return f"logged in as {facts['api'].viewer.username}, entity {facts['api'].default_entity}"
-
-    def write():
-        init = dict(project=settings.wandb_project, entity=settings.wandb_entity or None, job_type="check",
-                    name="check", id=None, dir=folder.name)
-        job = Job(init, {}, live=False, finish_timeout=TIMEOUT)
-        facts["run"] = run = open_run(job, lambda *_: None, may_go_offline=False)
-        run.log({"step": 0, "check": 1.0})
-        run.finish()
-        return f"a row written to {run.entity}/{run.project}, run {run.id}"
-
-    def read():
-        target = f"{facts['run'].entity}/{facts['run'].project}/{facts['run'].id}"
-        rows = awaited(lambda: rows_of(facts["api"], target), bool) or []
-        if [row.get("check") for row in rows] != [1.0]:
-            raise RuntimeError(f"the row did not arrive: the server has {rows}")
-        try:
-            facts["api"].run(target).delete()
-        except Exception as error:  # not every key has permission to delete runs
-            return f"the row read back; the run stays there: {reason(error)}"
-        return "the row read back, and the run deleted"
-
-    for name, step in dict(package=package, login=key, server=server, write=write, read=read).items():
-        try:
-            print(f"{name:8} ok    {step()}", flush=True)
-        except Exception as error:
-            print(f"{name:8} FAIL  {reason(error)}\n{'':14} {advice(error)}", flush=True)
-            return 1
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        steps = checks(settings, folder)
+        for name in ("package", "login", "server", "write", "read"):
+            try:
+                print(f"{name:8} ok    {next(steps)}", flush=True)
+            except Exception as error:
+                print(f"{name:8} FAIL  {reason(error)}\n{'':14} {advice(error)}", flush=True)
+                return 1
     print("W&B is ready: add --use-wandb")
     return 0
+
+
+def checks(settings, folder):
+    """Takes one step after another, and yields what to say about each. Raises where a step fails."""
+    wandb = import_wandb()
+    yield f"wandb {wandb.__version__}"
+
+    api = wandb.Api(timeout=TIMEOUT)
+    if not api.api_key:
+        raise RuntimeError("no API key: not logged in")
+    yield f"a key for {api.settings['base_url']}"
+
+    yield f"logged in as {api.viewer.username}, entity {api.default_entity}"
+
+    init = dict(project=settings.wandb_project, entity=settings.wandb_entity or None, job_type="check", name="check",
+                id=None, dir=folder)
+    run = open_run(Job(init, {}, live=False, finish_timeout=TIMEOUT), lambda *_: None, may_go_offline=False)
+    run.log({"step": 0, "check": 1.0})
+    run.finish()
+    target = f"{run.entity}/{run.project}/{run.id}"
+    yield f"a row written to {run.entity}/{run.project}, run {run.id}"
+
+    rows = awaited(lambda: rows_of(api, target), bool) or []
+    if [row.get("check") for row in rows] != [1.0]:
+        raise RuntimeError(f"the row did not arrive: the server has {rows}")
+    try:
+        api.run(target).delete()
+    except Exception as error:  # not every key has permission to delete runs
+        yield f"the row read back; the run stays there: {reason(error)}"
+    else:
+        yield "the row read back, and the run deleted"
 
 
 def awaited(look, arrived):
@@ -105,14 +102,14 @@ def sync(args):
     """Send the rows of a run that the server lacks, from the files beside its checkpoint."""
     forget_environment()
     path = Path(args.run)
-    stem = beside_run(path, "").name
-    ours = re.compile(re.escape(stem) + r"(\.rank\d+)?\.wandb\.json")
-    memories = [memory for memory in path.parent.glob(glob.escape(stem) + "*") if ours.fullmatch(memory.name)]
+    memories = matching(beside_run(path, ""), r"(\.rank\d+)?\.wandb\.json")
     if not memories:
-        raise UserError(f"{path}: no {stem}.wandb.json beside it: not a run that was started with --use-wandb")
+        raise UserError(f"{path}: no {beside_run(path, '.wandb.json').name} beside it: not a run that was started with "
+                        f"--use-wandb")
     # Shortest name first: rank 0, whose files have no tag, opens the run that other ranks may share.
     for memory in sorted(memories, key=lambda memory: (len(memory.name), memory.name)):
-        facts = json.loads(memory.read_text())
+        if not (facts := recalled(memory)):
+            raise UserError(f"{memory}: damaged; restore it, or resume the run with --wandb-project and --wandb-run-id")
         with only_one(memory.with_suffix(".lock")) as alone, only_one(beside_run(path, ".lock")) as ended:
             if not alone or not ended:
                 raise UserError(f"{memory}: this run is still {'training' if alone else 'being sent'}; wait for it to "
@@ -135,8 +132,7 @@ def send(facts, path):
     init = facts["init"] | dict(dir=None)
     if stored is not None:  # keep the name, tags and notes that it has been given since
         init = {name: init[name] for name in ("project", "entity", "id")}
-    job = Job(init, config, live=False, sweep=facts.get("sweep", ""),
-              **{name: facts[name] for name in ("shared", "primary", "label", "host", "program") if name in facts})
+    job = Job(init, config, live=False, **{name: facts[name] for name in IDENTITY if name in facts})
     missing = lacking(records, stored or [])
     unended = stored is not None and api.run(target).state in ("running", "crashed")
     if not missing and not unended:
@@ -170,10 +166,8 @@ def lacking(records, stored):
 def download(args):
     """Download config, summary, history, files and artifacts of a run, or of a sweep's runs, to a folder per run."""
     wandb = import_wandb()
-    api, path = wandb.Api(timeout=TIMEOUT), args.run.removesuffix("/")
-    if "//" in path:  # a URL: https://wandb.ai/ENTITY/PROJECT/runs/ID
-        path = path.partition("//")[2].partition("/")[2]
-        path = re.split("[?#]", path)[0]
+    api = wandb.Api(timeout=TIMEOUT)
+    path = re.sub(r"^\w+://[^/]*|[?#].*", "", args.run)  # of a URL: https://wandb.ai/ENTITY/PROJECT/runs/ID
     parts = [part for part in path.split("/") if part]
     kind = "sweeps" if "sweeps" in parts else "runs"
     if kind in parts:  # a URL may continue after the id: /workspace, /overview
@@ -228,17 +222,17 @@ def run(parser):
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    leave(code or 0)
+    leave(code)
 
 
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="check|sync|download")
-    command = commands.add_parser("check", help="go through what a tracked run needs, and say how to mend it")
+    command = commands.add_parser("check", help="check everything that a tracked run needs, and say how to fix it")
     command.add_argument("--wandb-project", dest="project", default="", help="WANDB_PROJECT; else mini-llm")
     command.add_argument("--wandb-entity", dest="entity", default="", help="WANDB_ENTITY; else the key's own")
     command.set_defaults(run_command=check)
-    command = commands.add_parser("sync", help="send what the server lacks of a run")
+    command = commands.add_parser("sync", help="send the rows of a run that the server lacks")
     command.add_argument("run", metavar="RUN", help="its checkpoint path")
     command.set_defaults(run_command=sync)
     command = commands.add_parser("download", help="fetch a run, or the runs of a sweep")

@@ -227,7 +227,7 @@ def test_the_tutorials_command_reports_every_field_it_prints(trainer, tmp_path):
     shutil.copy(SHARED / "corpora" / "tinyshakespeare.txt", tmp_path / "data" / "train.txt")
     run = trainer("--train-data", "data/train.txt", "--tokenizer-name", "gpt2", "--seq-len", 512, "--batch-size", 2,
                   "--num-steps", 50, "--use-wandb", "--wandb-project", "mini-llm", "--wandb-run-name", "ddp_test",
-                  "--n-layers", 2, "--n-heads", 4, "--d-model", 128, "--eval-tokens", 4096, "--device", "cpu",
+                  "--n-layers", 2, "--n-heads", 2, "--d-model", 64, "--eval-tokens", 2048, "--device", "cpu",
                   ranks=2, tiny=False, data=False, env={"HF_HOME": str(SHARED / "hf-home")}, timeout=400)
     assert run.code == 0, run.err
     assert run.rows[0]["val/loss"] == pytest.approx(math.log(50257), rel=0.02)

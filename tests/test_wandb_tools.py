@@ -9,7 +9,7 @@ import pytest
 from conftest import QUICK, ROOT, command, environment, eventually, processes_with
 from wandb_server import ServerSweep, WandbServer
 
-from wandb_follower import explained
+from wandb_errors import explained
 from wandb_tools import lacking
 
 TOOLS = [sys.executable, str(ROOT / "wandb_tools.py")]
