@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import hardware
 from config import UserError, arg, one_line_errors, parse, without_infinity
-from data import BATCH, spread_windows
+from data import BATCH, read_windows, spread_windows
 from model import IGNORE
 from pretrained import load_run
 from shards import Shard, ShardWriter, read_meta
@@ -64,12 +64,13 @@ def evaluate(model, corpus, cfg, precision, world):
 class EvaluateConfig:
     """Evaluate"""
 
-    checkpoint_path: str = arg("checkpoints/minigpt.pt", "the checkpoint to evaluate", metavar="FILE.pt")
+    checkpoint_path: str = arg("checkpoints/minigpt.pt", "the checkpoint to evaluate, or a Hugging Face folder (GPT-2, "
+                                                         "Llama, Qwen3, NanoChat)", metavar="FILE.pt|DIR")
     data: list[str] = arg([], "text: whatever --train-data takes, several with a loss each, or a folder of token "
                               "shards, for its validation set; nothing: the run's own, if its --cache-dir is there",
                           metavar="PATH")
     text_column: str = arg("", "the column with the text, in files that have columns; unset: the run's")
-    seq_len: int = arg(0, "tokens in a window; 0: the run's --seq-len", ge=0)
+    seq_len: int = arg(0, "tokens in a window; 0: the run's --seq-len, or of a folder at most 1024", ge=0)
     stride: int = arg(0, "tokens between windows that overlap: each token but the first is predicted from at least "
                          "--seq-len - --stride before it, if there are; 0: windows that do not overlap, as in training",
                       ge=0)
@@ -96,6 +97,8 @@ class Config:
 def own_validation_set(saved):
     """The folder of token shards that the checkpoint's run was validated on. Raises UserError."""
     config = saved["config"]
+    if "train_data" not in config:
+        raise UserError("--data is missing: a Hugging Face folder has no validation set; name text to evaluate on")
     given = (Path(path) / "meta.json" for path in config["train_data"])  # may be a folder of token shards
     for file in (*given, *Path(config["cache_dir"]).glob("*/meta.json")):
         with contextlib.suppress(UserError):  # missing, or another corpus's and damaged
@@ -123,7 +126,7 @@ def open_data(paths, text_column, tokenizer, eos, saved, folder):
     require_hub(sources, "--data")
     for number, name in enumerate(source_names(paths) or [""]):
         file = Path(folder) / f"{number}.bin"
-        writer = ShardWriter(file, tokenizer.get_vocab_size(), -1 if eos is None else eos, bytes(32))
+        writer = ShardWriter(file, tokenizer.get_vocab_size(), eos, bytes(32))
         stream = pieces([source for source in sources if source.argument == number], "val")
         while batch := take(stream, BATCH):
             for _, ids, size, lost in encode_pieces(tokenizer, batch, eos):
@@ -158,10 +161,9 @@ def window_batches(shards, seq_len, stride, max_tokens, batch_size):
                    [(index * seq_len, seq_len) for index in spread[name]])
         for i in range(0, len(windows), batch_size):
             firsts, counted = zip(*windows[i:i + batch_size], strict=True)
-            tokens = np.stack([shard.read(first, T + 1) for first in firsts]).astype(np.int64)  # (B, T + 1)
-            y = tokens[:, 1:].copy()
+            x, y = read_windows(shard, firsts, T)
             y[np.arange(T) < T - np.array(counted)[:, None]] = IGNORE
-            yield name, np.array(firsts), tokens[:, :-1].copy(), y
+            yield name, np.array(firsts), x, y
 
 
 def interval(nats, tokens):
@@ -214,8 +216,8 @@ def evaluate_text(model, shards, bytes_per_token, cfg, seq_len, precision, devic
 
 def report(found):
     """The results as text."""
-    interval = "{:.4f} to {:.4f}".format(*found["ci95"]) if found["ci95"] else "unknown"
-    lines = [f"loss {found['loss']:.4f} nats per token (95 %: {interval}, standard error over {found['clusters']})",
+    ci95 = "{:.4f} to {:.4f}".format(*found["ci95"]) if found["ci95"] else "unknown"
+    lines = [f"loss {found['loss']:.4f} nats per token (95 %: {ci95}, standard error over {found['clusters']})",
              f"perplexity {found['ppl']:.2f}, {found['bits_per_byte']:.4f} bits per byte",
              f"{found['tokens']:,} tokens in windows of {found['seq_len']}"
              + (f", {found['stride']} apart" if found["stride"] else "")
@@ -226,12 +228,13 @@ def report(found):
 @one_line_errors()
 def main():
     cfg = parse(Config).evaluate
-    speed = hardware.SpeedConfig(amp=cfg.precision != "fp32", amp_dtype=cfg.precision.replace("fp32", "auto"))
+    amp_dtype = "auto" if cfg.precision == "fp32" else cfg.precision
+    speed = hardware.SpeedConfig(amp=cfg.precision != "fp32", amp_dtype=amp_dtype)
     device = hardware.configure(speed, hardware.choose_device(cfg.device))
     model, tokenizer, eos, saved = load_run(cfg.checkpoint_path)
     seq_len = cfg.seq_len or saved["config"]["seq_len"]
     if seq_len > model.cfg.max_position_embeddings:
-        raise UserError(f"--seq-len {seq_len} is above the {model.cfg.max_position_embeddings} positions trained; "
+        raise UserError(f"--seq-len {seq_len} is above the model's {model.cfg.max_position_embeddings} positions; "
                         f"lower it")
     if cfg.stride > seq_len:
         raise UserError(f"--stride {cfg.stride} is above --seq-len {seq_len}: windows would leave tokens out")

@@ -22,12 +22,13 @@ from pretrained import hugging_face_config, load_run, to_hugging_face, tokenizer
 
 SAMPLING = dict(do_sample=True, temperature=TEMPERATURE, top_k=TOP_K)
 # Flags that say nothing about what was trained.
-NO_SETTINGS = {"resume", "overwrite", "dry_run", "device", "log_steps", "save_steps", "sample_steps", "keep_last"}
+NO_SETTINGS = {"resume", "overwrite", "dry_run", "device", "timeout", "check_replicas", "log_steps", "save_steps",
+               "sample_steps", "save_best", "keep_last", "async_save", "time_limit", "heartbeat_file"}
 SPARE_IDS = 4096  # at most this many ids without a token are listed in generation_config.json as suppressed
 
 
 @dataclass
-class OutputConfig:
+class ExportConfig:
     """Export"""
 
     checkpoint_path: str = arg("checkpoints/minigpt.pt", "the checkpoint to export", metavar="FILE.pt")
@@ -45,10 +46,10 @@ class OutputConfig:
 
 
 @dataclass
-class ExportConfig:
+class Config:
     """Write a checkpoint as a Hugging Face folder."""
 
-    output: OutputConfig = field(default_factory=OutputConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
 
 
 def export(path, output, dtype="float32"):
@@ -57,6 +58,8 @@ def export(path, output, dtype="float32"):
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    if path.is_dir():
+        raise UserError(f"--checkpoint-path {path}: a folder, and so no checkpoint; give the .pt file")
     model, known, eos, saved = load_run(path)
     tokenizer, n_tokens = tokenizer_folder(path), known.get_vocab_size()
     twin = transformers.AutoModelForCausalLM.from_config(hugging_face_config(model.cfg, eos))
@@ -135,8 +138,8 @@ def model_card(path, model, saved, n_tokens, dtype):
     return "\n".join([
         "---", "library_name: transformers", "pipeline_tag: text-generation", f"tags:\n- mini-llm\n- {cfg.arch}", "---",
         f"\n# {beside_run(path, '').name}\n",
-        "A base model: it goes on with the text that it is given, in the manner of its training data. It has not been "
-        "taught to follow instructions, to converse, or to withhold anything; nobody has checked what it says.\n",
+        "A base model: it continues the text that it is given, in the style of its training data. It has not been "
+        "trained to follow instructions, to converse or to refuse anything, and nobody has reviewed what it says.\n",
         "## Model\n", "| | |", "|---|---|", f"| architecture | {cfg.arch} |",
         f"| parameters | {model.num_params():,} ({dtype}) |", f"| layers | {cfg.n_layers} |",
         f"| heads | {cfg.n_heads} of {cfg.head_size}, {cfg.kv_heads} for keys and values |",
@@ -175,7 +178,7 @@ def _wandb_link(path):
 
 @one_line_errors()
 def main():
-    cfg = parse(ExportConfig).output
+    cfg = parse(Config).export
     export(Path(cfg.checkpoint_path), cfg.output, cfg.dtype)
     print(f"wrote {cfg.output}")
 

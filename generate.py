@@ -29,11 +29,12 @@ COLD = 1e-6  # below this temperature decoding is greedy: dividing logits by it 
 class GenerateConfig:
     """Generate"""
 
-    checkpoint_path: str = arg("checkpoints/minigpt.pt", "the checkpoint to generate with", metavar="FILE.pt")
+    checkpoint_path: str = arg("checkpoints/minigpt.pt", "the checkpoint to generate with, or a Hugging Face folder "
+                                                         "(GPT-2, Llama, Qwen3, NanoChat)", metavar="FILE.pt|DIR")
     prompt: list[str] = arg([], "texts to continue, which may be empty; none: one empty text")
     prompt_file: str = arg("", "more texts to continue, one a line; -: standard input", metavar="FILE|-")
     num_samples: int = arg(1, "continuations of each prompt", ge=1, le=10**6)
-    max_new_tokens: int = arg(256, "tokens of a continuation, at most; the end-of-text token ends it sooner", ge=1,
+    max_new_tokens: int = arg(256, "tokens of a continuation at most; an end-of-text token ends it sooner", ge=1,
                               le=10**7)
     temperature: float = arg(TEMPERATURE, "below 1: likelier tokens more often; 0: always the likeliest", ge=0)
     top_k: int = arg(TOP_K, "sample from this many likeliest tokens; 0: from all", ge=0)
@@ -45,7 +46,7 @@ class GenerateConfig:
 
     def validate(self):
         if "" in self.stop:
-            raise UserError("--stop '': an empty text is everywhere; leave it out")
+            raise UserError("--stop '': an empty text matches everywhere; leave it out")
 
     def prompts(self):
         """All prompts, in order. Raises UserError if the file cannot be read."""

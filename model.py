@@ -1,7 +1,7 @@
-"""One GPT, three architectures: (tokens, targets) → loss.
+"""One GPT, four architectures: (tokens, targets) → loss.
 
-GPT-2 (Radford et al. 2019), Qwen3 (arXiv:2505.09388) and nanochat differ in a handful of parts: the norm, the position
-encoding, the MLP, the output head. `ARCHS` defines each architecture by one choice per part.
+GPT-2 (Radford et al. 2019), Llama (arXiv:2302.13971), Qwen3 (arXiv:2505.09388) and nanochat differ in a handful of
+parts: the norm, the position encoding, the MLP, the output head. `ARCHS` defines each by one choice per part.
 
 Shape letters: B batch, T time, C d_model, L layers, nh query heads, nkv key/value heads, hs head size, V vocabulary.
 """
@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from config import UserError, arg
+from config import UserError, arg, flag
 from kernels import CausalAttention, Linear, head_cross_entropy
 
 IGNORE = -1  # ignore_index: targets excluded from the loss
@@ -29,19 +29,21 @@ class Arch:
     norm_eps: float
     mlp: str  # gelu: tanh approximation; swiglu; relu2
     bias: bool = False  # in every linear layer except the head
-    rope_theta: float = 0  # 0: learned absolute positions instead of RoPE
+    rope_theta: float = 0  # unless --rope-theta is given; 0: learned absolute positions instead of RoPE
     rope_sign: int = 1  # -1: nanochat rotates in the opposite direction
     qk_norm: str = "no"  # RMSNorm on queries and keys: no, before or after RoPE
     embed_norm: bool = False
     tie_embeddings: bool = False
+    init: str = "normal"  # or nanochat: see init_weights
     softcap: float = 0.0  # logits = cap * tanh(logits / cap); 0: none
 
 
 ARCHS = {
     "gpt2": Arch(norm="layernorm", norm_eps=1e-5, bias=True, mlp="gelu", tie_embeddings=True),
+    "llama": Arch(norm="rmsnorm", norm_eps=1e-5, rope_theta=1e4, mlp="swiglu"),
     "qwen3": Arch(norm="rmsnorm", norm_eps=1e-6, rope_theta=1e6, qk_norm="before", mlp="swiglu"),
     "nanochat": Arch(norm="plain_rmsnorm", norm_eps=1e-6, rope_theta=1e4, rope_sign=-1, qk_norm="after", mlp="relu2",
-                     embed_norm=True, softcap=15.0),
+                     embed_norm=True, init="nanochat", softcap=15.0),
 }
 
 
@@ -56,6 +58,7 @@ class GPTConfig:
     d_model: int = arg(256, "width of the residual stream", ge=1)
     d_ff: int = arg(0, "width of the MLP; 0: 4 x d_model, or 3 x for SwiGLU", ge=0)
     head_dim: int = arg(0, "width of one head; 0: d_model / n_heads", ge=0)
+    rope_theta: float = arg(0.0, "base of RoPE's wavelengths; 0: as the architecture has it", ge=0)
     dropout: float = arg(0.0, "probability, on embeddings, attention weights and residual branches", ge=0, lt=1)
     max_position_embeddings: int = arg(1024, "longest sequence, in tokens", ge=1)
     vocab_size: int = arg(0, "size of a trained bpe tokenizer, or of an embedding wider than the tokenizer; "
@@ -73,13 +76,13 @@ class GPTConfig:
                             f"try --n-kv-heads {math.gcd(self.n_heads, self.n_kv_heads)}")
         if self.parts.rope_theta and self.head_size % 2:
             raise UserError(f"--head-dim {self.head_size} is odd, and RoPE rotates pairs of dimensions; take an even")
+        if self.rope_theta and not self.parts.rope_theta:
+            raise UserError(f"--rope-theta {self.rope_theta}: --arch {self.arch} has learned positions; leave it out")
         rough = self.d_model * (self.n_layers * 2 * (self.n_heads * self.head_size + self.ff_size)
                                 + self.vocab_size + self.max_position_embeddings)
         if rough > 1e12:
-            raise UserError(f"--d-model {self.d_model} with --n-layers {self.n_layers}, --n-heads {self.n_heads} of "
-                            f"--head-dim {self.head_size}, --d-ff {self.ff_size}, --vocab-size {self.vocab_size} and "
-                            f"--max-position-embeddings {self.max_position_embeddings}: {rough:.0e} parameters, "
-                            f"which no device holds")
+            sizes = " ".join(f"{flag(name)} {size}" for name, size in vars(self).items() if type(size) is int and size)
+            raise UserError(f"{sizes}: {rough:.0e} parameters, which no device holds")
 
     @property
     def parts(self):
@@ -106,9 +109,7 @@ def autocast_dtype(device):
     """The dtype in which autocast runs matrix products on `device`; None if autocast is off."""
     # Before torch 2.12 Dynamo cannot trace is_autocast_available, and would break the graph into three.
     known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type)
-    if known and torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return None
+    return torch.get_autocast_dtype(device.type) if known and torch.is_autocast_enabled(device.type) else None
 
 
 class RMSNorm(nn.Module):
@@ -131,7 +132,7 @@ def make_norm(parts, size):
 
 def rope_angles(cfg):
     """cos and sin of the RoPE angles, (2, max_position_embeddings, hs / 2), float32 (Su et al. 2021)."""
-    inverse = cfg.parts.rope_theta ** -(torch.arange(0, cfg.head_size, 2).float() / cfg.head_size)
+    inverse = (cfg.rope_theta or cfg.parts.rope_theta) ** -(torch.arange(0, cfg.head_size, 2).float() / cfg.head_size)
     angles = torch.outer(torch.arange(cfg.max_position_embeddings).float(), inverse)
     return torch.stack([angles.cos(), angles.sin() * cfg.parts.rope_sign])
 
@@ -145,9 +146,12 @@ def rotate(x, rope):
 def attend(q, k, v, dropout=0.0):
     """Causal attention: q (B, nh, T, hs), k and v (B, nkv, S, hs) → (B, nh, T, hs). T is S, or 1 with a KV cache."""
     T = q.shape[2]
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and 1 < T <= EXPLICIT_ATTENTION:
-        # (B, nkv, S, hs) -> (B, nkv, nh / nkv, S, hs) -> (B, nh, S, hs); a view if nkv == nh
-        k, v = (x.unsqueeze(2).expand(-1, -1, q.shape[1] // x.shape[1], -1, -1).flatten(1, 2) for x in (k, v))
+    assert T in (1, k.shape[2]), "a cache takes the prompt whole, then one token at a time"
+    explicit = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and 1 < T <= EXPLICIT_ATTENTION
+    fused = not explicit and not (q.is_cuda and q.dtype == torch.float32)  # CUDA's in fp32 takes no grouped queries
+    if q.shape[1] != k.shape[1] and not fused:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (B, nh, S, hs)
+    if explicit:
         return CausalAttention.apply(q, k, v, dropout)
     # A single new token attends to the whole cache, so only longer inputs need the causal mask.
     return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=q.shape[1] != k.shape[1],
@@ -162,9 +166,7 @@ class Attention(nn.Module):
         self.qkv = Linear(cfg.d_model, sum(self.sizes), bias=bias)
         self.proj = Linear(self.sizes[0], cfg.d_model, bias=bias)
         if cfg.parts.qk_norm != "no":
-            gain = cfg.parts.norm == "rmsnorm"
-            self.q_norm = RMSNorm(cfg.head_size, cfg.parts.norm_eps, gain)
-            self.k_norm = RMSNorm(cfg.head_size, cfg.parts.norm_eps, gain)
+            self.q_norm, self.k_norm = (make_norm(cfg.parts, cfg.head_size) for _ in "qk")
 
     def forward(self, x, rope, past=None):
         B, T, _ = x.shape
@@ -198,7 +200,7 @@ class MLP(nn.Module):
             return self.down(F.silu(self.gate(x)) * h)
         if self.kind == "relu2":
             return self.down(F.relu(h).square())
-        exact = h.device.type == "cpu" and (self.training or h.dtype == torch.bfloat16)  # within 5e-4, twice as fast
+        exact = h.device.type == "cpu" and (self.training or h.dtype == torch.bfloat16)  # within 5e-4, in half the time
         return self.down(F.gelu(h, approximate="none" if exact else "tanh"))
 
 
@@ -234,9 +236,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """All but nanochat: normal(0, 0.02), projections into the residual stream divided by sqrt(2L). nanochat:
+        """normal: std 0.02, projections into the residual stream divided by sqrt(2L), as in GPT-2. nanochat:
         embeddings of std 1, matrices uniform with std 1/sqrt(C), residual projections zero, the head near zero."""
-        nanochat = self.cfg.arch == "nanochat"
         for name, parameter in self.named_parameters():
             if not name.endswith((".weight", ".bias")):
                 continue  # a module's own kind of parameter, as it made it
@@ -245,7 +246,7 @@ class GPT(nn.Module):
                 parameter.zero_()
             elif "norm" in name:
                 parameter.fill_(1.0)
-            elif not nanochat:
+            elif self.cfg.parts.init == "normal":
                 parameter.normal_(0.0, 0.02 / math.sqrt(2 * self.cfg.n_layers) if into_stream else 0.02)
             elif into_stream:
                 parameter.zero_()
@@ -261,16 +262,14 @@ class GPT(nn.Module):
         """tokens (B, T) int64, targets (B, T) with IGNORE at positions excluded from the loss → mean cross-entropy in
         nats per token (with `reduction="none"`: one value per target, (B * T,)). Without targets → logits (B, T, V)."""
         x = self.hidden(tokens)
+        if targets is None:
+            return self.logits(x)
         # Chunks round gradients before fp16's loss scale applies; torch.compile would unroll the loop over chunks.
-        may_chunk = autocast_dtype(x.device) is not torch.float16 and not torch.compiler.is_compiling()
-        if targets is not None and self.chunks_loss and may_chunk:
+        if self.chunks_loss and autocast_dtype(x.device) is not torch.float16 and not torch.compiler.is_compiling():
             nats = head_cross_entropy(x.flatten(0, 1), self.head_weight.to(x.dtype), targets.flatten(), IGNORE)
             return nats if reduction == "none" else nats.sum() / (targets != IGNORE).sum()
-        logits = self.logits(x)
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE,
-                               reduction=reduction)
+        logits = self.logits(x).float().flatten(0, 1)  # (B * T, V)
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction=reduction)
 
     @property
     def chunks_loss(self):
@@ -281,11 +280,10 @@ class GPT(nn.Module):
     def hidden(self, tokens, past=None):
         """tokens (B, T) → hidden states (B, T, C), after the final norm."""
         start, T = (past.length if past else 0), tokens.shape[1]
+        assert start + T <= self.cfg.max_position_embeddings, "longer than max_position_embeddings"
         x = self.tok_emb(tokens)
-        rope = None
-        if self.cfg.parts.rope_theta:
-            rope = self.rope[:, start:start + T]  # (2, T, hs / 2)
-        else:
+        rope = self.rope[:, start:start + T] if self.cfg.parts.rope_theta else None  # (2, T, hs / 2)
+        if rope is None:
             x = x + self.pos_emb.weight[start:start + T]  # (B, T, C) + (T, C)
         x = self.dropout(self.embed_norm(x))
         if autocast_dtype(x.device) is torch.bfloat16:
@@ -327,8 +325,8 @@ class GPT(nn.Module):
 class KVCache:
     """Keys and values of the tokens so far, in one preallocated buffer per layer, with room for `limit` tokens."""
 
-    def __init__(self, cfg, limit=None):
-        self.layers = [LayerCache(limit or cfg.max_position_embeddings) for _ in range(cfg.n_layers)]
+    def __init__(self, cfg, limit):
+        self.layers = [LayerCache(limit) for _ in range(cfg.n_layers)]
 
     @property
     def length(self):

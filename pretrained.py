@@ -1,8 +1,8 @@
-"""Trained weights from any source: our checkpoints, and Hugging Face folders of GPT-2, Qwen3 and NanoChat.
+"""Trained weights from any source: our checkpoints, and Hugging Face folders of GPT-2, Llama, Qwen3 and NanoChat.
 
 `--init-from` starts a run from them: `resolve_init` adopts their sizes, `load_initial` loads the weights.
 
-`to_hugging_face` and `from_hugging_face` convert weights both ways for all three architectures, with equal logits.
+`to_hugging_face` and `from_hugging_face` convert weights both ways for all architectures, with equal logits.
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ import torch
 
 import checkpoint
 from archive import DamagedCheckpoint, load, peek
-from config import UserError, arg, beside_run, first_line, flag, read_json
+from config import UserError, arg, beside_run, first_line, flag, part_of, read_json
 from model import ARCHS, GPT, GPTConfig
-from tokenizer import end_of_text, hub_reachable, identity, open_tokenizer
+from tokenizer import end_of_text, hub_reachable, identity, load_tokenizer, open_tokenizer
 
 # Our parameter names → theirs; {i} is the block index. Our fused qkv is GPT-2's c_attn, and separate q, k, v elsewhere.
 LLAMA_NAMES = {
@@ -29,6 +29,8 @@ LLAMA_NAMES = {
     "blocks.{i}.attn.q_norm": "model.layers.{i}.self_attn.q_norm",
     "blocks.{i}.attn.k_norm": "model.layers.{i}.self_attn.k_norm",
     "blocks.{i}.mlp_norm": "model.layers.{i}.post_attention_layernorm",
+    "blocks.{i}.mlp.up": "model.layers.{i}.mlp.up_proj", "blocks.{i}.mlp.gate": "model.layers.{i}.mlp.gate_proj",
+    "blocks.{i}.mlp.down": "model.layers.{i}.mlp.down_proj",
 }
 NAMES = {
     "gpt2": {
@@ -37,9 +39,7 @@ NAMES = {
         "blocks.{i}.attn.proj": "transformer.h.{i}.attn.c_proj", "blocks.{i}.mlp_norm": "transformer.h.{i}.ln_2",
         "blocks.{i}.mlp.up": "transformer.h.{i}.mlp.c_fc", "blocks.{i}.mlp.down": "transformer.h.{i}.mlp.c_proj",
     },
-    "qwen3": LLAMA_NAMES | {"blocks.{i}.mlp.up": "model.layers.{i}.mlp.up_proj",
-                            "blocks.{i}.mlp.gate": "model.layers.{i}.mlp.gate_proj",
-                            "blocks.{i}.mlp.down": "model.layers.{i}.mlp.down_proj"},
+    "llama": LLAMA_NAMES, "qwen3": LLAMA_NAMES,  # a Llama has no q_norm and k_norm
     "nanochat": LLAMA_NAMES | {"blocks.{i}.mlp.up": "model.layers.{i}.mlp.fc1",
                                "blocks.{i}.mlp.down": "model.layers.{i}.mlp.fc2"},
 }
@@ -49,8 +49,8 @@ NO_MATTER = re.compile(r"_name_or_path|architectures|\w*dtype|transformers_versi
                        r"initializer_range|use_cache|id2label|label2id|problem_type|return_dict|output_\w+|summary_\w+|"
                        r"chunk_size_feed_forward|reorder_and_upcast_attn|max_window_layers|n_inner")
 # The flags that the weights determine; dropout and activation checkpointing are up to the run.
-SIZES = ("arch", "n_layers", "n_heads", "n_kv_heads", "d_model", "d_ff", "head_dim", "max_position_embeddings",
-         "vocab_size", "tie_embeddings")
+SIZES = ("arch", "n_layers", "n_heads", "n_kv_heads", "d_model", "d_ff", "head_dim", "rope_theta",
+         "max_position_embeddings", "vocab_size", "tie_embeddings")
 
 log = logging.getLogger("mini_llm")
 
@@ -60,7 +60,7 @@ class InitConfig:
     """Weights to start from"""
 
     init_from: str = arg("", "start from trained weights, which decide the model's sizes: a Hugging Face folder or "
-                             "name (GPT-2, Qwen3, NanoChat), or a checkpoint", metavar="DIR|NAME|FILE.pt",
+                             "name (GPT-2, Llama, Qwen3, NanoChat), or a checkpoint", metavar="DIR|NAME|FILE.pt",
                          empty=False)
 
 
@@ -74,7 +74,7 @@ def resolve_init(cfg, resume_from):
     if saved and (init.init_from or saved.get("init_from")):
         if init.init_from:
             log.info("--init-from %s is not read: the weights are those of %s", init.init_from, resume_from)
-        model = dataclasses.replace(model, **{name: saved[name] for name in SIZES if name not in stated})
+        model = dataclasses.replace(model, **{name: saved[name] for name in SIZES if name in saved} | stated)
         init = InitConfig(saved.get("init_from", ""))
     elif init.init_from:
         if cfg.checkpoint.overwrite and cfg.checkpoint.continues(init.init_from):
@@ -151,7 +151,6 @@ def _folder(source):
     """The folder with the configuration and the weights of `source`: itself, or its copy in the local cache, downloaded
     if incomplete and the Hub is reachable. Raises UserError within seconds if there is none."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     def whole(folder):
         weights = list(Path(folder).glob("*.safetensors"))
@@ -162,7 +161,7 @@ def _folder(source):
         wanted = ["config.json", "*.safetensors", "*.safetensors.index.json"]
         try:
             return snapshot_download(source, allow_patterns=wanted, **options)
-        except (OSError, ValueError, HfHubHTTPError, HFValidationError):
+        except Exception:  # many types, of httpx and XET as well: a connection lost midway is not an OSError
             return source  # which is not a folder
 
     folder, reachable = source, True
@@ -204,6 +203,7 @@ def gpt_config(theirs, source):
                     n_kv_heads=first("num_key_value_heads", default=heads),
                     d_ff=first("intermediate_size", "n_inner", default=4 * width),
                     head_dim=first("head_dim", default=width // heads), vocab_size=theirs.vocab_size,
+                    rope_theta=float(first("rope_parameters", default={}).get("rope_theta", 0)),
                     max_position_embeddings=theirs.max_position_embeddings, tie_embeddings=theirs.tie_word_embeddings)
     cfg.validate_sizes()
     # Fields in both configurations must agree. Fields missing from ours are allowed, except in rope_parameters.
@@ -236,29 +236,28 @@ def hugging_face_config(cfg, eos=None):
                             "transformers' class cannot hold this model")
         return transformers.GPT2Config(n_positions=cfg.max_position_embeddings, n_embd=cfg.d_model,
                                        n_layer=cfg.n_layers, n_head=cfg.n_heads, n_inner=cfg.ff_size,
+                                       layer_norm_epsilon=cfg.parts.norm_eps,
                                        resid_pdrop=cfg.dropout, embd_pdrop=cfg.dropout, attn_pdrop=cfg.dropout,
                                        **common)
     shape = dict(hidden_size=cfg.d_model, intermediate_size=cfg.ff_size, num_hidden_layers=cfg.n_layers,
                  num_attention_heads=cfg.n_heads, num_key_value_heads=cfg.kv_heads, head_dim=cfg.head_size,
                  max_position_embeddings=cfg.max_position_embeddings, rms_norm_eps=cfg.parts.norm_eps,
-                 rope_parameters={"rope_type": "default", "rope_theta": cfg.parts.rope_theta},
+                 rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta or cfg.parts.rope_theta},
                  attention_dropout=cfg.dropout)
-    if cfg.arch == "qwen3":
-        return transformers.Qwen3Config(use_sliding_window=False, **shape, **common)
-    return transformers.NanoChatConfig(final_logit_softcapping=cfg.parts.softcap, pad_token_id=None, **shape, **common)
+    kind, own = {"llama": (transformers.LlamaConfig, {}),
+                 "qwen3": (transformers.Qwen3Config, dict(use_sliding_window=False)),
+                 "nanochat": (transformers.NanoChatConfig, dict(final_logit_softcapping=cfg.parts.softcap,
+                                                                pad_token_id=None))}[cfg.arch]
+    return kind(**shape, **common, **own)
 
 
 def to_hugging_face(cfg, state):
     """Our state dict → theirs."""
-    theirs = {}
+    sizes, theirs = [n * cfg.head_size for n in (cfg.n_heads, cfg.kv_heads, cfg.kv_heads)], {}
     for name, tensor in state.items():
-        layer, stem, kind = _split(name)
-        if stem.endswith("attn.qkv") and cfg.arch != "gpt2":
-            sizes = [n * cfg.head_size for n in (cfg.n_heads, cfg.kv_heads, cfg.kv_heads)]
-            for letter, part in zip("qkv", tensor.split(sizes), strict=True):
-                theirs[f"model.layers.{layer}.self_attn.{letter}_proj.{kind}"] = part.contiguous()
-            continue
-        theirs[f"{NAMES[cfg.arch][stem]}.{kind}".replace("{i}", layer)] = _oriented(cfg, stem, tensor)
+        names, tensor = _their_names(cfg, name), _oriented(cfg, name, tensor)
+        parts = tensor.split(sizes) if len(names) == 3 else [tensor]
+        theirs |= {name: part.contiguous() for name, part in zip(names, parts, strict=True)}
     return theirs
 
 
@@ -268,28 +267,24 @@ def from_hugging_face(cfg, theirs):
     with torch.device("meta"):
         shapes = GPT(cfg).state_dict()
     for name, tensor in shapes.items():
-        layer, stem, kind = _split(name)
-        if stem.endswith("attn.qkv") and cfg.arch != "gpt2":
-            ours[name] = torch.cat([theirs[f"model.layers.{layer}.self_attn.{letter}_proj.{kind}"] for letter in "qkv"])
-            continue
-        ours[name] = _oriented(cfg, stem, theirs[f"{NAMES[cfg.arch][stem]}.{kind}".replace("{i}", layer)])
+        parts = [_oriented(cfg, name, theirs[part]) for part in _their_names(cfg, name)]
+        ours[name] = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()  # no copy where none is needed
         assert ours[name].shape == tensor.shape, (name, ours[name].shape, tensor.shape)
     return ours
 
 
-def _split(name):
-    """blocks.3.attn.qkv.weight → 3, blocks.{i}.attn.qkv, weight"""
+def _their_names(cfg, name):
+    """Our parameter's name → theirs: one, or three for the parts of our fused qkv."""
     stem, _, kind = name.rpartition(".")
-    parts = stem.split(".")
-    if parts[0] != "blocks":
-        return "", stem, kind
-    return parts[1], ".".join(["blocks", "{i}", *parts[2:]]), kind
+    layer, stem = "".join(re.findall(r"\.(\d+)\.", stem)), re.sub(r"\.\d+\.", ".{i}.", stem)
+    if stem.endswith("qkv") and cfg.arch != "gpt2":
+        return [f"model.layers.{layer}.self_attn.{letter}_proj.{kind}" for letter in "qkv"]
+    return [f"{NAMES[cfg.arch][stem]}.{kind}".replace("{i}", layer)]
 
 
-def _oriented(cfg, stem, tensor):
+def _oriented(cfg, name, tensor):
     """Transposes where needed: GPT-2's layers within a block are Conv1D, (in, out); ours are Linear, (out, in)."""
-    conv1d = cfg.arch == "gpt2" and stem.startswith("blocks") and tensor.ndim == 2
-    return tensor.T.contiguous() if conv1d else tensor.contiguous()
+    return tensor.T if cfg.arch == "gpt2" and name.startswith("blocks") and tensor.ndim == 2 else tensor
 
 
 def load_model(path):
@@ -315,7 +310,9 @@ def tokenizer_folder(path):
 
 def load_run(path):
     """A checkpoint's model in evaluation mode, its tokenizer, the id of the end-of-text token or None, and the
-    checkpoint. Raises UserError."""
+    checkpoint; for a Hugging Face folder, what a checkpoint of it would say. Raises UserError."""
+    if os.path.isdir(path):
+        return _load_folder(str(path))
     model, saved = load_model(path)
     folder = tokenizer_folder(path)
     tokenizer = open_tokenizer(folder)
@@ -329,12 +326,25 @@ def load_run(path):
     return model, tokenizer, end_of_text(tokenizer, folder), saved
 
 
+def _load_folder(folder):
+    try:
+        cfg = _source_config(folder)
+        model, tokenizer = GPT(cfg), load_tokenizer(folder)
+        model.load_state_dict(_source_weights(folder, cfg))
+    except UserError as error:  # names the flags that training has for these
+        raise UserError(re.sub("--(init-from|tokenizer-name)", "--checkpoint-path", str(error))) from None
+    if tokenizer.get_vocab_size() > cfg.vocab_size:
+        raise UserError(f"--checkpoint-path {folder}: its tokenizer has {tokenizer.get_vocab_size()} tokens, the model "
+                        f"{cfg.vocab_size}; copy the one that it was trained with")
+    saved = dict(config=dict(seq_len=min(1024, cfg.max_position_embeddings)), state=dict(step=0),
+                 identity={"the tokenizer": identity(tokenizer).hex()[:16]})
+    return model.eval(), tokenizer, end_of_text(tokenizer, folder), saved
+
+
 def model_parts(saved):
     """The GPTConfig of a checkpoint's model, and its weights. Learned position embeddings beyond --seq-len, which were
     never trained, are dropped, unless the run started from --init-from's weights, which have none untrained."""
-    names = {item.name for item in dataclasses.fields(GPTConfig)}
-    known = {name: value for name, value in saved["config"].items() if name in names}
-    cfg = GPTConfig(**known | {"vocab_size": saved["identity"]["--vocab-size"]})
+    cfg = part_of(GPTConfig, saved["config"] | {"vocab_size": saved["identity"]["--vocab-size"]})
     if cfg.parts.rope_theta or saved["config"].get("init_from"):
         return cfg, saved["model"]
     trained = min(saved["config"]["seq_len"], cfg.max_position_embeddings)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What a CUDA machine is to show, in calls meant for nine minutes each: none has run yet. Needs torch, transformers,
-# accelerate, NumPy and pytest with its xdist; no network, no wandb, no datasets: the tokens are those of Python's own
-# source files.
+# accelerate, NumPy and pytest with its xdist and timeout; no network, no wandb, no datasets: the tokens are those of
+# Python's own source files.
 #
 #   bench/gpu.sh check                         every test that needs a GPU
 #   bench/gpu.sh speed 124m PATH/TO/nanoGPT    tokens/s and MFU, ours and nanoGPT's compiled; also 350m

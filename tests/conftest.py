@@ -175,7 +175,7 @@ def forked(main, argv, cwd):
 
 
 # Vocabularies: the byte tokenizer's own, and wider ones.
-TUNED = {"gpt2": 257, "qwen3": 260, "nanochat": 260}
+TUNED = {"gpt2": 257, "llama": 260, "qwen3": 260, "nanochat": 260}
 
 
 @pytest.fixture(scope="session")
@@ -189,10 +189,12 @@ def tuned(tmp_path_factory, text, cache):
         if arch == "gpt2":
             config = transformers.GPT2Config(vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=64)
         else:
-            kind, theta = (transformers.Qwen3Config, 1e6) if arch == "qwen3" else (transformers.NanoChatConfig, 1e4)
+            kind, theta = {"llama": (transformers.LlamaConfig, 5e5), "qwen3": (transformers.Qwen3Config, 1e6),
+                           "nanochat": (transformers.NanoChatConfig, 1e4)}[arch]
             config = kind(vocab_size=vocab_size, hidden_size=32, intermediate_size=56, num_hidden_layers=2,
                           num_attention_heads=4, num_key_value_heads=2, head_dim=16 if arch == "qwen3" else 8,
-                          max_position_embeddings=64, rope_parameters={"rope_type": "default", "rope_theta": theta})
+                          max_position_embeddings=64, rope_parameters={"rope_type": "default", "rope_theta": theta},
+                          **{"rms_norm_eps": 1e-5} if arch == "llama" else {})
         torch.manual_seed(3)
         theirs = transformers.AutoModelForCausalLM.from_config(config)
         with torch.no_grad():

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch
 from conftest import ROOT, TINY, environment
 from test_generate import command, refused, shown
 
+from config import UserError
 from evaluate import figures, interval, main, own_validation_set, sliding_windows, window_batches
 from export import export
 from model import IGNORE
@@ -42,6 +44,15 @@ def test_the_column_of_a_table_can_be_named(run_folder):
     (run_folder / "bodies.txt").write_text("<|endoftext|>".join(row["body"] for row in rows))
     assert (evaluate(run_folder, "--data", "b.jsonl", "--text-column", "body")["loss"]
             == evaluate(run_folder, "--data", "bodies.txt")["loss"])
+
+
+def test_the_readmes_python_runs(run_folder):
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (run_folder / "example.py").write_text(example.replace("checkpoints/minigpt.pt", "c.pt") + "print(loss.item())\n")
+    done = subprocess.run([sys.executable, "example.py"], cwd=run_folder, capture_output=True, text=True,
+                          env=environment(PYTHONPATH=str(ROOT)))
+    *ids, loss = done.stdout.splitlines()
+    assert done.returncode == 0 and len(ids) > 2 and 1 < float(loss) < 6, done.stderr
 
 
 def test_another_tokenizer_beside_the_checkpoint_is_told(run_folder, tmp_path, capsys):
@@ -130,7 +141,7 @@ def test_perplexity_equals_that_of_transformers_on_the_same_windows(run_folder):
 
 
 def test_sliding_windows_cover_each_target_once_with_the_context_promised(tmp_path):
-    writer = ShardWriter(tmp_path / "s.bin", 1000, -1, bytes(32))
+    writer = ShardWriter(tmp_path / "s.bin", 1000, None, bytes(32))
     writer.write(range(1000))
     writer.close()
     shard = Shard(tmp_path / "s.bin")
@@ -177,7 +188,7 @@ def test_the_report_in_words(run_folder):
     (["--data", "none.txt"], "--data none.txt: no such file"),
     (["--data", "empty.txt"], "--data empty.txt: the file is empty"),
     (["--data", "short.txt"], "6 tokens are fewer than one window of --seq-len 32 + 1"),
-    (["--data", "a.txt", "--seq-len", "65"], "--seq-len 65 is above the 32 positions trained"),
+    (["--data", "a.txt", "--seq-len", "65"], "--seq-len 65 is above the model's 32 positions"),
     (["--data", "a.txt", "--stride", "33"], "--stride 33 is above --seq-len 32"),
     (["--data", "a.txt", "--strid", "3"], "did you mean --stride?"),
     (["--data", "shards"], "shards of another tokenizer"),
@@ -224,3 +235,18 @@ def test_lm_eval_scores_the_exported_folder_with_a_local_task(run_folder):
                 logs = model(torch.tensor([whole[:-1]]))[0].log_softmax(-1)
             ours = sum(logs[at - 1, whole[at]].item() for at in range(len(context), len(whole)))
             assert float(theirs[0]) == pytest.approx(ours, abs=1e-3)
+
+
+def test_a_hugging_face_folder_is_evaluated_as_the_checkpoint_it_was_made_of(run_folder, capsys, monkeypatch):
+    export(run_folder / "c.pt", str(run_folder / "exported"))
+    flags = ["--data", "a.txt", "b.txt", "--seq-len", "32"]
+    ours, theirs = evaluate(run_folder, *flags), evaluate(run_folder, *flags, "--checkpoint-path", "exported")
+    assert theirs.pop("checkpoint") == "exported" and theirs.pop("step") == 0
+    assert {name: theirs[name] for name in theirs} == {name: ours[name] for name in theirs}
+    folder = ["--checkpoint-path", str(run_folder / "exported")]
+    assert "--data is missing: a Hugging Face folder" in refused(main, folder, monkeypatch, capsys)
+    (empty := run_folder / "empty").mkdir()
+    said = refused(main, ["--checkpoint-path", str(empty), "--data", str(run_folder / "a.txt")], monkeypatch, capsys)
+    assert f"error: --checkpoint-path {empty}: no config.json" in said
+    with pytest.raises(UserError, match="give the .pt file"):
+        export(run_folder / "exported", str(run_folder / "again"))

@@ -35,7 +35,7 @@ def test_resume_is_bit_for_bit_under_deterministic(trainer, precision):
 
 @pytest.mark.parametrize("how", [
     ["--no-amp", "--no-compile"], ["--no-amp", "--compile", "--use-activation-checkpoint"],
-    ["--amp-dtype", "fp16", "--grad-accum-steps", 2],
+    ["--amp-dtype", "fp16", "--grad-accum-steps", 2], ["--no-amp", "--compile", "--grad-accum-steps", 2],
     # More than one bucket of gradients, between which DDP cuts the graph.
     ["--compile", "--use-activation-checkpoint", "--grad-accum-steps", 2, "--d-model", 256]], ids=str)
 def test_nccl_with_one_rank_is_train_py(trainer, how):
@@ -73,6 +73,18 @@ def test_a_padded_vocabulary_changes_neither_loss_nor_gradient():
         gradients.append(twin.tok_emb.weight.grad.cpu())
     assert losses[1] == pytest.approx(losses[0], abs=1e-3)
     assert torch.allclose(*gradients, atol=1e-3)
+
+
+def test_grouped_queries_take_a_fused_kernel_in_fp32():
+    """Else they take one that holds the (T, T) scores of every head."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from model import attend
+
+    q, k, v = (torch.randn(2, heads, 128, 64) for heads in (8, 2, 2))
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):  # fails if that one cannot
+        y = attend(q.cuda(), k.cuda(), v.cuda()).cpu()
+    assert torch.allclose(y, attend(q, k, v), atol=1e-2)  # products may be TF32
 
 
 def test_saving_from_a_copy_changes_no_bit(trainer):

@@ -64,7 +64,7 @@ WRONG = {
                                        ["no/such", "cannot be reached"]),
     "no weights": (["--init-from", "{empty}"], ["{empty}", "no config.json with *.safetensors"]),
     "unknown name offline": (["--init-from", "no/such"], ["no/such", "cannot be reached"]),
-    "other model": (["--init-from", "{other}"], ["{other}", "model_type llama"]),
+    "other model": (["--init-from", "{other}"], ["{other}", "model_type mistral"]),
     "no checkpoint": (["--init-from", "{file}"], ["--init-from", "{file}", "damaged"]),
 }
 
@@ -75,7 +75,7 @@ def argv(tuned, tmp_path, monkeypatch):
     names = {name: str(tmp_path / name) for name in ("empty", "other", "file")}
     (tmp_path / "empty").mkdir()
     shutil.copytree(tuned["gpt2"][0], names["other"])
-    (tmp_path / "other" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "mistral"}')
     (tmp_path / "file").write_bytes(b"no checkpoint")
     (tmp_path / "file.pt").write_bytes(b"of a run before")
     base = ["--init-from", str(tuned["gpt2"][0]), "--tokenizer-name", "byte", "--seq-len", "32"]
@@ -106,7 +106,8 @@ def test_flags_that_agree_with_the_weights_are_fine(argv):
 
 @pytest.mark.parametrize("arch, field, value", [
     ("qwen3", "rms_norm_eps", 1e-5), ("qwen3", "hidden_act", "gelu"), ("qwen3", "attention_bias", True),
-    ("qwen3", "rope_parameters.rope_theta", 1e4), ("qwen3", "rope_parameters.rope_type", "yarn"),
+    ("llama", "rms_norm_eps", 1e-6), ("llama", "mlp_bias", True), ("llama", "rope_parameters.rope_type", "llama3"),
+    ("qwen3", "rope_parameters.rope_type", "yarn"),
     ("qwen3", "sliding_window", 32), ("nanochat", "final_logit_softcapping", 30.0),
     ("nanochat", "rope_parameters.factor", 2.0), ("gpt2", "activation_function", "relu"),
     ("gpt2", "layer_norm_epsilon", 1e-6), ("gpt2", "scale_attn_by_inverse_layer_idx", True),

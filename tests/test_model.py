@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -110,6 +111,14 @@ def test_activation_checkpointing_changes_no_gradient():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+def test_activation_checkpointing_computes_each_block_twice():
+    model, calls = build(use_activation_checkpoint=True), []
+    for block in model.blocks:
+        block.attn.register_forward_hook(lambda module, *_: calls.append(module))
+    model(tokens(2, 16), tokens(2, 16, seed=2)).backward()
+    assert len(calls) == 2 * len(model.blocks)
+
+
 def test_parameters_and_flops_are_those_of_gpt2():
     model = build(n_layers=12, n_heads=12, d_model=768, max_position_embeddings=1024, vocab_size=50257)
     assert model.num_params() == 124_439_808
@@ -126,6 +135,17 @@ def test_residual_projections_start_smaller_with_depth():
     model = build(n_layers=8, d_model=256)
     assert model.blocks[0].attn.proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
     assert model.blocks[0].mlp.up.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_nanochats_initial_weights_are_as_init_weights_says():
+    model = build("nanochat", d_model=256, vocab_size=1000)
+    stds = {name: parameter.std().item() for name, parameter in model.named_parameters()}
+    assert stds["tok_emb.weight"] == pytest.approx(1.0, rel=0.05)
+    assert stds["head.weight"] == pytest.approx(0.001, rel=0.05)
+    for name, std in stds.items():
+        if name.startswith("blocks"):
+            into_stream = name.endswith(("proj.weight", "down.weight"))
+            assert std == pytest.approx(0.0 if into_stream else 256**-0.5, rel=0.05), name
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -155,9 +175,47 @@ def test_dropout_is_on_in_training_only():
     assert torch.equal(model(x), model(x))
 
 
+@pytest.mark.parametrize("place", ["embeddings", "attention weights", "residual branches"])
+def test_dropout_is_in_each_of_its_places(place):
+    model, x = randomized(build(dropout=0.5)), tokens(1, 8)
+    for module, where in [(model, "embeddings"), *((block, "residual branches") for block in model.blocks)]:
+        module.dropout.p = 0.5 if where == place else 0.0
+    if place != "attention weights":
+        for block in model.blocks:
+            block.attn.cfg = dataclasses.replace(block.attn.cfg, dropout=0.0)
+    assert not torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_norms_epsilon_is_that_of_transformers(arch):
+    """Activations so small that it counts."""
+    import transformers
+
+    ours = randomized(build(arch)).eval()
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if "emb" in name:
+                parameter.mul_(1e-3)
+    theirs = transformers.AutoModelForCausalLM.from_config(hugging_face_config(ours.cfg)).eval()
+    theirs.load_state_dict(to_hugging_face(ours.cfg, ours.state_dict()), strict=False)
+    theirs.tie_weights()
+    with torch.no_grad():
+        assert torch.allclose(ours.hidden(tokens(2, 8)), theirs.base_model(tokens(2, 8)).last_hidden_state, atol=1e-4)
+
+
+def test_a_prompt_in_two_parts_and_one_that_is_too_long_are_refused():
+    model = build().eval()
+    past = KVCache(model.cfg, 48)
+    model.hidden(tokens(1, 5), past)
+    with pytest.raises(AssertionError, match="the prompt whole"):
+        model.hidden(tokens(1, 5), past)
+    with pytest.raises(AssertionError, match="max_position_embeddings"):
+        model(tokens(1, 49))
+
+
 def test_the_cache_holds_no_more_heads_than_keys_have():
     model = randomized(build("qwen3", n_kv_heads=2)).eval()
-    past = KVCache(model.cfg)
+    past = KVCache(model.cfg, model.cfg.max_position_embeddings)
     model.hidden(tokens(1, 5), past)
     assert past.layers[0].buffer.shape == (2, 1, 2, 48, 8) and past.length == 5
 
