@@ -23,12 +23,11 @@ import numpy as np
 from tqdm import tqdm
 
 import toy
-from config import UserError, arg
+from config import UserError, arg, write_whole
 from shards import FORMAT, Shard, ShardWriter, read_meta
 from text import (
     Piece,
     builtin_sources,
-    files_of,
     find_sources,
     pieces,
     require_hub,
@@ -40,7 +39,9 @@ from tokenizer import (
     encode,
     encode_pieces,
     end_of_text,
+    gives_back,
     identity,
+    known_characters,
     load_tokenizer,
     open_tokenizer,
     save_tokenizer,
@@ -73,13 +74,16 @@ class DataConfig:
                                      "folder, such as gpt2", metavar="NAME")
     seq_len: int = arg(256, "tokens in a training sequence", ge=1)
     use_toy_data: bool = arg(False, "train on a Markov chain whose entropy is known, and so the best possible loss")
-    max_tokens: int = arg(0, "train on the first so many tokens only; 0: all", ge=0)
+    max_tokens: int = arg(0, "train on the first N tokens only; 0: all", ge=0)
     data_seed: int = arg(1337, "seed of the order of the samples and of the choice of validation documents", ge=0)
     cache_dir: str = arg("data/cache", "where token shards are kept", metavar="DIR")
 
     def validate(self):
         if self.use_toy_data and (self.train_data or self.val_data):
             raise UserError("--use-toy-data makes its own text: leave out --train-data and --val-data")
+        if self.use_toy_data and self.tokenizer_name not in ("bpe", "char"):
+            raise UserError(f"--tokenizer-name {self.tokenizer_name}: --use-toy-data is tokenized by characters; leave "
+                            f"it out, or say char")
 
     @property
     def is_shards(self):
@@ -94,7 +98,7 @@ class BatchConfig:
     batch_size: int = arg(8, "sequences in one micro-batch of one rank", ge=1)
     grad_accum_steps: int = arg(1, "micro-batches in one optimizer step", ge=1)
     global_batch_tokens: int = arg(0, "tokens in one step of all ranks, from which --grad-accum-steps follows", ge=0)
-    dry_run: bool = arg(False, "say what would be trained and how large it is, take one step, write nothing")
+    dry_run: bool = arg(False, "print the model's size and what a step costs, take one step, write nothing")
 
     def accum_steps(self, world_size, seq_len):
         """Micro-batches per rank in one optimizer step. Raises UserError if the global batch does not divide evenly."""
@@ -106,9 +110,6 @@ class BatchConfig:
             raise UserError(f"--global-batch-tokens {self.global_batch_tokens} is not a multiple of --batch-size "
                             f"{self.batch_size} x {world_size} ranks x --seq-len {seq_len} = {micro}; try {nearest}")
         return self.global_batch_tokens // micro
-
-
-# --- Preparation: text to shards, once
 
 
 def prepare(cfg, vocab_size=0, writes=True, scratch=None):
@@ -130,7 +131,7 @@ def prepare(cfg, vocab_size=0, writes=True, scratch=None):
     else:
         sources = find_sources(cfg.train_data, column=cfg.text_column) if cfg.train_data else builtin_sources()
         val_sources = find_sources(cfg.val_data, "--val-data", cfg.text_column)
-        if both := sorted(files_of(sources) & files_of(val_sources)):
+        if both := sorted({source.real_path for source in sources} & {source.real_path for source in val_sources}):
             log.warning("%s (%d in all) is in --train-data and in --val-data, and so validates text that is trained on",
                         both[0], len(both))
     require_own_tokenizer(sources, val_sources, cfg.tokenizer_name)
@@ -145,7 +146,7 @@ def prepare(cfg, vocab_size=0, writes=True, scratch=None):
     key.update(json.dumps(settings).encode())
     n_bytes = sum(source.size for source in [*sources, *val_sources])
     for source in [*sources, None, *val_sources]:
-        key.update(_source_digest(source, whole=n_bytes <= 1 << 30) if source else b"|")
+        key.update(source.digest(whole=n_bytes <= 1 << 30) if source else b"|")
     folder = Path(cfg.cache_dir) / key.hexdigest()
     if scratch and not os.path.exists(folder):  # unlike Path.exists, not an error where access is denied
         folder, writes = Path(scratch) / key.hexdigest(), True
@@ -217,35 +218,20 @@ def _lock(fd):
 
 def _wait(blocked, draft):
     """Waits while `blocked()` is true. Raises UserError if nothing in `draft` changes for PREPARE_PATIENCE seconds."""
-    begun = newest = time.time()
-    told = False
+    begun = changed = time.monotonic()  # not compared with the files' times, which are of another clock
+    told, before = False, None
     while blocked():
-        if not told and time.time() - begun > 1:
+        now = time.monotonic()
+        if not told and now - begun > 1:
             log.info("waiting for the process that prepares this data in %s", draft)
             told = True
         with contextlib.suppress(OSError):  # it may just have been renamed
-            newest = max(newest, *(file.stat().st_mtime for file in [draft, *draft.iterdir()]))
-        if time.time() - newest > PREPARE_PATIENCE:
+            newest = max(file.stat().st_mtime for file in [draft, *draft.iterdir()])
+            changed, before = (now if newest != before else changed), newest
+        if now - changed > PREPARE_PATIENCE:
             raise UserError(f"{draft}: the process that prepares this data has written nothing for "
-                            f"{PREPARE_PATIENCE} s; end it, remove the folder and start again")
+                            f"{PREPARE_PATIENCE} s; kill it, remove the folder and start again")
         time.sleep(0.1)
-
-
-def _source_digest(source, whole):
-    """A digest of a source's text: of its bytes (`whole`) or, for a corpus too large for that, of each file's size,
-    modification time and 16 samples."""
-    if source.kind == "hub":
-        return source.path.encode()
-    digest = hashlib.blake2b(source.kind.encode(), digest_size=16)
-    with open(source.path, "rb") as file:
-        if whole or source.size <= 1 << 16:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-        else:
-            digest.update(f"{source.size} {os.stat(source.path).st_mtime_ns}".encode())
-            for part in range(16):
-                file.seek(source.size // 16 * part)
-                digest.update(file.read(1 << 12))
-    return digest.digest()
 
 
 def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
@@ -268,13 +254,15 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
     limits = dict(train=cfg.max_tokens, val=0)
     if cfg.max_tokens and not val_sources:
         limits["val"] = max(1, int(cfg.max_tokens * cfg.val_ratio))
-    writers = {split: ShardWriter(draft / f"{split}.bin", size, -1 if eos is None else eos, tokenizer_hash, limit)
+    writers = {split: ShardWriter(draft / f"{split}.bin", size, eos, tokenizer_hash, limit)
                for split, limit in limits.items()}
-    n_bytes, n_tokens, left_out, started = dict(train=0, val=0), Counter(), 0, time.perf_counter()
+    n_bytes, n_tokens, left_out, whole, started = dict(train=0, val=0), Counter(), 0, True, time.perf_counter()
     total = sum(source.size for source in [*sources, *val_sources])
     with tqdm(total=total or None, unit="B", unit_scale=True, desc="tokenizing", leave=False, disable=None) as bar:
         source = stream()  # --val-data comes first and is read in full
         while not (writers["train"].full and (val_sources or writers["val"].full)) and (batch := take(source, BATCH)):
+            if not n_tokens and isinstance(text := batch[0].content, str) and known_characters(tokenizer) is None:
+                whole = gives_back(tokenizer, text)
             wanted = [piece for piece in batch if not writers[piece.split].full]
             for piece, ids, encoded, lost in encode_pieces(tokenizer, wanted, eos):
                 written = writers[piece.split].write(ids)
@@ -287,15 +275,11 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
     if left_out:
         log.warning("%s characters are left out: the tokenizer %s has no token for them", f"{left_out:,}",
                     cfg.tokenizer_name)
+    if not whole:
+        log.warning("the tokenizer %s changes the text: its tokens do not decode to what they were made from",
+                    cfg.tokenizer_name)
     parts = [n_tokens["val", argument] for argument in range(len(cfg.val_data))]
-    found = [(f"--val-data {path}", "val", count) for path, count in zip(cfg.val_data, parts, strict=True)]
-    found = found or [("--train-data", "val", writers["val"].count)]
-    for where, split, count in [("--train-data", "train", writers["train"].count), *found]:
-        if count < cfg.seq_len + 1:
-            raise UserError(f"{where}: {count:,} {split} tokens are fewer than one sequence of --seq-len "
-                            f"{cfg.seq_len} + 1; give more text, a smaller --seq-len"
-                            f"{', a larger --val-ratio' if split == 'val' and not val_sources else ''}, or "
-                            f"{'a larger --max-tokens' if cfg.max_tokens else 'another --val-data'}")
+    _require_a_sequence(cfg, writers["train"].count, writers["val"].count, parts)
     seconds = time.perf_counter() - started
     tokens = sum(writer.count for writer in writers.values())
     log.info("tokenized %.1f MB into %s tokens in %.1f s (%.1f MB/s)", sum(n_bytes.values()) / 1e6, f"{tokens:,}",
@@ -311,6 +295,17 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
         os.fsync(file.fileno())
 
 
+def _require_a_sequence(cfg, train, val, parts):
+    """Raises UserError if there are too few tokens. `parts`: how many of those of `val` each --val-data has."""
+    named = [(f"--val-data {path}", "val", count) for path, count in zip(cfg.val_data, parts, strict=True)]
+    for where, split, count in [("--train-data", "train", train), *(named or [("--train-data", "val", val)])]:
+        if count < cfg.seq_len + 1:
+            raise UserError(f"{where}: {count:,} {split} tokens are fewer than one sequence of --seq-len "
+                            f"{cfg.seq_len} + 1; give more text, a smaller --seq-len"
+                            f"{', a larger --val-ratio' if split == 'val' and not named else ''}, or "
+                            f"{'a larger --max-tokens' if cfg.max_tokens else 'another --val-data'}")
+
+
 def _trained_tokenizer(name, stream, vocab_size):
     """bpe: trained on up to BPE_SAMPLE characters of the training text; char: on all text, including validation."""
     began, texts = time.perf_counter(), (piece for piece in stream if piece.split == "train" or name == "char")
@@ -319,9 +314,6 @@ def _trained_tokenizer(name, stream, vocab_size):
     log.info("trained a %s tokenizer of %s tokens in %.1f s", name, f"{tokenizer.get_vocab_size():,}",
              time.perf_counter() - began)
     return tokenizer
-
-
-# --- Batches
 
 
 class Corpus:
@@ -339,6 +331,8 @@ class Corpus:
     def _open(self, cfg, folder, checks):
         self.seq_len, self.seed, self.folder = cfg.seq_len, cfg.data_seed, folder
         self.meta = read_meta(self.folder)
+        if not (cfg.is_shards or cfg.use_toy_data):  # the cached shards may have been made with one of another name
+            self.meta["tokenizer"] = cfg.tokenizer_name
         self.facts = {f"corpus_{name}": self.meta[name] for name in ("tokens", "tokenizer")} | dict(corpus=str(folder))
         self.train, self.val = (Shard(self.folder / f"{split}.bin") for split in ("train", "val"))
         if checks:
@@ -368,7 +362,7 @@ class Corpus:
         try:
             for file in files:
                 folder.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, folder / file.name)
+                write_whole(folder / file.name, file.read_bytes())
         except OSError as error:
             raise UserError(f"{error.filename or folder}: {error.strerror}; the tokenizer cannot be copied") from None
         with contextlib.suppress(UserError):  # shards may come without their tokenizer, and be trained on without any
@@ -397,7 +391,7 @@ class Corpus:
         """
         order = self.samples(step, accum * size * batch_size)
         start = (micro * size + rank) * batch_size
-        return split_windows(self.train, order[start:start + batch_size], self.seq_len)
+        return read_windows(self.train, order[start:start + batch_size] * self.seq_len, self.seq_len)
 
     def val_batches(self, max_tokens, batch_size, rank=0, size=1):
         """Yields this rank's share of the validation windows as (source, inputs, targets, number of real rows), with
@@ -407,11 +401,11 @@ class Corpus:
             chosen = iter(indices[rank::size])
             rank = (rank - len(indices)) % size  # the round robin continues across sources
             while rows := list(islice(chosen, batch_size)):
-                filler = [rows[-1]] * (batch_size - len(rows))
-                yield name, *split_windows(self.val_sources[name], rows + filler, self.seq_len), len(rows)
+                firsts = [row * self.seq_len for row in rows + rows[-1:] * (batch_size - len(rows))]
+                yield name, *read_windows(self.val_sources[name], firsts, self.seq_len), len(rows)
 
 
-def spread_windows(shards, seq_len, max_tokens=0):
+def spread_windows(shards, seq_len, max_tokens):
     """Indices of evenly spread windows, `max_tokens` tokens in total (0: all): {name: shard} → {name: indices}."""
     counts = {name: shard.windows(seq_len) for name, shard in shards.items()}
     total = min(sum(counts.values()), max_tokens // seq_len or 1) if max_tokens else sum(counts.values())
@@ -419,9 +413,10 @@ def spread_windows(shards, seq_len, max_tokens=0):
     return {name: [i * counts[name] // n for i in range(n)] for name, n in wanted.items()}
 
 
-def split_windows(shard, indices, seq_len):
-    """Windows → (inputs, targets), (B, T) int64 each: targets are inputs shifted by one; each is in one window only."""
-    windows = np.stack([shard.read(int(index) * seq_len, seq_len + 1) for index in indices])  # (B, T + 1)
+def read_windows(shard, firsts, seq_len):
+    """The windows whose inputs begin at the tokens `firsts` → (inputs, targets), (B, T) int64 each: targets are inputs
+    shifted by one."""
+    windows = np.stack([shard.read(int(first), seq_len + 1) for first in firsts])  # (B, T + 1)
     # Two separate arrays, so that masking a target does not change an input.
     return windows[:, :-1].astype(np.int64), windows[:, 1:].astype(np.int64)
 
@@ -429,9 +424,9 @@ def split_windows(shard, indices, seq_len):
 def permute(index, n, key):
     """Apply a pseudorandom permutation of range(n) to the array `index` in O(1) memory: a Feistel network over the next
     power of four (Luby & Rackoff 1988), with cycle walking until the value is below n (Black & Rogaway 2002)."""
-    half = np.uint64(max(1, (max(n - 1, 1).bit_length() + 1) // 2))
+    half = np.uint64((max(n - 1, 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << int(half)) - 1)
-    out = np.asarray(index, dtype=np.uint64).copy()
+    out = np.array(index, dtype=np.uint64)
     outside = np.ones(out.shape, dtype=bool)
     while outside.any():
         left, right = out[outside] >> half, out[outside] & mask

@@ -25,7 +25,8 @@ class ShardWriter:
 
     def __init__(self, path, vocab_size, eos, tokenizer_hash, limit=0):
         self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
-        self.vocab_size, self.eos, self.hash, self.limit = vocab_size, eos, tokenizer_hash, limit
+        self.vocab_size, self.hash, self.limit = vocab_size, tokenizer_hash, limit
+        self.eos = -1 if eos is None else eos
         self.count, self.digest, self.file = 0, hashlib.blake2b(digest_size=16), open(path, "wb")
         self.file.write(bytes(HEADER.size))
 
@@ -34,13 +35,15 @@ class ShardWriter:
         return bool(self.limit) and self.count >= self.limit
 
     def write(self, ids):
-        """Returns how many ids were written: fewer than given once the limit is reached."""
+        """Returns how many ids were written: fewer than given once the limit is reached. Raises UserError for an id
+        outside the vocabulary."""
         ids = np.asarray(ids, dtype=np.int64)
         ids = ids[:self.limit - self.count] if self.limit else ids
         if not len(ids):
             return 0
-        if ids.min() < 0 or ids.max() >= self.vocab_size:
-            raise UserError(f"--tokenizer-name: token id {ids.max()} is outside its vocabulary of {self.vocab_size}")
+        if ids.max() >= self.vocab_size:
+            raise UserError(f"--tokenizer-name: none of its {self.vocab_size:,} tokens has the id {ids.max():,}; give "
+                            f"the tokenizer that made these tokens")
         block = ids.astype(self.dtype).tobytes()
         self.digest.update(block)
         self.file.write(block)
@@ -72,9 +75,9 @@ class Shard:
         if len(header) < HEADER.size or header[:8] != MAGIC:
             raise UserError(f"{path}: not a token shard of mini-llm; prepare it again from the text")
         _, version, itemsize, self.count, self.vocab_size, eos, self.tokenizer_hash = HEADER.unpack(header)
-        if version != FORMAT or itemsize not in DTYPES or not eos < self.vocab_size <= 1 << 8 * itemsize \
-                or os.fstat(self.fd).st_size != HEADER.size + self.count * itemsize:
-            raise UserError(f"{path}: version {version} or size is not what its header says; prepare it again")
+        if (version != FORMAT or itemsize not in DTYPES or not eos < self.vocab_size <= 1 << 8 * itemsize
+                or os.fstat(self.fd).st_size != HEADER.size + self.count * itemsize):
+            raise UserError(f"{path}: not of format {FORMAT}, or not as long as its header says; prepare it again")
         if start + (count or 0) > self.count:
             raise UserError(f"{path}: holds fewer tokens than the meta.json beside it says; prepare it again")
         self.count = self.count if count is None else count
@@ -120,7 +123,7 @@ def token_file_format(path):
                             f"again")
         return LLM_C_HEADER, dtype
     if size % 2:
-        raise UserError(f"{path}: {size:,} bytes are no 16-bit token ids; give a token file of llm.c or nanoGPT, or "
+        raise UserError(f"{path}: {size:,} bytes cannot be 16-bit token ids; give a token file of llm.c or nanoGPT, or "
                         f"text")
     return 0, np.uint16
 

@@ -3,6 +3,7 @@
 import codecs
 import functools
 import glob
+import hashlib
 import json
 import logging
 import os
@@ -43,10 +44,26 @@ class Source:
         """The file's size in bytes; 0 for a Hub dataset."""
         return 0 if self.kind == "hub" else os.path.getsize(self.path)
 
+    @property
+    def real_path(self):
+        """The file's path without links; a Hub dataset's name."""
+        return self.path if self.kind == "hub" else os.path.realpath(self.path)
 
-def files_of(sources):
-    """The real paths of all files of the sources, and the names of their Hub datasets."""
-    return {source.path if source.kind == "hub" else os.path.realpath(source.path) for source in sources}
+    def digest(self, whole):
+        """A digest of the text: of the file's bytes (`whole`) or, for a corpus too large for that, of its size, its
+        modification time and 16 samples; of a Hub dataset, its name."""
+        if self.kind == "hub":
+            return self.path.encode()
+        digest = hashlib.blake2b(self.kind.encode(), digest_size=16)
+        with open(self.path, "rb") as file:
+            if whole or self.size <= 1 << 16:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+            else:
+                digest.update(f"{self.size} {os.stat(self.path).st_mtime_ns}".encode())
+                for part in range(16):
+                    file.seek(self.size // 16 * part)
+                    digest.update(file.read(1 << 12))
+        return digest.digest()
 
 
 def find_sources(paths, label="--train-data", column="text"):
@@ -71,11 +88,10 @@ def find_sources(paths, label="--train-data", column="text"):
         found = [Source(KINDS.get(_suffix(file), "text"), file, argument, column) for file in files]
         for source in found or [Source("hub", path.removesuffix("@train"), argument, column)]:
             # A file read twice could end up on both sides of the validation split.
-            (real,) = files_of([source])
-            if label == "--train-data" and real in known:
+            if label == "--train-data" and source.real_path in known:
                 again += 1
                 continue
-            known.add(real)
+            known.add(source.real_path)
             if source.kind != "hub":
                 _check_readable(source.path, source.kind, label)
             sources.append(source)
@@ -100,6 +116,9 @@ def _texts_and_tables(folder):
     (checkpoints and token caches have no such files)."""
     found = sorted(file for file in folder.rglob("*")
                    if not any(part[0] == "." for part in file.relative_to(folder).parts))
+    if unread := [file for file in found if _suffix(file) in UNREADABLE and file.is_file()]:
+        log.warning("%s: %d files are left out, such as %s: %s", folder, len(unread), unread[0],
+                    UNREADABLE[_suffix(unread[0])])
     ours = {file.parent for file in found if re.fullmatch(r"run-.+\.wandb|.+\.safetensors", file.name)}
     return [file for file in found if _suffix(file) in IN_FOLDERS and file.is_file() and ours.isdisjoint(file.parents)
             and not file.name.endswith((".metrics.jsonl", ".stacks.txt"))]
@@ -146,7 +165,7 @@ def _check_readable(file, kind, label):
     if not os.path.isfile(file):  # a pipe cannot be read twice, a device may be endless
         raise UserError(f"{label} {file}: not a file; write the text to one")
     if advice := UNREADABLE.get(_suffix(file)):
-        raise UserError(f"{label} {file}: no text, JSONL or Parquet; {advice}")
+        raise UserError(f"{label} {file}: not text, JSONL or Parquet; {advice}")
     try:
         with open(file, "rb") as stream:
             head = stream.read(PIECE)
@@ -165,7 +184,11 @@ def _check_readable(file, kind, label):
         raise UserError(f"{label} {file}: not JSON rows, which begin with {{; give .txt, .jsonl or .parquet")
     undecodable = codecs.getincrementaldecoder("utf-8")("replace").decode(head).count("\ufffd")
     if b"\0" in head or undecodable > len(head) / 10:
-        raise UserError(f"{label} {file}: not UTF-8 text; convert it (iconv -t UTF-8) or give .txt, .jsonl or .parquet")
+        wide = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        if b"\0" in head and not wide:
+            raise UserError(f"{label} {file}: it has NUL bytes, so it is not text; give .txt, .jsonl or .parquet")
+        raise UserError(f"{label} {file}: not UTF-8 text; convert it, as by iconv -f "
+                        f"{'UTF-16' if wide else 'LATIN1'} -t UTF-8")
 
 
 def require_hub(sources, label="--train-data"):
@@ -178,6 +201,10 @@ def require_hub(sources, label="--train-data"):
 def require_own_tokenizer(sources, val_sources, tokenizer_name):
     """Raises UserError if there are token files without the tokenizer that made them, or none to validate on."""
     files = [source.path for source in [*sources, *val_sources] if source.kind == "tokens"]
+    by_character = next((file for file in files if Path(file).with_name("meta.pkl").exists()), None)
+    if by_character and not os.path.isdir(tokenizer_name):
+        raise UserError(f"--tokenizer-name {tokenizer_name}: the tokens of {by_character} are characters (meta.pkl); "
+                        f"give their text with --tokenizer-name char, or the .tokenizer folder of a run on it")
     if files and tokenizer_name in OWN:
         raise UserError(f"--tokenizer-name {tokenizer_name}: name the tokenizer that made the tokens of {files[0]}, "
                         f"such as gpt2")
@@ -286,7 +313,8 @@ def document_pieces(document):
 
 def cut_text(text):
     """Split a text into pieces of about PIECE characters where GPT-2's pre-tokenizer splits it anyway: before a newline
-    or space followed by a word. So the pieces have the same tokens as the whole text. Returns at least one piece."""
+    or space followed by a word. So the pieces have the tokens of the whole text; those of a tokenizer that puts a space
+    before each text (Llama's) may have one more. Returns at least one piece."""
     found, start = [], 0
     while len(text) - start > 2 * PIECE:
         end = start + PIECE

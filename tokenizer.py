@@ -57,10 +57,11 @@ def save_tokenizer(tokenizer, folder, name):
     folder.mkdir()
     # Not tokenizer.save(), whose errors are not OSErrors.
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")
-    eos = _eos_token(tokenizer, name)
-    config = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=eos, bos_token=eos)
-    (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if v}, indent=1))
-    return None if eos is None else tokenizer.token_to_id(eos)
+    eos, config = end_of_text(tokenizer, name), dict(tokenizer_class="PreTrainedTokenizerFast")
+    if eos is not None:
+        config["eos_token"] = config["bos_token"] = tokenizer.id_to_token(eos)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+    return eos
 
 
 def open_tokenizer(folder):
@@ -88,9 +89,26 @@ def encode(tokenizer, texts):
 
 
 def end_of_text(tokenizer, name):
-    """The id of the end-of-text token of the tokenizer of that name or folder, or None."""
-    eos = _eos_token(tokenizer, str(name))
-    return None if eos is None else tokenizer.token_to_id(eos)
+    """The id of the end-of-text token of the tokenizer of that name or folder: the one that its own config names, else
+    the first of EOS_NAMES that it has. None if it has none."""
+    file, names = None, EOS_NAMES
+    if name not in OWN:
+        config = "tokenizer_config.json"
+        file = os.path.join(name, config) if os.path.isdir(name) else _hub_file(name, config, local_files_only=True)
+    if file and os.path.exists(file):
+        try:
+            stated = read_json(file).get("eos_token")
+        except ValueError as error:
+            raise UserError(f"--tokenizer-name {name}: {file} is damaged: {error}") from None
+        stated = stated.get("content") if isinstance(stated, dict) else stated
+        names = [stated, *EOS_NAMES] if isinstance(stated, str) else EOS_NAMES
+    return next((eos for eos in map(tokenizer.token_to_id, names) if eos is not None), None)
+
+
+def gives_back(tokenizer, text):
+    """Whether the tokens of `text` decode to it, rather than to one without capitals or line ends, as with BERT's. Not
+    counting white space at either end."""
+    return tokenizer.decode(encode(tokenizer, [text])[0], skip_special_tokens=False).strip() == text.strip()
 
 
 def known_characters(tokenizer):
@@ -138,16 +156,15 @@ def _pretrained(name):
     """A folder's or the Hub's tokenizer: from the local cache if it is there, else from the Hub if it is reachable."""
     from tokenizers import Tokenizer
 
-    if os.path.isdir(name):
-        file, reachable = os.path.join(name, "tokenizer.json"), True
-    else:
-        file = _hub_file(name, "tokenizer.json", local_files_only=True)
-        reachable = file is not None or hub_reachable()
-        if file is None and reachable:
-            # Cached for the end-of-text lookup, and before tokenizer.json, whose presence other ranks check for.
-            _hub_file(name, "tokenizer_config.json")
-            file = _hub_file(name, "tokenizer.json")
-    if file is not None and os.path.exists(file):
+    file, offline = os.path.join(name, "tokenizer.json"), f"offline choices: {', '.join(OWN)}, or a tokenizer's folder"
+    if not os.path.isdir(name) and not (file := _hub_file(name, "tokenizer.json", local_files_only=True)):
+        if not hub_reachable():
+            raise UserError(f"--tokenizer-name {name}: not in the local cache (HF_HOME), and the hub cannot be "
+                            f"reached; {offline}")
+        # Cached for the end-of-text lookup, and before tokenizer.json, whose presence other ranks check for.
+        _hub_file(name, "tokenizer_config.json")
+        file = _hub_file(name, "tokenizer.json")
+    if file and os.path.exists(file):
         if not os.path.isfile(file):
             raise UserError(f"--tokenizer-name {name}: {file} is not a file")
         try:
@@ -155,14 +172,9 @@ def _pretrained(name):
         except Exception as error:  # tokenizers raises bare Exception
             raise UserError(f"--tokenizer-name {name}: {file} is not a tokenizer: {error}") from None
         return _unbounded(tokenizer)
-    if reachable:
-        tokenizer = _slow_pretrained(name)
-        if tokenizer is not None:
-            return _unbounded(tokenizer)
-        why = "no tokenizer found there"
-    else:
-        why = "not in the local cache (HF_HOME), and the hub cannot be reached"
-    raise UserError(f"--tokenizer-name {name}: {why}; offline choices: {', '.join(OWN)}, or a tokenizer's folder")
+    if tokenizer := _slow_pretrained(name):
+        return _unbounded(tokenizer)
+    raise UserError(f"--tokenizer-name {name}: no tokenizer found there; {offline}")
 
 
 def _unbounded(tokenizer):
@@ -184,11 +196,10 @@ def _slow_pretrained(name):
 
 def _hub_file(name, file, **options):
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         return hf_hub_download(name, file, **options)
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError):
+    except Exception:  # many types, of httpx and XET as well: a connection lost midway is not an OSError
         return None
 
 
@@ -212,20 +223,3 @@ def hub_reachable(seconds=3.0):
     thread.start()
     thread.join(seconds)
     return answered.is_set()
-
-
-def _eos_token(tokenizer, name):
-    """The end-of-text token: the one that the tokenizer's own config names, else the first of EOS_NAMES that it has."""
-    source = Path(name) / "tokenizer_config.json" if name not in OWN and os.path.isdir(name) else None
-    if source is None and name not in OWN:
-        found = _hub_file(name, "tokenizer_config.json", local_files_only=True)
-        source = Path(found) if found else None
-    if source is not None and source.exists():
-        try:
-            stated = read_json(source).get("eos_token")
-        except ValueError as error:
-            raise UserError(f"--tokenizer-name {name}: {source} is damaged: {error}") from None
-        stated = stated.get("content") if isinstance(stated, dict) else stated
-        if isinstance(stated, str) and tokenizer.token_to_id(stated) is not None:
-            return stated
-    return next((token for token in EOS_NAMES if tokenizer.token_to_id(token) is not None), None)

@@ -28,7 +28,7 @@ def stationary(matrix):
 def entropy_rate(seed):
     """In nats per character."""
     matrix = transitions(seed)
-    return float(-stationary(matrix) @ np.where(matrix > 0, matrix * np.log(np.maximum(matrix, 1e-300)), 0).sum(1))
+    return float(-stationary(matrix) @ (matrix * np.log(np.maximum(matrix, 1e-300))).sum(1))  # 0 ln 0 = 0
 
 
 def text(seed):

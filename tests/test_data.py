@@ -22,7 +22,7 @@ import tokenizer as tokenizer_module
 from config import UserError
 from data import Corpus, DataConfig, permute, prepare
 from shards import HEADER, Shard, ShardWriter
-from text import Source, cut_text, files_of, find_sources, is_validation, pieces, source_names, tail_start, text_pieces
+from text import Source, cut_text, find_sources, is_validation, pieces, source_names, tail_start, text_pieces
 from tokenizer import END_OF_TEXT, hub_reachable, known_characters, load_tokenizer, open_tokenizer, train_tokenizer
 
 
@@ -125,6 +125,24 @@ def test_several_validation_sources_are_the_tokens_of_one(tmp_path, text, two_so
 
 
 # Documents and tokens
+
+
+def test_each_column_of_a_table_has_tokens_of_its_own(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"a": "the first column", "b": "the second one"}\n' * 100)
+    folders = {prepare(config(tmp_path / "t.jsonl", tmp_path / "cache", text_column=name)) for name in ("a", "b")}
+    assert len(folders) == 2
+
+
+def test_a_corpus_too_large_to_hash_is_known_by_samples_of_every_part(tmp_path):
+    file = tmp_path / "large.txt"
+    file.write_bytes(bytes(1 << 20))
+    before = Source("text", str(file)).digest(whole=False)
+    times = file.stat().st_mtime_ns
+    with open(file, "r+b") as stream:
+        stream.seek((1 << 19) + 7)
+        stream.write(b"changed")
+    os.utime(file, ns=(times, times))
+    assert Source("text", str(file)).digest(whole=False) != before
 
 
 def test_pieces_have_the_tokens_of_the_whole_text(text):
@@ -355,7 +373,7 @@ def test_a_file_that_is_missing_is_no_dataset_of_the_hub(tmp_path, monkeypatch):
             find_sources([path])
     names = ["c4", "some/data-set_1.0", "some/books:en@validation", "c4@train"]  # the last is the first
     assert [source.kind for source in find_sources(names)] == ["hub"] * 3
-    assert files_of(find_sources(names)) & files_of(find_sources(["c4"])) == {"c4"}
+    assert [source.real_path for source in find_sources(names) if source.real_path == "c4"] == ["c4"]
 
 
 def test_a_dataset_of_the_hub_is_read_in_its_configuration_and_split(monkeypatch):
@@ -562,7 +580,7 @@ def test_ids_above_65535_are_kept(tmp_path):
 
 def test_an_id_outside_the_vocabulary_is_refused(tmp_path):
     writer = ShardWriter(tmp_path / "s.bin", 100, 0, b"")
-    with pytest.raises(UserError, match="outside its vocabulary"):
+    with pytest.raises(UserError, match="none of its .* tokens has the id"):
         writer.write([5, 100])
 
 
@@ -630,6 +648,14 @@ def test_a_waiting_process_gives_up_on_one_that_hangs(tmp_path, text, monkeypatc
         with pytest.raises(UserError, match="has written nothing"):
             prepare(config(text, tmp_path), writes=writes)
     os.close(fd)
+
+
+def test_who_waits_is_not_misled_by_a_clock_that_jumps(tmp_path, monkeypatch):
+    clock, draft, looks = Clock(monkeypatch, data), tmp_path / "draft", iter(range(10))
+    draft.mkdir()
+    monkeypatch.setattr(clock, "time", lambda: clock.now + 1e6)
+    os.utime(draft, (5.0, 5.0))
+    data._wait(lambda: clock.sleep(1) or next(looks) < 6, draft)
 
 
 def test_who_waits_does_not_give_up_because_the_draft_has_just_been_renamed(tmp_path, monkeypatch):
@@ -753,3 +779,63 @@ def test_memory_stays_flat_however_large_the_text(tmp_path, text):
     print(f"{megabytes} MB in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s), peak {peak_mb:.0f} MB")
     assert peak_mb < 500, "240 as it is; with the ids in a list 860"
     assert float(second.stdout.split()[0]) < seconds / 3
+
+
+def test_files_of_a_folder_that_cannot_be_read_are_named(tmp_path, caplog):
+    (tmp_path / "texts").mkdir()
+    for name in ("a.txt", "b.jsonl.gz", "c.jsonl.gz"):
+        (tmp_path / "texts" / name).write_text("x" * 500)
+    assert [Path(source.path).name for source in find_sources([str(tmp_path / "texts")])] == ["a.txt"]
+    assert "2 files are left out, such as" in caplog.text and "b.jsonl.gz: unpack it" in caplog.text
+
+
+def test_the_characters_of_nanogpt_are_not_taken_for_tokens_of_gpt2(tmp_path, text):
+    (np.arange(5000) % 20).astype(np.uint16).tofile(tmp_path / "train.bin")
+    (tmp_path / "meta.pkl").touch()
+
+    def tokens(name):
+        return config(tmp_path / "train.bin", tmp_path / "cache", val_data=[str(tmp_path / "train.bin")],
+                      tokenizer_name=str(name))
+
+    for name in ("gpt2", "char"):
+        with pytest.raises(UserError, match="are characters"):
+            prepare(tokens(name))
+    assert Corpus(tokens(prepare(config(text, tmp_path / "own", tokenizer_name="char")) / "tokenizer"))
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"text with a \0 in it" * 50, "NUL bytes"), ("ein Käse, öäü".encode("latin-1") * 50, "-f LATIN1"),
+    ("wide".encode("utf-16") * 50, "-f UTF-16")], ids=["NUL", "Latin-1", "UTF-16"])
+def test_what_is_not_utf8_is_refused_with_what_to_type(tmp_path, content, words):
+    (tmp_path / "t.txt").write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        find_sources([str(tmp_path / "t.txt")])
+
+
+def test_a_tokenizer_that_changes_the_text_is_told(tmp_path, text, caplog):
+    from tokenizers import normalizers
+
+    for name, normalizer in (("plain", None), ("small", normalizers.Lowercase())):
+        (tmp_path / name).mkdir()
+        tokenizer = load_tokenizer("byte")
+        if normalizer:
+            tokenizer.normalizer = normalizer
+        tokenizer.save(str(tmp_path / name / "tokenizer.json"))
+        prepare(config(text, tmp_path / "cache", tokenizer_name=str(tmp_path / name)))
+        assert ("changes the text" in caplog.text) == (normalizer is not None)
+
+
+def test_the_tokenizer_is_called_what_this_run_calls_it(tmp_path, text):
+    """Shards of one tokenizer are found again when it is given under another name."""
+    names = [str(tmp_path / name) for name in "ab"]
+    for name in names:
+        Path(name).mkdir()
+        load_tokenizer("byte").save(name + "/tokenizer.json")
+    first, second = (Corpus(config(text, tmp_path / "cache", tokenizer_name=name)) for name in names)
+    assert first.folder == second.folder and [first.meta["tokenizer"], second.meta["tokenizer"]] == names
+
+
+def test_toy_data_has_a_tokenizer_of_its_own():
+    DataConfig(use_toy_data=True).validate()
+    with pytest.raises(UserError, match="--tokenizer-name byte: --use-toy-data is tokenized by characters"):
+        DataConfig(use_toy_data=True, tokenizer_name="byte").validate()

@@ -85,6 +85,7 @@ def faulted(trainer, record_property):
     return run
 
 
+TOY = ["--use-toy-data", "--tokenizer-name", "char"]
 LONG = ["--num-steps", 100_000, "--eval-steps", 0, "--log-steps", 5, "--save-steps", 10]
 
 
@@ -214,7 +215,7 @@ def test_a_node_that_is_lost_with_torchruns_store_ends_the_others(trainer):
         for node in range(2):
             (folder := trainer.folder / f"node{node}").mkdir()
             with open(folder / "err", "w") as err:
-                nodes.append(start_node(node, port, folder, [*LONG, "--use-toy-data", "--timeout", 6],
+                nodes.append(start_node(node, port, folder, [*LONG, *TOY, "--timeout", 6],
                                         {"LOST": f"{mark}-{node}"}, stdout=err, stderr=err))
         said = trainer.folder / "node1" / "err"
         eventually(lambda: "step 10/" in (trainer.folder / "node0" / "err").read_text(), 90)
@@ -264,7 +265,7 @@ def test_a_rank_whose_torchrun_was_killed_before_it_came_leaves(trainer):
     port = str(free_port())
     late = environment(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="2", GROUP_RANK="0",
                        MASTER_ADDR="127.0.0.1", MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="True")
-    run = subprocess.run([sys.executable, str(script), *TINY, "--use-toy-data"], cwd=trainer.folder, env=late,
+    run = subprocess.run([sys.executable, str(script), *TINY, *TOY], cwd=trainer.folder, env=late,
                          text=True, capture_output=True, timeout=120)
     assert run.returncode == 1, run.stderr
     # torch has lines of its own before.

@@ -72,10 +72,10 @@ def test_ids_of_32_bits_and_a_file_longer_than_a_block(tmp_path):
 
 WRONG = {
     "cut off": (llm_c(range(100))[:-2], {}, "1,222 bytes are not the 100 tokens that its header says"),
-    "odd": (b"abc", {}, "--train-data {file}: 3 bytes are no 16-bit token ids"),
+    "odd": (b"abc", {}, "--train-data {file}: 3 bytes cannot be 16-bit token ids"),
     "ours": (MAGIC + bytes(HEADER.size), {}, "a token shard of mini-llm; give the folder that it is in"),
     "empty": (b"", {}, "the file is empty"),
-    "of a larger vocabulary": (nanogpt([65_000] * 100), {}, "token id 65000 is outside its vocabulary of 300"),
+    "of a larger vocabulary": (nanogpt([65_000] * 100), {}, "none of its 300 tokens has the id 65,000"),
     "no tokenizer": (nanogpt(range(100)), {"tokenizer_name": "bpe"}, "bpe: name the tokenizer that made"),
     "nothing to validate on": (nanogpt(range(100)), {"val_data": []}, "give --val-data, too"),
 }
