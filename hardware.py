@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import os
 import platform
 import re
@@ -93,7 +94,7 @@ def choose_precision(cfg, device):
 
 def _cpu_multiplies_bf16():
     probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    return any(hasattr(torch.cpu, probe) and getattr(torch.cpu, probe)() for probe in probes)  # private functions
 
 
 def configure(cfg, device, dropout=0.0):
@@ -249,14 +250,16 @@ def explained(error):
     """The message for an error whose cause is known; None for any other error."""
     if type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):
         return f"torch.compile failed: {first_line(error)}; add --no-compile"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.filename or 'the disk'}: {error.strerror}; make room there"
     return out_of_memory(error)
 
 
 @contextlib.contextmanager
 def reserved(n_bytes, device):
-    """Holds so much of the device's memory within the block, for what will need it later. Raises what torch does."""
+    """Holds `n_bytes` of the device's memory within the block, so that what needs them later fits."""
     # Ones, because on a CPU memory that is not written to is not held.
-    held = torch.ones(n_bytes, dtype=torch.uint8, device=device)  # noqa: F841 - by being a variable
+    held = torch.ones(n_bytes, dtype=torch.uint8, device=device)  # noqa: F841 - held by this name
     yield
 
 

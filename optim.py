@@ -59,8 +59,8 @@ def lr_at(step, cfg):
     if cfg.lr_scheduler == "wsd":  # warm-up, stable, decay (Hu et al. 2024)
         start = max(start, cfg.num_steps - max(1, cfg.num_steps // 5))
     progress = min(1.0, max(0.0, (step + 1 - start) / max(1, cfg.num_steps - start)))
-    shape = (1 + math.cos(math.pi * progress)) / 2 if cfg.lr_scheduler == "cosine" else 1 - progress
-    return floor + (cfg.lr - floor) * shape
+    height = {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "wsd": 1 - progress}
+    return floor + (cfg.lr - floor) * height[cfg.lr_scheduler]
 
 
 def make_optimizer(model, cfg, device, matmul_dtype=None):
@@ -70,11 +70,13 @@ def make_optimizer(model, cfg, device, matmul_dtype=None):
     matrices = [p for p in model.parameters() if p.ndim >= 2 and p not in hidden]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors, weight_decay=0.0)]
-    options = dict(lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=device.type in ("cuda", "cpu"))
+    options = dict(betas=(cfg.beta1, cfg.beta2), fused=device.type in ("cuda", "cpu"))
     shapes = dict.fromkeys(p.shape for p in model.blocks.parameters() if p in hidden)
     muon = [dict(params=[p for p in model.blocks.parameters() if p.shape == shape], momentum=MOMENTUM,
                  weight_decay=cfg.weight_decay, lr_ratio=cfg.muon_lr / cfg.lr) for shape in shapes]
-    return MuonAdamW(muon + [group | options for group in groups], matmul_dtype)
+    optimizer = MuonAdamW(muon + [group | options for group in groups], matmul_dtype)
+    set_lr(optimizer, cfg.lr)
+    return optimizer
 
 
 def set_lr(optimizer, lr):

@@ -40,6 +40,7 @@ class Panel:
 PANELS = [
     Panel("loss", "Loss", "nats per token", "train/loss", "val/loss", log_above=20),
     Panel("perplexity", "Validation perplexity", "exp(loss)", points="val/ppl", log_above=3),
+    Panel("bits_per_byte", "Validation bits per byte", "comparable across tokenizers", points="val/bits_per_byte"),
     Panel("lr", "Learning rate", "AdamW's rate", "lr", smooth=False),
     Panel("grad_norm", "Gradient norm before clipping", "L2 norm", "train/grad_norm", line_label="norm", log_above=20),
     Panel("speed", "Speed per rank", "tokens per second", "tokens_per_sec_per_rank", line_label="tokens per second",

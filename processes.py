@@ -66,7 +66,7 @@ def only_one(path, patience=0):
     """Hold an exclusive lock on a file; yields whether it was acquired within `patience` seconds."""
     try:
         file = open(path, "a")  # noqa: SIM115 - open for writing, as NFS requires for this lock
-    except OSError:  # nothing can be written there, by nobody
+    except OSError:  # nobody can write there, so nobody holds the lock
         yield True
         return
     with file:
@@ -141,7 +141,7 @@ class StopSignal:
         if not self.received and self.world.is_main:
             with contextlib.suppress(OSError):  # stderr may be gone
                 # Not by print or logging, which this handler may have interrupted.
-                os.write(2, f"{signal.Signals(number).name}: saves and ends after the step in progress (Ctrl-C after "
+                os.write(2, f"{signal.Signals(number).name}: saves and exits after the step in progress (Ctrl-C after "
                             f"two seconds: at once, unsaved)\n".encode())
         self.received = self.received or number
 

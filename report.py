@@ -256,9 +256,11 @@ def write_page(runs, folder, x, smooth):
 
 
 def panels(runs, x="step"):
+    """The plots of these runs; bits per byte only if losses per token are not comparable, else it is the same curve."""
     sources = dict.fromkeys(metric.removeprefix("val/loss/") for run in runs for row in run.rows for metric in row
                             if metric.startswith("val/loss/"))
-    return panels_of(runs, sources, x)
+    alike = len({run.config.get("corpus_tokenizer") for run in runs}) == 1
+    return [panel for panel in panels_of(runs, sources, x) if not (alike and panel.name == "bits_per_byte")]
 
 
 def print_text(runs, x, smooth):

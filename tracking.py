@@ -20,7 +20,7 @@ from logging.handlers import MemoryHandler
 import torch
 from tqdm import tqdm
 
-from config import RunFailed, UserError, arg, flatten, to_toml, without_infinity
+from config import RunFailed, UserError, arg, flatten, to_toml, without_infinity, write_whole
 from hardware import device_name, should_compile
 from wandb_runs import distributed_info, in_sweep, new_run_id, plan_run, provenance, recalled, with_environment
 
@@ -48,7 +48,7 @@ class TrackingConfig:
     """Tracking"""
 
     use_tensorboard: bool = arg(False, "write TensorBoard events beside the checkpoint")
-    heartbeat_file: str = arg("", "written anew at most once a second, and only while the run moves: step, what is "
+    heartbeat_file: str = arg("", "rewritten at most once a second while the run makes progress: step, what is "
                                   "being done, time, pid", metavar="FILE")
     use_profiler: bool = arg(False, "trace a few steps with torch.profiler")
 
@@ -84,17 +84,17 @@ class _LogFile(logging.FileHandler):
         """Ignore errors: a full disk only loses lines of this file, which are on the console, too."""
 
 
-def log_facts(cfg, world, corpus, raw, precision, accum, state):
+def log_facts(cfg, world, corpus, raw, optimizer_bytes, precision, accum, state):
     """Log what is about to be trained, and on which device and data."""
     tokens, n_params, size = corpus.meta["tokens"], raw.num_params(), raw.cfg
     micro = cfg.batch.batch_size * corpus.seq_len
     step_tokens = micro * accum * world.size
-    # Weights, gradients and AdamW's moments in fp32; activations as counted by Korthikanti et al. 2022 (34 bytes per
-    # token, layer and channel with flash attention and 16-bit matmuls; checkpointing keeps each layer's input and all
-    # of one layer), plus the logits and their gradient, which share one buffer under torch.compile and in the chunked
-    # loss.
+    # Weights and gradients in fp32, and the optimizer's state; activations as counted by Korthikanti et al. 2022 (34
+    # bytes per token, layer and channel with flash attention and 16-bit matmuls; checkpointing keeps each layer's input
+    # and all of one layer), plus the logits and their gradient, which share one buffer under torch.compile and in the
+    # chunked loss.
     compiled = should_compile(cfg.speed, world.device)
-    fixed, layers = 16 * n_params, size.n_layers
+    fixed, layers = 8 * n_params + optimizer_bytes, size.n_layers
     per_channel = 34 + 2 * layers if size.use_activation_checkpoint else 34 * layers
     per_token = per_channel * size.d_model + (2 if raw.chunks_loss or compiled else 10) * size.vocab_size
     activations = micro * per_token * (1 if precision.dtype else 2)
@@ -141,7 +141,10 @@ class Tracker:
             return None, None
 
         def resolve():
-            before = recalled(self.beside(".wandb.json")) if cfg.checkpoint.resume else {}
+            memory = self.beside(".wandb.json")
+            before = recalled(memory) if cfg.checkpoint.resume else {}
+            if cfg.checkpoint.resume and memory.exists() and not before:
+                log.warning("%s cannot be read: the W&B project is that of flags and environment", memory)
             if state.wandb_run_id not in ("", before.get("base")):  # the file is of another run
                 before = {}
             wandb = with_environment(cfg.wandb, before=before.get("init"))
@@ -168,7 +171,7 @@ class Tracker:
                 early.flush()
                 log.removeHandler(early)
             log.addHandler(self.file)
-            self.beside(".config.toml").write_text(toml, "utf-8")
+            write_whole(self.beside(".config.toml"), toml.encode())
         rows = JsonlSink(self.beside(f"{tag}.metrics.jsonl"), step)
         self.sinks.append(rows)
         if cfg.tracking.use_tensorboard and self.is_main:
@@ -202,7 +205,8 @@ class Tracker:
             sink.close(self.exit_code)
         if self.file:
             log.removeHandler(self.file)
-            self.file.close()
+            with contextlib.suppress(OSError):  # a full disk, to which the last lines could not be written
+                self.file.close()
 
     def _record(self, step, **record):
         self.step = step
@@ -210,8 +214,10 @@ class Tracker:
             sink.log(step, record)
 
     def report(self, state, epochs_per_step, metrics):
-        """Log `metrics`, named as in the README's table: one console line, and one row in every sink. Metrics under
-        `rank/` are this rank's own, and logged only where ranks write to W&B separately."""
+        """Log `metrics`, named as in the README's table: one console line, and one row in every sink. A metric is a
+        number, a tensor of one element, or a histogram (counts and edges). Those under `rank/` are this rank's own, and
+        logged only where ranks write to W&B separately."""
+        metrics = {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
         metrics |= {"train/tokens": state.tokens, "train/epoch": state.step * epochs_per_step,
                     "amp": float(self.amp != "off")}
         began, first = self.since
@@ -278,17 +284,20 @@ def console_line(step, num_steps, m, seconds_per_step, amp):
 
 
 class JsonlSink:
-    """One JSON object per line: a report or, if it has an `event`, that: the configuration at the start, a sample, the
-    exit, ... On resume, lines after the checkpoint's step are removed: the run will write them again."""
+    """One JSON object per line: a report, or an `event`: the configuration at the start, a sample, the exit … On
+    resume, lines after the checkpoint's step are removed: the run will write them again."""
 
     def __init__(self, path, start_step):
         draft = path.with_name(path.name + ".tmp")
-        with open(draft, "wb") as file, open(path if start_step and path.exists() else os.devnull, "rb") as before:
-            for line in before:  # not parsed: histograms take megabytes
-                step = re.match(rb'\{"step": (\d+), "time": ', line)
-                if step and int(step[1]) <= start_step and line.endswith(b"}\n"):
-                    file.write(line)
-        draft.replace(path)
+        try:
+            with open(draft, "wb") as file, open(path if start_step and path.exists() else os.devnull, "rb") as before:
+                for line in before:  # not parsed: histograms take megabytes
+                    step = re.match(rb'\{"step": (\d+), "time": ', line)
+                    if step and int(step[1]) <= start_step and line.endswith(b"}\n"):
+                        file.write(line)
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
         self.path, self.file = path, open(path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
         self.unwritten, self.failed = b"", False
 
@@ -298,7 +307,7 @@ class JsonlSink:
 
     def log(self, step, record):
         row = {"step": step, "time": time.time(), **without_infinity(record)}
-        self.unwritten += json.dumps(row, default=float).encode() + b"\n"  # a metric may be a tensor
+        self.unwritten += json.dumps(row).encode() + b"\n"
         self._write()
 
     def _write(self):

@@ -122,7 +122,7 @@ def train(cfg, world):
     """Train until `num_steps` or a stop signal. Returns the exit code: 0, or 128 + the signal number."""
     dry_run, batch_size = cfg.batch.dry_run, cfg.batch.batch_size
     world.require_same({flag(name): value for name, value in flatten(cfg).items()}, "flags")
-    resume_from = None if dry_run else checkpoint.plan_together(cfg.checkpoint, world)
+    resume_from = checkpoint.plan_together(cfg.checkpoint, world) if cfg.checkpoint.resume or not dry_run else None
     cfg.model, cfg.init = world.from_main(lambda: resolve_init(cfg, resume_from))
     accum, config = cfg.batch.accum_steps(world.size, cfg.data.seq_len), flatten(cfg)
     corpus = Corpus(cfg.data, cfg.model.vocab_size, writes=world.local_rank == 0, scratch=dry_run)
@@ -134,7 +134,8 @@ def train(cfg, world):
     world.require_same(identity, "data")
     world.require_same({"precision": precision.name, "device": device}, "devices",
                        "give an --amp-dtype that all have, or --no-amp, and under Muon devices that are the same")
-    saved = resume_from and world.from_main(lambda: checkpoint.restore(resume_from, cfg.checkpoint, identity, config))
+    saved = resume_from and world.from_main(
+        lambda: checkpoint.restore(resume_from, cfg.checkpoint, identity, config, mends=not dry_run))
 
     torch.manual_seed(cfg.optim.seed)  # the same initial weights on every rank
     raw = GPT(dataclasses.replace(cfg.model, vocab_size=identity["--vocab-size"])).to(world.device)
@@ -151,7 +152,8 @@ def train(cfg, world):
     world.require_replicas(raw, optimizer)
     model = world.wrap(fast)  # `model` takes the training steps, `fast` evaluates, `raw` is saved
     num_steps, eval_steps = cfg.optim.num_steps, cfg.report.eval_every(cfg.optim.num_steps)
-    log_facts(cfg, world, corpus, raw, precision, accum, state)
+    n_bytes = state_bytes(optimizer)
+    log_facts(cfg, world, corpus, raw, n_bytes, precision, accum, state)
 
     def forward_backward(micro):
         """One micro-batch of this rank → its loss. Gradients accumulate; the last micro-batch all-reduces them."""
@@ -193,15 +195,13 @@ def train(cfg, world):
     def halt(what, step):
         """Saves the weights and raises NonFinite, naming the samples of `step` (counted from 0). Collective."""
         last = payload()
-
-        def keep():
-            with world.saving:
-                return checkpoint.save_nonfinite(cfg.checkpoint, last)
-
-        kept, samples = world.from_main(keep), corpus.samples(step, step_samples)[:64].tolist()
+        kept = world.from_main(lambda: checkpoint.save_nonfinite(cfg.checkpoint, last, world.saving))
+        samples = corpus.samples(step, step_samples)[:64].tolist()
         raise NonFinite(f"loss or gradient {what} at step {step + 1}, which read the samples {samples}; {kept}")
 
-    evaluate_now = meter.excluded("eval")(lambda: evaluate(fast, corpus, cfg, precision, world))
+    def evaluate_now():
+        with meter.excluded("eval"):
+            return evaluate(fast, corpus, cfg, precision, world)
 
     def due(every):
         return state.step == num_steps or (every and state.step % every == 0)
@@ -213,14 +213,13 @@ def train(cfg, world):
         log.info("one step: loss %.4f in %.2f s; nothing written", done[0].mean().item(), time.perf_counter() - began)
         return 0
     if state.step >= num_steps:
-        log.info("already at step %d of %d: raise --num-steps to train on", state.step, num_steps)
+        log.info("already at step %d of %d: raise --num-steps to go on", state.step, num_steps)
         return 0
 
-    n_bytes, left = state_bytes(optimizer), num_steps - state.step
-    world.from_main(lambda: checkpoint.claim(cfg, resume_from, 4 * raw.num_params() + n_bytes, left))
+    world.from_main(lambda: checkpoint.claim(cfg, resume_from, 4 * raw.num_params() + n_bytes, num_steps - state.step))
     stop = StopSignal(world, cfg.checkpoint.time_limit).listen()  # until the end of the loop
     # A discarded warm-up pass, with memory held for the optimizer state: OOM and compile errors show before any file is
-    # replaced. Not optional: DDP rebuilds its buckets after its first, which changes sums of 3 or more ranks.
+    # replaced. Not optional: DDP rebuilds its buckets after its first, and then adds 3 or more ranks in another order.
     with Watchdog(meter, state, cfg, world.rank), hardware.reserved(0 if state.step else n_bytes, world.device):
         for micro in sorted({0, accum - 1}):
             forward_backward(micro)
@@ -267,7 +266,8 @@ def train(cfg, world):
                 with meter.excluded("sample"), precision.autocast():
                     world.from_main(lambda: track.sample(
                         state.step, lambda: sample_text(raw, cfg.checkpoint.beside(".tokenizer"), corpus)))
-            if (latest := due(cfg.checkpoint.save_steps) or signal_number or save_now) or best:
+            latest = due(cfg.checkpoint.save_steps) or signal_number or save_now
+            if latest or best:
                 with meter.excluded("checkpoint"):  # all ranks wait here: saving is not training time
                     saver.save(payload, latest, best, signal_number or state.step == num_steps)
             if signal_number and state.step < num_steps:

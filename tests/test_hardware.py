@@ -70,3 +70,11 @@ def test_a_stopwatch_counts_what_is_inside_and_starts_anew_when_read(monkeypatch
             clock.sleep(0.05)
         clock.sleep(0.7)
     assert watch.read() == pytest.approx(0.1) and watch.read() == 0
+
+
+def test_a_full_disk_is_a_line_that_names_the_file():
+    import errno
+
+    full = OSError(errno.ENOSPC, "No space left on device", "runs/c.log")
+    assert hardware.explained(full) == "runs/c.log: No space left on device; make room there"
+    assert hardware.explained(OSError(errno.EIO, "Input/output error", "c.log")) is None

@@ -8,7 +8,9 @@ from conftest import ROOT
 
 from config import UserError
 from model import GPT, GPTConfig
-from optim import MuonAdamW, OptimConfig, lr_at, make_optimizer, orthogonalize, set_lr
+from optim import MuonAdamW, OptimConfig, lr_at, make_optimizer, orthogonalize, set_lr, state_bytes
+
+OPTIMIZERS = OptimConfig.__dataclass_fields__["optimizer"].metadata["choices"]
 
 
 def rates(**changes):
@@ -122,6 +124,7 @@ def test_matrices_are_orthogonalized_together_as_one_by_one(shape):
 def test_muons_rate_follows_the_schedule_of_adamws():
     cfg = OptimConfig(optimizer="muon", lr=1e-3, muon_lr=0.04)
     optimizer = make_optimizer(tiny(), cfg, torch.device("cpu"))
+    assert {group["lr"]: "momentum" in group for group in optimizer.param_groups} == {0.04: True, 1e-3: False}
     set_lr(optimizer, 5e-4)
     assert {group["lr"]: "momentum" in group for group in optimizer.param_groups} == {0.02: True, 5e-4: False}
 
@@ -155,11 +158,10 @@ def test_muon_goes_on_from_its_state_as_if_it_had_never_stopped(tmp_path):
 
 
 @pytest.mark.parametrize("device", ["cpu", "mps"])  # on Metal AdamW is not fused, and reads no flag
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_overflow_in_fp16_changes_nothing_but_the_scale(name, device):
     model = tiny()
     optimizer = make_optimizer(model, OptimConfig(optimizer=name), torch.device(device))
-    set_lr(optimizer, 1e-3)
     scaler, before = torch.amp.GradScaler("cpu", init_scale=8.0), deepcopy(model.state_dict())
     for spoil in (True, False):
         draw_gradients(model)
@@ -174,7 +176,17 @@ def test_an_overflow_in_fp16_changes_nothing_but_the_scale(name, device):
         assert scaler.get_scale() == 4.0
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_state_takes_the_bytes_that_are_reserved_for_it(name):
+    model = tiny()
+    optimizer = make_optimizer(model, OptimConfig(optimizer=name), torch.device("cpu"))
+    draw_gradients(model)
+    optimizer.step()
+    moments = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
+    assert state_bytes(optimizer) == sum(value.nbytes for value in moments)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_imports_no_compiler(name):
     """It would be a second of every start."""
     subprocess.run([sys.executable, "-c", f"""

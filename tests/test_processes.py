@@ -20,7 +20,7 @@ def test_the_second_ctrl_c_ends_a_run_at_once_and_the_first_does_not(monkeypatch
     stop = StopSignal(SimpleNamespace(is_main=True))
     stop._on_signal(signal.SIGTERM, None)
     said = capfd.readouterr().err
-    assert said.startswith("SIGTERM: saves and ends after the step in progress") and said.count("\n") == 1
+    assert said.startswith("SIGTERM: saves and exits after the step in progress") and said.count("\n") == 1
     clock.sleep(5)
     stop._on_signal(signal.SIGINT, None)  # the first of its kind: the run is still saving
     clock.sleep(1)

@@ -2,7 +2,9 @@ import json
 import math
 import re
 import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import Clock
@@ -54,6 +56,34 @@ def test_the_time_left_is_of_all_that_comes_between_steps_but_not_of_the_first_e
         clock.sleep(seconds)
         tracker.report(State(step=step), 0.1, {"lr": 0.1} if step else {"val/loss": 1.0})
     assert [re.findall(r"eta (\S+)", line) for line in lines] == [[], ["0:01:30"], ["0:02:40"]]
+
+
+def test_a_metric_may_be_a_tensor_in_every_sink(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracker = Tracker.__new__(Tracker)
+    tracker.num_steps, tracker.amp, tracker.is_main, tracker.plan, tracker.since = 9, "off", True, None, (0, 0)
+    tracker.sinks = [JsonlSink(tmp_path / "m.jsonl", 0), TensorboardSink(tmp_path / "events", 0)]
+    metrics = {"mine": torch.tensor(0.5), "theirs": np.float32(2), "none": torch.tensor(math.nan)}
+    tracker.report(State(step=1), 0.1, metrics)
+    for sink in tracker.sinks:
+        sink.close(0)
+    row = json.loads((tmp_path / "m.jsonl").read_text(), parse_constant=pytest.fail)
+    assert (row["mine"], row["theirs"], row["none"]) == (0.5, 2.0, None)
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    assert [events.Scalars(name)[0].value for name in ("mine", "theirs")] == [0.5, 2.0]
+
+
+def test_a_log_that_the_disk_cannot_take_ends_no_run_that_is_done(tmp_path):
+    file = tracking._LogFile(tmp_path / "c.log", encoding="utf-8")
+    file.stream.close()
+    file.stream = open("/dev/full", "w")  # noqa: SIM115 - closed below
+    file.stream.write("the last line")
+    tracker = Tracker.__new__(Tracker)
+    tracker.bar, tracker.sinks, tracker.file = SimpleNamespace(close=int), [], file
+    tracker.exit_code, tracker.step = 0, 9
+    tracker.__exit__(None, None, None)
 
 
 def test_a_line_leaves_out_what_was_not_measured():

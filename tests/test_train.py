@@ -424,7 +424,9 @@ WRONG = {
     "short text": (["--train-data", "short.txt"], ["fewer than one sequence", "--seq-len"]),
     "folder without text": (["--train-data", "no text here"], ["no text here", ".jsonl"]),
     "glob without files": (["--train-data", "*.nothing"], ["*.nothing", "no file matches"]),
-    "binary file": (["--train-data", "picture.png"], ["picture.png", "not UTF-8 text"]),
+    "binary file": (["--train-data", "picture.png"], ["picture.png", "not text"]),
+    "toy data": (["--use-toy-data"], ["--use-toy-data makes its own text"]),
+    "rope without RoPE": (["--rope-theta", "1e5"], ["--rope-theta 100000.0", "learned positions"]),
     "bad jsonl": (["--train-data", "bad.jsonl"], ["bad.jsonl", "not readable"]),
     "jsonl without text": (["--train-data", "columns.jsonl"], ["no column named text", "a, b"]),
     "no such dataset offline": (["--train-data", "some/dataset"], ["some/dataset", "cannot be reached"]),
@@ -485,11 +487,17 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_difference(trainer):
     first = trainer("--num-steps", 3)
     before = first.checkpoint.read_bytes()
     for name, value, words in [
-            ("--d-model", "64", "--d-model was 32, is 64"), ("--tokenizer-name", "char", "the tokenizer was"),
-            ("--val-ratio", "0.2", "the training data was"), ("--arch", "qwen3", "--arch was gpt2, is qwen3"),
+            ("--d-model", "64", "--d-model was 32, is 64"),
+            ("--tokenizer-name", "char", "--tokenizer-name was byte, is char"),
+            ("--val-ratio", "0.2", "--val-ratio was 0.1, is 0.2"), ("--arch", "qwen3", "--arch was gpt2, is qwen3"),
+            ("--data-seed", "5", "--data-seed was 1337, is 5"),
             ("--batch-size", "8", "sequences in a step was 4, is 8")]:
         run = forked(train.main, trainer.arguments(["--num-steps", 6, "--resume", name, value])[1:], trainer.folder)
         assert run.returncode == 2 and len(run.stderr.strip().splitlines()) == 1 and words in run.stderr, run.stderr
+        tried = forked(train.main, trainer.arguments(["--dry-run", "--resume", name, value])[1:], trainer.folder)
+        assert tried.returncode == 2 and words in tried.stderr
+    tried = trainer("--dry-run", "--resume", "--num-steps", 6)
+    assert tried.code == 0 and "Resumed at step 3" in tried.out and "one step: loss" in tried.out, tried.err
     assert first.checkpoint.read_bytes() == before and 3 in first.rows
 
 
