@@ -14,9 +14,8 @@ import time
 from pathlib import Path
 
 import torch
-from peers import machine, run, spread
+from peers import ROOT, machine, run, spread
 
-ROOT = Path(__file__).resolve().parent.parent
 MODES = {"greedy": dict(temperature=0), "sampled": dict(temperature=0.8, top_k=50),
          "sampled, top-p 0.9": dict(temperature=0.8, top_k=0, top_p=0.9)}
 

@@ -19,7 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from peers import ROOT
+
 WARM = 0.1  # of the time, at the start, left out
 
 
