@@ -65,6 +65,7 @@ def save(path, payload, keep=None, names=()):
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".tmp")
     draft.unlink(missing_ok=True)  # after a kill in `link` it is a checkpoint's second name: not to be written into
+    unnamed = None
     try:
         with open(draft, "wb") as file:
             writer = _HashingFile(file)
@@ -78,7 +79,10 @@ def save(path, payload, keep=None, names=()):
             file.flush()
             os.fsync(file.fileno())
         for name in names:
-            link(draft, name)
+            try:
+                link(draft, name)
+            except OSError as error:  # no room for a copy, where there are no links: `path` itself needs none
+                unnamed = error
         if keep and path.exists():
             link(path, keep)
         os.replace(draft, path)
@@ -86,6 +90,8 @@ def save(path, payload, keep=None, names=()):
         draft.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+    if unnamed:
+        raise unnamed
 
 
 def link(source, target):

@@ -41,12 +41,12 @@ class CheckpointConfig:
                                metavar="FILE.pt")
     resume: str = arg("", "resume from the checkpoint path; auto: if it is there, else start; FILE: from that",
                       const="latest", metavar="auto|FILE", empty=False)
-    overwrite: bool = arg(False, "start over where a checkpoint is")
+    overwrite: bool = arg(False, "start over, replacing the checkpoint that is there")
     save_steps: int = arg(250, "steps between checkpoints; 0: only the last step's", ge=0)
     save_best: bool = arg(True, "save a checkpoint at each new lowest validation loss, too, as FILE.best.pt")
     keep_last: int = arg(0, "how many of the newest checkpoints to keep as FILE.step-N.pt, too; 0: none", ge=0)
     async_save: bool = arg(False, "write checkpoints from a copy in the CPU's memory while training goes on")
-    time_limit: float = arg(0.0, "minutes after which the run saves and leaves, with exit code 142; 0: none", ge=0,
+    time_limit: float = arg(0.0, "minutes after which the run saves and exits, with exit code 142; 0: none", ge=0,
                             le=10**7)
 
     def validate(self):
@@ -109,17 +109,17 @@ class NotSaved(RunFailed):
     """The last checkpoint of a run could not be written."""
 
 
-def plan(cfg):
-    """The file this run resumes from, or None to start from scratch. Writes nothing. Takes the lock of an earlier run
-    at that path and keeps it; with --resume, waits for that run to end. Raises UserError if the flags do not match the
-    existing files, the folder is not writable, or another run writes there."""
+def plan(cfg, locks=True):
+    """The file this run resumes from, or None to start from scratch. Writes nothing. With `locks`, takes the lock of an
+    earlier run at that path and keeps it; with --resume, waits for that run to end. Raises UserError if the flags do
+    not match the existing files, the folder is not writable, or another run writes there."""
     path = Path(cfg.checkpoint_path)
     folder = path.parent
     try:
         folder = _nearest_folder(path)
         tempfile.TemporaryFile(dir=folder).close()  # os.access would not do: root passes it everywhere
         lock = cfg.beside(".lock")
-        if lock.exists() and not lock_until_exit(lock):  # now, so that the checkpoint to resume from stays the newest
+        if locks and lock.exists() and not lock_until_exit(lock):  # now: what is resumed from has to stay the newest
             if cfg.resume:
                 log.info("waiting for the run that still writes to %s", path)
             if not cfg.resume or not lock_until_exit(lock, PATIENCE):
@@ -150,10 +150,11 @@ def plan(cfg):
     return Path(cfg.resume)
 
 
-def plan_together(cfg, world):
-    """Collective: the main rank's plan, for every rank. Raises UserError if only other ranks have a checkpoint there,
-    as on nodes with disks of their own whose order has changed: the run would silently start again."""
-    resume_from = world.from_main(lambda: plan(cfg))
+def plan_together(cfg, world, dry_run=False):
+    """Collective: the main rank's plan, for every rank; a dry run locks nothing, and resumes only if asked to. Raises
+    UserError if only other ranks have a checkpoint there, as on nodes with disks of their own whose order has changed:
+    the run would silently start again."""
+    resume_from = None if dry_run and not cfg.resume else world.from_main(lambda: plan(cfg, locks=not dry_run))
     elsewhere = world.max([cfg.resume == "auto" and os.path.exists(cfg.checkpoint_path)])[0]
     if elsewhere and resume_from is None:
         raise UserError(f"--resume auto: another node has {cfg.checkpoint_path}, and that of rank 0 has not; put "
@@ -189,6 +190,8 @@ def run_identity(cfg, corpus, step_samples):
     """What a resumed run must have in common with the run it resumes: model, optimizer, tokenizer, data, and sequences
     per step, from which the position in the data follows."""
     model = dataclasses.asdict(cfg.model)
+    if cfg.model.rope_theta == cfg.model.parts.rope_theta:  # as is 0
+        model["rope_theta"] = 0.0
     free = {"dropout", "use_activation_checkpoint", "vocab_size"}
     if 0 < cfg.model.vocab_size < corpus.vocab_size:
         whose, advice = f"--vocab-size {cfg.model.vocab_size}", "leave it out"
@@ -221,12 +224,12 @@ def restore(path, cfg, identity, config, mends=True):
     was, flags = payload["identity"], payload["config"]
     # 0 where a checkpoint is older than the flag: "as the architecture has it".
     changed = {name: (was.get(name), value) for name, value in identity.items() if was.get(name, 0) != value}
-    others = {flag(name): (flags[name], config.get(name)) for name in DATA_FLAGS
-              if name in flags and flags[name] != config.get(name)}
-    if others and any(name.startswith("the ") for name in changed):  # hashes, which say less than these flags
-        changed = {name: change for name, change in changed.items() if not name.startswith("the ")} | others
+    if any(name.startswith("the ") for name in changed):  # data, of which only hashes are known: which flags differ?
+        changed |= {flag(name): (flags[name], config.get(name)) for name in DATA_FLAGS
+                    if name in flags and flags[name] != config.get(name)}
     if changed:
-        changed = [f"{name} was {before}, is {now}" for name, (before, now) in changed.items()]
+        changed = [f"{name} is another" if name.startswith("the ") else f"{name} was {before}, is {now}"
+                   for name, (before, now) in changed.items()]
         raise UserError(f"--resume: {source} is of another run: {'; '.join(changed)}; give the flags and data that "
                         f"it was started with (--config {beside_run(source, '.config.toml')}), or start anew with "
                         f"another --checkpoint-path")

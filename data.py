@@ -261,8 +261,9 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
     with tqdm(total=total or None, unit="B", unit_scale=True, desc="tokenizing", leave=False, disable=None) as bar:
         source = stream()  # --val-data comes first and is read in full
         while not (writers["train"].full and (val_sources or writers["val"].full)) and (batch := take(source, BATCH)):
-            if not n_tokens and isinstance(text := batch[0].content, str) and known_characters(tokenizer) is None:
-                whole = gives_back(tokenizer, text)
+            if not n_tokens and known_characters(tokenizer) is None:  # a few pieces of the first batch
+                texts = [piece.content for piece in batch if isinstance(piece.content, str)]
+                whole = all(gives_back(tokenizer, text) for text in texts[::max(1, len(texts) // 8)])
             wanted = [piece for piece in batch if not writers[piece.split].full]
             for piece, ids, encoded, lost in encode_pieces(tokenizer, wanted, eos):
                 written = writers[piece.split].write(ids)
@@ -333,7 +334,8 @@ class Corpus:
         self.meta = read_meta(self.folder)
         if not (cfg.is_shards or cfg.use_toy_data):  # the cached shards may have been made with one of another name
             self.meta["tokenizer"] = cfg.tokenizer_name
-        self.facts = {f"corpus_{name}": self.meta[name] for name in ("tokens", "tokenizer")} | dict(corpus=str(folder))
+        self.facts = {f"corpus_{name}": self.meta[name] for name in ("tokens", "tokenizer")} | dict(
+            corpus=str(folder), tokenizer_hash=self.meta["tokenizer_hash"][:16])
         self.train, self.val = (Shard(self.folder / f"{split}.bin") for split in ("train", "val"))
         if checks:
             self.train.verify(self.meta, "train")

@@ -72,9 +72,9 @@ class EvaluateConfig:
     text_column: str = arg("", "the column with the text, in files that have columns; unset: the run's")
     seq_len: int = arg(0, "tokens in a window; 0: the run's --seq-len, or of a folder at most 1024", ge=0)
     stride: int = arg(0, "tokens between windows that overlap: each token but the first is predicted from at least "
-                         "--seq-len - --stride before it, if there are; 0: windows that do not overlap, as in training",
+                         "--seq-len - --stride before it; 0: windows that do not overlap, as in training",
                       ge=0)
-    eval_tokens: int = arg(0, "take windows of so many tokens, spread evenly, as a run's --eval-tokens does; 0: all",
+    eval_tokens: int = arg(0, "evaluate on about N tokens, evenly spread, as a run's --eval-tokens does; 0: all",
                            ge=0)
     batch_size: int = arg(8, "windows computed at once", ge=1)
     precision: str = arg("auto", "auto: as in training, bf16 where the device does it fast",

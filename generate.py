@@ -36,7 +36,7 @@ class GenerateConfig:
     num_samples: int = arg(1, "continuations of each prompt", ge=1, le=10**6)
     max_new_tokens: int = arg(256, "tokens of a continuation at most; an end-of-text token ends it sooner", ge=1,
                               le=10**7)
-    temperature: float = arg(TEMPERATURE, "below 1: likelier tokens more often; 0: always the likeliest", ge=0)
+    temperature: float = arg(TEMPERATURE, "lower: less random; 0: always the likeliest token", ge=0)
     top_k: int = arg(TOP_K, "sample from this many likeliest tokens; 0: from all", ge=0)
     top_p: float = arg(1.0, "nucleus: sample from the fewest tokens whose probability reaches this", ge=1e-6, le=1)
     seed: int = arg(1337, "seed; each continuation has its own stream, whatever is generated beside it", ge=0)

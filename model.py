@@ -51,12 +51,12 @@ ARCHS = {
 class GPTConfig:
     """Model"""
 
-    arch: str = arg("gpt2", "which architecture, exactly", choices=tuple(ARCHS))
+    arch: str = arg("gpt2", "architecture", choices=tuple(ARCHS))
     n_layers: int = arg(4, "transformer blocks", ge=1, le=10_000)
     n_heads: int = arg(4, "attention heads (queries)", ge=1)
     n_kv_heads: int = arg(0, "key/value heads of grouped-query attention; 0: as many as n_heads", ge=0)
     d_model: int = arg(256, "width of the residual stream", ge=1)
-    d_ff: int = arg(0, "width of the MLP; 0: 4 x d_model, or 3 x for SwiGLU", ge=0)
+    d_ff: int = arg(0, "width of the MLP; 0: 4 x d_model, 3 x with SwiGLU", ge=0)
     head_dim: int = arg(0, "width of one head; 0: d_model / n_heads", ge=0)
     rope_theta: float = arg(0.0, "base of RoPE's wavelengths; 0: as the architecture has it", ge=0)
     dropout: float = arg(0.0, "probability, on embeddings, attention weights and residual branches", ge=0, lt=1)

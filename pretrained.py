@@ -209,7 +209,8 @@ def gpt_config(theirs, source):
     # Fields in both configurations must agree. Fields missing from ours are allowed, except in rope_parameters.
     stated, ours = _flat(theirs.to_dict()), _flat(hugging_face_config(cfg).to_dict())
     for name, value in stated.items():
-        if not NO_MATTER.fullmatch(name) and value != ours.get(name, value if "." not in name else None):
+        missing = None if name.startswith("rope_parameters.") else value
+        if not NO_MATTER.fullmatch(name) and value != ours.get(name, missing):
             raise UserError(f"--init-from {source}: {name} is {value}, and {cfg.arch} here has {ours.get(name)}")
     if "quantization_config" in stated:
         raise UserError(f"--init-from {source}: quantization_config is set; give weights that are not quantized")
@@ -329,10 +330,15 @@ def load_run(path):
 def _load_folder(folder):
     try:
         cfg = _source_config(folder)
-        model, tokenizer = GPT(cfg), load_tokenizer(folder)
+        model = GPT(cfg)
         model.load_state_dict(_source_weights(folder, cfg))
-    except UserError as error:  # names the flags that training has for these
-        raise UserError(re.sub("--(init-from|tokenizer-name)", "--checkpoint-path", str(error))) from None
+    except UserError as error:  # names the flag that training has for it
+        raise UserError(str(error).replace("--init-from", "--checkpoint-path")) from None
+    try:
+        tokenizer = load_tokenizer(folder)
+    except UserError:
+        raise UserError(f"--checkpoint-path {folder}: no tokenizer in it that can be read; copy the one that it was "
+                        f"trained with") from None
     if tokenizer.get_vocab_size() > cfg.vocab_size:
         raise UserError(f"--checkpoint-path {folder}: its tokenizer has {tokenizer.get_vocab_size()} tokens, the model "
                         f"{cfg.vocab_size}; copy the one that it was trained with")

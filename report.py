@@ -25,7 +25,8 @@ from plots import MARKS, figure, looks, panels_of, short, terminal_plot
 
 ROWS = ".metrics.jsonl"
 DEFAULT = "checkpoints/minigpt.pt"
-NOT_COMPARED = ("command", "checkpoint_path", "cache_dir", "resume", "overwrite", "n_params", "corpus")  # nor wandb_…
+NOT_COMPARED = ("command", "checkpoint_path", "cache_dir", "resume", "overwrite", "n_params", "corpus",
+                "tokenizer_hash")  # nor wandb_…
 EMPTY = "(nothing: the model ended the text at once)"
 X_METRICS = {"step": "step", "tokens": "train/tokens"}
 
@@ -259,7 +260,7 @@ def panels(runs, x="step"):
     """The plots of these runs; bits per byte only if losses per token are not comparable, else it is the same curve."""
     sources = dict.fromkeys(metric.removeprefix("val/loss/") for run in runs for row in run.rows for metric in row
                             if metric.startswith("val/loss/"))
-    alike = len({run.config.get("corpus_tokenizer") for run in runs}) == 1
+    alike = len({run.config.get("tokenizer_hash") for run in runs}) == 1
     return [panel for panel in panels_of(runs, sources, x) if not (alike and panel.name == "bits_per_byte")]
 
 

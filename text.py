@@ -117,7 +117,7 @@ def _texts_and_tables(folder):
     found = sorted(file for file in folder.rglob("*")
                    if not any(part[0] == "." for part in file.relative_to(folder).parts))
     if unread := [file for file in found if _suffix(file) in UNREADABLE and file.is_file()]:
-        log.warning("%s: %d files are left out, such as %s: %s", folder, len(unread), unread[0],
+        log.warning("%s: files are left out (%d in all), such as %s: %s", folder, len(unread), unread[0],
                     UNREADABLE[_suffix(unread[0])])
     ours = {file.parent for file in found if re.fullmatch(r"run-.+\.wandb|.+\.safetensors", file.name)}
     return [file for file in found if _suffix(file) in IN_FOLDERS and file.is_file() and ours.isdisjoint(file.parents)

@@ -113,6 +113,8 @@ def log_facts(cfg, world, corpus, raw, optimizer_bytes, precision, accum, state)
     log.info(f"step: {step_tokens:,} tokens = batch {cfg.batch.batch_size} x sequence {corpus.seq_len} x accumulation "
              f"{accum} x ranks {world.size}; amp {precision.name} ({precision.reason})"
              + ("; torch.compile, before the first step" if compiled else ""))
+    if not cfg.wandb.use_wandb and (cfg.wandb.wandb_project or cfg.wandb.wandb_run_name or cfg.wandb.wandb_mode):
+        log.warning("not tracked by W&B: its other flags count with --use-wandb only")
     if cfg.optim.warmup_steps >= cfg.optim.num_steps:
         log.warning(f"--warmup-steps {cfg.optim.warmup_steps} is not below --num-steps: the run ends in the warm-up")
     log.info(f"Resumed at step {state.step}" if state.step else f"Starting from {cfg.init.init_from or 'scratch'}")

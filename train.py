@@ -122,7 +122,7 @@ def train(cfg, world):
     """Train until `num_steps` or a stop signal. Returns the exit code: 0, or 128 + the signal number."""
     dry_run, batch_size = cfg.batch.dry_run, cfg.batch.batch_size
     world.require_same({flag(name): value for name, value in flatten(cfg).items()}, "flags")
-    resume_from = checkpoint.plan_together(cfg.checkpoint, world) if cfg.checkpoint.resume or not dry_run else None
+    resume_from = checkpoint.plan_together(cfg.checkpoint, world, dry_run)
     cfg.model, cfg.init = world.from_main(lambda: resolve_init(cfg, resume_from))
     accum, config = cfg.batch.accum_steps(world.size, cfg.data.seq_len), flatten(cfg)
     corpus = Corpus(cfg.data, cfg.model.vocab_size, writes=world.local_rank == 0, scratch=dry_run)

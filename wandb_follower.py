@@ -88,13 +88,14 @@ class Follower:
                 self.say("INFO", f"finished: {run.url}")
 
     def _unsent(self, run):
-        """Reports of earlier starts that did not reach the server: those behind the last step that it has."""
-        last = run.summary.get("step", -1)
+        """Reports of earlier starts that did not reach the server: those later than the last that it has."""
+        last = run.summary.get("_timestamp", 0)
         if run.offline or self.job.shared or not isinstance(last, int | float):  # a shared run's are not known apart
             return []
         unsent = reports_before(*self.job.rows, after=last)
         if unsent:
-            self.say("INFO", f"{len(unsent)} rows of earlier starts were not there, and are sent now")
+            self.say("INFO", f"{len(unsent)} rows of earlier starts were not there, and are sent now; their offline "
+                             f"folders need no wandb sync any more")
         return unsent
 
     @contextlib.contextmanager
@@ -246,12 +247,12 @@ def samples_before(path, offset):
 
 
 def reports_before(path, offset, after):
-    """The reports of steps above `after` in the first `offset` bytes of a metrics.jsonl, as JSON."""
+    """The reports later than `after`, in seconds, in the first `offset` bytes of a metrics.jsonl, as JSON."""
     found = []
     with open(path, "rb") as file:
         while file.tell() < offset and (line := file.readline()):
-            step = re.match(rb'\{"step": (\d+), "time": [^,]+, (?!"event")', line)  # parse none, as above
-            if step and int(step[1]) > after:
+            report = re.match(rb'\{"step": \d+, "time": ([^,]+), (?!"event")', line)  # parse none, as above
+            if report and float(report[1]) > after + 0.01:  # the server's may be rounded
                 found.append(line.decode())
     return found
 

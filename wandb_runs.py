@@ -49,7 +49,7 @@ class WandbConfig:
     wandb_watch: str = arg("none", "histograms to log at every report",
                            choices=("none", "gradients", "parameters", "all"))
     wandb_init_timeout: float | None = arg(None, "seconds after which W&B goes on offline if it cannot be reached "
-                                                 "(WANDB_INIT_TIMEOUT; else 90); training waits for none of them",
+                                                 "(WANDB_INIT_TIMEOUT; else 90); training never waits",
                                            gt=0)
     wandb_finish_timeout: float | None = arg(None, "seconds that the end of a run waits for uploads at most "
                                                    "(WANDB_FINISH_TIMEOUT; else 60)", gt=0)

@@ -233,7 +233,7 @@ def main():
     command.add_argument("--wandb-entity", dest="entity", default="", help="WANDB_ENTITY; else the key's own")
     command.set_defaults(run_command=check)
     command = commands.add_parser("sync", help="send the rows of a run that the server lacks")
-    command.add_argument("run", metavar="RUN", help="its checkpoint path")
+    command.add_argument("run", metavar="RUN", help="the run's checkpoint path")
     command.set_defaults(run_command=sync)
     command = commands.add_parser("download", help="fetch a run, or the runs of a sweep")
     command.add_argument("run", metavar="RUN", help="[[ENTITY/]PROJECT/]RUN_ID, …/sweeps/SWEEP_ID, or a link")

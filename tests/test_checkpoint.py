@@ -201,6 +201,37 @@ def test_a_kill_in_a_save_leaves_the_newest_before_and_no_best_behind_it(tmp_pat
     assert 1 <= newest <= best <= 2 and (moment or best == 1)
 
 
+def test_where_there_is_no_room_for_a_copy_the_newest_is_saved_all_the_same(tmp_path, monkeypatch):
+    cfg = config(tmp_path)
+    save_run(cfg, payload(1), 1, latest=True, best=True)
+
+    def fail(source, target):
+        if "best" in target.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        os.replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(os, "link", fail)  # a file system without hard links
+        patch.setattr(archive.shutil, "copyfile", fail)
+        save_run(cfg, payload(2), 2, latest=True, best=True)
+    assert [load(tmp_path / name)["step"] for name in ("c.pt", "c.best.pt")] == [2, 1]
+
+
+def test_drafts_of_a_killed_save_are_removed_and_no_other_runs(tmp_path):
+    for name in ("c.pt.tmp", "c.best.pt.tmp", "c.step-00000008.pt.tmp", "cat.pt.tmp", "c.cat.pt.tmp"):
+        (tmp_path / name).touch()
+    checkpoint.begin(config(tmp_path), None, State(), EVAL_TOKENS)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["c.cat.pt.tmp", "cat.pt.tmp"]
+
+
+def test_a_checkpoint_that_is_older_than_a_flag_goes_on(tmp_path):
+    save(tmp_path / "c.pt", whole(1) | {"identity": {"--arch": "llama"}})
+    identity = {"--arch": "llama", "--rope-theta": 0.0}
+    assert checkpoint.restore(tmp_path / "c.pt", config(tmp_path), identity, {})["step"] == 1
+    with pytest.raises(UserError, match="--rope-theta was None, is 5e5"):
+        checkpoint.restore(tmp_path / "c.pt", config(tmp_path), identity | {"--rope-theta": "5e5"}, {})
+
+
 def test_a_run_that_trains_on_may_replace_a_checkpoint_while_it_is_read(tmp_path, monkeypatch):
     save(tmp_path / "c.pt", payload(1))
     digest = archive.file_digest

@@ -46,10 +46,12 @@ def test_the_column_of_a_table_can_be_named(run_folder):
             == evaluate(run_folder, "--data", "bodies.txt")["loss"])
 
 
-def test_the_readmes_python_runs(run_folder):
+def test_the_readmes_python_runs(trainer):
+    assert trainer("--num-steps", 5, "--tokenizer-name", "bpe", "--vocab-size", 300).code == 0
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (run_folder / "example.py").write_text(example.replace("checkpoints/minigpt.pt", "c.pt") + "print(loss.item())\n")
-    done = subprocess.run([sys.executable, "example.py"], cwd=run_folder, capture_output=True, text=True,
+    example = example.replace("checkpoints/minigpt.pt", "c.pt") + "print(loss.item())\n"
+    (trainer.folder / "example.py").write_text(example)
+    done = subprocess.run([sys.executable, "example.py"], cwd=trainer.folder, capture_output=True, text=True,
                           env=environment(PYTHONPATH=str(ROOT)))
     *ids, loss = done.stdout.splitlines()
     assert done.returncode == 0 and len(ids) > 2 and 1 < float(loss) < 6, done.stderr

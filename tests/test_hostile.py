@@ -189,7 +189,7 @@ def test_the_one_before_of_another_run_is_refused_by_its_name(run, again):
     saved["identity"]["the training data"] = "another's"
     checkpoint.save(folder / "c.prev.pt", saved)
     (folder / "c.pt").unlink()
-    refused(run(train, *flags, "--resume"), "c.prev.pt is of another run", "the training data was another's")
+    refused(run(train, *flags, "--resume"), "c.prev.pt is of another run", "the training data is another")
     checkpoint.save(folder / "c.prev.pt", [1, 2])
     refused(run(train, *flags, "--resume"), "c.prev.pt is not a checkpoint")
 

@@ -227,7 +227,7 @@ def test_labels_tell_ticks_apart():
 def test_runs_of_different_tokenizers_are_compared_by_bits_per_byte(tmp_path):
     for name in ("a", "b"):
         path = write_run(tmp_path / f"{name}.metrics.jsonl")
-        path.write_text(path.read_text().replace('"arch": "gpt2"', f'"arch": "gpt2", "corpus_tokenizer": "{name}"'))
+        path.write_text(path.read_text().replace('"arch": "gpt2"', f'"arch": "gpt2", "tokenizer_hash": "{name}"'))
     both = report.load([tmp_path / f"{name}.metrics.jsonl" for name in ("a", "b")])
     assert "bits_per_byte" in [panel.name for panel in report.panels(both)]
     assert "bits_per_byte" not in [panel.name for panel in report.panels(both[:1])]

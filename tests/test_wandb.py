@@ -219,6 +219,12 @@ def test_nothing_of_wandb_is_imported_without_the_flag():
     assert out.stdout.strip() == "[]", out.stdout + out.stderr
 
 
+def test_flags_of_wandb_that_track_nothing_are_told(trainer):
+    run = trainer("--dry-run", "--wandb-project", "mine")
+    assert run.code == 0 and "not tracked by W&B" in run.out
+    assert "not tracked" not in trainer("--dry-run").out
+
+
 def test_the_tutorials_command_reports_every_field_it_prints(trainer, tmp_path):
     """Document 001's command, with fewer layers' worth of time: torchrun, GPT-2's tokenizer, W&B."""
     if not (SHARED / "hf-home").exists():

@@ -6,7 +6,7 @@ import time
 import pytest
 
 import wandb_sink
-from wandb_follower import Publisher
+from wandb_follower import Publisher, reports_before
 from wandb_runs import Job, WandbConfig, plan_run, with_environment
 from wandb_sink import UPLOADS, WandbSink
 
@@ -114,3 +114,14 @@ def test_which_run_it_is_is_kept_before_anything_starts(sink, tmp_path):
     sink(rank=1)
     facts = json.loads((tmp_path / "c.rank1.wandb.json").read_text())
     assert facts["base"] == "b" and facts["init"]["id"] == "b-rank-1" and facts["init"]["group"] == "b"
+
+
+def test_what_the_server_lacks_is_what_is_later_whatever_its_step(tmp_path):
+    """After a rollback steps come again: 10 and 20, rolled back to 10, 20 again. The last is of this start."""
+    rows = [dict(step=step, time=at, loss=1.0) for step, at in ((10, 1.5), (20, 2.5), (20, 3.5), (30, 4.5))]
+    lines = [json.dumps(row) + "\n" for row in rows]
+    lines.insert(3, json.dumps(dict(step=20, time=3.6, event="sample", text="a")) + "\n")
+    (tmp_path / "m.jsonl").write_text("".join(lines))
+    before = sum(map(len, lines[:-1]))
+    assert reports_before(tmp_path / "m.jsonl", before, after=2.504) == lines[2:3]
+    assert reports_before(tmp_path / "m.jsonl", before, after=0) == lines[:3]
