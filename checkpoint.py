@@ -224,7 +224,7 @@ def restore(path, cfg, identity, config, mends=True):
     was, flags = payload["identity"], payload["config"]
     # 0 where a checkpoint is older than the flag: "as the architecture has it".
     changed = {name: (was.get(name), value) for name, value in identity.items() if was.get(name, 0) != value}
-    if any(name.startswith("the ") for name in changed):  # data, of which only hashes are known: which flags differ?
+    if any(name.startswith("the ") for name in changed):  # hashes, which say nothing: name the flags behind them
         changed |= {flag(name): (flags[name], config.get(name)) for name in DATA_FLAGS
                     if name in flags and flags[name] != config.get(name)}
     if changed:

@@ -236,24 +236,26 @@ def await_run(job):
         time.sleep(1)
 
 
-def samples_before(path, offset):
-    """The sample records in the first `offset` bytes of a metrics.jsonl."""
-    found = []
+def lines_before(path, offset):
+    """Yields the lines in the first `offset` bytes of a metrics.jsonl, not parsed: histograms take megabytes."""
     with open(path, "rb") as file:
         while file.tell() < offset and (line := file.readline()):
-            if b'"event": "sample"' in line:  # parse no other: histograms take megabytes
-                found.append(json.loads(line))
+            yield line
+
+
+def samples_before(path, offset):
+    """The sample records in the first `offset` bytes of a metrics.jsonl."""
+    found = [json.loads(line) for line in lines_before(path, offset) if b'"event": "sample"' in line]
     return [record for record in found if record.get("event") == "sample"]
 
 
 def reports_before(path, offset, after):
-    """The reports later than `after`, in seconds, in the first `offset` bytes of a metrics.jsonl, as JSON."""
+    """The reports later than `after`, seconds since the epoch, in the first `offset` bytes of a metrics.jsonl: JSON."""
     found = []
-    with open(path, "rb") as file:
-        while file.tell() < offset and (line := file.readline()):
-            report = re.match(rb'\{"step": \d+, "time": ([^,]+), (?!"event")', line)  # parse none, as above
-            if report and float(report[1]) > after + 0.01:  # the server's may be rounded
-                found.append(line.decode())
+    for line in lines_before(path, offset):
+        report = re.match(rb'\{"step": \d+, "time": ([^,]+), (?!"event")', line)
+        if report and float(report[1]) > after + 0.01:  # the server's time may be rounded
+            found.append(line.decode())
     return found
 
 

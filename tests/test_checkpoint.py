@@ -205,16 +205,21 @@ def test_where_there_is_no_room_for_a_copy_the_newest_is_saved_all_the_same(tmp_
     cfg = config(tmp_path)
     save_run(cfg, payload(1), 1, latest=True, best=True)
 
-    def fail(source, target):
+    copy = archive.shutil.copyfile
+
+    def no_link(source, target):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    def copy_all_but_the_best(source, target):
         if "best" in target.name:
             raise OSError(errno.ENOSPC, "No space left on device")
-        os.replace(source, target)
+        copy(source, target)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr(os, "link", fail)  # a file system without hard links
-        patch.setattr(archive.shutil, "copyfile", fail)
+        patch.setattr(os, "link", no_link)
+        patch.setattr(archive.shutil, "copyfile", copy_all_but_the_best)
         save_run(cfg, payload(2), 2, latest=True, best=True)
-    assert [load(tmp_path / name)["step"] for name in ("c.pt", "c.best.pt")] == [2, 1]
+    assert [load(tmp_path / name)["step"] for name in ("c.pt", "c.prev.pt", "c.best.pt")] == [2, 1, 1]
 
 
 def test_drafts_of_a_killed_save_are_removed_and_no_other_runs(tmp_path):
