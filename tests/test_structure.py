@@ -1,8 +1,13 @@
 """The layout that the README promises: who imports whom, and how long a file may be."""
 
 import ast
+import re
 
+import pytest
 from conftest import ROOT
+
+from config import flag, flag_fields
+from train import Config
 
 ALLOWED = {
     "config": set(),
@@ -76,3 +81,27 @@ def test_the_loop_and_the_modes_have_no_second_loop():
     nodes = list(ast.walk(ast.parse((ROOT / "train_ddp.py").read_text())))
     assert not any(isinstance(node, ast.While) for node in nodes)
     assert "backward" not in {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+
+
+@pytest.mark.parametrize("path", ["README.md", *(f"docs/{name}.md" for name in ("data", "cluster", "wandb"))])
+def test_links_lead_somewhere(path):
+    text = (ROOT / path).read_text()
+    anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)", text, re.M)}
+    links = re.findall(r"\]\((?!https?:)([^)]+)\)", text)
+    assert links or path != "README.md"
+    for link in links:
+        assert link[1:] in anchors if link.startswith("#") else ((ROOT / path).parent / link).exists(), link
+
+
+def test_readme_lists_every_flag():
+    table = (ROOT / "README.md").read_text().split("\n## Flags\n")[1].split("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    listed = [word.replace("--no-", "--") for word in re.findall(r"--[a-z0-9-]+", "\n".join(rows))]
+    ours = {flag(name) for name in flag_fields(Config)}
+    assert set(listed) == ours, set(listed) ^ ours
+    assert len(listed) == len(set(listed))
+
+
+def test_readme_lists_every_file():
+    table = (ROOT / "README.md").read_text().split("\n## How it is laid out\n")[1].split("\n## ")[0]
+    assert set(re.findall(r"`(\w+\.py)`", table)) == {path.name for path in ROOT.glob("*.py")}
