@@ -4,6 +4,7 @@ import codecs
 import functools
 import glob
 import hashlib
+import io
 import json
 import logging
 import os
@@ -24,9 +25,10 @@ log = logging.getLogger("mini_llm")
 
 PIECE = 1 << 15  # characters passed to the tokenizer at once
 KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".bin": "tokens"}
+PACKED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}  # read as they are, if JSON: .jsonl.zst, .json.gz
 # All else is plain text, but:
 UNREADABLE = dict.fromkeys((".csv", ".tsv", ".arrow"), "convert it to .jsonl or .parquet") | dict.fromkeys(
-    (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar"), "unpack it")
+    (*PACKED, ".xz", ".zip", ".tar"), "unpack it")
 IN_FOLDERS = {".txt", ".text", ".md", ".jsonl", ".ndjson", ".parquet"}  # taken from folders, where .json is metadata
 
 
@@ -101,7 +103,18 @@ def find_sources(paths, label="--train-data", column="text"):
 
 
 def _suffix(file):
-    return Path(file).suffix.lower()
+    """The suffix that says how to read a file: `.jsonl` if it is compressed JSON, else its last one."""
+    *_, inner, suffix = ["", "", *map(str.lower, Path(file).suffixes)]
+    return ".jsonl" if suffix in PACKED and KINDS.get(inner) == "json" else suffix
+
+
+def _open(file):
+    """The bytes of a file, unpacked as they are read if it is compressed."""
+    if packed := PACKED.get(Path(file).suffix.lower()):
+        from pyarrow import input_stream
+
+        return input_stream(file, compression=packed, buffer_size=1 << 20)
+    return open(file, "rb")
 
 
 def _is_hub_name(path):
@@ -167,10 +180,10 @@ def _check_readable(file, kind, label):
     if advice := UNREADABLE.get(_suffix(file)):
         raise UserError(f"{label} {file}: not text, JSONL or Parquet; {advice}")
     try:
-        with open(file, "rb") as stream:
+        with _open(file) as stream:
             head = stream.read(PIECE)
     except OSError as error:
-        raise UserError(f"{label} {file}: {error.strerror}") from None
+        raise UserError(f"{label} {file}: {error.strerror or first_line(error)}") from None
     if not head:
         raise UserError(f"{label} {file}: the file is empty")
     if kind == "tokens":
@@ -381,9 +394,9 @@ def _warn(message):
 def _json_rows(source):
     """The objects of a file with one per line, or of an array. Not by `datasets`, which infers all columns' types from
     the beginning of a file and fails at a later row that has other columns, or a date that is no date."""
-    with open(source.path, encoding="utf-8-sig", errors="replace") as file:
-        is_array = file.read(1 << 12).lstrip().startswith("[")
-        file.seek(0)
+    with _open(source.path) as file:
+        is_array = file.read(1 << 12).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    with io.TextIOWrapper(_open(source.path), encoding="utf-8-sig", errors="replace") as file:
         for row in json.load(file) if is_array else (json.loads(line) for line in file if line.strip()):
             if not isinstance(row, dict):
                 raise ValueError(f"{type(row).__name__}, not an object with a text")

@@ -786,10 +786,36 @@ def test_memory_stays_flat_however_large_the_text(tmp_path, text):
 
 def test_files_of_a_folder_that_cannot_be_read_are_named(tmp_path, caplog):
     (tmp_path / "texts").mkdir()
-    for name in ("a.txt", "b.jsonl.gz", "c.jsonl.gz"):
+    for name in ("a.txt", "b.txt.gz", "c.tar"):
         (tmp_path / "texts" / name).write_text("x" * 500)
     assert [Path(source.path).name for source in find_sources([str(tmp_path / "texts")])] == ["a.txt"]
-    assert "files are left out (2 in all), such as" in caplog.text and "b.jsonl.gz: unpack it" in caplog.text
+    assert "files are left out (2 in all), such as" in caplog.text and "b.txt.gz: unpack it" in caplog.text
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".json.zst", ".NDJSON.BZ2"])
+def test_compressed_json_is_read_as_it_is(tmp_path, text, suffix):
+    """In two parts, as parallel compressors write it; a truncated or damaged file is refused, with its name."""
+    pyarrow = pytest.importorskip("pyarrow")
+    rows = [json.dumps({"text": line}) + "\n" for line in text.read_text().splitlines()[:500]]
+    (tmp_path / "whole.jsonl").write_text("".join(rows))
+    codec = {"gz": "gzip", "bz2": "bz2", "zst": "zstd"}[suffix.lower().rpartition(".")[2]]
+    (tmp_path / "c").mkdir()
+    path = tmp_path / "c" / f"part-1{suffix}"
+    with pyarrow.CompressedOutputStream(str(path), codec) as file:
+        file.write("".join(rows[:250]).encode())
+    with pyarrow.CompressedOutputStream(str(tmp_path / "second"), codec) as file:
+        file.write("".join(rows[250:]).encode())
+    path.write_bytes(path.read_bytes() + (tmp_path / "second").read_bytes())
+
+    whole, compressed = (list(pieces(find_sources([str(at)]), "train", 0.1))
+                         for at in (tmp_path / "whole.jsonl", path.parent))
+    assert compressed == whole and len(whole) == 500
+
+    good = path.read_bytes()
+    for bad in (good[:-20], good[:40], b"no such format" * 100):
+        path.write_bytes(bad)
+        with pytest.raises(UserError, match=path.name):
+            list(pieces(find_sources([str(path)]), "train", 0.1))
 
 
 def test_the_characters_of_nanogpt_are_not_taken_for_tokens_of_gpt2(tmp_path, text):
