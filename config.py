@@ -7,9 +7,11 @@ rejected with the closest declared one as a suggestion.
 
 import argparse
 import ast
+import atexit
 import contextlib
 import dataclasses
 import difflib
+import gc
 import glob
 import json
 import math
@@ -36,6 +38,10 @@ ELSEWHERE = {"learning_rate": "lr", "max_iters": "num_steps", "max_steps": "num_
              "gpu": "cuda"}
 BOUNDS = {"gt": (operator.gt, "greater than"), "ge": (operator.ge, "at least"),
           "lt": (operator.lt, "less than"), "le": (operator.le, "at most")}
+
+
+# The interpreter's last collection would go through all of torch: half a second at the end of every command.
+atexit.register(gc.freeze)
 
 
 class UserError(Exception):

@@ -1,23 +1,27 @@
-"""Time to loss: nanoGPT's own recipe against one of ours, on the same training and validation tokens. Anything goes;
+"""Time to loss: nanoGPT's own recipe against one of ours, on the same training and validation text. Anything goes;
 what counts is the wall time of the whole process, from a cold start with empty caches of its own.
 
     python bench/loss.py --nanogpt PATH/TO/nanoGPT --text tinyshakespeare.txt --recipe configs/speedrun-cpu.toml
 
-On the CPU nanoGPT trains as its README says: 2000 steps of size A, and its loss is the last that it prints. On a GPU
-it trains 124M for so many --seconds on the source files of torch and transformers, 100 MB that every machine has, and
-its loss is the least that it prints, at the time of that. Ours is that of the recipe's --eval-tokens, and the time that
-of the first report at or below nanoGPT's; on a GPU, where both find their tokens prepared, it ends there.
+On the CPU nanoGPT trains as its README says: 2000 steps of size A, by characters, and its loss is the last that it
+prints. Ours may have another tokenizer: losses are in nats per byte, which in ASCII text is a character. On a GPU
+nanoGPT trains 124M for so many --seconds on the source files of torch and transformers, 100 MB that every machine has,
+and its loss is the least that it prints, at the time of that. Ours is that of the recipe's --eval-tokens, and the time
+that of the first report at or below nanoGPT's; on a GPU, where both find their tokens prepared, it ends there.
 """
 
 import argparse
 import dataclasses
 import importlib.util
+import math
 import re
 import sys
 import tempfile
 from pathlib import Path
 
 from peers import ROOT, SIZES, Bench, machine, run, spread
+
+from config import UserError, one_line_errors, read_records
 
 
 def nanogpt(bench, options):
@@ -42,26 +46,29 @@ def nanogpt(bench, options):
 
 def ours(bench, options, target, seed):
     """→ wall seconds until a report at or below `target` (None: never), of the whole process, and the last loss."""
-    found = {"reached": None, "loss": None}
+    on_gpu, reports = options.device == "cuda", {}  # step → seconds, loss
 
     def read(line, seconds):
-        if match := re.search(r"val loss (\S+)", line):
-            found["loss"] = float(match[1])
-            if found["loss"] <= target and found["reached"] is None:
-                found["reached"] = seconds
-                return "end" if on_gpu else None
+        if match := re.search(r"step (\d+)/.* val loss (\S+)", line):
+            reports[int(match[1])] = seconds, float(match[2])
+            return "end" if on_gpu and float(match[2]) <= target else None
         return None
 
-    on_gpu = options.device == "cuda"
     limit = on_gpu and options.seconds * 2 // 3  # with nanoGPT's time and both starts within nine minutes
-    data = ["--train-data", bench.corpus.folder] if on_gpu else bench.data
+    data = ["--train-data", bench.corpus.folder if on_gpu else options.text.resolve()]
     with tempfile.TemporaryDirectory() as folder:
         wall, *_ = run(ROOT, [sys.executable, "train.py", "--config", options.recipe, *data, "--device",
                               options.device, "--cache-dir", f"{folder}/cache", "--checkpoint-path", f"{folder}/c.pt",
                               "--seed", seed], on_line=read, seconds=limit)
-    return found["reached"], wall, found["loss"]
+        if not on_gpu:
+            for row in read_records(Path(folder) / "c.metrics.jsonl"):
+                if "val/bits_per_byte" in row:
+                    reports[row["step"]] = reports[row["step"]][0], row["val/bits_per_byte"] * math.log(2)
+    reached = min((seconds for seconds, loss in reports.values() if loss <= target), default=None)
+    return reached, wall, reports[max(reports)][1]
 
 
+@one_line_errors()
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", type=Path, required=True, help="a checkout of karpathy/nanoGPT")
@@ -71,6 +78,8 @@ def main():
     parser.add_argument("--seconds", type=int, default=300, help="that nanoGPT trains on a GPU, from its start")
     parser.add_argument("--rounds", type=int, default=3, help="of both; ours with another seed in each")
     options = parser.parse_args()
+    if options.text and not options.text.read_bytes().isascii():
+        raise UserError(f"--text {options.text}: characters are bytes in ASCII text only; give another")
     rounds, size, code = options.rounds, SIZES["A"], ()
     if options.device == "cuda":
         rounds, size = 1, dataclasses.replace(SIZES["124m"], vocab=0)  # the tokenizer's own, as the recipe has it
