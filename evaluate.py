@@ -221,7 +221,8 @@ def report(found):
              f"perplexity {found['ppl']:.2f}, {found['bits_per_byte']:.4f} bits per byte",
              f"{found['tokens']:,} tokens in windows of {found['seq_len']}"
              + (f", {found['stride']} apart" if found["stride"] else "")
-             + f", amp {found['precision']}; {found['checkpoint']}, step {found['step']}"]
+             + f", amp {found['precision']}; {found['checkpoint']}"
+             + (f", step {found['step']}" if found["step"] is not None else "")]
     return "\n".join(lines + [f"loss {loss:.4f} on {name}" for name, loss in found["losses"].items()])
 
 

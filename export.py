@@ -142,7 +142,7 @@ def model_card(path, model, saved, n_tokens, dtype):
         "trained to follow instructions, to converse or to refuse anything, and nobody has reviewed what it says.\n",
         "## Model\n", "| | |", "|---|---|", f"| architecture | {cfg.arch} |",
         f"| parameters | {model.num_params():,} ({dtype}) |", f"| layers | {cfg.n_layers} |",
-        f"| heads | {cfg.n_heads} of {cfg.head_size}, {cfg.kv_heads} for keys and values |",
+        f"| heads | {cfg.n_heads} of width {cfg.head_size}, {cfg.kv_heads} for keys and values |",
         f"| width | {cfg.d_model}, {cfg.ff_size} in the MLP |",
         f"| context | {cfg.max_position_embeddings:,} tokens; trained on sequences of {identity['--seq-len']:,} |",
         f"| vocabulary | {n_tokens:,} tokens{spare} (`{facts.get('corpus_tokenizer', config['tokenizer_name'])}`) |",

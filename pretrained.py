@@ -342,7 +342,7 @@ def _load_folder(folder):
     if tokenizer.get_vocab_size() > cfg.vocab_size:
         raise UserError(f"--checkpoint-path {folder}: its tokenizer has {tokenizer.get_vocab_size()} tokens, the model "
                         f"{cfg.vocab_size}; copy the one that it was trained with")
-    saved = dict(config=dict(seq_len=min(1024, cfg.max_position_embeddings)), state=dict(step=0),
+    saved = dict(config=dict(seq_len=min(1024, cfg.max_position_embeddings)), state=dict(step=None),
                  identity={"the tokenizer": identity(tokenizer).hex()[:16]})
     return model.eval(), tokenizer, end_of_text(tokenizer, folder), saved
 
