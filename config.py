@@ -122,7 +122,7 @@ def parse(cls, argv=None):
     given = vars(given)
     if unknown:
         kind = "flag" if unknown[0].startswith("-") else "argument"
-        _refuse_unknown(unknown[0], [flag(name) for name in fields] + ["--config"], kind)
+        refuse_unknown(unknown[0], [flag(name) for name in fields] + ["--config"], kind)
 
     path = given.pop("config", None)
     values = {} if path is None else _read_toml(path, cls, fields)
@@ -346,7 +346,7 @@ def _toml_values(path, table, cls, fields):
     for key, value in table.items():
         if isinstance(value, dict):
             if key not in sections:
-                _refuse_unknown(key, sections, f"--config {path}: section", f"; there are {', '.join(sections)}")
+                refuse_unknown(key, sections, f"--config {path}: section", f"; there are {', '.join(sections)}")
             flat += value.items()
         else:
             flat.append((key, value))
@@ -356,12 +356,13 @@ def _toml_values(path, table, cls, fields):
         if name in values:
             raise UserError(f"--config {path}: {key} is there twice; leave one out")
         if name not in fields:
-            _refuse_unknown(key, list(fields), f"--config {path}: key")
+            refuse_unknown(key, list(fields), f"--config {path}: key")
         values[name] = _coerce(f"--config {path}: {key} =", fields[name], value)
     return values
 
 
-def _refuse_unknown(word, known, what, otherwise=" (see --help)"):
+def refuse_unknown(word, known, what, otherwise=" (see --help)"):
+    """Raises UserError, with the name among `known` that is most like `word`, if there is one."""
     word = word.split("=")[0]
     raise UserError(f"{what} {word} is not known{_nearest(word, known) or otherwise}")
 

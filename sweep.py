@@ -20,7 +20,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-from config import Parser, UserError, positive
+from config import Parser, UserError, flag_fields, positive, refuse_unknown
 from wandb_errors import reason
 from wandb_follower import import_wandb
 from wandb_runs import WandbConfig, with_environment
@@ -55,6 +55,16 @@ def read_sweep(path):
     return sweep
 
 
+def require_flags(path, sweep):
+    """Raises UserError for a parameter that our programs would refuse as a flag, in each trial."""
+    from train import Config
+
+    known = flag_fields(Config)
+    for name in sweep["parameters"] if sweep["program"] in COMMANDS and "${args}" in sweep["command"] else []:
+        if name.replace("-", "_") not in known:
+            refuse_unknown(name, known, f"{path}: the parameter")
+
+
 def _load_yaml(text):
     """YAML, in which 1e-4 is a number, as in YAML 1.2, and not a text."""
     import yaml  # installed with wandb
@@ -68,7 +78,9 @@ def _load_yaml(text):
 
 
 def create(args):
-    sweep, wandb = read_sweep(args.sweep), import_wandb()
+    sweep = read_sweep(args.sweep)
+    require_flags(args.sweep, sweep)
+    wandb = import_wandb()
     os.environ["WANDB_SILENT"] = "true"  # what matters is printed here
     settings = with_environment(WandbConfig(wandb_project=args.project or sweep.get("project", ""),
                                             wandb_entity=args.entity or sweep.get("entity", "")))

@@ -30,7 +30,7 @@ ALLOWED = {
     "wandb_errors": set(),
     "wandb_follower": {"processes", "wandb_errors", "wandb_runs"},
     "wandb_tools": {"config", "processes", "wandb_errors", "wandb_follower", "wandb_runs"},
-    "sweep": {"config", "wandb_errors", "wandb_follower", "wandb_runs", "wandb_tools"},
+    "sweep": {"config", "wandb_errors", "wandb_follower", "wandb_runs", "wandb_tools", "train"},
     "ranks": {"config", "hardware"},
     "meter": {"hardware"},
     "watchdog": set(),

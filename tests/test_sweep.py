@@ -175,7 +175,8 @@ GRID = "method: grid\nparameters: {lr: {values: [1, 2]}}\n"
 @pytest.mark.parametrize(("contents", "words"), [
     (None, "No such file"), ("method: [grid", "line 1"), ("- a\n- b", "parameters"), ("method: grid", "parameters"),
     ("method: grid\nparameters:", "parameters"), ("method: grid\nparameters: {lr: 1}", "parameters"),
-    (GRID + "program: other.py", "train.py or train_ddp.py")])
+    (GRID + "program: other.py", "train.py or train_ddp.py"),
+    (GRID.replace("lr:", "learning_rate:"), "the parameter learning_rate is not known; did you mean lr?")])
 def test_a_sweep_file_that_is_none_is_one_line(run, tmp_path, contents, words):
     if contents is not None:
         (tmp_path / "sweep.yaml").write_text(contents)
