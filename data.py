@@ -60,10 +60,9 @@ log = logging.getLogger("mini_llm")
 class DataConfig:
     """Data"""
 
-    train_data: list[str] = arg([], "text to train on: .txt, .jsonl or .parquet files, globs, folders, a Hugging Face "
-                                    "dataset, .bin token files of nanoGPT or llm.c, or a folder of token shards; "
-                                    "nothing: Python's own standard library",
-                                metavar="PATH")
+    train_data: list[str] = arg([], "text to train on: .txt, .jsonl (also .gz, .zst, .bz2) or .parquet files, globs, "
+                                    "folders, a Hugging Face dataset, .bin token files of nanoGPT or llm.c, or a "
+                                    "folder of token shards; nothing: Python's own standard library", metavar="PATH")
     val_data: list[str] = arg([], "text to validate on; several also get a loss each; nothing: a share of the "
                                   "training text", metavar="PATH")
     text_column: str = arg("text", "column of JSONL, Parquet and Hugging Face data that has the text; where there is "
