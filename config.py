@@ -40,10 +40,6 @@ BOUNDS = {"gt": (operator.gt, "greater than"), "ge": (operator.ge, "at least"),
           "lt": (operator.lt, "less than"), "le": (operator.le, "at most")}
 
 
-# The interpreter's last collection would go through all of torch: half a second at the end of every command.
-atexit.register(gc.freeze)
-
-
 class UserError(Exception):
     """An error that the user can fix: shown as one line on stderr, exit code 2."""
 
@@ -247,6 +243,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
+        # The last collection would go through all of torch for half a second. Objects in cycles are not finalized.
+        atexit.register(gc.freeze)
         for name in ("stdout", "stderr"):
             if getattr(sys, name) is None:
                 setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open until the process ends

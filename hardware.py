@@ -101,7 +101,6 @@ def configure(cfg, device, dropout=0.0):
     """Set torch's process-wide switches according to the flags; returns the device."""
     if dropout * 16 % 1:
         torch.backends.cuda.enable_cudnn_sdp(False)  # some of its kernels round dropout to sixteenths (pytorch #174245)
-    torch.set_float32_matmul_precision("high")  # TF32 for matmuls that autocast leaves in fp32, on GPUs that have it
     # A CPU's kernels are deterministic, except for the compiler's embedding gradient: its threads add to shared rows in
     # any order. The deterministic one is at least as fast.
     if cfg.deterministic or device.type == "cpu" and should_compile(cfg, device):
@@ -110,6 +109,8 @@ def configure(cfg, device, dropout=0.0):
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid: nothing here reads such memory
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        # TF32 where autocast leaves fp32. Not on a CPU: some with AMX would do it in all products of --no-amp.
+        torch.set_float32_matmul_precision("high")
     else:
         keep_freed_memory()
     return device

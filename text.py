@@ -1,6 +1,7 @@
 """Text sources: files, folders, tables and datasets → documents, in pieces small enough to stream. Token files, too."""
 
 import codecs
+import contextlib
 import functools
 import glob
 import hashlib
@@ -86,7 +87,12 @@ def find_sources(paths, label="--train-data", column="text"):
             files = []
         else:
             raise UserError(f"{label} {path}: no such file or folder")
-        files = [file for file in files if os.path.getsize(file)] or files  # skip empty files, unless all are
+        plain = set(files)
+        if twice := {file for file in files if _packed(file) and os.path.splitext(file)[0] in plain}:
+            log.warning("%s: compressed files that also lie there unpacked are left out (%d), such as %s", path,
+                        len(twice), min(twice))
+        files = [file for file in files if file not in twice]
+        files = [file for file in files if not _is_empty(file)] or files  # skip empty files, unless all are
         found = [Source(KINDS.get(_suffix(file), "text"), file, argument, column) for file in files]
         for source in found or [Source("hub", path.removesuffix("@train"), argument, column)]:
             # A file read twice could end up on both sides of the validation split.
@@ -104,17 +110,30 @@ def find_sources(paths, label="--train-data", column="text"):
 
 def _suffix(file):
     """The suffix that says how to read a file: `.jsonl` if it is compressed JSON, else its last one."""
+    return ".jsonl" if _packed(file) else Path(file).suffix.lower()
+
+
+def _packed(file):
+    """How a file of JSON is compressed; None if it is not one."""
     *_, inner, suffix = ["", "", *map(str.lower, Path(file).suffixes)]
-    return ".jsonl" if suffix in PACKED and KINDS.get(inner) == "json" else suffix
+    return PACKED.get(suffix) if KINDS.get(inner) == "json" else None
 
 
 def _open(file):
-    """The bytes of a file, unpacked as they are read if it is compressed."""
-    if packed := PACKED.get(Path(file).suffix.lower()):
+    """The bytes of a file, unpacked as they are read if it is compressed JSON."""
+    stream = open(file, "rb")
+    if packed := _packed(file):
         from pyarrow import input_stream
 
-        return input_stream(file, compression=packed, buffer_size=1 << 20)
-    return open(file, "rb")
+        return input_stream(stream, compression=packed, buffer_size=1 << 20)
+    return stream
+
+
+def _is_empty(file):
+    if os.path.getsize(file) and _packed(file):
+        with contextlib.suppress(OSError), _open(file) as stream:  # what is damaged is reported later
+            return not stream.read(1)
+    return not os.path.getsize(file)
 
 
 def _is_hub_name(path):
@@ -134,7 +153,7 @@ def _texts_and_tables(folder):
                     UNREADABLE[_suffix(unread[0])])
     ours = {file.parent for file in found if re.fullmatch(r"run-.+\.wandb|.+\.safetensors", file.name)}
     return [file for file in found if _suffix(file) in IN_FOLDERS and file.is_file() and ours.isdisjoint(file.parents)
-            and not file.name.endswith((".metrics.jsonl", ".stacks.txt"))]
+            and not re.search(r"\.metrics\.jsonl|\.stacks\.txt$", file.name)]
 
 
 def is_pattern(path):
@@ -160,7 +179,8 @@ def source_names(paths):
     names = []
     for path in paths if len(paths) > 1 else []:
         whole = Path(os.path.abspath(path))
-        parts = [whole.stem if os.path.isfile(path) or is_pattern(path) else whole.name, *reversed(whole.parts[:-1])]
+        stem = Path(whole.stem).stem if _packed(path) else whole.stem
+        parts = [stem if os.path.isfile(path) or is_pattern(path) else whole.name, *reversed(whole.parts[:-1])]
         name = next(filter(None, (re.sub(r"[^\w.-]", "-", part).strip("-") for part in parts)), "val")
         names.append(next(free for free in chain([name], (f"{name}-{n}" for n in count(2))) if free not in names))
     return names
@@ -394,10 +414,11 @@ def _warn(message):
 def _json_rows(source):
     """The objects of a file with one per line, or of an array. Not by `datasets`, which infers all columns' types from
     the beginning of a file and fails at a later row that has other columns, or a date that is no date."""
-    with _open(source.path) as file:
-        is_array = file.read(1 << 12).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
     with io.TextIOWrapper(_open(source.path), encoding="utf-8-sig", errors="replace") as file:
-        for row in json.load(file) if is_array else (json.loads(line) for line in file if line.strip()):
+        lines = filter(str.strip, file)
+        first = next(lines, "{}")
+        is_array = first.lstrip().startswith("[")
+        for row in json.loads(first + file.read()) if is_array else map(json.loads, chain([first], lines)):
             if not isinstance(row, dict):
                 raise ValueError(f"{type(row).__name__}, not an object with a text")
             yield row

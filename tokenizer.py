@@ -113,8 +113,10 @@ def gives_back(tokenizer, text):
 
 def known_characters(tokenizer):
     """The characters that a char tokenizer has tokens for; None for others, which are assumed to encode any text."""
+    if tokenizer.pre_tokenizer:
+        return None
     vocabulary = tokenizer.get_vocab(with_added_tokens=False)
-    return None if tokenizer.pre_tokenizer or max(map(len, vocabulary), default=0) > 1 else vocabulary.keys()
+    return None if max(map(len, vocabulary), default=0) > 1 else vocabulary.keys()
 
 
 def as_encoded(text, known):

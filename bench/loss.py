@@ -46,13 +46,12 @@ def nanogpt(bench, options):
 
 def ours(bench, options, target, seed):
     """→ wall seconds until a report at or below `target` (None: never), of the whole process, and the last loss."""
-    on_gpu, reports = options.device == "cuda", {}  # step → seconds, loss
+    on_gpu, reports, nats = options.device == "cuda", [(math.inf, math.nan)], 1.0  # seconds and loss of each
 
     def read(line, seconds):
-        if match := re.search(r"step (\d+)/.* val loss (\S+)", line):
-            reports[int(match[1])] = seconds, float(match[2])
-            return "end" if on_gpu and float(match[2]) <= target else None
-        return None
+        if match := re.search(r"val loss (\S+)", line):
+            reports.append((seconds, float(match[1])))
+        return "end" if on_gpu and reports[-1][1] <= target else None
 
     limit = on_gpu and options.seconds * 2 // 3  # with nanoGPT's time and both starts within nine minutes
     data = ["--train-data", bench.corpus.folder if on_gpu else options.text.resolve()]
@@ -61,23 +60,24 @@ def ours(bench, options, target, seed):
                               options.device, "--cache-dir", f"{folder}/cache", "--checkpoint-path", f"{folder}/c.pt",
                               "--seed", seed], on_line=read, seconds=limit)
         if not on_gpu:
-            for row in read_records(Path(folder) / "c.metrics.jsonl"):
-                if "val/bits_per_byte" in row:
-                    reports[row["step"]] = reports[row["step"]][0], row["val/bits_per_byte"] * math.log(2)
-    reached = min((seconds for seconds, loss in reports.values() if loss <= target), default=None)
-    return reached, wall, reports[max(reports)][1]
+            *_, last = (row for row in read_records(Path(folder) / "c.metrics.jsonl") if "val/loss" in row)
+            nats = last["val/bits_per_byte"] * math.log(2) / last["val/loss"]  # per byte, of one per token
+    reached = min((seconds for seconds, loss in reports if loss * nats <= target), default=None)
+    return reached, wall, reports[-1][1] * nats
 
 
 @one_line_errors()
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", type=Path, required=True, help="a checkout of karpathy/nanoGPT")
-    parser.add_argument("--text", type=Path, help="the text, by characters, for the CPU")
+    parser.add_argument("--text", type=Path, help="the text, for the CPU")
     parser.add_argument("--recipe", default="configs/speedrun-cpu.toml")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--seconds", type=int, default=300, help="that nanoGPT trains on a GPU, from its start")
     parser.add_argument("--rounds", type=int, default=3, help="of both; ours with another seed in each")
     options = parser.parse_args()
+    if options.device == "cpu" and not (options.text and options.text.is_file()):
+        raise UserError(f"--text {options.text}: no such file; the CPU needs one")
     if options.text and not options.text.read_bytes().isascii():
         raise UserError(f"--text {options.text}: characters are bytes in ASCII text only; give another")
     rounds, size, code = options.rounds, SIZES["A"], ()

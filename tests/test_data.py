@@ -1,4 +1,5 @@
 import errno
+import gzip
 import json
 import multiprocessing
 import os
@@ -816,6 +817,20 @@ def test_compressed_json_is_read_as_it_is(tmp_path, text, suffix):
         path.write_bytes(bad)
         with pytest.raises(UserError, match=path.name):
             list(pieces(find_sources([str(path)]), "train", 0.1))
+
+
+def test_a_compressed_file_beside_its_original_or_without_content_is_left_out(tmp_path, caplog):
+    """Read twice, a text would be on both sides of the split."""
+    row = b'{"text": "' + b"word " * 100 + b'"}\n'
+    for name, content in (("a.jsonl", row), ("a.jsonl.gz", gzip.compress(row)), ("b.jsonl.gz", gzip.compress(row)),
+                          ("empty.jsonl.gz", gzip.compress(b"")), ("c.metrics.jsonl.gz", gzip.compress(row))):
+        (tmp_path / name).write_bytes(content)
+    for path in (str(tmp_path), str(tmp_path / "[ab]*")):
+        found = find_sources([path])
+        assert [Path(source.path).name for source in found] == ["a.jsonl", "b.jsonl.gz"]
+        assert len(list(pieces(found, "train"))) == 2
+    assert "also lie there unpacked are left out (1), such as" in caplog.text
+    assert source_names([str(tmp_path / "b.jsonl.gz"), str(tmp_path / "a.jsonl")]) == ["b", "a"]
 
 
 def test_the_characters_of_nanogpt_are_not_taken_for_tokens_of_gpt2(tmp_path, text):
