@@ -226,12 +226,12 @@ def test_flags_of_wandb_that_track_nothing_are_told(trainer):
 
 
 def test_the_tutorials_command_reports_every_field_it_prints(trainer, tmp_path):
-    """Document 001's command, with fewer layers' worth of time: torchrun, GPT-2's tokenizer, W&B."""
+    """Document 001's command, with a smaller model and shorter sequences: torchrun, GPT-2's tokenizer, W&B."""
     if not (SHARED / "hf-home").exists():
         pytest.skip("no local Hugging Face cache with gpt2 in it")
     (tmp_path / "data").mkdir()
     shutil.copy(SHARED / "corpora" / "tinyshakespeare.txt", tmp_path / "data" / "train.txt")
-    run = trainer("--train-data", "data/train.txt", "--tokenizer-name", "gpt2", "--seq-len", 512, "--batch-size", 2,
+    run = trainer("--train-data", "data/train.txt", "--tokenizer-name", "gpt2", "--seq-len", 128, "--batch-size", 2,
                   "--num-steps", 50, "--use-wandb", "--wandb-project", "mini-llm", "--wandb-run-name", "ddp_test",
                   "--n-layers", 2, "--n-heads", 2, "--d-model", 64, "--eval-tokens", 2048, "--device", "cpu",
                   ranks=2, tiny=False, data=False, env={"HF_HOME": str(SHARED / "hf-home")}, timeout=400)
