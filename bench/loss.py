@@ -77,7 +77,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3, help="of both; ours with another seed in each")
     options = parser.parse_args()
     if options.device == "cpu" and not (options.text and options.text.is_file()):
-        raise UserError(f"--text {options.text}: no such file; the CPU needs one")
+        raise UserError("--text FILE: for the CPU, name a text that is there")
     if options.text and not options.text.read_bytes().isascii():
         raise UserError(f"--text {options.text}: characters are bytes in ASCII text only; give another")
     rounds, size, code = options.rounds, SIZES["A"], ()
