@@ -243,7 +243,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        # The last collection would go through all of torch for half a second. Objects in cycles are not finalized.
+        # Spares the end of every command half a second, in which the last collection would go through all of torch; the
+        # price: objects in cycles are not finalized.
         atexit.register(gc.freeze)
         for name in ("stdout", "stderr"):
             if getattr(sys, name) is None:

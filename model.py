@@ -148,7 +148,7 @@ def attend(q, k, v, dropout=0.0):
     T = q.shape[2]
     assert T in (1, k.shape[2]), "a cache takes the prompt whole, then one token at a time"
     explicit = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and 1 < T <= EXPLICIT_ATTENTION
-    # Of CUDA's kernels only flash attention takes grouped queries (until torch after 2.13), and not in all cases.
+    # On CUDA only flash attention takes grouped queries (as of torch 2.13); in fp16, older GPUs do not have it.
     fused = not explicit and not (q.is_cuda and (q.dtype != torch.bfloat16 or q.shape[3] > 256))
     if q.shape[1] != k.shape[1] and not fused:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (B, nh, S, hs)

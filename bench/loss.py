@@ -46,7 +46,7 @@ def nanogpt(bench, options):
 
 def ours(bench, options, target, seed):
     """→ wall seconds until a report at or below `target` (None: never), of the whole process, and the last loss."""
-    on_gpu, reports, nats = options.device == "cuda", [(math.inf, math.nan)], 1.0  # seconds and loss of each
+    on_gpu, reports, nats = options.device == "cuda", [(math.inf, math.nan)], 1.0  # (seconds, loss), the first of none
 
     def read(line, seconds):
         if match := re.search(r"val loss (\S+)", line):
