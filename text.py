@@ -203,7 +203,7 @@ def _check_readable(file, kind, label):
         with _open(file) as stream:
             head = stream.read(PIECE)
     except OSError as error:
-        raise UserError(f"{label} {file}: {error.strerror or first_line(error)}") from None
+        raise UserError(f"{label} {file}: {error.strerror or f'{first_line(error)}; fetch it again'}") from None
     if not head:
         raise UserError(f"{label} {file}: the file is empty")
     if kind == "tokens":
