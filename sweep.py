@@ -60,9 +60,10 @@ def require_flags(path, sweep):
     from train import Config
 
     known = flag_fields(Config)
-    for name in sweep["parameters"] if sweep["program"] in COMMANDS and "${args}" in sweep["command"] else []:
-        if name.replace("-", "_") not in known:
-            refuse_unknown(name, known, f"{path}: the parameter")
+    if sweep["program"] in COMMANDS and "${args}" in sweep["command"]:
+        for name in sweep["parameters"]:
+            if name.replace("-", "_") not in known:
+                refuse_unknown(name, known, f"{path}: the parameter")
 
 
 def _load_yaml(text):

@@ -49,8 +49,9 @@ class Source:
 
     @property
     def real_path(self):
-        """The file's path without links; a Hub dataset's name."""
-        return self.path if self.kind == "hub" else os.path.realpath(self.path)
+        """The file's path without links, nor the suffix of its compression; a Hub dataset's name."""
+        path = self.path if self.kind == "hub" else os.path.realpath(self.path)
+        return os.path.splitext(path)[0] if _packed(path) else path
 
     def digest(self, whole):
         """A digest of the text: of the file's bytes (`whole`) or, for a corpus too large for that, of its size, its
@@ -87,11 +88,6 @@ def find_sources(paths, label="--train-data", column="text"):
             files = []
         else:
             raise UserError(f"{label} {path}: no such file or folder")
-        plain = set(files)
-        if twice := {file for file in files if _packed(file) and os.path.splitext(file)[0] in plain}:
-            log.warning("%s: compressed files that also lie there unpacked are left out (%d), such as %s", path,
-                        len(twice), min(twice))
-        files = [file for file in files if file not in twice]
         files = [file for file in files if not _is_empty(file)] or files  # skip empty files, unless all are
         found = [Source(KINDS.get(_suffix(file), "text"), file, argument, column) for file in files]
         for source in found or [Source("hub", path.removesuffix("@train"), argument, column)]:
@@ -104,7 +100,8 @@ def find_sources(paths, label="--train-data", column="text"):
                 _check_readable(source.path, source.kind, label)
             sources.append(source)
     if again:
-        log.warning("%s names files more than once (%d times in all): each is read once", label, again)
+        log.warning("%s names files more than once, or compressed and not (%d times in all): each is read once", label,
+                    again)
     return sources
 
 
@@ -130,7 +127,7 @@ def _open(file):
 
 
 def _is_empty(file):
-    if os.path.getsize(file) and _packed(file):
+    if 0 < os.path.getsize(file) < 1024 and _packed(file):  # compressed, nothing takes a few bytes
         with contextlib.suppress(OSError), _open(file) as stream:  # what is damaged is reported later
             return not stream.read(1)
     return not os.path.getsize(file)
