@@ -10,6 +10,7 @@ from conftest import ROOT, environment
 from config import UserError
 from data import DataConfig, prepare
 from shards import HEADER, MAGIC, Shard, read_token_file
+from tokenizer import count_bytes, encode, load_tokenizer, train_tokenizer
 
 
 def llm_c(ids, magic=20240520, version=1, dtype=np.uint16):
@@ -68,6 +69,19 @@ def test_ids_of_32_bits_and_a_file_longer_than_a_block(tmp_path):
     assert np.concatenate(list(read_token_file(tmp_path / "a.bin", block=1 << 12))).tolist() == ids.tolist()
     (tmp_path / "b.bin").write_bytes(nanogpt(ids % 50_257))
     assert np.concatenate(list(read_token_file(tmp_path / "b.bin"))).tolist() == (ids % 50_257).tolist()
+
+
+@pytest.mark.parametrize("name", ["bpe", "byte", "char"])  # char: not byte-level, and so decoded
+def test_bytes_of_a_token_file_are_those_of_its_text(text, name):
+    parts = [text.read_text()[:5_000], "ein Geräusch, 音 und 🎵\n" * 20, "\x00\t", "end"]
+    tokenizer = load_tokenizer(name) or train_tokenizer(name, parts, 400)
+    tokenizer.add_tokens(["Geräusch"])  # not a special token, and so text
+    ids = np.array(encode(tokenizer, ["<|endoftext|>".join(parts)])[0], np.uint16)
+    assert tokenizer.token_to_id("<|endoftext|>") in ids and tokenizer.token_to_id("Geräusch") in ids
+    size = len("".join(parts).encode())
+    assert count_bytes(tokenizer, ids) == size
+    if name != "char":  # cut anywhere, within characters, too
+        assert sum(count_bytes(tokenizer, part) for part in np.array_split(ids, 997)) == size
 
 
 WRONG = {
