@@ -155,7 +155,8 @@ class Pulse(NoPulse):
 
     def _stopped(self, who, seconds):
         names, (have, them) = ", ".join(one["name"] for one in who), ("have", "them") if who[1:] else ("has", "it")
-        return f"{names} {have} stopped {self._where()}: nothing from {them} for {seconds} s (--timeout); {RESUME}"
+        limit = " (--timeout)" if seconds >= self.timeout else ""
+        return f"{names} {have} stopped {self._where()}: nothing from {them} for {seconds} s{limit}; {RESUME}"
 
     def end(self, reason="", code=1, frozen=None):
         """Exit, and make all ranks exit, with the first reason that any of them stored. Does not return."""

@@ -46,6 +46,20 @@ def test_two_ranks_are_one_process_with_two_micro_batches_and_continue_it(traine
             assert moved.losses()[key] == pytest.approx(value, abs=1e-5), key
 
 
+@full
+@pytest.mark.timeout(1200)
+def test_many_ranks_are_one_process_and_half_of_them_continue_it(trainer):
+    """RANKS=64 takes 16 GB and, on two cores, four minutes of importing torch."""
+    ranks = int(os.environ.get("RANKS", 32))
+    flags = [*EXACT, "--lr-scheduler", "none"]
+    one = trainer(*flags, "--num-steps", 12, "--batch-size", ranks, checkpoint="one.pt")
+    trainer(*flags, "--num-steps", 8, "--batch-size", 1, ranks=ranks, checkpoint="many.pt", timeout=600)
+    many = trainer(*flags, "--num-steps", 12, "--batch-size", 1, "--grad-accum-steps", 2, "--resume", ranks=ranks // 2,
+                   checkpoint="many.pt", timeout=600)
+    assert many.code == 0 and "Resumed at step 8" in many.out, many.err
+    close(one, many, 1e-5)
+
+
 def test_validation_does_not_depend_on_the_number_of_ranks(trainer, text):
     (trainer.folder / "a.txt").write_text(text.read_text()[:12_000])
     (trainer.folder / "b.txt").write_text(text.read_text()[:500].upper())

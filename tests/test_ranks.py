@@ -59,19 +59,19 @@ main(DDPWorld)
 
 @pytest.fixture
 def faulted(trainer, record_property):
-    """`faulted(fault, *flags)` runs two ranks with a fault to the end of every process: exit code, stderr, and the
+    """`faulted(fault, *flags)` runs ranks, one with a fault, to the end of every process: exit code, stderr, and the
     seconds from the fault until none was left."""
     script = trainer.folder / "faulty.py"
     script.write_text(FAULTY)
 
-    def run(fault, *flags, torchrun=()):
+    def run(fault, *flags, torchrun=(), ranks=2):
         name = f"{trainer.folder.name}-{fault}"
-        args = [str(script) if part.endswith("train_ddp.py") else part for part in trainer.arguments(flags, ranks=2)]
+        args = [str(script) if part.endswith("train_ddp.py") else part for part in trainer.arguments(flags, ranks)]
         args[3:3] = torchrun
         process = subprocess.Popen(args, cwd=trainer.folder, env=environment(FAULT=fault, FAULTED=name), text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         try:
-            out, err = process.communicate(timeout=120)
+            out, err = process.communicate(timeout=60 * ranks)
             eventually(lambda: not processes_with(f"FAULTED={name}"), 30)
         finally:
             for pid in processes_with(f"FAULTED={name}"):
@@ -108,6 +108,16 @@ def test_a_rank_with_a_fault_ends_all_ranks_in_time_and_is_named_in_one_line(fau
     ours = err[:err.index("torch/distributed/elastic")]  # torchrun has a traceback of its own
     assert ours.count("Traceback") == (kind == "raise"), "only a mistake in the code, and only of the rank that made it"
     assert torch.load(trainer.folder / "c.pt", weights_only=True)["state"]["step"] == 20
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("fault", "words"), [("kill 20 9", "is gone"), ("stop 21 9", "has stopped")])
+def test_one_of_many_ranks_is_named(faulted, fault, words):
+    code, _, err, seconds = faulted(fault, *LONG, "--batch-size", 1, "--timeout", 20, ranks=32)
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: rank {fault.split()[1]} (") and f"{words} at step 10" in line
+    assert code != 0 and seconds < 90
 
 
 def test_a_connection_to_the_store_that_breaks_once_ends_no_run(faulted, trainer):
