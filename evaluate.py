@@ -22,7 +22,7 @@ from data import BATCH, read_windows, spread_windows
 from model import IGNORE
 from pretrained import load_run
 from shards import Shard, ShardWriter, read_meta
-from text import find_sources, pieces, require_hub, source_names, take
+from text import find_sources, foreign_tokens, pieces, require_hub, source_names, take
 from tokenizer import encode_pieces
 
 MIN_DOCUMENTS = 20  # with fewer, the confidence interval clusters by window, not by document
@@ -124,6 +124,9 @@ def open_data(paths, text_column, tokenizer, eos, saved, folder):
     column = text_column or saved["config"].get("text_column", "text")
     sources, n_bytes, left_out, shards = find_sources(paths, "--data", column), 0, 0, {}
     require_hub(sources, "--data")
+    if foreign := foreign_tokens(sources, saved["config"].get("tokenizer_name", "")):
+        raise UserError(f"--data {foreign}: a token file of another tokenizer than the checkpoint's; give the text "
+                        f"itself")
     for number, name in enumerate(source_names(paths) or [""]):
         file = Path(folder) / f"{number}.bin"
         writer = ShardWriter(file, tokenizer.get_vocab_size(), eos, bytes(32))

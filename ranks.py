@@ -136,6 +136,10 @@ class Pulse(NoPulse):
                     slow = [who for who in everyone if who["moves"] < self.me["moves"]]
                     if slow and not any(who["left"] for who in everyone):
                         self.end(self._stopped(slow, moved))
+                    # NCCL counts what was enqueued: if a GPU hangs, no rank is behind, and NCCL aborts them all.
+                    if not slow and self.rank == 0:
+                        _say(f"no rank has moved for {moved} s {self._where()}: unless this is a long evaluation, a "
+                             f"GPU or the network hangs (see dmesg)", "warning")
                 self.rounds += 1
             except Exception:  # a lost connection; or torchrun, which holds the store, is gone: see stop_when_orphaned
                 with contextlib.suppress(Exception):
@@ -210,9 +214,9 @@ class Pulse(NoPulse):
         self.end(f"{self.me['name']} failed {self._where()}: {what}; {RESUME}")
 
 
-def _say(reason):
+def _say(what, kind="error"):
     with contextlib.suppress(OSError):  # nobody is left to read it
-        print(f"error: {reason}", file=sys.stderr, flush=True)
+        print(f"{kind}: {what}", file=sys.stderr, flush=True)
 
 
 def _exists(pid):

@@ -26,7 +26,7 @@ from plots import MARKS, figure, looks, panels_of, short, terminal_plot
 ROWS = ".metrics.jsonl"
 DEFAULT = "checkpoints/minigpt.pt"
 NOT_COMPARED = ("command", "checkpoint_path", "cache_dir", "resume", "overwrite", "n_params", "corpus",
-                "tokenizer_hash")  # nor wandb_…
+                "corpus_tokens", "tokenizer_hash")  # nor wandb_…
 EMPTY = "(nothing: the model ended the text at once)"
 X_METRICS = {"step": "step", "tokens": "train/tokens"}
 

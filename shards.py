@@ -42,8 +42,8 @@ class ShardWriter:
         if not len(ids):
             return 0
         if ids.max() >= self.vocab_size:
-            raise UserError(f"--tokenizer-name: none of its {self.vocab_size:,} tokens has the id {ids.max():,}; give "
-                            f"the tokenizer that made these tokens")
+            raise UserError(f"none of the tokenizer's {self.vocab_size:,} tokens has the id {ids.max():,}; give the "
+                            f"tokenizer that made these tokens, or their text")
         block = ids.astype(self.dtype).tobytes()
         self.digest.update(block)
         self.file.write(block)

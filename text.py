@@ -230,16 +230,26 @@ def require_hub(sources, label="--train-data"):
 
 def require_own_tokenizer(sources, val_sources, tokenizer_name):
     """Raises UserError if there are token files without the tokenizer that made them, or none to validate on."""
-    files = [source.path for source in [*sources, *val_sources] if source.kind == "tokens"]
-    by_character = next((file for file in files if Path(file).with_name("meta.pkl").exists()), None)
-    if by_character and not os.path.isdir(tokenizer_name):
-        raise UserError(f"--tokenizer-name {tokenizer_name}: the tokens of {by_character} are characters (meta.pkl); "
-                        f"give their text with --tokenizer-name char, or the .tokenizer folder of a run on it")
-    if files and tokenizer_name in OWN:
-        raise UserError(f"--tokenizer-name {tokenizer_name}: name the tokenizer that made the tokens of {files[0]}, "
+    if foreign := foreign_tokens([*sources, *val_sources], tokenizer_name):
+        if is_by_character(foreign):
+            raise UserError(f"--tokenizer-name {tokenizer_name}: the tokens of {foreign} are characters (meta.pkl); "
+                            f"give their text with --tokenizer-name char, or the .tokenizer folder of a run on it")
+        raise UserError(f"--tokenizer-name {tokenizer_name}: name the tokenizer that made the tokens of {foreign}, "
                         f"such as gpt2")
-    if files and not val_sources:  # the ends of documents, where a split may be, are not known
+    if not val_sources and (files := [source.path for source in sources if source.kind == "tokens"]):
+        # The ends of documents, where a split may be, are not known.
         raise UserError(f"--train-data {files[0]}: a token file is trained on as a whole; give --val-data, too")
+
+
+def foreign_tokens(sources, tokenizer_name):
+    """The first token file among the sources that the tokenizer of that name cannot have made, or None."""
+    return next((source.path for source in sources if source.kind == "tokens" and not os.path.isdir(tokenizer_name)
+                 and (tokenizer_name in OWN or is_by_character(source.path))), None)
+
+
+def is_by_character(token_file):
+    """Whether nanoGPT made it by characters: it then leaves their list beside it."""
+    return Path(token_file).with_name("meta.pkl").exists()
 
 
 @dataclass(frozen=True)

@@ -156,10 +156,10 @@ def _bytes_of_tokens(tokenizer):
     tenth of the time of decoding."""
     from tokenizers import decoders
 
-    if not isinstance(tokenizer.decoder, decoders.ByteLevel):
+    if not isinstance(tokenizer.decoder, decoders.ByteLevel) or getattr(tokenizer.model, "end_of_word_suffix", None):
         return None
     vocab, added = tokenizer.get_vocab(with_added_tokens=False), tokenizer.get_added_tokens_decoder()
-    table = np.zeros(max([*vocab.values(), *added]) + 1, dtype=np.int64)
+    table = np.zeros(max([0, *vocab.values(), *added]) + 1, dtype=np.int64)
     for token, i in vocab.items():
         table[i] = len(token)  # one character of a token is one byte of text
     for i, token in added.items():

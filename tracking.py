@@ -89,12 +89,13 @@ def log_facts(cfg, world, corpus, raw, optimizer_bytes, precision, accum, state)
     tokens, n_params, size = corpus.meta["tokens"], raw.num_params(), raw.cfg
     micro = cfg.batch.batch_size * corpus.seq_len
     step_tokens = micro * accum * world.size
-    # Weights and gradients in fp32, and the optimizer's state; activations as counted by Korthikanti et al. 2022 (34
-    # bytes per token, layer and channel with flash attention and 16-bit matmuls; checkpointing keeps each layer's input
-    # and all of one layer), plus the logits and their gradient, which share one buffer under torch.compile and in the
-    # chunked loss.
+    # Weights and gradients in fp32, and the optimizer's state; DDP's buckets, in which all but the last micro-batch's
+    # gradients are not yet; activations as counted by Korthikanti et al. 2022 (34 bytes per token, layer and channel
+    # with flash attention and 16-bit matmuls; checkpointing keeps each layer's input and all of one layer), plus the
+    # logits and their gradient, which share one buffer under torch.compile and in the chunked loss.
     compiled = should_compile(cfg.speed, world.device)
-    fixed, layers = 8 * n_params + optimizer_bytes, size.n_layers
+    fixed = (12 if world.size > 1 and accum > 1 else 8) * n_params + optimizer_bytes
+    layers = size.n_layers
     per_channel = 34 + 2 * layers if size.use_activation_checkpoint else 34 * layers
     per_token = per_channel * size.d_model + (2 if raw.chunks_loss or compiled else 10) * size.vocab_size
     activations = micro * per_token * (1 if precision.dtype else 2)

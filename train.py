@@ -130,9 +130,9 @@ def train(cfg, world):
     epochs_per_step = step_samples / corpus.n_windows
     identity = checkpoint.run_identity(cfg, corpus, step_samples)
     precision = hardware.choose_precision(cfg.speed, world.device)
-    device = hardware.device_name(world.device) if cfg.optim.optimizer == "muon" else "any"  # Muon's bits depend on it
+    device = hardware.device_name(world.device) if cfg.optim.optimizer == "muon" else world.device.type
     world.require_same(identity, "data")
-    world.require_same({"precision": precision.name, "device": device}, "devices",
+    world.require_same({"precision": precision.name, "device": device}, "devices",  # Muon's bits depend on its name
                        "give an --amp-dtype that all have, or --no-amp, and under Muon devices that are the same")
     saved = resume_from and world.from_main(
         lambda: checkpoint.restore(resume_from, cfg.checkpoint, identity, config, mends=not dry_run))

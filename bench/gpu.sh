@@ -13,6 +13,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1  # what was printed before a time limit is not lost
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}  # of several the Trainer would take all
 python=${PYTHON:-python3}
 what=${1:?check, speed, trainer, step or loss}
 case $what in

@@ -584,7 +584,7 @@ def test_ids_above_65535_are_kept(tmp_path):
 
 def test_an_id_outside_the_vocabulary_is_refused(tmp_path):
     writer = ShardWriter(tmp_path / "s.bin", 100, 0, b"")
-    with pytest.raises(UserError, match="none of its .* tokens has the id"):
+    with pytest.raises(UserError, match="none of the tokenizer.s .* tokens has the id"):
         writer.write([5, 100])
 
 

@@ -47,6 +47,16 @@ def test_two_ranks_are_one_process_with_two_micro_batches_and_continue_it(traine
 
 
 @full
+@pytest.mark.timeout(600)
+def test_the_compiler_changes_no_loss_of_ranks_that_accumulate_and_recompute(trainer):
+    flags = [*EXACT, "--num-steps", 6, "--grad-accum-steps", 2, "--use-activation-checkpoint"]
+    plain = trainer(*flags, ranks=2, checkpoint="plain.pt")
+    compiled = trainer(*flags, "--compile", ranks=2, checkpoint="compiled.pt")
+    assert compiled.code == 0 and "torch.compile, before the first step" in compiled.out, compiled.err
+    close(plain, compiled, 1e-5)
+
+
+@full
 @pytest.mark.timeout(1200)
 def test_many_ranks_are_one_process_and_half_of_them_continue_it(trainer):
     """RANKS=64 takes 16 GB and, on two cores, four minutes of importing torch."""

@@ -194,10 +194,12 @@ def test_the_report_in_words(run_folder):
     (["--data", "a.txt", "--stride", "33"], "--stride 33 is above --seq-len 32"),
     (["--data", "a.txt", "--strid", "3"], "did you mean --stride?"),
     (["--data", "shards"], "shards of another tokenizer"),
+    (["--data", "tokens.bin"], "--data tokens.bin: a token file of another tokenizer"),
     (["--checkpoint-path", "moved.pt"], "--data is missing")])
 def test_a_mistake_gets_one_line(run_folder, flags, words, monkeypatch, capsys):
     (run_folder / "empty.txt").write_text("")
     (run_folder / "short.txt").write_text("short")
+    (run_folder / "tokens.bin").write_bytes(bytes(1000))
     if flags[-1] == "shards" and not (run_folder / "shards").exists():
         shutil.copytree(next((run_folder / "cache").iterdir()), run_folder / "shards")
         meta = json.loads((run_folder / "shards" / "meta.json").read_text())

@@ -29,12 +29,13 @@ kind, rank, step = os.environ["FAULT"].split()
 batch, wrap = Corpus.batch, DDPWorld.wrap
 
 def faulty(self, at, *rest):
-    if at == int(step) and os.environ["RANK"] == rank and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if at == int(step) and rank in ("all", os.environ["RANK"]) and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.write(1, b"FAULT %f\\n" % time.time())  # in one piece: another rank writes, too
         match kind:
             case "kill": os.kill(os.getpid(), signal.SIGKILL)
             case "stop": os.kill(os.getpid(), signal.SIGSTOP)
             case "hang": time.sleep(1000)
+            case "rest": time.sleep(9)
             case "raise": raise ValueError("a broken sample")
             case "memory": torch.empty(1 << 50)
             case "store":  # what a reset connection to it looks like
@@ -118,6 +119,12 @@ def test_one_of_many_ranks_is_named(faulted, fault, words):
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert line.startswith(f"error: rank {fault.split()[1]} (") and f"{words} at step 10" in line
     assert code != 0 and seconds < 90
+
+
+@pytest.mark.full
+def test_if_all_ranks_stand_still_that_is_said_and_ends_none(faulted):
+    code, _, err, _ = faulted("rest all 25", "--num-steps", 30, "--eval-steps", 0, "--timeout", 5)
+    assert code == 0 and err.count("warning: no rank has moved for 5 s at step 26") == 1 and "error" not in err, err
 
 
 def test_a_connection_to_the_store_that_breaks_once_ends_no_run(faulted, trainer):

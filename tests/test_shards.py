@@ -89,7 +89,7 @@ WRONG = {
     "odd": (b"abc", {}, "--train-data {file}: 3 bytes cannot be 16-bit token ids"),
     "ours": (MAGIC + bytes(HEADER.size), {}, "a token shard of mini-llm; give the folder that it is in"),
     "empty": (b"", {}, "the file is empty"),
-    "of a larger vocabulary": (nanogpt([65_000] * 100), {}, "none of its 300 tokens has the id 65,000"),
+    "of a larger vocabulary": (nanogpt([65_000] * 100), {}, "none of the tokenizer's 300 tokens has the id 65,000"),
     "no tokenizer": (nanogpt(range(100)), {"tokenizer_name": "bpe"}, "bpe: name the tokenizer that made"),
     "nothing to validate on": (nanogpt(range(100)), {"val_data": []}, "give --val-data, too"),
 }
