@@ -257,10 +257,11 @@ def explained(error):
 
 
 @contextlib.contextmanager
-def reserved(n_bytes, device):
-    """Holds `n_bytes` of the device's memory within the block, so that what needs them later fits."""
+def reserved(sizes, device):
+    """Holds blocks of the device's memory, of so many bytes each, so that what needs them later fits: tensors of these
+    sizes then find them in the CUDA allocator's cache as they are."""
     # Ones, because on a CPU memory that is not written to is not held.
-    held = torch.ones(n_bytes, dtype=torch.uint8, device=device)  # noqa: F841 - held by this name
+    held = [torch.ones(n, dtype=torch.uint8, device=device) for n in sizes]  # noqa: F841 - held by this name
     yield
 
 

@@ -41,10 +41,11 @@ class OptimConfig:
             raise UserError(f"--min-lr {self.min_lr} is above --lr {self.lr}; lower it, or leave it out for lr / 10")
 
 
-def state_bytes(optimizer):
-    """Bytes of optimizer state after the first step: AdamW keeps two fp32 moments per parameter, Muon one."""
-    return sum(4 * p.numel() * (1 if "momentum" in group else 2) for group in optimizer.param_groups
-               for p in group["params"])
+def state_sizes(optimizer):
+    """Bytes of each tensor of optimizer state after the first step: AdamW keeps two fp32 moments per parameter, Muon
+    one."""
+    return [4 * p.numel() for group in optimizer.param_groups for p in group["params"]
+            for _ in range(1 if "momentum" in group else 2)]
 
 
 def lr_at(step, cfg):

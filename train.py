@@ -20,7 +20,7 @@ from generate import sample_text
 from hardware import SpeedConfig
 from meter import Meter
 from model import GPT, GPTConfig
-from optim import OptimConfig, StepGuard, lr_at, make_optimizer, set_lr, state_bytes
+from optim import OptimConfig, StepGuard, lr_at, make_optimizer, set_lr, state_sizes
 from pretrained import InitConfig, load_initial, resolve_init
 from processes import RanksConfig, StopSignal, stop_when_orphaned
 from tracking import ReportConfig, Tracker, TrackingConfig, log_facts, make_profiler, setup_logging
@@ -152,7 +152,7 @@ def train(cfg, world):
     world.require_replicas(raw, optimizer)
     model = world.wrap(fast)  # `model` takes the training steps, `fast` evaluates, `raw` is saved
     num_steps, eval_steps = cfg.optim.num_steps, cfg.report.eval_every(cfg.optim.num_steps)
-    n_bytes = state_bytes(optimizer)
+    n_bytes = sum(moments := state_sizes(optimizer))
     log_facts(cfg, world, corpus, raw, n_bytes, precision, accum, state)
 
     def forward_backward(micro):
@@ -220,7 +220,7 @@ def train(cfg, world):
     stop = StopSignal(world, cfg.checkpoint.time_limit).listen()  # until the end of the loop
     # A discarded warm-up pass, with memory held for the optimizer state: OOM and compile errors show before any file is
     # replaced. Not optional: DDP rebuilds its buckets after its first, and then adds 3 or more ranks in another order.
-    with Watchdog(meter, state, cfg, world.rank), hardware.reserved(0 if state.step else n_bytes, world.device):
+    with Watchdog(meter, state, cfg, world.rank), hardware.reserved([] if state.step else moments, world.device):
         for micro in sorted({0, accum - 1}):
             forward_backward(micro)
         optimizer.zero_grad(set_to_none=True)

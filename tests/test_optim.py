@@ -8,7 +8,7 @@ from conftest import ROOT
 
 from config import UserError
 from model import GPT, GPTConfig
-from optim import MuonAdamW, OptimConfig, lr_at, make_optimizer, orthogonalize, set_lr, state_bytes
+from optim import MuonAdamW, OptimConfig, lr_at, make_optimizer, orthogonalize, set_lr, state_sizes
 
 OPTIMIZERS = OptimConfig.__dataclass_fields__["optimizer"].metadata["choices"]
 
@@ -183,7 +183,7 @@ def test_the_state_takes_the_bytes_that_are_reserved_for_it(name):
     draw_gradients(model)
     optimizer.step()
     moments = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
-    assert state_bytes(optimizer) == sum(value.nbytes for value in moments)
+    assert sorted(state_sizes(optimizer)) == sorted(value.nbytes for value in moments)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
