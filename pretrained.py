@@ -106,11 +106,12 @@ def load_initial(raw, init, world):
 
 
 def _saved_config(path, cfg):
-    """All flags of the run whose checkpoint is at `path`, without reading its tensors; {} if it is damaged, which
-    `checkpoint.restore` reports."""
+    """All flags of the run whose checkpoint is at `path`, without reading its tensors; {} if it is not of a run, which
+    `checkpoint.restore` reports. Raises UserError if it is damaged, and the one before, too."""
     for file in (path, cfg.beside(".prev.pt")):
         if checkpoint.is_of_a_run(saved := peek(file)):
             return saved["config"]
+    checkpoint.load_latest(path, cfg)  # raises: now, and not once a large text is tokenized
     return {}
 
 

@@ -91,10 +91,11 @@ def test_what_does_not_go_with_the_weights_is_refused_by_name(argv, case):
     assert all(word.format(**names) in str(error.value) for word in words) and "\n" not in str(error.value)
 
 
-def test_resuming_from_nanogpts_checkpoint_leaves_the_refusal_to_restore(tmp_path):
+def test_resuming_from_nanogpts_checkpoint_is_refused_before_any_text_is_read(tmp_path):
     torch.save({"model": {}, "config": {"init_from": "scratch", "dataset": "openwebtext"}}, tmp_path / "ckpt.pt")
     cfg = parse(Config, ["--resume", str(tmp_path / "ckpt.pt"), "--checkpoint-path", str(tmp_path / "new.pt")])
-    assert resolve_init(cfg, tmp_path / "ckpt.pt") == (cfg.model, cfg.init)
+    with pytest.raises(UserError, match="is not a checkpoint of mini-llm"):
+        resolve_init(cfg, tmp_path / "ckpt.pt")
 
 
 def test_flags_that_agree_with_the_weights_are_fine(argv):
