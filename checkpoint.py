@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import hardware
 from archive import DamagedCheckpoint, link, load, peek, save
-from config import RunFailed, UserError, arg, beside_run, flag, matching
+from config import RunFailed, UserError, arg, beside_run, flag, matching, of_a_start
 from processes import lock_until_exit
 
 FORMAT = 1
@@ -186,24 +186,13 @@ def _nearest_folder(path):
     return next(parent for parent in Path(path).absolute().parents if parent.exists())
 
 
-def run_identity(cfg, corpus, step_samples):
+def run_identity(cfg, corpus, vocab_size, step_samples):
     """What a resumed run must have in common with the run it resumes: model, optimizer, tokenizer, data, and sequences
     per step, from which the position in the data follows."""
     model = dataclasses.asdict(cfg.model)
     if cfg.model.rope_theta == cfg.model.parts.rope_theta:  # as is 0
         model["rope_theta"] = 0.0
     free = {"dropout", "use_activation_checkpoint", "vocab_size"}
-    if 0 < cfg.model.vocab_size < corpus.vocab_size:
-        whose, advice = f"--vocab-size {cfg.model.vocab_size}", "leave it out"
-        if cfg.init.init_from:
-            whose = f"--init-from {cfg.init.init_from}: an embedding of {cfg.model.vocab_size} tokens"
-            advice = "give the tokenizer of these weights"
-        raise UserError(f"{whose} is below the {corpus.vocab_size} tokens of --tokenizer-name "
-                        f"{cfg.data.tokenizer_name}; {advice}")
-    if step_samples > 1 << 27:
-        raise UserError(f"--batch-size {cfg.batch.batch_size}: {step_samples:,} sequences in a step fill the "
-                        f"memory with their numbers alone; lower it")
-    vocab_size = max(cfg.model.vocab_size, corpus.vocab_size)
     return {flag(name): value for name, value in model.items() if name not in free} | {
         "--vocab-size": vocab_size, "--seq-len": corpus.seq_len, "--data-seed": corpus.seed,
         "--optimizer": cfg.optim.optimizer, "sequences in a step": step_samples,
@@ -233,9 +222,8 @@ def restore(path, cfg, identity, config, mends=True):
         raise UserError(f"--resume: {source} is of another run: {'; '.join(changed)}; give the flags and data that "
                         f"it was started with (--config {beside_run(source, '.config.toml')}), or start anew with "
                         f"another --checkpoint-path")
-    ignored = {"resume", "overwrite", "checkpoint_path", "cache_dir", "init_from"}
     for name, value in config.items():
-        if name not in ignored and not name.startswith("wandb_") and flags.get(name, value) != value:
+        if not of_a_start(name) and name != "init_from" and flags.get(name, value) != value:
             log.info("resumed with another %s: was %s, is %s", flag(name), flags[name], value)
     if source != path and mends:
         if _one_file(cfg.beside(".best.pt"), path):  # its loss would be the one to beat, its weights are damaged

@@ -35,7 +35,9 @@ ELSEWHERE = {"learning_rate": "lr", "max_iters": "num_steps", "max_steps": "num_
              "max_seq_len": "seq_len", "ckpt": "checkpoint_path", "wandb": "use_wandb", "model": "arch",
              "model_name": "init_from", "save_interval": "save_steps", "always_save_checkpoint": "save_steps",
              "per_device_train_batch_size": "batch_size", "micro_batch_size": "batch_size", "start": "prompt",
-             "gpu": "cuda"}
+             "gpu": "cuda", "precision": "amp_dtype"}
+# Flags of how a process is started and where it writes, not of what it trains; so are W&B's, wandb_…
+OF_A_START = {"resume", "overwrite", "dry_run", "checkpoint_path", "cache_dir", "heartbeat_file"}
 BOUNDS = {"gt": (operator.gt, "greater than"), "ge": (operator.ge, "at least"),
           "lt": (operator.lt, "less than"), "le": (operator.le, "at most")}
 
@@ -70,10 +72,14 @@ def needed_packages():
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Wraps a command's main: a UserError becomes one line on stderr and exit code 2."""
+    """Wraps a command's main: a UserError becomes one line on stderr and exit code 2; a closed pipe ends it quietly."""
     try:
         with needed_packages():
             yield
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `| head`, has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's own flush at exit complains
+        sys.exit(1)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -150,6 +156,11 @@ def flag_fields(cls):
 def flatten(config):
     """A filled dataclass of dataclasses as one flat dict: what is logged, tracked and saved."""
     return {name: getattr(getattr(config, group), name) for name, (group, _, _) in flag_fields(type(config)).items()}
+
+
+def of_a_start(name):
+    """Whether a flag may differ between two starts of one run, or between runs that train the same."""
+    return name in OF_A_START or name.startswith("wandb_")
 
 
 def part_of(cls, flat):

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import toy
 from config import UserError, arg, write_whole
-from shards import FORMAT, Shard, ShardWriter, read_meta
+from shards import FORMAT, Shard, ShardWriter, read_meta, read_windows, spread_windows
 from text import (
     Piece,
     builtin_sources,
@@ -99,16 +99,23 @@ class BatchConfig:
     global_batch_tokens: int = arg(0, "tokens in one step of all ranks, from which --grad-accum-steps follows", ge=0)
     dry_run: bool = arg(False, "print the model's size and what a step costs, take one step, write nothing")
 
+    def validate(self):
+        if self.global_batch_tokens and self.grad_accum_steps > 1:
+            raise UserError("--global-batch-tokens decides --grad-accum-steps: give one of them")
+
     def accum_steps(self, world_size, seq_len):
         """Micro-batches per rank in one optimizer step. Raises UserError if the global batch does not divide evenly."""
-        if not self.global_batch_tokens:
-            return self.grad_accum_steps
-        micro = self.batch_size * world_size * seq_len
+        micro, accum = self.batch_size * world_size * seq_len, self.grad_accum_steps
         if self.global_batch_tokens % micro:
             nearest = max(1, round(self.global_batch_tokens / micro)) * micro
             raise UserError(f"--global-batch-tokens {self.global_batch_tokens} is not a multiple of --batch-size "
                             f"{self.batch_size} x {world_size} ranks x --seq-len {seq_len} = {micro}; try {nearest}")
-        return self.global_batch_tokens // micro
+        if self.global_batch_tokens:
+            accum = self.global_batch_tokens // micro
+        if (sequences := self.batch_size * world_size * accum) > 1 << 27:
+            raise UserError(f"--batch-size {self.batch_size}: {sequences:,} sequences in a step fill the memory with "
+                            f"their numbers alone; lower it")
+        return accum
 
 
 def prepare(cfg, vocab_size=0, writes=True, scratch=None):
@@ -404,22 +411,6 @@ class Corpus:
             while rows := list(islice(chosen, batch_size)):
                 firsts = [row * self.seq_len for row in rows + rows[-1:] * (batch_size - len(rows))]
                 yield name, *read_windows(self.val_sources[name], firsts, self.seq_len), len(rows)
-
-
-def spread_windows(shards, seq_len, max_tokens):
-    """Indices of evenly spread windows, `max_tokens` tokens in total (0: all): {name: shard} → {name: indices}."""
-    counts = {name: shard.windows(seq_len) for name, shard in shards.items()}
-    total = min(sum(counts.values()), max_tokens // seq_len or 1) if max_tokens else sum(counts.values())
-    wanted = {name: max(1, round(total * count / sum(counts.values()))) for name, count in counts.items()}
-    return {name: [i * counts[name] // n for i in range(n)] for name, n in wanted.items()}
-
-
-def read_windows(shard, firsts, seq_len):
-    """The windows whose inputs begin at the tokens `firsts` → (inputs, targets), (B, T) int64 each: targets are inputs
-    shifted by one."""
-    windows = np.stack([shard.read(int(first), seq_len + 1) for first in firsts])  # (B, T + 1)
-    # Two separate arrays, so that masking a target does not change an input.
-    return windows[:, :-1].astype(np.int64), windows[:, 1:].astype(np.int64)
 
 
 def permute(index, n, key):

@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 import hardware
 from config import UserError, arg, one_line_errors, parse, without_infinity
-from data import BATCH, read_windows, spread_windows
+from data import BATCH
 from model import IGNORE
 from pretrained import load_run
-from shards import Shard, ShardWriter, read_meta
+from shards import Shard, ShardWriter, read_meta, read_windows, spread_windows
 from text import find_sources, foreign_tokens, pieces, require_hub, source_names, take
 from tokenizer import encode_pieces
 
@@ -77,9 +77,6 @@ class EvaluateConfig:
     eval_tokens: int = arg(0, "evaluate on about N tokens, evenly spread, as a run's --eval-tokens does; 0: all",
                            ge=0)
     batch_size: int = arg(8, "windows computed at once", ge=1)
-    precision: str = arg("auto", "auto: as in training, bf16 where the device does it fast",
-                         choices=("auto", "fp32", "bf16", "fp16"))
-    device: str = arg("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cuda", "cpu", "mps"))
     json: bool = arg(False, "print one JSON object instead")
 
     def validate(self):
@@ -92,6 +89,7 @@ class Config:
     """Loss, perplexity and bits per byte of a model on a text."""
 
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    precision: hardware.PrecisionConfig = field(default_factory=hardware.PrecisionConfig)
 
 
 def own_validation_set(saved):
@@ -231,10 +229,9 @@ def report(found):
 
 @one_line_errors()
 def main():
-    cfg = parse(Config).evaluate
-    amp_dtype = "auto" if cfg.precision == "fp32" else cfg.precision
-    speed = hardware.SpeedConfig(amp=cfg.precision != "fp32", amp_dtype=amp_dtype)
-    device = hardware.configure(speed, hardware.choose_device(cfg.device))
+    given = parse(Config)
+    cfg, speed = given.evaluate, hardware.SpeedConfig(**vars(given.precision))
+    device = hardware.configure(speed, hardware.choose_device(speed.device))
     model, tokenizer, eos, saved = load_run(cfg.checkpoint_path)
     seq_len = cfg.seq_len or saved["config"]["seq_len"]
     if seq_len > model.cfg.max_position_embeddings:

@@ -16,14 +16,16 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from config import UserError, arg, beside_run, one_line_errors, parse, read_json, read_records
+from config import UserError, arg, beside_run, of_a_start, one_line_errors, parse, read_json, read_records
+from data import BatchConfig, DataConfig
 from generate import TEMPERATURE, TOP_K
+from hardware import SpeedConfig
+from model import GPTConfig
+from optim import OptimConfig
 from pretrained import hugging_face_config, load_run, to_hugging_face, tokenizer_folder
 
 SAMPLING = dict(do_sample=True, temperature=TEMPERATURE, top_k=TOP_K)
-# Flags that say nothing about what was trained.
-NO_SETTINGS = {"resume", "overwrite", "dry_run", "device", "timeout", "check_replicas", "log_steps", "save_steps",
-               "sample_steps", "save_best", "keep_last", "async_save", "time_limit", "heartbeat_file"}
+TRAINED_BY = (GPTConfig, DataConfig, BatchConfig, OptimConfig, SpeedConfig)  # the flags that the card lists
 SPARE_IDS = 4096  # at most this many ids without a token are listed in generation_config.json as suppressed
 
 
@@ -129,10 +131,10 @@ def model_card(path, model, saved, n_tokens, dtype):
               ("best validation loss so far", best)]
     if best is None and math.isfinite(state["best_val"]):
         losses.append(("best validation loss so far", (state["best_val"], None)))  # only the metrics know its step
-    unused = NO_SETTINGS if divided else {*NO_SETTINGS, "tokenizer_name", "val_ratio"}
-    settings = {name: value for name, value in config.items() if value not in (None, "", [])
-                and not name.startswith(("wandb_", "use_")) and not name.endswith(("_dir", "_path", "_data"))
-                and name not in unused}
+    elsewhere = {"device", "train_data", "val_data", "use_toy_data"} | (
+        set() if divided else {"tokenizer_name", "val_ratio"})
+    settings = {name: config[name] for part in TRAINED_BY for name in part.__dataclass_fields__
+                if name not in elsewhere and not of_a_start(name) and config.get(name) not in (None, "", [])}
     link = _wandb_link(path)
     spare = f", and {cfg.vocab_size - n_tokens:,} ids without meaning" if cfg.vocab_size > n_tokens else ""
     return "\n".join([

@@ -5,7 +5,6 @@ after one, from a newline.
 """
 
 import math
-import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -253,20 +252,17 @@ def sample_text(model, tokenizer_folder, corpus):
 
 @one_line_errors()
 def main():
-    try:
-        cfg = parse(Config).generate
-        device = hardware.choose_device(cfg.device)
-        sys.stdout.reconfigure(errors="replace")
-        model, tokenizer, eos, saved = load_run(cfg.checkpoint_path)
-        start = saved.get("start", eos or 0)
-        began = time.perf_counter()
-        with hardware.enough_memory("lower --batch-size, or take --device cpu"):
-            n_tokens = write_texts(model.to(device), tokenizer, eos, start, cfg, sys.stdout)
-        seconds = time.perf_counter() - began
-        print(f"{n_tokens:,} tokens in {seconds:.2f} s: {n_tokens / seconds:,.0f} tokens/s on {device.type}",
-              file=sys.stderr)
-    except BrokenPipeError:  # the reader, such as `| head`, has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    cfg = parse(Config).generate
+    device = hardware.choose_device(cfg.device)
+    sys.stdout.reconfigure(errors="replace")
+    model, tokenizer, eos, saved = load_run(cfg.checkpoint_path)
+    start = saved.get("start", eos or 0)
+    began = time.perf_counter()
+    with hardware.enough_memory("lower --batch-size, or take --device cpu"):
+        n_tokens = write_texts(model.to(device), tokenizer, eos, start, cfg, sys.stdout)
+    seconds = time.perf_counter() - began
+    print(f"{n_tokens:,} tokens in {seconds:.2f} s: {n_tokens / seconds:,.0f} tokens/s on {device.type}",
+          file=sys.stderr)
 
 
 if __name__ == "__main__":

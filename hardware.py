@@ -24,13 +24,19 @@ PEAK_FLOPS = {r"H100( SXM5)? \d+GB HBM3": 989e12, r"H100 PCIe": 756e12, r"H100 N
 
 
 @dataclass
-class SpeedConfig:
-    """Precision and speed"""
+class PrecisionConfig:
+    """Device and precision"""
 
     device: str = arg("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cuda", "cpu", "mps"))
     amp: bool = arg(True, "mixed precision: matrix products in --amp-dtype, weights and optimizer in fp32")
     amp_dtype: str = arg("auto", "auto: bf16 where the device does it fast, else fp16 on a GPU",
                          choices=("auto", "bf16", "fp16"))
+
+
+@dataclass
+class SpeedConfig(PrecisionConfig):
+    """Precision and speed"""
+
     compile: bool | None = arg(None, "torch.compile; unset: on a GPU only")
     deterministic: bool = arg(False, "deterministic kernels only, slower: for the same bits on every run on a GPU; on "
                                      "a CPU they are the same in any case")

@@ -99,6 +99,18 @@ def resolve_init(cfg, resume_from):
     return model, init
 
 
+def vocabulary(cfg, corpus):
+    """The ids that the model needs: the tokenizer's, or more (--vocab-size). Raises UserError if it has fewer."""
+    if 0 < cfg.model.vocab_size < corpus.vocab_size:
+        whose, advice = f"--vocab-size {cfg.model.vocab_size}", "leave it out"
+        if cfg.init.init_from:
+            whose = f"--init-from {cfg.init.init_from}: an embedding of {cfg.model.vocab_size} tokens"
+            advice = "give the tokenizer of these weights"
+        raise UserError(f"{whose} is below the {corpus.vocab_size} tokens of --tokenizer-name "
+                        f"{cfg.data.tokenizer_name}; {advice}")
+    return max(cfg.model.vocab_size, corpus.vocab_size)
+
+
 def load_initial(raw, init, world):
     """Load the weights that --init-from names into `raw`: the main rank reads and broadcasts them. Collective."""
     if init.init_from:
@@ -314,14 +326,15 @@ def load_run(path):
     """A checkpoint's model in evaluation mode, its tokenizer, the id of the end-of-text token or None, and the
     checkpoint; for a Hugging Face folder, what a checkpoint of it would say. Raises UserError."""
     if os.path.isdir(path):
-        return _load_folder(str(path))
-    model, saved = load_model(path)
-    folder = tokenizer_folder(path)
-    tokenizer = open_tokenizer(folder)
+        folder, (model, saved, tokenizer) = str(path), _load_folder(str(path))
+    else:
+        (model, saved), folder = load_model(path), tokenizer_folder(path)
+        tokenizer = open_tokenizer(folder)
     if tokenizer.get_vocab_size() > model.cfg.vocab_size:
         raise UserError(f"--checkpoint-path {path}: {folder} has {tokenizer.get_vocab_size()} tokens, the model "
                         f"{model.cfg.vocab_size}; copy the one that it was trained with")
-    if identity(tokenizer).hex()[:16] != saved["identity"]["the tokenizer"]:
+    known = identity(tokenizer).hex()[:16]
+    if saved["identity"].setdefault("the tokenizer", known) != known:  # a Hugging Face folder states none
         # Not refused: another version of `tokenizers` may write the same one in other words.
         print(f"warning: {folder} is not the tokenizer that {path} was trained with, or not as it was then",
               file=sys.stderr)
@@ -329,6 +342,7 @@ def load_run(path):
 
 
 def _load_folder(folder):
+    """A Hugging Face folder's model, what a checkpoint of it would say, and its tokenizer."""
     try:
         cfg = _source_config(folder)
         model = GPT(cfg)
@@ -340,12 +354,8 @@ def _load_folder(folder):
     except UserError:
         raise UserError(f"--checkpoint-path {folder}: no tokenizer in it that can be read; copy the one that it was "
                         f"trained with") from None
-    if tokenizer.get_vocab_size() > cfg.vocab_size:
-        raise UserError(f"--checkpoint-path {folder}: its tokenizer has {tokenizer.get_vocab_size()} tokens, the model "
-                        f"{cfg.vocab_size}; copy the one that it was trained with")
-    saved = dict(config=dict(seq_len=min(1024, cfg.max_position_embeddings)), state=dict(step=None),
-                 identity={"the tokenizer": identity(tokenizer).hex()[:16]})
-    return model.eval(), tokenizer, end_of_text(tokenizer, folder), saved
+    saved = dict(config=dict(seq_len=min(1024, cfg.max_position_embeddings)), state=dict(step=None), identity={})
+    return model.eval(), saved, tokenizer
 
 
 def model_parts(saved):

@@ -11,7 +11,6 @@ import datetime
 import html
 import io
 import math
-import os
 import re
 import shutil
 import signal
@@ -20,13 +19,12 @@ import sys
 import time
 from pathlib import Path
 
-from config import Parser, UserError, beside_run, one_line_errors, positive, read_records
+from config import Parser, UserError, beside_run, of_a_start, one_line_errors, positive, read_records
 from plots import MARKS, figure, looks, panels_of, short, terminal_plot
 
 ROWS = ".metrics.jsonl"
 DEFAULT = "checkpoints/minigpt.pt"
-NOT_COMPARED = ("command", "checkpoint_path", "cache_dir", "resume", "overwrite", "n_params", "corpus",
-                "corpus_tokens", "tokenizer_hash")  # nor wandb_…
+NOT_FLAGS = ("command", "n_params", "corpus", "corpus_tokens", "tokenizer_hash")  # recorded beside them
 EMPTY = "(nothing: the model ended the text at once)"
 X_METRICS = {"step": "step", "tokens": "train/tokens"}
 
@@ -155,7 +153,7 @@ def differences(runs):
     """flag → its value in each run, for the flags whose values differ."""
     names = dict.fromkeys(name for run in runs for name in run.config)
     return {name: [run.config.get(name) for run in runs] for name in names
-            if name not in NOT_COMPARED and not name.startswith("wandb_")
+            if name not in NOT_FLAGS and not of_a_start(name)
             and any(run.config.get(name) != runs[0].config.get(name) for run in runs)}
 
 
@@ -311,9 +309,8 @@ def main():
     except ModuleNotFoundError as error:
         raise UserError(f"the {error.name} package is missing: pip install {error.name}, or look with "
                         f"--terminal") from None
-    except BrokenPipeError:  # `--terminal | head` has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise UserError(f"{error.filename or 'the report cannot be written'}: {error.strerror}") from None
 

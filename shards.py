@@ -110,6 +110,22 @@ class Shard:
                             f"folder and prepare it again")
 
 
+def spread_windows(shards, seq_len, max_tokens):
+    """Indices of evenly spread windows, `max_tokens` tokens in total (0: all): {name: shard} → {name: indices}."""
+    counts = {name: shard.windows(seq_len) for name, shard in shards.items()}
+    total = min(sum(counts.values()), max_tokens // seq_len or 1) if max_tokens else sum(counts.values())
+    wanted = {name: max(1, round(total * count / sum(counts.values()))) for name, count in counts.items()}
+    return {name: [i * counts[name] // n for i in range(n)] for name, n in wanted.items()}
+
+
+def read_windows(shard, firsts, seq_len):
+    """The windows whose inputs begin at the tokens `firsts` → (inputs, targets), (B, T) int64 each: targets are inputs
+    shifted by one."""
+    windows = np.stack([shard.read(int(first), seq_len + 1) for first in firsts])  # (B, T + 1)
+    # Two separate arrays, so that masking a target does not change an input.
+    return windows[:, :-1].astype(np.int64), windows[:, 1:].astype(np.int64)
+
+
 def token_file_format(path):
     """(bytes of its header, dtype) of a token file of llm.c or, without a header, of nanoGPT. Raises UserError."""
     with open(path, "rb") as file:

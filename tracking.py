@@ -84,21 +84,26 @@ class _LogFile(logging.FileHandler):
         """Ignore errors: a full disk only loses lines of this file, which are on the console, too."""
 
 
+def activation_bytes(model, tokens, half, compiled):
+    """About what a micro-batch of so many tokens keeps for its backward pass. As counted by Korthikanti et al. 2022: 34
+    bytes per token, layer and channel with flash attention and 16-bit products (`half`); checkpointing keeps each
+    layer's input and all of one layer. Logits and their gradient share a buffer in the chunked loss and if compiled.
+    """
+    size = model.cfg
+    per_channel = 34 + 2 * size.n_layers if size.use_activation_checkpoint else 34 * size.n_layers
+    per_logit = 2 if model.chunks_loss or compiled else 10
+    return tokens * (per_channel * size.d_model + per_logit * size.vocab_size) * (1 if half else 2)
+
+
 def log_facts(cfg, world, corpus, raw, optimizer_bytes, precision, accum, state):
     """Log what is about to be trained, and on which device and data."""
     tokens, n_params, size = corpus.meta["tokens"], raw.num_params(), raw.cfg
     micro = cfg.batch.batch_size * corpus.seq_len
     step_tokens = micro * accum * world.size
-    # Weights and gradients in fp32, and the optimizer's state; DDP's buckets, in which all but the last micro-batch's
-    # gradients are not yet; activations as counted by Korthikanti et al. 2022 (34 bytes per token, layer and channel
-    # with flash attention and 16-bit matmuls; checkpointing keeps each layer's input and all of one layer), plus the
-    # logits and their gradient, which share one buffer under torch.compile and in the chunked loss.
     compiled = should_compile(cfg.speed, world.device)
+    # Weights and gradients in fp32; DDP's buckets, which are the gradients only in the last micro-batch.
     fixed = (12 if world.size > 1 and accum > 1 else 8) * n_params + optimizer_bytes
-    layers = size.n_layers
-    per_channel = 34 + 2 * layers if size.use_activation_checkpoint else 34 * layers
-    per_token = per_channel * size.d_model + (2 if raw.chunks_loss or compiled else 10) * size.vocab_size
-    activations = micro * per_token * (1 if precision.dtype else 2)
+    activations = activation_bytes(raw, micro, precision.dtype, compiled)
     log.info(f"Using device: {world.device} ({device_name(world.device)}), {world.size} rank{'s'[:world.size > 1]}")
     log.info("Arguments: " + " ".join(f"{name}={value}" for name, value in flatten(cfg).items()
                                       if cfg.wandb.use_wandb or not name.startswith("wandb_")))

@@ -21,7 +21,7 @@ from hardware import SpeedConfig
 from meter import Meter
 from model import GPT, GPTConfig
 from optim import OptimConfig, StepGuard, lr_at, make_optimizer, set_lr, state_sizes
-from pretrained import InitConfig, load_initial, resolve_init
+from pretrained import InitConfig, load_initial, resolve_init, vocabulary
 from processes import RanksConfig, StopSignal, stop_when_orphaned
 from tracking import ReportConfig, Tracker, TrackingConfig, log_facts, make_profiler, setup_logging
 from wandb_runs import WandbConfig, in_sweep
@@ -45,12 +45,6 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
-
-    def validate(self):
-        if trial := in_sweep():  # each trial of a sweep is a separate run
-            self.checkpoint.checkpoint_path = str(self.checkpoint.beside(f".{trial}.pt"))
-        if self.batch.global_batch_tokens and self.batch.grad_accum_steps > 1:
-            raise UserError("--global-batch-tokens decides --grad-accum-steps: give one of them")
 
 
 class World:
@@ -128,7 +122,8 @@ def train(cfg, world):
     corpus = Corpus(cfg.data, cfg.model.vocab_size, writes=world.local_rank == 0, scratch=dry_run)
     step_samples = batch_size * accum * world.size
     epochs_per_step = step_samples / corpus.n_windows
-    identity = checkpoint.run_identity(cfg, corpus, step_samples)
+    vocab_size = vocabulary(cfg, corpus)
+    identity = checkpoint.run_identity(cfg, corpus, vocab_size, step_samples)
     precision = hardware.choose_precision(cfg.speed, world.device)
     device = hardware.device_name(world.device) if cfg.optim.optimizer == "muon" else world.device.type
     world.require_same(identity, "data")
@@ -138,7 +133,7 @@ def train(cfg, world):
         lambda: checkpoint.restore(resume_from, cfg.checkpoint, identity, config, mends=not dry_run))
 
     torch.manual_seed(cfg.optim.seed)  # the same initial weights on every rank
-    raw = GPT(dataclasses.replace(cfg.model, vocab_size=identity["--vocab-size"])).to(world.device)
+    raw = GPT(dataclasses.replace(cfg.model, vocab_size=vocab_size)).to(world.device)
     if not saved:
         load_initial(raw, cfg.init, world)
     optimizer, scaler = make_optimizer(raw, cfg.optim, world.device, precision.dtype), precision.scaler()
@@ -281,12 +276,14 @@ def train(cfg, world):
 def main(world_type=World):
     try:
         cfg = parse(Config)
-        stop_when_orphaned(world_type.launchers + bool(in_sweep()))  # a sweep's agent is a launcher, too
+        if trial := in_sweep():  # each trial of a sweep is a separate run
+            cfg.checkpoint.checkpoint_path = str(cfg.checkpoint.beside(f".{trial}.pt"))
+        stop_when_orphaned(world_type.launchers + bool(trial))  # a sweep's agent is a launcher, too
         world = world_type(cfg)
         setup_logging(world.is_main)
         with needed_packages():
             stopped_by = train(cfg, world)
-            world.leave(0 if in_sweep() else stopped_by)  # W&B's agent gives up after five trials that fail
+            world.leave(0 if trial else stopped_by)  # W&B's agent gives up after five trials that fail
     except (UserError, RunFailed) as error:
         world_type.fail(error, 2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:  # before there is anything to save, or a second Ctrl-C

@@ -35,7 +35,7 @@ def run_folder(tmp_path_factory, text):
 
 
 def evaluate(folder, *flags):
-    return json.loads(shown(main, folder, "--checkpoint-path", "c.pt", "--precision", "fp32", "--json", *flags))
+    return json.loads(shown(main, folder, "--checkpoint-path", "c.pt", "--no-amp", "--json", *flags))
 
 
 def test_the_column_of_a_table_can_be_named(run_folder):
@@ -178,7 +178,7 @@ def test_one_cluster_has_no_interval():
 
 
 def test_the_report_in_words(run_folder):
-    done = command(run_folder, "--checkpoint-path", "c.pt", "--data", "a.txt", "--precision", "fp32",
+    done = command(run_folder, "--checkpoint-path", "c.pt", "--data", "a.txt", "--no-amp",
                    script="evaluate.py")
     found = evaluate(run_folder, "--data", "a.txt")
     assert f"loss {found['loss']:.4f} nats per token (95 %: " in done.stdout

@@ -39,7 +39,7 @@ ALLOWED = {
               "pretrained", "processes", "tracking", "wandb_runs", "watchdog"},
     "train_ddp": {"config", "hardware", "ranks", "train"},
     "pretrained": {"archive", "checkpoint", "config", "model", "tokenizer"},
-    "export": {"config", "generate", "pretrained", "tokenizer"},
+    "export": {"config", "data", "generate", "hardware", "model", "optim", "pretrained"},
     "prepare": {"config", "data", "pretrained", "tracking", "train"},
     "plots": set(),
     "report": {"config", "plots"},
