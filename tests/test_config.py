@@ -1,10 +1,13 @@
 import math
+import subprocess
+import sys
 from dataclasses import dataclass, field
 
 import pytest
 from conftest import ROOT
 
-from config import UserError, arg, flatten, one_line_errors, parse, without_infinity
+from config import OF_A_START, UserError, arg, flatten, one_line_errors, parse, without_infinity
+from train import Config
 
 
 @dataclass
@@ -42,6 +45,18 @@ def test_defaults_then_toml_then_flags(tmp_path):
     assert car.engine == Engine(cylinders=8, power=3.0, idle_speed=700)
     assert car.trip.stops == ["a", "b"]
     assert parse(Car, []) == Car()
+
+
+@pytest.mark.parametrize("lines", [1, 100_000], ids=["at its end", "midway"])
+def test_a_command_whose_reader_leaves_ends_without_a_word(lines):
+    code = f"from config import one_line_errors\nwith one_line_errors():\n    print('word\\n' * {lines}, end='')"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(60)) == (b"", 1)
+
+
+def test_flags_of_a_start_are_flags():
+    assert flatten(Config()).keys() >= OF_A_START
 
 
 def test_what_json_has_no_number_for_is_null():
