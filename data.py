@@ -105,13 +105,12 @@ class BatchConfig:
 
     def accum_steps(self, world_size, seq_len):
         """Micro-batches per rank in one optimizer step. Raises UserError if the global batch does not divide evenly."""
-        micro, accum = self.batch_size * world_size * seq_len, self.grad_accum_steps
+        micro = self.batch_size * world_size * seq_len
         if self.global_batch_tokens % micro:
             nearest = max(1, round(self.global_batch_tokens / micro)) * micro
             raise UserError(f"--global-batch-tokens {self.global_batch_tokens} is not a multiple of --batch-size "
                             f"{self.batch_size} x {world_size} ranks x --seq-len {seq_len} = {micro}; try {nearest}")
-        if self.global_batch_tokens:
-            accum = self.global_batch_tokens // micro
+        accum = self.global_batch_tokens // micro or self.grad_accum_steps
         if (sequences := self.batch_size * world_size * accum) > 1 << 27:
             raise UserError(f"--batch-size {self.batch_size}: {sequences:,} sequences in a step fill the memory with "
                             f"their numbers alone; lower it")

@@ -4,6 +4,7 @@ The folder loads with `transformers.AutoModelForCausalLM.from_pretrained(DIR)`, 
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -133,7 +134,7 @@ def model_card(path, model, saved, n_tokens, dtype):
         losses.append(("best validation loss so far", (state["best_val"], None)))  # only the metrics know its step
     elsewhere = {"device", "train_data", "val_data", "use_toy_data"} | (
         set() if divided else {"tokenizer_name", "val_ratio"})
-    settings = {name: config[name] for part in TRAINED_BY for name in part.__dataclass_fields__
+    settings = {name: config[name] for part in TRAINED_BY for name in (one.name for one in dataclasses.fields(part))
                 if name not in elsewhere and not of_a_start(name) and config.get(name) not in (None, "", [])}
     link = _wandb_link(path)
     spare = f", and {cfg.vocab_size - n_tokens:,} ids without meaning" if cfg.vocab_size > n_tokens else ""

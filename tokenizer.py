@@ -132,6 +132,7 @@ def encode_pieces(tokenizer, pieces, eos):
     """Pieces of text or of token files → for each (piece, its ids, bytes of its text, characters for which there is no
     token). Those characters' bytes are not counted, and a document's ids end in `eos` unless that is None."""
     texts = [piece.content for piece in pieces if isinstance(piece.content, str)]
+    sizes = iter(count_bytes(tokenizer, [piece.content for piece in pieces if not isinstance(piece.content, str)]))
     encoded, known = iter(encode(tokenizer, texts)), known_characters(tokenizer) if texts else None
     for piece in pieces:
         if isinstance(piece.content, str):
@@ -139,15 +140,15 @@ def encode_pieces(tokenizer, pieces, eos):
             ids = next(encoded) + ([eos] if piece.ends_document and eos is not None else [])
             yield piece, ids, len(text.encode("utf-8", "replace")), len(piece.content) - len(text)
         else:
-            yield piece, piece.content, count_bytes(tokenizer, piece.content), 0
+            yield piece, piece.content, next(sizes), 0
 
 
-def count_bytes(tokenizer, ids):
-    """Bytes of the text that the array `ids` stands for, without special tokens; up to 3 too many where ids have to be
-    decoded and begin or end within a character."""
-    if (table := _bytes_of_tokens(tokenizer)) is None:
-        return len(tokenizer.decode(ids.tolist()).encode("utf-8", "replace"))
-    return int(np.take(table, ids, mode="clip").sum())  # an id that is none is refused when it is written
+def count_bytes(tokenizer, blocks):
+    """Bytes of the text that each array of ids stands for, without special tokens; up to 3 too many where ids have to
+    be decoded and begin or end within a character."""
+    if blocks and (table := _bytes_of_tokens(tokenizer)) is not None:  # ids that are none are refused when written
+        return [int(np.take(table, ids, mode="clip").sum()) for ids in blocks]
+    return [len(text.encode("utf-8", "replace")) for text in tokenizer.decode_batch([ids.tolist() for ids in blocks])]
 
 
 @functools.lru_cache(maxsize=1)

@@ -125,9 +125,10 @@ def train(cfg, world):
     vocab_size = vocabulary(cfg, corpus)
     identity = checkpoint.run_identity(cfg, corpus, vocab_size, step_samples)
     precision = hardware.choose_precision(cfg.speed, world.device)
+    # Muon's bits depend on the kind of device, not only on its type.
     device = hardware.device_name(world.device) if cfg.optim.optimizer == "muon" else world.device.type
     world.require_same(identity, "data")
-    world.require_same({"precision": precision.name, "device": device}, "devices",  # Muon's bits depend on its name
+    world.require_same({"precision": precision.name, "device": device}, "devices",
                        "give an --amp-dtype that all have, or --no-amp, and under Muon devices that are the same")
     saved = resume_from and world.from_main(
         lambda: checkpoint.restore(resume_from, cfg.checkpoint, identity, config, mends=not dry_run))
