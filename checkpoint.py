@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import hardware
 from archive import DamagedCheckpoint, link, load, peek, save
-from config import RunFailed, UserError, arg, beside_run, flag, matching, of_a_start
+from config import RunFailed, UserError, arg, flag, is_launch_flag
+from files import beside_run, matching_files
 from processes import lock_until_exit
 
 FORMAT = 1
@@ -73,7 +74,7 @@ class CheckpointConfig:
 
     def matching(self, pattern):
         """The files beside the checkpoint path whose names are its stem plus a match of the regex `pattern`, sorted."""
-        return matching(self.beside(""), pattern)
+        return matching_files(self.beside(""), pattern)
 
     def drafts(self):
         """What a save that was killed has left."""
@@ -186,21 +187,20 @@ def _nearest_folder(path):
     return next(parent for parent in Path(path).absolute().parents if parent.exists())
 
 
-def run_identity(cfg, corpus, vocab_size, step_samples):
+def run_identity(cfg, corpus, vocab_size, global_batch_size):
     """What a resumed run must have in common with the run it resumes: model, optimizer, tokenizer, data, and sequences
     per step, from which the position in the data follows."""
     model = dataclasses.asdict(cfg.model)
     if cfg.model.rope_theta == cfg.model.parts.rope_theta:  # as is 0
         model["rope_theta"] = 0.0
-    free = {"dropout", "use_activation_checkpoint", "vocab_size"}
-    return {flag(name): value for name, value in model.items() if name not in free} | {
+    return {flag(name): value for name, value in model.items() if name not in cfg.model.RUN_FLAGS} | {
         "--vocab-size": vocab_size, "--seq-len": corpus.seq_len, "--data-seed": corpus.seed,
-        "--optimizer": cfg.optim.optimizer, "sequences in a step": step_samples,
+        "--optimizer": cfg.optim.optimizer, "sequences in a step": global_batch_size,
         "the tokenizer": corpus.meta["tokenizer_hash"][:16],
         "the training data": corpus.fingerprint["train"], "the validation data": corpus.fingerprint["val"]}
 
 
-def restore(path, cfg, identity, config, mends=True):
+def load_for_resume(path, cfg, identity, config, mends=True):
     """The checkpoint at `path`, verified, and checked to be from this run: same model, tokenizer, data and batch. If it
     is damaged, the one before, which with `mends` then takes its place.
 
@@ -212,7 +212,7 @@ def restore(path, cfg, identity, config, mends=True):
                         f"wrote it, or start anew with another --checkpoint-path")
     was, flags = payload["identity"], payload["config"]
     # 0 where a checkpoint is older than the flag: "as the architecture has it".
-    changed = {name: (was.get(name), value) for name, value in identity.items() if was.get(name, 0) != value}
+    changed = {name: (was.get(name), value) for name, value in identity.items() if was.get(name, value and 0) != value}
     if any(name.startswith("the ") for name in changed):  # hashes, which say nothing: name the flags behind them
         changed |= {flag(name): (flags[name], config.get(name)) for name in DATA_FLAGS
                     if name in flags and flags[name] != config.get(name)}
@@ -223,7 +223,7 @@ def restore(path, cfg, identity, config, mends=True):
                         f"it was started with (--config {beside_run(source, '.config.toml')}), or start anew with "
                         f"another --checkpoint-path")
     for name, value in config.items():
-        if not of_a_start(name) and name != "init_from" and flags.get(name, value) != value:
+        if not is_launch_flag(name) and name != "init_from" and flags.get(name, value) != value:
             log.info("resumed with another %s: was %s, is %s", flag(name), flags[name], value)
     if source != path and mends:
         if _one_file(cfg.beside(".best.pt"), path):  # its loss would be the one to beat, its weights are damaged
@@ -246,7 +246,7 @@ def is_of_a_run(payload):
             and isinstance(payload["state"].get("step"), int))
 
 
-def apply(payload, parts, continues):
+def restore(payload, parts, continues):
     """Load a restored payload into a run's parts (name → object with load_state_dict) → its State. Raises UserError."""
     try:
         # Weight decay and betas come from the flags, not from the checkpoint.

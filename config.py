@@ -12,12 +12,10 @@ import contextlib
 import dataclasses
 import difflib
 import gc
-import glob
 import json
 import math
 import operator
 import os
-import re
 import sys
 import tomllib
 import types
@@ -36,8 +34,8 @@ ELSEWHERE = {"learning_rate": "lr", "max_iters": "num_steps", "max_steps": "num_
              "model_name": "init_from", "save_interval": "save_steps", "always_save_checkpoint": "save_steps",
              "per_device_train_batch_size": "batch_size", "micro_batch_size": "batch_size", "start": "prompt",
              "gpu": "cuda", "precision": "amp_dtype"}
-# Flags of how a process is started and where it writes, not of what it trains; so are W&B's, wandb_…
-OF_A_START = {"resume", "overwrite", "dry_run", "checkpoint_path", "cache_dir", "heartbeat_file"}
+# How a process is launched and where it writes, not what it trains; so are W&B's flags, wandb_…
+LAUNCH_FLAGS = {"resume", "overwrite", "dry_run", "checkpoint_path", "cache_dir", "heartbeat_file"}
 BOUNDS = {"gt": (operator.gt, "greater than"), "ge": (operator.ge, "at least"),
           "lt": (operator.lt, "less than"), "le": (operator.le, "at most")}
 
@@ -158,9 +156,9 @@ def flatten(config):
     return {name: getattr(getattr(config, group), name) for name, (group, _, _) in flag_fields(type(config)).items()}
 
 
-def of_a_start(name):
+def is_launch_flag(name):
     """Whether a flag may differ between two starts of one run, or between runs that train the same."""
-    return name in OF_A_START or name.startswith("wandb_")
+    return name in LAUNCH_FLAGS or name.startswith("wandb_")
 
 
 def part_of(cls, flat):
@@ -181,65 +179,9 @@ def to_toml(config, without=()):
     return "\n".join(lines)
 
 
-def without_infinity(record):
-    """`record` with None (JSON's null) in place of every infinite or NaN float, at any depth."""
-    if isinstance(record, dict):
-        return {name: without_infinity(value) for name, value in record.items()}
-    if isinstance(record, list):
-        return [without_infinity(value) for value in record]
-    return None if isinstance(record, float) and not math.isfinite(record) else record
-
-
-def read_json(path):
-    """The JSON object in a file. Raises ValueError with the reason if the file holds anything else."""
-    try:
-        if not os.path.isfile(path):  # a named pipe would block, a device might never end
-            raise ValueError("no such file")
-        value = json.loads(Path(path).read_text("utf-8"))
-    except (OSError, RecursionError) as error:
-        raise ValueError(str(error)) from None
-    if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
-    return value
-
-
-def write_whole(path, content):
-    """Write a file of these bytes so that a kill at any moment leaves either the old one or the new one."""
-    draft = path.with_name(path.name + ".tmp")
-    try:
-        draft.write_bytes(content)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
 def switched_on(variable):
     """Whether an environment variable says yes, in one of the ways that the Hugging Face Hub and W&B take for it."""
     return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on")
-
-
-def beside_run(path, suffix):
-    """checkpoints/minigpt.best.pt, `.tokenizer` → checkpoints/minigpt.tokenizer, which all checkpoints of a run share.
-    `path`: any of those checkpoints, or the run's metrics.jsonl."""
-    path = Path(path)
-    stem = path.name.removesuffix(".metrics.jsonl") if path.name.endswith(".metrics.jsonl") else path.stem
-    return path.with_name(re.sub(r"\.(best(-of-\d+)?|prev|nonfinite|step-\d+)$", "", stem) + suffix)
-
-
-def matching(prefix, pattern):
-    """The files whose paths are `prefix` plus a match of the regex `pattern`, sorted."""
-    return sorted(file for file in prefix.parent.glob(glob.escape(prefix.name) + "*")
-                  if re.fullmatch(pattern, file.name.removeprefix(prefix.name)))
-
-
-def read_records(path):
-    """The records of a metrics.jsonl, in order. A torn line, left by a killed run or one still writing, is skipped."""
-    with open(path, errors="replace") as file:
-        for line in file:
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                record = json.loads(line)
-                record["step"], record["time"]  # noqa: B018
-                yield record
 
 
 def positive(text):

@@ -1,59 +1,22 @@
-"""Text → documents → tokens → token shards → batches.
+"""Token shards → batches. Which windows a step reads is a pure function of the step.
 
-Text is tokenized once into two files, `train.bin` and `val.bin`, in a cache folder named by a hash of everything that
-determines their content. Training reads windows of them; which windows a step reads is a pure function of the step.
+Text becomes token shards in `token_cache.py`, once.
 """
 
 import contextlib
-import errno
-import fcntl
-import hashlib
-import json
-import logging
 import os
 import shutil
 import tempfile
-import time
-from collections import Counter
 from dataclasses import dataclass
-from itertools import chain, islice
-from pathlib import Path
+from itertools import islice
 
 import numpy as np
-from tqdm import tqdm
 
-import toy
-from config import UserError, arg, write_whole
-from shards import FORMAT, Shard, ShardWriter, read_meta, read_windows, spread_windows
-from text import (
-    Piece,
-    builtin_sources,
-    find_sources,
-    pieces,
-    require_hub,
-    require_own_tokenizer,
-    source_names,
-    take,
-)
-from tokenizer import (
-    encode,
-    encode_pieces,
-    end_of_text,
-    gives_back,
-    identity,
-    known_characters,
-    load_tokenizer,
-    open_tokenizer,
-    save_tokenizer,
-    train_tokenizer,
-)
-
-CODE_VERSION = 3  # bump it when the same text would give different tokens: old caches are then not reused
-BATCH = 1 << 21  # characters, or ids of token files, per parallel batch: bounds the memory use of tokenization
-BPE_SAMPLE = 1 << 25  # maximum number of characters that a bpe tokenizer is trained on
-PREPARE_PATIENCE = 900  # seconds without progress after which a process stops waiting for another to tokenize
-
-log = logging.getLogger("mini_llm")
+from config import UserError, arg
+from files import write_whole
+from shards import Shard, read_meta, read_windows, spread_windows
+from token_cache import prepare
+from tokenizer import encode, identity, open_tokenizer
 
 
 @dataclass
@@ -115,211 +78,6 @@ class BatchConfig:
             raise UserError(f"--batch-size {self.batch_size}: {sequences:,} sequences in a step fill the memory with "
                             f"their numbers alone; lower it")
         return accum
-
-
-def prepare(cfg, vocab_size=0, writes=True, scratch=None):
-    """The folder of token shards that `cfg` describes, created if it does not exist. Safe against concurrent processes
-    and against being killed: one process writes, under a lock that is released when it dies, into a draft folder that
-    is renamed only when complete. Without `writes`, waits for another process to write it. With `scratch`, a folder
-    provided by the caller, shards that are not in the cache are created there.
-
-    Raises UserError for unusable text, and then leaves nothing behind.
-    """
-    if cfg.is_shards:
-        theirs = read_meta(Path(cfg.train_data[0]))["tokenizer"]
-        if cfg.val_data or cfg.max_tokens or cfg.tokenizer_name not in ("bpe", theirs):
-            raise UserError(f"--train-data {cfg.train_data[0]}: token shards are trained on as they are; leave out "
-                            f"--val-data, --max-tokens and --tokenizer-name")
-        return Path(cfg.train_data[0])
-    if cfg.use_toy_data:
-        sources, val_sources = [], []
-    else:
-        sources = find_sources(cfg.train_data, column=cfg.text_column) if cfg.train_data else builtin_sources()
-        val_sources = find_sources(cfg.val_data, "--val-data", cfg.text_column)
-        if both := sorted({source.real_path for source in sources} & {source.real_path for source in val_sources}):
-            log.warning("%s (%d in all) is in --train-data and in --val-data, and so validates text that is trained on",
-                        both[0], len(both))
-    require_own_tokenizer(sources, val_sources, cfg.tokenizer_name)
-    tokenizer = load_tokenizer(cfg.tokenizer_name)
-    key = hashlib.blake2b(digest_size=12)
-    settings = [CODE_VERSION, FORMAT, cfg.use_toy_data, cfg.max_tokens, cfg.text_column,
-                *([] if val_sources else [cfg.val_ratio, cfg.data_seed]),
-                cfg.tokenizer_name if tokenizer is None else tokenizer.to_str(),
-                vocab_size if cfg.tokenizer_name == "bpe" else 0,
-                tokenizer and end_of_text(tokenizer, cfg.tokenizer_name),
-                *source_names(cfg.val_data), *(source.argument for source in val_sources if source.argument)]
-    key.update(json.dumps(settings).encode())
-    n_bytes = sum(source.size for source in [*sources, *val_sources])
-    for source in [*sources, None, *val_sources]:
-        key.update(source.digest(whole=n_bytes <= 1 << 30) if source else b"|")
-    folder = Path(cfg.cache_dir) / key.hexdigest()
-    if scratch and not os.path.exists(folder):  # unlike Path.exists, not an error where access is denied
-        folder, writes = Path(scratch) / key.hexdigest(), True
-    if writes and not os.path.exists(folder):
-        require_hub(sources)
-        require_hub(val_sources, "--val-data")
-    if not writes:
-        _wait(lambda: not os.path.exists(folder), folder.with_name(folder.name + ".draft"))
-    while not os.path.exists(folder):
-        with _locked_draft(folder) as draft:
-            if draft is not None:
-                _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources)
-                os.replace(draft, folder)
-                (folder / ".lock").unlink()  # after the rename: else another process could lock and empty the draft
-    return folder
-
-
-@contextlib.contextmanager
-def _locked_draft(folder):
-    """Yields an empty folder that this process alone writes, to be renamed to `folder` when complete; None if another
-    process has just created `folder`. The lock is in the draft itself, so a killed writer leaves an unlocked draft."""
-    draft = folder.with_name(folder.name + ".draft")
-    try:
-        draft.mkdir(parents=True, exist_ok=True)
-        if draft.is_symlink():  # its target is not ours to empty
-            raise NotADirectoryError(errno.ENOTDIR, f"{draft.name} is a link")
-        # Opened for writing, because network file systems grant no exclusive lock otherwise.
-        fd = os.open(draft / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        _wait(lambda: not _lock(fd), draft)
-    except OSError as error:
-        if isinstance(error, FileNotFoundError) and folder.parent.exists():  # the draft has just been renamed
-            yield None
-            return
-        unlocked = error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
-        advice = "on a file system with locks, such as a local disk" if unlocked else "that can be written"
-        raise UserError(f"--cache-dir {folder.parent}: {error.strerror}; give a folder {advice}") from None
-    try:
-        if not (draft / ".lock").exists() or not os.path.samestat(os.fstat(fd), os.stat(draft / ".lock")):
-            yield None
-            return
-        if folder.exists():
-            shutil.rmtree(draft)
-            yield None
-            return
-        for leftover in draft.iterdir():
-            if leftover.name != ".lock":
-                shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
-        try:
-            yield draft
-        except BaseException as error:
-            shutil.rmtree(draft, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                folder.parent.rmdir()
-            if isinstance(error, OSError):  # a full disk, or a text file that has vanished
-                raise UserError(f"{error.filename or f'--cache-dir {folder.parent}'}: {error.strerror or error}; make "
-                                f"room, or give another --cache-dir") from None
-            raise
-    finally:
-        os.close(fd)
-
-
-def _lock(fd):
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _wait(blocked, draft):
-    """Waits while `blocked()` is true. Raises UserError if nothing in `draft` changes for PREPARE_PATIENCE seconds."""
-    begun = changed = time.monotonic()  # not compared with the files' times, which are of another clock
-    told, before = False, None
-    while blocked():
-        now = time.monotonic()
-        if not told and now - begun > 1:
-            log.info("waiting for the process that prepares this data in %s", draft)
-            told = True
-        with contextlib.suppress(OSError):  # it may just have been renamed
-            newest = max(file.stat().st_mtime for file in [draft, *draft.iterdir()])
-            changed, before = (now if newest != before else changed), newest
-        if now - changed > PREPARE_PATIENCE:
-            raise UserError(f"{draft}: the process that prepares this data has written nothing for "
-                            f"{PREPARE_PATIENCE} s; kill it, remove the folder and start again")
-        time.sleep(0.1)
-
-
-def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
-    def stream():
-        if cfg.use_toy_data:
-            return iter([Piece(text, split, False) for split, text in toy.text(cfg.data_seed)])
-        own = pieces(sources, "train", 0.0 if val_sources else cfg.val_ratio, cfg.data_seed)
-        return chain(pieces(val_sources, "val"), own)
-
-    entropy = None
-    if cfg.use_toy_data:
-        tokenizer, entropy = train_tokenizer("char", [toy.ALPHABET], 0), toy.entropy_rate(cfg.data_seed)
-    elif tokenizer is None:
-        tokenizer = _trained_tokenizer(cfg.tokenizer_name, stream(), vocab_size)
-    eos = save_tokenizer(tokenizer, draft / "tokenizer", cfg.tokenizer_name)
-    if eos is None:
-        log.warning("the tokenizer %s has no end-of-text token: documents are concatenated without a separator",
-                    cfg.tokenizer_name)
-    size, tokenizer_hash = tokenizer.get_vocab_size(with_added_tokens=True), identity(tokenizer)
-    limits = dict(train=cfg.max_tokens, val=0)
-    if cfg.max_tokens and not val_sources:
-        limits["val"] = max(1, int(cfg.max_tokens * cfg.val_ratio))
-    writers = {split: ShardWriter(draft / f"{split}.bin", size, eos, tokenizer_hash, limit)
-               for split, limit in limits.items()}
-    n_bytes, n_tokens, left_out, whole, started = dict(train=0, val=0), Counter(), 0, True, time.perf_counter()
-    total = sum(source.size for source in [*sources, *val_sources])
-    with tqdm(total=total or None, unit="B", unit_scale=True, desc="tokenizing", leave=False, disable=None) as bar:
-        source = stream()  # --val-data comes first and is read in full
-        while not (writers["train"].full and (val_sources or writers["val"].full)) and (batch := take(source, BATCH)):
-            if not n_tokens and known_characters(tokenizer) is None:  # a few pieces of the first batch
-                texts = [piece.content for piece in batch if isinstance(piece.content, str)]
-                whole = all(gives_back(tokenizer, text) for text in texts[::max(1, len(texts) // 8)])
-            wanted = [piece for piece in batch if not writers[piece.split].full]
-            for piece, ids, encoded, lost in encode_pieces(tokenizer, wanted, eos):
-                written = writers[piece.split].write(ids)
-                n_bytes[piece.split] += round(encoded * written / max(1, len(ids)))
-                n_tokens[piece.split, piece.argument] += written
-                left_out += lost
-            bar.update(sum(getattr(piece.content, "nbytes", len(piece.content)) for piece in batch))
-    for writer in writers.values():
-        writer.close()
-    if left_out:
-        log.warning("%s characters are left out: the tokenizer %s has no token for them", f"{left_out:,}",
-                    cfg.tokenizer_name)
-    if not whole:
-        log.warning("the tokenizer %s changes the text: its tokens do not decode to what they were made from",
-                    cfg.tokenizer_name)
-    parts = [n_tokens["val", argument] for argument in range(len(cfg.val_data))]
-    _require_a_sequence(cfg, writers["train"].count, writers["val"].count, parts)
-    seconds = time.perf_counter() - started
-    tokens = sum(writer.count for writer in writers.values())
-    log.info("tokenized %.1f MB into %s tokens in %.1f s (%.1f MB/s)", sum(n_bytes.values()) / 1e6, f"{tokens:,}",
-             seconds, sum(n_bytes.values()) / 1e6 / max(seconds, 1e-9))
-    meta = dict(tokens={split: writer.count for split, writer in writers.items()}, bytes=n_bytes, vocab_size=size,
-                eos=eos, tokenizer=cfg.tokenizer_name if not cfg.use_toy_data else "char",
-                tokenizer_hash=tokenizer_hash.hex(), entropy_rate=entropy,
-                val_sources={name: [sum(parts[:i]), parts[i]] for i, name in enumerate(source_names(cfg.val_data))},
-                fingerprint={split: writer.digest.hexdigest() for split, writer in writers.items()})
-    with open(draft / "meta.json", "w") as file:
-        file.write(json.dumps(meta, indent=1))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _require_a_sequence(cfg, train, val, parts):
-    """Raises UserError if there are too few tokens. `parts`: how many of those of `val` each --val-data has."""
-    named = [(f"--val-data {path}", "val", count) for path, count in zip(cfg.val_data, parts, strict=True)]
-    for where, split, count in [("--train-data", "train", train), *(named or [("--train-data", "val", val)])]:
-        if count < cfg.seq_len + 1:
-            raise UserError(f"{where}: {count:,} {split} tokens are fewer than one sequence of --seq-len "
-                            f"{cfg.seq_len} + 1; give more text, a smaller --seq-len"
-                            f"{', a larger --val-ratio' if split == 'val' and not named else ''}, or "
-                            f"{'a larger --max-tokens' if cfg.max_tokens else 'another --val-data'}")
-
-
-def _trained_tokenizer(name, stream, vocab_size):
-    """bpe: trained on up to BPE_SAMPLE characters of the training text; char: on all text, including validation."""
-    began, texts = time.perf_counter(), (piece for piece in stream if piece.split == "train" or name == "char")
-    texts = take(texts, BPE_SAMPLE) if name == "bpe" else texts
-    tokenizer = train_tokenizer(name, (piece.content for piece in texts), vocab_size or 4096)
-    log.info("trained a %s tokenizer of %s tokens in %.1f s", name, f"{tokenizer.get_vocab_size():,}",
-             time.perf_counter() - began)
-    return tokenizer
 
 
 class Corpus:
@@ -390,7 +148,7 @@ class Corpus:
             order[epoch == one] = permute(index[epoch == one], self.n_windows, self.seed * 1_000_003 + int(one))
         return order
 
-    def batch(self, step, micro, accum, batch_size, rank=0, size=1):
+    def batch(self, step, batch_size, micro=0, accum=1, rank=0, size=1):
         """Inputs and targets of one micro-batch of one rank, (B, T) int64 each.
 
         The step's samples are assigned in the order micro-batch, rank, row, so that two micro-batches on one rank are

@@ -17,12 +17,13 @@ import torch
 from tqdm import tqdm
 
 import hardware
-from config import UserError, arg, one_line_errors, parse, without_infinity
-from data import BATCH
+from config import UserError, arg, one_line_errors, parse
+from files import without_infinity
 from model import IGNORE
 from pretrained import load_run
 from shards import Shard, ShardWriter, read_meta, read_windows, spread_windows
 from text import find_sources, foreign_tokens, pieces, require_hub, source_names, take
+from token_cache import BATCH
 from tokenizer import encode_pieces
 
 MIN_DOCUMENTS = 20  # with fewer, the confidence interval clusters by window, not by document

@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from config import UserError, arg, beside_run, of_a_start, one_line_errors, parse, read_json, read_records
+from config import UserError, arg, is_launch_flag, one_line_errors, parse
 from data import BatchConfig, DataConfig
+from files import beside_run, read_json, read_records
 from generate import TEMPERATURE, TOP_K
 from hardware import SpeedConfig
 from model import GPTConfig
@@ -135,7 +136,7 @@ def model_card(path, model, saved, n_tokens, dtype):
     elsewhere = {"device", "train_data", "val_data", "use_toy_data"} | (
         set() if divided else {"tokenizer_name", "val_ratio"})
     settings = {name: config[name] for part in TRAINED_BY for name in (one.name for one in dataclasses.fields(part))
-                if name not in elsewhere and not of_a_start(name) and config.get(name) not in (None, "", [])}
+                if name not in elsewhere and not is_launch_flag(name) and config.get(name) not in (None, "", [])}
     link = _wandb_link(path)
     spare = f", and {cfg.vocab_size - n_tokens:,} ids without meaning" if cfg.vocab_size > n_tokens else ""
     return "\n".join([

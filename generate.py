@@ -95,12 +95,12 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     tokens, noise, starts = tokens.to(device), noise.to(device), torch.tensor(lengths, device=device)
     model.eval()
     try:
-        past, fresh = KVCache(model.cfg, min(limit, total)), tokens[:, :shortest]
+        past, fresh = [KVCache(min(limit, total)) for _ in model.blocks], tokens[:, :shortest]
         for position in range(shortest, total):
-            if past.length + fresh.shape[1] > limit:
-                past, fresh = KVCache(model.cfg, limit), tokens[:, position - (limit // 2 or 1):position]
+            if past[0].length + fresh.shape[1] > limit:
+                past, fresh = [KVCache(limit) for _ in model.blocks], tokens[:, position - (limit // 2 or 1):position]
             logits = model.logits(model.hidden(fresh, past)[:, -1])[:, :vocab_size].float()  # (B, V)
-            fresh = choose(logits, noise[:, position:position + 1], temperature, top_k, top_p)  # (B, 1)
+            fresh = sample(logits, noise[:, position:position + 1], temperature, top_k, top_p)  # (B, 1)
             if ragged:
                 fresh = torch.where(starts[:, None] > position, tokens[:, position:position + 1], fresh)
             tokens[:, position:position + 1] = fresh
@@ -110,7 +110,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         model.train(training)
 
 
-def choose(logits, noise, temperature=1.0, top_k=0, top_p=1.0):
+def sample(logits, noise, temperature=1.0, top_k=0, top_p=1.0):
     """(B, V) logits and (B, 1) uniform numbers in [0, 1) → (B, 1) token ids, by inverse transform sampling.
 
     top_k keeps the k most likely tokens (0: all), top_p the smallest set of tokens whose total probability reaches p

@@ -20,7 +20,7 @@ from kernels import CausalAttention, Linear, head_cross_entropy
 IGNORE = -1  # ignore_index: targets excluded from the loss
 # Measured on a CPU (LOG.md): the longest context at which explicit attention in bf16 beats the fused kernel, and the
 # smallest vocabulary at which computing the loss in chunks of logits beats one pass.
-EXPLICIT_ATTENTION, CHUNKED_VOCABULARY = 512, 1024
+MAX_EXPLICIT_CONTEXT, MIN_CHUNKED_VOCABULARY = 512, 1024
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ ARCHS = {
 class GPTConfig:
     """Model"""
 
+    RUN_FLAGS = "dropout", "use_activation_checkpoint"  # may differ between runs of a model; the others define it
     arch: str = arg("gpt2", "architecture", choices=tuple(ARCHS))
     n_layers: int = arg(4, "transformer blocks", ge=1, le=10_000)
     n_heads: int = arg(4, "attention heads (queries)", ge=1)
@@ -147,7 +148,7 @@ def attend(q, k, v, dropout=0.0):
     """Causal attention: q (B, nh, T, hs), k and v (B, nkv, S, hs) → (B, nh, T, hs). T is S, or 1 with a KV cache."""
     T = q.shape[2]
     assert T in (1, k.shape[2]), "a cache takes the prompt whole, then one token at a time"
-    explicit = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and 1 < T <= EXPLICIT_ATTENTION
+    explicit = q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad and 1 < T <= MAX_EXPLICIT_CONTEXT
     # On CUDA only flash attention takes grouped queries (as of torch 2.13); in fp16, older GPUs do not have it.
     fused = not explicit and not (q.is_cuda and (q.dtype != torch.bfloat16 or q.shape[3] > 256))
     if q.shape[1] != k.shape[1] and not fused:
@@ -201,7 +202,9 @@ class MLP(nn.Module):
             return self.down(F.silu(self.gate(x)) * h)
         if self.kind == "relu2":
             return self.down(F.relu(h).square())
-        exact = h.device.type == "cpu" and (self.training or h.dtype == torch.bfloat16)  # within 5e-4, in half the time
+        # On a CPU the exact form takes half the time and is within 5e-4 of GPT-2's tanh, which fp32 evaluation keeps.
+        # So train() and eval() differ a little even without dropout.
+        exact = h.is_cpu and (self.training or h.dtype == torch.bfloat16)
         return self.down(F.gelu(h, approximate="none" if exact else "tanh"))
 
 
@@ -219,9 +222,11 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     def __init__(self, cfg):
-        """Initial weights come from torch's global generator; cfg.vocab_size must be set."""
+        """Initial weights come from torch's global generator; cfg.vocab_size must be set. Raises UserError for
+        impossible sizes."""
         super().__init__()
         assert cfg.vocab_size > 0, "the vocabulary size comes from the tokenizer"
+        cfg.validate_sizes()
         self.cfg = cfg
         self.tok_emb = nn.Embedding(cfg.vocab_size, cfg.d_model)
         if cfg.parts.rope_theta:
@@ -275,12 +280,12 @@ class GPT(nn.Module):
     @property
     def chunks_loss(self):
         """Whether the loss is computed in chunks: each bf16 logit then takes 2 bytes instead of 10."""
-        return (self.head_weight.device.type == "cpu" and self.cfg.vocab_size >= CHUNKED_VOCABULARY
+        return (self.head_weight.device.type == "cpu" and self.cfg.vocab_size >= MIN_CHUNKED_VOCABULARY
                 and not self.cfg.parts.softcap)
 
     def hidden(self, tokens, past=None):
-        """tokens (B, T) → hidden states (B, T, C), after the final norm."""
-        start, T = (past.length if past else 0), tokens.shape[1]
+        """tokens (B, T) → hidden states (B, T, C), after the final norm. `past`: a KVCache per layer."""
+        start, T = (past[0].length if past else 0), tokens.shape[1]
         assert start + T <= self.cfg.max_position_embeddings, "longer than max_position_embeddings"
         x = self.tok_emb(tokens)
         rope = self.rope[:, start:start + T] if self.cfg.parts.rope_theta else None  # (2, T, hs / 2)
@@ -294,7 +299,7 @@ class GPT(nn.Module):
             if self.cfg.use_activation_checkpoint and self.training:
                 x = checkpoint(block, x, rope, use_reentrant=False)
             else:
-                x = block(x, rope, past.layers[layer] if past else None)
+                x = block(x, rope, past[layer] if past else None)
         return self.norm(x)
 
     @property
@@ -324,17 +329,8 @@ class GPT(nn.Module):
 
 
 class KVCache:
-    """Keys and values of the tokens so far, in one preallocated buffer per layer, with room for `limit` tokens."""
+    """One layer's keys and values of the tokens so far, in a preallocated buffer with room for `limit` tokens."""
 
-    def __init__(self, cfg, limit):
-        self.layers = [LayerCache(limit) for _ in range(cfg.n_layers)]
-
-    @property
-    def length(self):
-        return self.layers[0].length
-
-
-class LayerCache:
     def __init__(self, limit):
         self.limit, self.length, self.buffer = limit, 0, None
 

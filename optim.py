@@ -10,6 +10,9 @@ from torch.optim.adamw import adamw
 
 from config import UserError, arg
 
+# Progress from the peak (0) to the end (1) → height above the floor, from 1 to 0.
+SCHEDULES = {"cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2, "wsd": lambda progress: 1 - progress,
+             "linear": lambda progress: 1 - progress, "none": lambda progress: 1.0}
 MOMENTUM = 0.95  # Muon's, as in modded-nanogpt and nanochat
 
 
@@ -24,7 +27,7 @@ class OptimConfig:
     muon_lr: float = arg(0.02, "Muon's peak learning rate; rises and falls with the schedule of --lr", gt=0)
     min_lr: float | None = arg(None, "learning rate at the end of the schedule; unset: lr / 10", ge=0)
     lr_scheduler: str = arg("cosine", "shape after the warm-up; wsd: constant, then linear over the last fifth",
-                            choices=("cosine", "wsd", "linear", "none"))
+                            choices=tuple(SCHEDULES))
     warmup_steps: int = arg(100, "steps over which the learning rate rises to its peak", ge=0)
     weight_decay: float = arg(0.1, "decoupled, on matrices only", ge=0)
     beta1: float = arg(0.9, "AdamW's decay of the first moment", ge=0, lt=1)
@@ -53,29 +56,26 @@ def lr_at(step, cfg):
     step, then the schedule, which reaches `min_lr` at the run's last step."""
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
-    if cfg.lr_scheduler == "none":
-        return cfg.lr
     floor = cfg.lr / 10 if cfg.min_lr is None else cfg.min_lr
     start = cfg.warmup_steps
     if cfg.lr_scheduler == "wsd":  # warm-up, stable, decay (Hu et al. 2024)
         start = max(start, cfg.num_steps - max(1, cfg.num_steps // 5))
     progress = min(1.0, max(0.0, (step + 1 - start) / max(1, cfg.num_steps - start)))
-    height = {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "wsd": 1 - progress}
-    return floor + (cfg.lr - floor) * height[cfg.lr_scheduler]
+    height = SCHEDULES[cfg.lr_scheduler](progress)
+    return height * cfg.lr + (1 - height) * floor
 
 
 def make_optimizer(model, cfg, device, matmul_dtype=None):
     """Fused AdamW (Loshchilov & Hutter 2019), with weight decay on matrices, not on biases and norms. With `--optimizer
     muon`, Muon updates the matrices inside the blocks, orthogonalized in bf16 if `matmul_dtype` is bf16."""
-    hidden = {p for p in model.blocks.parameters() if p.ndim == 2} if cfg.optimizer == "muon" else set()
-    matrices = [p for p in model.parameters() if p.ndim >= 2 and p not in hidden]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    hidden = dict.fromkeys(p for p in model.blocks.parameters() if p.ndim == 2 and cfg.optimizer == "muon")
+    others = [p for p in model.parameters() if p not in hidden]
+    muon = [dict(params=[p for p in hidden if p.shape == shape], momentum=MOMENTUM, weight_decay=cfg.weight_decay,
+                 lr_ratio=cfg.muon_lr / cfg.lr) for shape in dict.fromkeys(p.shape for p in hidden)]
     options = dict(betas=(cfg.beta1, cfg.beta2), fused=device.type in ("cuda", "cpu"))
-    shapes = dict.fromkeys(p.shape for p in model.blocks.parameters() if p in hidden)
-    muon = [dict(params=[p for p in model.blocks.parameters() if p.shape == shape], momentum=MOMENTUM,
-                 weight_decay=cfg.weight_decay, lr_ratio=cfg.muon_lr / cfg.lr) for shape in shapes]
-    optimizer = MuonAdamW(muon + [group | options for group in groups], matmul_dtype)
+    adamw = [dict(params=[p for p in others if p.ndim >= 2], weight_decay=cfg.weight_decay, **options),
+             dict(params=[p for p in others if p.ndim < 2], weight_decay=0.0, **options)]
+    optimizer = MuonAdamW(muon + adamw, matmul_dtype)
     set_lr(optimizer, cfg.lr)
     return optimizer
 
@@ -112,7 +112,7 @@ class StepGuard:
             last.copy_(torch.where(torch.isfinite(grad_norm), grad_norm, last))
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
-        elif any(group.get("fused") for group in self.optimizer.param_groups):
+        elif getattr(self.optimizer, "_step_supports_amp_scaling", False):
             self.optimizer.found_inf = (~taken).float()
             self.optimizer.step()
         elif taken:

@@ -17,8 +17,9 @@ import torch
 
 import checkpoint
 from archive import DamagedCheckpoint, load, peek
-from config import UserError, arg, beside_run, first_line, flag, part_of, read_json
-from model import ARCHS, GPT, GPTConfig
+from config import UserError, arg, first_line, flag, part_of
+from files import beside_run, read_json
+from model import GPT, GPTConfig
 from tokenizer import end_of_text, hub_reachable, identity, load_tokenizer, open_tokenizer
 
 # Our parameter names → theirs; {i} is the block index. Our fused qkv is GPT-2's c_attn, and separate q, k, v elsewhere.
@@ -48,9 +49,8 @@ NAMES = {
 NO_MATTER = re.compile(r"_name_or_path|architectures|\w*dtype|transformers_version|\w+_token_id|\w*p?drop(out)?|"
                        r"initializer_range|use_cache|id2label|label2id|problem_type|return_dict|output_\w+|summary_\w+|"
                        r"chunk_size_feed_forward|reorder_and_upcast_attn|max_window_layers|n_inner")
-# The flags that the weights determine; dropout and activation checkpointing are up to the run.
-SIZES = ("arch", "n_layers", "n_heads", "n_kv_heads", "d_model", "d_ff", "head_dim", "rope_theta",
-         "max_position_embeddings", "vocab_size", "tie_embeddings")
+# The flags that the weights decide.
+SIZES = [field.name for field in dataclasses.fields(GPTConfig) if field.name not in GPTConfig.RUN_FLAGS]
 
 log = logging.getLogger("mini_llm")
 
@@ -119,7 +119,7 @@ def load_initial(raw, init, world):
 
 def _saved_config(path, cfg):
     """All flags of the run whose checkpoint is at `path`, without reading its tensors; {} if it is not of a run, which
-    `checkpoint.restore` reports. Raises UserError if it is damaged, and the one before, too."""
+    `checkpoint.load_for_resume` reports. Raises UserError if it is damaged, and the one before, too."""
     for file in (path, cfg.beside(".prev.pt")):
         if checkpoint.is_of_a_run(saved := peek(file)):
             return saved["config"]
@@ -205,8 +205,8 @@ def _sizes(cfg):
 
 def gpt_config(theirs, source):
     """transformers' configuration → GPTConfig. Raises UserError, naming the field, for what GPT does not support."""
-    if theirs.model_type not in ARCHS:
-        raise UserError(f"--init-from {source}: model_type {theirs.model_type} is none of {', '.join(ARCHS)}")
+    if theirs.model_type not in NAMES:
+        raise UserError(f"--init-from {source}: model_type {theirs.model_type} is none of {', '.join(NAMES)}")
 
     def first(*names, default=None):
         return next((value for name in names if (value := getattr(theirs, name, None)) is not None), default)
@@ -240,9 +240,11 @@ def _flat(fields):
 
 
 def hugging_face_config(cfg, eos=None):
-    """The transformers configuration equivalent to this GPTConfig."""
+    """The transformers configuration equivalent to this GPTConfig. Raises UserError if there is none."""
     import transformers
 
+    if cfg.arch not in NAMES:
+        raise UserError(f"--arch {cfg.arch}: transformers has no such model, so that it cannot be exported")
     common = dict(vocab_size=cfg.vocab_size, bos_token_id=eos, eos_token_id=eos, tie_word_embeddings=cfg.tied)
     if cfg.arch == "gpt2":
         if (cfg.kv_heads, cfg.head_size * cfg.n_heads) != (cfg.n_heads, cfg.d_model):

@@ -19,7 +19,8 @@ import sys
 import time
 from pathlib import Path
 
-from config import Parser, UserError, beside_run, of_a_start, one_line_errors, positive, read_records
+from config import Parser, UserError, is_launch_flag, one_line_errors, positive
+from files import beside_run, read_records
 from plots import MARKS, figure, looks, panels_of, short, terminal_plot
 
 ROWS = ".metrics.jsonl"
@@ -153,7 +154,7 @@ def differences(runs):
     """flag → its value in each run, for the flags whose values differ."""
     names = dict.fromkeys(name for run in runs for name in run.config)
     return {name: [run.config.get(name) for run in runs] for name in names
-            if name not in NOT_FLAGS and not of_a_start(name)
+            if name not in NOT_FLAGS and not is_launch_flag(name)
             and any(run.config.get(name) != runs[0].config.get(name) for run in runs)}
 
 

@@ -10,7 +10,8 @@ import struct
 
 import numpy as np
 
-from config import UserError, read_json
+from config import UserError
+from files import read_json
 
 HEADER = struct.Struct("<8sIIQIi32s")
 MAGIC, FORMAT = b"MINILLM\0", 1

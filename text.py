@@ -75,7 +75,7 @@ def find_sources(paths, label="--train-data", column="text"):
     sources, known, again = [], set(), 0
     for argument, path in enumerate(paths):
         if is_pattern(path):
-            files = [file for file in sorted(matching(path)) if os.path.isfile(file)]
+            files = [file for file in sorted(expand(path)) if os.path.isfile(file)]
             if not files:
                 raise UserError(f"{label} {path}: no file matches; quote the pattern and check it with ls")
         elif os.path.isdir(path):
@@ -157,7 +157,7 @@ def is_pattern(path):
     return any(char in path for char in "*?[") and not os.path.exists(path)
 
 
-def matching(pattern):
+def expand(pattern):
     """The files and folders that match. `**` does not follow links to folders, which may form cycles."""
     parts = Path(pattern).parts
     if "**" not in parts:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError, read_json, switched_on
+from config import UserError, switched_on
+from files import read_json
 
 END_OF_TEXT = "<|endoftext|>"
 OWN = ("bpe", "byte", "char")

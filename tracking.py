@@ -20,7 +20,8 @@ from logging.handlers import MemoryHandler
 import torch
 from tqdm import tqdm
 
-from config import RunFailed, UserError, arg, flatten, to_toml, without_infinity, write_whole
+from config import RunFailed, UserError, arg, flatten, to_toml
+from files import without_infinity, write_whole
 from hardware import device_name, should_compile
 from wandb_runs import distributed_info, in_sweep, new_run_id, plan_run, provenance, recalled, with_environment
 

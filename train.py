@@ -46,10 +46,13 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
+    given = frozenset()  # names of the flags set explicitly, by `parse`
+
 
 class World:
     """The processes that train together: here, only one. `train_ddp.py` has the version for many."""
 
+    config = Config  # a world with flags of its own extends it
     rank = local_rank = node_rank = 0
     size = local_size = 1
     launchers = 0  # number of launcher processes above this one (torchrun): when one dies, this process saves and exits
@@ -68,23 +71,23 @@ class World:
         """Context for a micro-batch's forward and backward: only the last micro-batch all-reduces the gradients."""
         return contextlib.nullcontext()
 
+    def gather(self, values):
+        """Numbers → those of every rank, as floats, in rank order."""
+        return [list(values)]
+
     def sum(self, values):
         """Numbers → the sum of each over the ranks, in float64."""
-        return list(values)
-
-    def gather(self, values):
-        """Numbers → those of every rank, in rank order."""
-        return [list(values)]
+        return [sum(column) for column in zip(*self.gather(values), strict=True)]
 
     def max(self, values):
         """Ints → the maximum of each over the ranks."""
-        return list(values)
+        return [int(max(column)) for column in zip(*self.gather(values), strict=True)]
 
     def from_main(self, make):
         """Calls `make()` on the main rank only; every rank gets its result, or raises its exception."""
         return make()
 
-    def at(self, step):
+    def begin_step(self, step):
         """Records which step (counted from 1) this rank is in, for fault reports."""
 
     def require_same(self, mine, what, advice=""):
@@ -120,18 +123,18 @@ def train(cfg, world):
     cfg.model, cfg.init = world.from_main(lambda: resolve_init(cfg, resume_from))
     accum, config = cfg.batch.accum_steps(world.size, cfg.data.seq_len), flatten(cfg)
     corpus = Corpus(cfg.data, cfg.model.vocab_size, writes=world.local_rank == 0, scratch=dry_run)
-    step_samples = batch_size * accum * world.size
-    epochs_per_step = step_samples / corpus.n_windows
+    global_batch_size = batch_size * accum * world.size
+    epochs_per_step = global_batch_size / corpus.n_windows
     vocab_size = vocabulary(cfg, corpus)
-    identity = checkpoint.run_identity(cfg, corpus, vocab_size, step_samples)
+    identity = checkpoint.run_identity(cfg, corpus, vocab_size, global_batch_size)
     precision = hardware.choose_precision(cfg.speed, world.device)
-    # Muon's bits depend on the kind of device, not only on its type.
+    # Muon's products in bf16 round differently on different GPUs and CPUs: replicas would drift apart.
     device = hardware.device_name(world.device) if cfg.optim.optimizer == "muon" else world.device.type
     world.require_same(identity, "data")
     world.require_same({"precision": precision.name, "device": device}, "devices",
                        "give an --amp-dtype that all have, or --no-amp, and under Muon devices that are the same")
     saved = resume_from and world.from_main(
-        lambda: checkpoint.restore(resume_from, cfg.checkpoint, identity, config, mends=not dry_run))
+        lambda: checkpoint.load_for_resume(resume_from, cfg.checkpoint, identity, config, mends=not dry_run))
 
     torch.manual_seed(cfg.optim.seed)  # the same initial weights on every rank
     raw = GPT(dataclasses.replace(cfg.model, vocab_size=vocab_size)).to(world.device)
@@ -142,29 +145,28 @@ def train(cfg, world):
                   batch_size)
     guard = StepGuard(cfg.optim, optimizer, scaler, world.device)
     parts = dict(model=raw, optimizer=optimizer, scaler=scaler, guard=guard, meter=meter)
-    state = checkpoint.apply(saved, parts, cfg.checkpoint.continues(resume_from)) if saved else State()
+    state = checkpoint.restore(saved, parts, cfg.checkpoint.continues(resume_from)) if saved else State()
     del saved
     fast = torch.compile(raw) if hardware.should_compile(cfg.speed, world.device) else raw
     world.require_replicas(raw, optimizer)
     model = world.wrap(fast)  # `model` takes the training steps, `fast` evaluates, `raw` is saved
     num_steps, eval_steps = cfg.optim.num_steps, cfg.report.eval_every(cfg.optim.num_steps)
-    n_bytes = sum(moments := state_sizes(optimizer))
-    log_facts(cfg, world, corpus, raw, n_bytes, precision, accum, state)
+    state_bytes = sum(moments := state_sizes(optimizer))
+    log_facts(cfg, world, corpus, raw, state_bytes, precision, accum, state)
 
     def forward_backward(micro):
         """One micro-batch of this rank → its loss. Gradients accumulate; the last micro-batch all-reduces them."""
         with world.grad_sync(model, last=micro == accum - 1):
             with meter.forward, precision.autocast():
-                batch = corpus.batch(state.step, micro, accum, batch_size, world.rank, world.size)
+                batch = corpus.batch(state.step, batch_size, micro, accum, world.rank, world.size)
                 loss = model(*hardware.to_device(world.device, *batch))  # (B, T) inputs and targets
             scaler.scale(loss / accum).backward()
         return loss.detach()
 
     def train_step():
         """One optimizer step of all ranks → (losses of this rank's micro-batches, gradient norm, whether the step was
-        taken), all on the device. None after an fp16 overflow: only the loss scale has changed, and the caller retries
-        the step."""
-        world.at(state.step + 1)
+        taken), all on the device."""
+        world.begin_step(state.step + 1)
         hardware.seed_step(cfg.optim.seed, state.step, world.rank, world.device)
         set_lr(optimizer, lr_at(state.step, cfg.optim))
         losses = [forward_backward(micro) for micro in range(accum)]
@@ -176,8 +178,8 @@ def train(cfg, world):
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         if scaler.get_scale() < scale:
-            if scale >= 1:
-                return None
+            if scale >= 1:  # fp16 overflow: nothing but the scale has changed
+                return train_step()
             scaler.update(2.0**16)  # not finite at any scale: skip the batch, as in bf16 and fp32
         return torch.stack(losses), norm, taken
 
@@ -192,7 +194,7 @@ def train(cfg, world):
         """Saves the weights and raises NonFinite, naming the samples of `step` (counted from 0). Collective."""
         last = payload()
         kept = world.from_main(lambda: checkpoint.save_nonfinite(cfg.checkpoint, last, world.saving))
-        samples = corpus.samples(step, step_samples)[:64].tolist()
+        samples = corpus.samples(step, global_batch_size)[:64].tolist()
         raise NonFinite(f"loss or gradient {what} at step {step + 1}, which read the samples {samples}; {kept}")
 
     def evaluate_now():
@@ -204,23 +206,24 @@ def train(cfg, world):
 
     if dry_run:
         began = time.perf_counter()
-        while (done := train_step()) is None:
-            pass
-        log.info("one step: loss %.4f in %.2f s; nothing written", done[0].mean().item(), time.perf_counter() - began)
+        losses, _, _ = train_step()
+        log.info("one step: loss %.4f in %.2f s; nothing written", losses.mean().item(), time.perf_counter() - began)
         return 0
     if state.step >= num_steps:
         log.info("already at step %d of %d: raise --num-steps to go on", state.step, num_steps)
         return 0
 
-    world.from_main(lambda: checkpoint.claim(cfg, resume_from, 4 * raw.num_params() + n_bytes, num_steps - state.step))
+    saved_bytes = 4 * raw.num_params() + state_bytes
+    world.from_main(lambda: checkpoint.claim(cfg, resume_from, saved_bytes, num_steps - state.step))
     stop = StopSignal(world, cfg.checkpoint.time_limit).listen()  # until the end of the loop
-    # A discarded warm-up pass, with memory held for the optimizer state: OOM and compile errors show before any file is
-    # replaced. Not optional: DDP rebuilds its buckets after its first, and then adds 3 or more ranks in another order.
+    # A warm-up pass whose gradients are discarded, with memory held for the optimizer state: OOM and compile errors
+    # show before any file is replaced. It is not optional: after its first backward pass DDP regroups the gradients,
+    # and then adds those of 3 or more ranks in another order.
     with Watchdog(meter, state, cfg, world.rank), hardware.reserved([] if state.step else moments, world.device):
-        for micro in sorted({0, accum - 1}):
+        for micro in sorted({0, accum - 1}):  # without the all-reduce, and with it
             forward_backward(micro)
         optimizer.zero_grad(set_to_none=True)
-        if number := world.max([stop.received])[0]:  # also a barrier: it fits on every rank
+        if number := world.max([stop.received])[0]:  # also a barrier: all have passed the warm-up
             log.info("stopped by signal %d before the first step: nothing has been replaced", number)
             return 128 + number
         world.from_main(lambda: corpus.export_tokenizer(cfg.checkpoint.beside(".tokenizer")))
@@ -235,11 +238,10 @@ def train(cfg, world):
         if state.step == 0:
             track.report(state, epochs_per_step, evaluate_now())
         while state.step < num_steps:
-            if (done := train_step()) is None:
-                continue
+            losses, norm, taken = train_step()
             state.step += 1
-            state.tokens += step_samples * corpus.seq_len
-            meter.add(*done, tokens=batch_size * accum * corpus.seq_len)
+            state.tokens += global_batch_size * corpus.seq_len
+            meter.add(losses, norm, taken, tokens=batch_size * accum * corpus.seq_len)
             profiler.step()
             track.bar.update()
             metrics, best, (signal_number, save_now) = {}, False, stop.agreed()
@@ -276,7 +278,7 @@ def train(cfg, world):
 
 def main(world_type=World):
     try:
-        cfg = parse(Config)
+        cfg = parse(world_type.config)
         if trial := in_sweep():  # each trial of a sweep is a separate run
             cfg.checkpoint.checkpoint_path = str(cfg.checkpoint.beside(f".{trial}.pt"))
         stop_when_orphaned(world_type.launchers + bool(trial))  # a sweep's agent is a launcher, too

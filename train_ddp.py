@@ -21,7 +21,7 @@ from train import World, main
 
 class DDPWorld(World):
     launchers = 1  # torchrun
-    pulse = NoPulse()  # a class attribute: an error may occur before there is a World
+    pulse = NoPulse()  # how this rank reports faults and exits; of the class, as errors may precede the World
 
     def __init__(self, cfg):
         told = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"
@@ -49,17 +49,6 @@ class DDPWorld(World):
 
     def grad_sync(self, model, last):
         return contextlib.nullcontext() if last else model.no_sync()
-
-    def sum(self, values):
-        return self._reduce(values, dist.ReduceOp.SUM, torch.float64)
-
-    def max(self, values):
-        return self._reduce(values, dist.ReduceOp.MAX, torch.int64)
-
-    def _reduce(self, values, op, dtype):
-        tensor = torch.tensor(values, dtype=dtype)
-        dist.all_reduce(tensor, op)
-        return tensor.tolist()
 
     def gather(self, values):
         mine = torch.tensor(values, dtype=torch.float64)
@@ -91,7 +80,7 @@ class DDPWorld(World):
     def saving(self):
         return self.pulse.saving
 
-    def at(self, step):
+    def begin_step(self, step):
         self.pulse.me["step"] = step
 
     def require_same(self, mine, what, advice="start every node with the same command and files"):

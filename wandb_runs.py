@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from config import UserError, arg, flag, switched_on, write_whole
+from config import UserError, arg, flag, switched_on
+from files import write_whole
 
 SOURCE = Path(__file__).resolve().parent
 UPLOADS = 4  # maximum checkpoints waiting for upload; each is a hard link that may keep a replaced file on disk

@@ -20,7 +20,7 @@ import threading
 from pathlib import Path
 
 import archive
-from config import matching
+from files import matching_files
 from processes import child_processes, only_one
 from wandb_runs import UPLOADS, Job, remember, uncommitted
 
@@ -61,7 +61,7 @@ class WandbSink:
 
     def _links(self):
         """This rank's upload links; other ranks' may be in the same folder."""
-        return matching(self.beside(f"{self.tag}.upload-"), r"\d{8}.*\.pt")
+        return matching_files(self.beside(f"{self.tag}.upload-"), r"\d{8}.*\.pt")
 
     def _forget_links(self):
         for link in self._links():

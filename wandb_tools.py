@@ -15,7 +15,8 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path, PurePosixPath
 
-from config import Parser, UserError, beside_run, matching, read_records
+from config import Parser, UserError
+from files import beside_run, matching_files, read_records
 from processes import only_one
 from wandb_errors import advice, explained, reason
 from wandb_follower import LOST_CODE, Publisher, import_wandb, leave, open_run
@@ -102,7 +103,7 @@ def sync(args):
     """Send the rows of a run that the server lacks, from the files beside its checkpoint."""
     forget_environment()
     path = Path(args.run)
-    memories = matching(beside_run(path, ""), r"(\.rank\d+)?\.wandb\.json")
+    memories = matching_files(beside_run(path, ""), r"(\.rank\d+)?\.wandb\.json")
     if not memories:
         raise UserError(f"{path}: no {beside_run(path, '.wandb.json').name} beside it: not a run that was started with "
                         f"--use-wandb")

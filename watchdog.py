@@ -10,6 +10,8 @@ import threading
 import time
 from pathlib import Path
 
+from files import write_whole
+
 POLL = 1.0  # seconds between checks
 FACTOR = 10  # a step, evaluation or save counts as hung after this many times its median duration
 LEAST = 30.0  # seconds that any activity may take: a brief stall is not a hang
@@ -64,9 +66,7 @@ class Watchdog:
     def _beat(self, what):
         beat = dict(step=self.state.step, doing=what, time=time.time(), pid=os.getpid())
         with contextlib.suppress(OSError):  # the file goes stale, as it should
-            draft = Path(f"{self.heartbeat}.tmp")
-            draft.write_text(json.dumps(beat) + "\n")
-            draft.replace(self.heartbeat)
+            write_whole(Path(self.heartbeat), json.dumps(beat).encode() + b"\n")
 
     def _dump(self, what, seconds):
         self.stacks.parent.mkdir(parents=True, exist_ok=True)

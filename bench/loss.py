@@ -21,7 +21,8 @@ from pathlib import Path
 
 from peers import ROOT, SIZES, Bench, machine, run, spread
 
-from config import UserError, one_line_errors, read_records
+from config import UserError, one_line_errors
+from files import read_records
 
 
 def nanogpt(bench, options):

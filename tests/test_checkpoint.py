@@ -155,7 +155,7 @@ def test_a_bare_file_name_is_a_path(tmp_path, monkeypatch):
 def test_a_foreign_checkpoint_is_not_resumed(tmp_path):
     save(tmp_path / "c.pt", {"model": {}})
     with pytest.raises(UserError, match="not a checkpoint of this version"):
-        checkpoint.restore(tmp_path / "c.pt", config(tmp_path), {}, {})
+        checkpoint.load_for_resume(tmp_path / "c.pt", config(tmp_path), {}, {})
 
 
 def test_a_large_tensor_written_in_one_block_is_hashed_right(tmp_path):
@@ -232,9 +232,9 @@ def test_drafts_of_a_killed_save_are_removed_and_no_other_runs(tmp_path):
 def test_a_checkpoint_that_is_older_than_a_flag_goes_on(tmp_path):
     save(tmp_path / "c.pt", whole(1) | {"identity": {"--arch": "llama"}})
     identity = {"--arch": "llama", "--rope-theta": 0.0}
-    assert checkpoint.restore(tmp_path / "c.pt", config(tmp_path), identity, {})["step"] == 1
+    assert checkpoint.load_for_resume(tmp_path / "c.pt", config(tmp_path), identity, {})["step"] == 1
     with pytest.raises(UserError, match="--rope-theta was None, is 5e5"):
-        checkpoint.restore(tmp_path / "c.pt", config(tmp_path), identity | {"--rope-theta": "5e5"}, {})
+        checkpoint.load_for_resume(tmp_path / "c.pt", config(tmp_path), identity | {"--rope-theta": "5e5"}, {})
 
 
 def test_a_run_that_trains_on_may_replace_a_checkpoint_while_it_is_read(tmp_path, monkeypatch):
@@ -262,7 +262,7 @@ def test_a_fallback_mends_the_newest_so_that_a_kill_in_the_next_save_loses_nothi
     for step in (1, 2):
         save_run(cfg, whole(step), step, latest=True, best=False)
     (tmp_path / "c.pt").write_bytes(b"damaged")
-    assert checkpoint.restore(tmp_path / "c.pt", cfg, {}, {})["step"] == 1
+    assert checkpoint.load_for_resume(tmp_path / "c.pt", cfg, {}, {})["step"] == 1
 
     def killed(*_, **__):
         raise KeyboardInterrupt
@@ -280,7 +280,7 @@ def test_a_best_checkpoint_that_is_the_damaged_newest_by_another_name_is_forgott
     with open(tmp_path / "c.pt", "r+b") as file:  # in place, as a disk does it: `.best.pt` has these bytes, too
         file.seek(-200, os.SEEK_END)
         file.write(bytes([file.read(1)[0] ^ 1]))
-    restored = checkpoint.restore(tmp_path / "c.pt", cfg, {}, {})
+    restored = checkpoint.load_for_resume(tmp_path / "c.pt", cfg, {}, {})
     assert restored["step"] == 1 and not (tmp_path / "c.best.pt").exists()
     assert checkpoint.begin(cfg, tmp_path / "c.pt", State(step=1), EVAL_TOKENS) == math.inf
 
@@ -314,8 +314,8 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_a_damaged_one(tmp
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"c\.pt cannot be read now"):
         patch.setattr(archive, "file_digest", fail)
-        checkpoint.restore(tmp_path / "c.pt", cfg, {}, {})
-    assert checkpoint.restore(tmp_path / "c.pt", cfg, {}, {})["step"] == 2
+        checkpoint.load_for_resume(tmp_path / "c.pt", cfg, {}, {})
+    assert checkpoint.load_for_resume(tmp_path / "c.pt", cfg, {}, {})["step"] == 2
 
 
 def test_starting_over_leaves_nothing_of_the_old_run_in_force(tmp_path):
@@ -377,7 +377,7 @@ def test_a_branch_does_not_take_up_the_wandb_run_of_what_it_replaces(tmp_path, s
 def test_a_resumed_run_knows_its_least_loss():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
     saved = dict(optimizer=optimizer.state_dict(), state=dict(step=5, best_val=1.5))
-    assert checkpoint.apply(saved, dict(optimizer=optimizer), True).best_val == 1.5
+    assert checkpoint.restore(saved, dict(optimizer=optimizer), True).best_val == 1.5
 
 
 def test_a_best_checkpoint_alone_is_one_and_is_gone_on_from(tmp_path):

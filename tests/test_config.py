@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import pytest
 from conftest import ROOT
 
-from config import OF_A_START, UserError, arg, flatten, one_line_errors, parse, without_infinity
+from config import LAUNCH_FLAGS, UserError, arg, flatten, one_line_errors, parse
+from files import without_infinity
 from train import Config
 
 
@@ -55,8 +56,8 @@ def test_a_command_whose_reader_leaves_ends_without_a_word(lines):
     assert (process.stderr.read(), process.wait(60)) == (b"", 1)
 
 
-def test_flags_of_a_start_are_flags():
-    assert flatten(Config()).keys() >= OF_A_START
+def test_launch_flags_are_flags():
+    assert flatten(Config()).keys() >= LAUNCH_FLAGS
 
 
 def test_what_json_has_no_number_for_is_null():

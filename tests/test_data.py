@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from conftest import PEAK_MB, ROOT, SHARED, Clock, environment
 
-import data
 import text as text_module
+import token_cache
 import tokenizer as tokenizer_module
 from config import UserError
 from data import Corpus, DataConfig, permute, prepare
@@ -59,15 +59,15 @@ def test_an_epoch_shows_every_window_once_and_the_next_in_another_order(text, ca
 def test_micro_batches_on_one_rank_are_the_same_samples_as_ranks(text, cache):
     corpus = Corpus(config(text, cache))
     for step in (0, 5, 10_000):
-        one = np.concatenate([corpus.batch(step, micro, 4, 3)[0] for micro in range(4)])
-        two = np.concatenate([corpus.batch(step, micro, 2, 3, rank, 2)[0] for micro in range(2) for rank in range(2)])
-        four = np.concatenate([corpus.batch(step, 0, 1, 3, rank, 4)[0] for rank in range(4)])
+        one = np.concatenate([corpus.batch(step, 3, micro, 4)[0] for micro in range(4)])
+        two = np.concatenate([corpus.batch(step, 3, micro, 2, rank, 2)[0] for micro in range(2) for rank in range(2)])
+        four = np.concatenate([corpus.batch(step, 3, 0, 1, rank, 4)[0] for rank in range(4)])
         assert np.array_equal(one, two) and np.array_equal(one, four)
 
 
 def test_targets_are_the_inputs_one_token_on_and_no_window_shares_one(text, cache):
     corpus = Corpus(config(text, cache))
-    x, y = corpus.batch(0, 0, 1, 8)
+    x, y = corpus.batch(0, 8)
     assert np.array_equal(x[:, 1:], y[:, :-1])
     flat = np.concatenate([corpus.train.read(i * 32, 33)[1:] for i in range(corpus.n_windows)])
     whole = np.frombuffer((corpus.folder / "train.bin").read_bytes()[HEADER.size:], np.uint16)
@@ -251,7 +251,7 @@ def test_max_tokens_of_one_text_reads_no_further(tmp_path, text, monkeypatch):
     big = tmp_path / "big.txt"
     big.write_text(text.read_text() * 100)
     read = []
-    monkeypatch.setattr(data, "pieces", lambda *args: (read.append(piece) or piece for piece in pieces(*args)))
+    monkeypatch.setattr(token_cache, "pieces", lambda *args: (read.append(piece) or piece for piece in pieces(*args)))
     corpus = Corpus(config(big, tmp_path / "cache", max_tokens=1000))
     assert corpus.train.count == 1000
     assert sum(len(piece.content) for piece in read) < 6_000_000 < os.path.getsize(big)
@@ -267,7 +267,7 @@ def test_max_tokens_with_its_own_validation_text_reads_no_further(tmp_path, text
     big = tmp_path / "big.txt"
     big.write_text(text.read_text() * 100)
     read = []
-    monkeypatch.setattr(data, "pieces", lambda *args: (read.append(piece) or piece for piece in pieces(*args)))
+    monkeypatch.setattr(token_cache, "pieces", lambda *args: (read.append(piece) or piece for piece in pieces(*args)))
     corpus = Corpus(config(big, tmp_path / "cache", max_tokens=1000, val_data=[str(text)]))
     assert corpus.train.count == 1000 and sum(len(piece.content) for piece in read) < 6_000_000
 
@@ -647,7 +647,7 @@ def test_a_waiting_process_gives_up_on_one_that_hangs(tmp_path, text, monkeypatc
     folder.rename(draft)
     fd = os.open(draft / ".lock", os.O_RDWR | os.O_CREAT)
     fcntl.flock(fd, fcntl.LOCK_EX)
-    monkeypatch.setattr(data, "PREPARE_PATIENCE", 1)
+    monkeypatch.setattr(token_cache, "PREPARE_PATIENCE", 1)
     for writes in (True, False):
         with pytest.raises(UserError, match="has written nothing"):
             prepare(config(text, tmp_path), writes=writes)
@@ -655,16 +655,16 @@ def test_a_waiting_process_gives_up_on_one_that_hangs(tmp_path, text, monkeypatc
 
 
 def test_who_waits_is_not_misled_by_a_clock_that_jumps(tmp_path, monkeypatch):
-    clock, draft, looks = Clock(monkeypatch, data), tmp_path / "draft", iter(range(10))
+    clock, draft, looks = Clock(monkeypatch, token_cache), tmp_path / "draft", iter(range(10))
     draft.mkdir()
     monkeypatch.setattr(clock, "time", lambda: clock.now * 1e6)
     os.utime(draft, (5.0, 5.0))
-    data._wait(lambda: clock.sleep(1) or next(looks) < 6, draft)
+    token_cache._wait(lambda: clock.sleep(1) or next(looks) < 6, draft)
 
 
 def test_who_waits_does_not_give_up_because_the_draft_has_just_been_renamed(tmp_path, monkeypatch):
-    clock, draft, looks = Clock(monkeypatch, data), tmp_path / "draft", iter(range(10))
-    monkeypatch.setattr(data, "PREPARE_PATIENCE", 1)
+    clock, draft, looks = Clock(monkeypatch, token_cache), tmp_path / "draft", iter(range(10))
+    monkeypatch.setattr(token_cache, "PREPARE_PATIENCE", 1)
     draft.mkdir()
 
     def blocked():  # the writer has written until now; then it renames its draft, between two looks
@@ -675,7 +675,7 @@ def test_who_waits_does_not_give_up_because_the_draft_has_just_been_renamed(tmp_
             draft.rename(tmp_path / "done")
         return look < 6
 
-    data._wait(blocked, draft)
+    token_cache._wait(blocked, draft)
 
 
 def test_text_that_a_tokenizer_cannot_encode_is_a_mistake_and_not_a_crash(tmp_path, text):
@@ -693,7 +693,7 @@ def test_a_file_system_without_locks_is_named_as_such(tmp_path, text, monkeypatc
     def flock(file, operation):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(data.fcntl, "flock", flock)
+    monkeypatch.setattr(token_cache.fcntl, "flock", flock)
     with pytest.raises(UserError, match="--cache-dir .* file system with locks"):
         prepare(config(text, tmp_path / "cache"))
 

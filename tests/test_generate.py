@@ -18,7 +18,7 @@ from test_model import build, randomized
 from config import UserError
 from data import DataConfig, prepare
 from export import export
-from generate import Continuation, GenerateConfig, batches, choose, generate, main, prompt_ids, sample_text
+from generate import Continuation, GenerateConfig, batches, generate, main, prompt_ids, sample, sample_text
 from model import ARCHS, GPT, GPTConfig
 from pretrained import load_run
 from tokenizer import load_tokenizer, open_tokenizer, train_tokenizer
@@ -88,7 +88,7 @@ def test_choose_draws_from_the_distribution_that_top_k_and_top_p_leave():
     noise[0], noise[1] = 0, 1 - 2**-24
 
     def shares(**options):
-        return torch.bincount(choose(logits, noise, **options).flatten(), minlength=4).div(4000).tolist()
+        return torch.bincount(sample(logits, noise, **options).flatten(), minlength=4).div(4000).tolist()
 
     def near(*expected):
         return pytest.approx(list(expected), abs=0.03)

@@ -205,7 +205,7 @@ def test_the_norms_epsilon_is_that_of_transformers(arch):
 
 def test_a_prompt_in_two_parts_and_one_that_is_too_long_are_refused():
     model = build().eval()
-    past = KVCache(model.cfg, 48)
+    past = [KVCache(48) for _ in model.blocks]
     model.hidden(tokens(1, 5), past)
     with pytest.raises(AssertionError, match="the prompt whole"):
         model.hidden(tokens(1, 5), past)
@@ -215,9 +215,9 @@ def test_a_prompt_in_two_parts_and_one_that_is_too_long_are_refused():
 
 def test_the_cache_holds_no_more_heads_than_keys_have():
     model = randomized(build("qwen3", n_kv_heads=2)).eval()
-    past = KVCache(model.cfg, model.cfg.max_position_embeddings)
+    past = [KVCache(48) for _ in model.blocks]
     model.hidden(tokens(1, 5), past)
-    assert past.layers[0].buffer.shape == (2, 1, 2, 48, 8) and past.length == 5
+    assert past[0].buffer.shape == (2, 1, 2, 48, 8) and past[0].length == 5
 
 
 @pytest.mark.parametrize("arch", ARCHS)

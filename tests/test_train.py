@@ -70,7 +70,7 @@ def test_the_loss_reported_is_the_loss_computed(trainer, text, cache):
     for step in range(6):
         for group in optimizer.param_groups:
             group["lr"] = 0.01 * min(1, (step + 1) / 4)
-        x, y = map(torch.from_numpy, corpus.batch(step, 0, 1, 8))
+        x, y = map(torch.from_numpy, corpus.batch(step, 8))
         loss = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5).item())

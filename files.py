@@ -1,0 +1,65 @@
+"""Files of a run: written whole or not at all, found beside its checkpoint, read although a kill cut them short."""
+
+import contextlib
+import glob
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+
+def write_whole(path, content):
+    """Write a file of these bytes so that a kill at any moment leaves either the old one or the new one."""
+    draft = path.with_name(path.name + ".tmp")
+    try:
+        draft.write_bytes(content)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def read_json(path):
+    """The JSON object in a file. Raises ValueError with the reason if the file holds anything else."""
+    try:
+        if not os.path.isfile(path):  # a named pipe would block, a device might never end
+            raise ValueError("no such file")
+        value = json.loads(Path(path).read_text("utf-8"))
+    except (OSError, RecursionError) as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
+def without_infinity(record):
+    """`record` with None (JSON's null) in place of every infinite or NaN float, at any depth."""
+    if isinstance(record, dict):
+        return {name: without_infinity(value) for name, value in record.items()}
+    if isinstance(record, list):
+        return [without_infinity(value) for value in record]
+    return None if isinstance(record, float) and not math.isfinite(record) else record
+
+
+def beside_run(path, suffix):
+    """checkpoints/minigpt.best.pt, `.tokenizer` → checkpoints/minigpt.tokenizer, which all checkpoints of a run share.
+    `path`: any of those checkpoints, or the run's metrics.jsonl."""
+    path = Path(path)
+    stem = path.name.removesuffix(".metrics.jsonl") if path.name.endswith(".metrics.jsonl") else path.stem
+    return path.with_name(re.sub(r"\.(best(-of-\d+)?|prev|nonfinite|step-\d+)$", "", stem) + suffix)
+
+
+def matching_files(prefix, pattern):
+    """The files whose paths are `prefix` plus a match of the regex `pattern`, sorted."""
+    return sorted(file for file in prefix.parent.glob(glob.escape(prefix.name) + "*")
+                  if re.fullmatch(pattern, file.name.removeprefix(prefix.name)))
+
+
+def read_records(path):
+    """The records of a metrics.jsonl, in order. A torn line, left by a killed run or one still writing, is skipped."""
+    with open(path, errors="replace") as file:
+        for line in file:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                record = json.loads(line)
+                record["step"], record["time"]  # noqa: B018
+                yield record
