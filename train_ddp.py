@@ -18,17 +18,24 @@ from hardware import usable_cores
 from ranks import RESUME, NoPulse, RankFault, digests, join, portable, require_same
 from train import World, main
 
+# What torchrun tells each process, and where srun says the same if it starts them itself.
+SLURM = dict(RANK="SLURM_PROCID", WORLD_SIZE="SLURM_NTASKS", LOCAL_RANK="SLURM_LOCALID",
+             LOCAL_WORLD_SIZE="SLURM_NTASKS_PER_NODE", GROUP_RANK="SLURM_NODEID")
+
 
 class DDPWorld(World):
     launchers = 1  # torchrun
     pulse = NoPulse()  # how this rank reports faults and exits; of the class, as errors may precede the World
 
     def __init__(self, cfg):
-        told = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"
-        if missing := [name for name in (*told, "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        for name, slurm in SLURM.items():
+            if slurm in os.environ:
+                os.environ.setdefault(name, os.environ[slurm])
+        if missing := [name for name in (*SLURM, "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
             raise UserError(f"{', '.join(missing)} not set: start this by torchrun --nproc-per-node=2 train_ddp.py "
                             f"..., on Slurm srun --ntasks-per-node=1 torchrun ...; for one process, python train.py")
-        self.rank, self.size, self.local_rank, self.local_size, self.node_rank = map(int, map(os.environ.get, told))
+        numbers = [int(os.environ[name]) for name in SLURM]
+        self.rank, self.size, self.local_rank, self.local_size, self.node_rank = numbers
         self.is_main = self.rank == 0
         super().__init__(cfg)
         if self.device.type == "mps":

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, environment, interrupt_after
+from conftest import ROOT, TINY, Run, command, environment, interrupt_after
 from test_train import same
 from wandb_file import run_files
 
@@ -44,6 +44,41 @@ def test_two_ranks_are_one_process_with_two_micro_batches_and_continue_it(traine
     for key, value in whole.losses().items():
         if key[0] != 0:
             assert moved.losses()[key] == pytest.approx(value, abs=1e-5), key
+
+
+def test_srun_may_start_the_ranks_itself(trainer):
+    """Two tasks on each of two nodes; and all notice that one is killed."""
+    flags = ["--no-amp", "--log-steps", 2, "--eval-steps", 4, "--eval-tokens", 0]
+
+    def tasks(*more, checkpoint):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        started = []
+        for task in range(4):
+            slurm = dict(SLURM_PROCID=task, SLURM_NTASKS=4, SLURM_LOCALID=task % 2, SLURM_NTASKS_PER_NODE=2,
+                         SLURM_NODEID=task // 2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            started.append(subprocess.Popen(
+                [*command("train_ddp.py"), *trainer.arguments([*flags, *more], checkpoint=checkpoint)[2:]], text=True,
+                cwd=trainer.folder, env=environment(**{name: str(value) for name, value in slurm.items()}),
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        return started
+
+    one = trainer(*flags, "--num-steps", 4, "--grad-accum-steps", 4, checkpoint="one.pt")
+    four = tasks("--num-steps", 4, checkpoint="four.pt")
+    out, err = four[0].communicate(timeout=120)
+    assert [task.wait(60) for task in four] == [0] * 4, err
+    close(one, Run(subprocess.CompletedProcess(four[0].args, 0, out, err), trainer.folder, "four.pt"), 1e-5)
+
+    endless = tasks("--num-steps", 10**6, checkpoint="endless.pt")
+    try:
+        next(line for line in endless[0].stdout if "step 10/" in line)
+        endless[3].kill()
+        assert "rank 3" in endless[0].communicate(timeout=60)[1]
+        assert [task.wait(60) for task in endless] == [1, 1, 1, -signal.SIGKILL]
+    finally:
+        for task in endless:
+            task.kill()
 
 
 @full
