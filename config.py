@@ -126,7 +126,7 @@ def parse(cls, argv=None):
 
     path = given.pop("config", None)
     values = {} if path is None else _read_toml(path, cls, fields)
-    values |= {name: _coerce(flag(name), fields[name], value) for name, value in given.items()}
+    values |= {name: coerce(flag(name), fields[name], value) for name, value in given.items()}
 
     groups = {}
     for group in dataclasses.fields(cls):
@@ -235,7 +235,7 @@ def _base_type(kind):
     return typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
 
 
-def _coerce(label, declared, value):
+def coerce(label, declared, value):
     """Convert a command-line string or a TOML value to the type that the field declares, checking its bounds."""
     _, field, kind = declared
     base, meta = _base_type(kind), field.metadata
@@ -309,7 +309,7 @@ def _toml_values(path, table, cls, fields):
             raise UserError(f"--config {path}: {key} is there twice; leave one out")
         if name not in fields:
             refuse_unknown(key, list(fields), f"--config {path}: key")
-        values[name] = _coerce(f"--config {path}: {key} =", fields[name], value)
+        values[name] = coerce(f"--config {path}: {key} =", fields[name], value)
     return values
 
 

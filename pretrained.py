@@ -96,19 +96,22 @@ def resolve_init(cfg, resume_from):
         own = beside_run(init.init_from, ".tokenizer") if os.path.isfile(init.init_from) else init.init_from
         raise UserError(f"--init-from {init.init_from}: its weights fit only the tokenizer they were trained with; add "
                         f"--tokenizer-name {own}")
+    if model.vocab_size and not (learned or cfg.data.is_shards or cfg.data.use_toy_data):  # before a text is tokenized
+        size = load_tokenizer(cfg.data.tokenizer_name).get_vocab_size(with_added_tokens=True)
+        vocabulary(model, init, size, cfg.data.tokenizer_name)
     return model, init
 
 
-def vocabulary(cfg, corpus):
-    """The ids that the model needs: the tokenizer's, or more (--vocab-size). Raises UserError if it has fewer."""
-    if 0 < cfg.model.vocab_size < corpus.vocab_size:
-        whose, advice = f"--vocab-size {cfg.model.vocab_size}", "leave it out"
-        if cfg.init.init_from:
-            whose = f"--init-from {cfg.init.init_from}: an embedding of {cfg.model.vocab_size} tokens"
+def vocabulary(model, init, size, tokenizer_name):
+    """The ids that the model needs: the `size` of the tokenizer, or more (--vocab-size). Raises UserError if the model
+    has fewer."""
+    if 0 < model.vocab_size < size:
+        whose, advice = f"--vocab-size {model.vocab_size}", "leave it out"
+        if init.init_from:
+            whose = f"--init-from {init.init_from}: an embedding of {model.vocab_size} tokens"
             advice = "give the tokenizer of these weights"
-        raise UserError(f"{whose} is below the {corpus.vocab_size} tokens of --tokenizer-name "
-                        f"{cfg.data.tokenizer_name}; {advice}")
-    return max(cfg.model.vocab_size, corpus.vocab_size)
+        raise UserError(f"{whose} is below the {size} tokens of --tokenizer-name {tokenizer_name}; {advice}")
+    return max(model.vocab_size, size)
 
 
 def load_initial(raw, init, world):

@@ -4,9 +4,9 @@ python sweep.py create configs/sweep-lr.yaml             make the sweep; prints 
 python sweep.py agent SWEEP_ID --count 4                 run trials of it, one after another
 python sweep.py agent SWEEP_ID --nproc-per-node 2        each trial under torchrun, where the sweep is of train_ddp.py
 
-`wandb sweep` and `wandb agent` do the same. Every process of a trial gets its parameters as flags. Each trial is a
-separate run with its own checkpoint (checkpoints/minigpt.RUN_ID.pt). Start agents in this folder, where the programs of
-a sweep are.
+`wandb sweep` (in whose YAML 1e-4 has to be 1.0e-4) and `wandb agent` do the same. Every process of a trial gets its
+parameters as flags. Each trial is a separate run with its own checkpoint (checkpoints/minigpt.RUN_ID.pt). Start agents
+in this folder, where the programs of a sweep are.
 """
 
 import argparse
@@ -20,13 +20,14 @@ import sys
 import tomllib
 from pathlib import Path
 
-from config import Parser, UserError, flag_fields, positive, refuse_unknown
+from config import Parser, UserError, coerce, flag_fields, positive, refuse_unknown
 from wandb_errors import reason
 from wandb_follower import import_wandb
 from wandb_runs import WandbConfig, with_environment
 from wandb_tools import run
 
 MOST_AGENTS = 20
+METHODS = "grid", "random", "bayes"
 FLAGS = ["${program}", "--use-wandb", "--resume", "auto", "${args}"]  # a preempted trial is resumed
 COMMANDS = {"train.py": ["${env}", "${interpreter}", *FLAGS],
             "train_ddp.py": ["${env}", "torchrun", "--standalone", *FLAGS]}
@@ -48,6 +49,10 @@ def read_sweep(path):
     if not specs or not all(isinstance(spec, dict) for spec in specs) or "method" not in sweep:
         raise UserError(f"{path}: a sweep has a method (grid, random, bayes) and parameters, each with value, values, "
                         f"or min and max; see configs/sweep-lr.yaml")
+    if sweep["method"] not in METHODS:
+        raise UserError(f"{path}: method {sweep['method']}: one of {', '.join(METHODS)}")
+    if sweep["method"] == "bayes" and not (isinstance(sweep.get("metric"), dict) and sweep["metric"].get("name")):
+        raise UserError(f"{path}: method bayes needs a metric, such as name: val/loss, goal: minimize")
     program = str(sweep.setdefault("program", "train.py"))
     if "command" not in sweep and program not in COMMANDS:
         raise UserError(f"{path}: program {program}: train.py or train_ddp.py, or give a command of your own")
@@ -56,14 +61,22 @@ def read_sweep(path):
 
 
 def require_flags(path, sweep):
-    """Raises UserError for a parameter that our programs would refuse as a flag, in each trial."""
+    """Raises UserError for a parameter or value that our programs would refuse as a flag, in each trial, and for a
+    metric that they do not log."""
     from train import Config
 
+    if sweep["program"] not in COMMANDS or "${args}" not in sweep["command"]:
+        return
     known = flag_fields(Config)
-    if sweep["program"] in COMMANDS and "${args}" in sweep["command"]:
-        for name in sweep["parameters"]:
-            if name.replace("-", "_") not in known:
-                refuse_unknown(name, known, f"{path}: the parameter")
+    for name, spec in sweep["parameters"].items():
+        if (declared := known.get(name.replace("-", "_"))) is None:
+            refuse_unknown(name, known, f"{path}: the parameter")
+        for value in [spec["value"]] if "value" in spec else spec.get("values") or []:
+            if value is not None and not isinstance(value, str):
+                coerce(f"{path}: {name}", declared, value)
+    metric = (sweep.get("metric") or {}).get("name", "")
+    if metric and "/" not in metric:
+        refuse_unknown(metric, ["val/loss", "train/loss", "val/ppl"], f"{path}: the metric", "; such as val/loss")
 
 
 def _load_yaml(text):
@@ -83,8 +96,9 @@ def create(args):
     require_flags(args.sweep, sweep)
     wandb = import_wandb()
     os.environ["WANDB_SILENT"] = "true"  # what matters is printed here
-    settings = with_environment(WandbConfig(wandb_project=args.project or sweep.get("project", ""),
+    settings = with_environment(WandbConfig(use_wandb=True, wandb_project=args.project or sweep.get("project", ""),
                                             wandb_entity=args.entity or sweep.get("entity", "")))
+    settings.validate()
     if settings.wandb_mode != "online":
         raise UserError(f"a sweep needs W&B online, and WANDB_MODE or `wandb offline` says {settings.wandb_mode}")
     entity = settings.wandb_entity or wandb.Api(timeout=30).default_entity

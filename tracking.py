@@ -247,7 +247,9 @@ class Tracker:
         except Exception as error:  # must not end the run; the tokenizers package may be missing, for example
             log.warning("no sample: %s", error)
             return
-        log.info("sample at step %d:\n%s", step, text)
+        # Control characters would act on the terminal.
+        shown = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], text)
+        log.info("sample at step %d:\n%s", step, shown)
         self._record(step, event="sample", text=text)
 
     def saved(self, path, state, best):

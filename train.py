@@ -125,7 +125,7 @@ def train(cfg, world):
     corpus = Corpus(cfg.data, cfg.model.vocab_size, writes=world.local_rank == 0, scratch=dry_run)
     global_batch_size = batch_size * accum * world.size
     epochs_per_step = global_batch_size / corpus.n_windows
-    vocab_size = vocabulary(cfg, corpus)
+    vocab_size = vocabulary(cfg.model, cfg.init, corpus.vocab_size, cfg.data.tokenizer_name)
     identity = checkpoint.run_identity(cfg, corpus, vocab_size, global_batch_size)
     precision = hardware.choose_precision(cfg.speed, world.device)
     # Muon's products in bf16 round differently on different GPUs and CPUs: replicas would drift apart.

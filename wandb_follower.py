@@ -94,8 +94,8 @@ class Follower:
             return []
         unsent = reports_before(*self.job.rows, after=last)
         if unsent:
-            self.say("INFO", f"{len(unsent)} rows of earlier starts were not there, and are sent now; their offline "
-                             f"folders need no wandb sync any more")
+            self.say("INFO", f"{len(unsent)} rows of earlier starts were not there, and are sent now; wandb sync of "
+                             f"their offline folders would send them twice")
         return unsent
 
     @contextlib.contextmanager

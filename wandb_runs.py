@@ -62,6 +62,7 @@ class WandbConfig:
         return {"none": 0, "best": 1, "last": 1, "all": UPLOADS - 2}[self.wandb_log_checkpoints] * self.use_wandb
 
     def validate(self):
+        self.use_wandb = self.use_wandb or bool(in_sweep())  # the command of `wandb sweep` has only the parameters
         if not self.use_wandb:
             return
         final = with_environment(self)

@@ -9,6 +9,8 @@ import argparse
 import json
 import os
 import re
+import shlex
+import subprocess
 import sys
 import tempfile
 import time
@@ -20,7 +22,7 @@ from files import beside_run, matching_files, read_records
 from processes import only_one
 from wandb_errors import advice, explained, reason
 from wandb_follower import LOST_CODE, Publisher, import_wandb, leave, open_run
-from wandb_runs import ENVIRONMENT, IDENTITY, Job, WandbConfig, recalled, with_environment
+from wandb_runs import ENVIRONMENT, IDENTITY, Job, WandbConfig, local_folder, recalled, with_environment
 
 TIMEOUT = 30  # seconds per request
 ARRIVAL = 10  # seconds to wait until what was sent can be read back
@@ -29,6 +31,7 @@ ARRIVAL = 10  # seconds to wait until what was sent can be read back
 def check(args):
     """Go through each step that a tracked run takes; if one fails, say how to fix it."""
     settings = with_environment(WandbConfig(use_wandb=True, wandb_project=args.project, wandb_entity=args.entity))
+    settings.validate()
     forget_environment()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         steps = checks(settings, folder)
@@ -129,7 +132,14 @@ def send(facts, path):
     last = next((record for record in reversed(records) if record.get("event") in ("config", "exit")), {})
     api = wandb.Api(timeout=TIMEOUT)
     target = "/".join([facts["init"]["entity"] or api.default_entity, facts["init"]["project"], facts["init"]["id"]])
-    stored = rows_of(api, target)
+    stored, whole = rows_of(api, target), ""
+    if stored is None and (folders := offline_folders(facts["init"], path)):  # else their rows would be there twice
+        print(f"wandb sync {shlex.join(folders)}", flush=True)
+        synced = subprocess.run([sys.executable, "-m", "wandb", "sync", *folders], capture_output=True, text=True)
+        if stored := awaited(lambda: rows_of(api, target), bool):
+            whole = ", with its files and checkpoints"
+        else:  # its rows can be sent all the same
+            print(f"wandb sync failed: {reason((synced.stdout + synced.stderr).strip())}", flush=True)
     init = facts["init"] | dict(dir=None)
     if stored is not None:  # keep the name, tags and notes that it has been given since
         init = {name: init[name] for name in ("project", "entity", "id")}
@@ -137,7 +147,7 @@ def send(facts, path):
     missing = lacking(records, stored or [])
     unended = stored is not None and api.run(target).state in ("running", "crashed")
     if not missing and not unended:
-        return f"{target} has every row"
+        return f"{target} has every row{whole}"
     run = open_run(job, lambda level, text: print(text, flush=True), may_go_offline=False)
     publisher = Publisher(run, job, print, [record for record in records if record.get("event") == "sample"
                                             and record not in missing])
@@ -147,6 +157,16 @@ def send(facts, path):
     if lost := awaited(lambda: lacking(missing, rows_of(api, target) or []), lambda lost: not lost):
         raise RuntimeError(f"{len(lost)} of {len(missing)} rows did not arrive at {target}")
     return f"{len(missing)} rows sent to {target}" if missing else f"{target} has every row, and is ended now"
+
+
+def offline_folders(init, path):
+    """Where a run was recorded offline, oldest first: below its --wandb-dir or, if that could not be written, beside
+    the checkpoint. Not what `wandb sync` has sent already."""
+    roots = {init.get("dir") or os.environ.get("WANDB_DIR") or ".", str(path.parent)}
+    found = {str(folder): folder.name for root in roots
+             for folder in Path(local_folder(root)).glob(f"offline-run-*-{init['id']}")
+             if not list(folder.glob("*.synced"))}
+    return sorted(found, key=found.get)
 
 
 def lacking(records, stored):
@@ -177,7 +197,10 @@ def download(args):
     settings = with_environment(WandbConfig())
     project = where[-1] if where else settings.wandb_project
     target, code = "/".join([*(where[:-1] or [settings.wandb_entity or api.default_entity]), project, name]), 0
-    for run in api.sweep(target).runs if kind == "sweeps" else [api.run(target)]:
+    runs = list(api.sweep(target).runs) if kind == "sweeps" else [api.run(target)]
+    if not runs:
+        print(f"{target}: no runs yet")
+    for run in runs:
         folder = Path(args.folder or ".") / run.id
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(run.config, indent=1))

@@ -176,12 +176,18 @@ GRID = "method: grid\nparameters: {lr: {values: [1, 2]}}\n"
     (None, "No such file"), ("method: [grid", "line 1"), ("- a\n- b", "parameters"), ("method: grid", "parameters"),
     ("method: grid\nparameters:", "parameters"), ("method: grid\nparameters: {lr: 1}", "parameters"),
     (GRID + "program: other.py", "train.py or train_ddp.py"),
-    (GRID.replace("lr:", "learning_rate:"), "the parameter learning_rate is not known; did you mean lr?")])
+    (GRID.replace("lr:", "learning_rate:"), "the parameter learning_rate is not known; did you mean lr?"),
+    (GRID.replace("lr:", "batch_size:").replace("2", "-1"), "batch_size -1: must be at least 1"),
+    (GRID.replace("grid", "gird"), "method gird: one of grid, random, bayes"),
+    (GRID.replace("grid", "bayes"), "method bayes needs a metric"),
+    (GRID.replace("grid", "bayes") + "metric: {name: loss}", "the metric loss is not known; did you mean val/loss?"),
+    (GRID + "project: runs", "--wandb-project runs")])
 def test_a_sweep_file_that_is_none_is_one_line(run, tmp_path, contents, words):
     if contents is not None:
         (tmp_path / "sweep.yaml").write_text(contents)
     code, out, err = run(*SWEEP, "create", "sweep.yaml")
-    assert (code, out, err.count("\n")) == (2, "", 1) and "sweep.yaml: " in err and words in err
+    assert (code, out, err.count("\n")) == (2, "", 1) and words in err
+    assert "sweep.yaml: " in err or "project" in words
 
 
 @pytest.mark.parametrize(("flags", "words"), [

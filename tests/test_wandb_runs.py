@@ -155,10 +155,12 @@ def test_one_process_sends_a_run(tmp_path):
         assert again
 
 
-def test_a_trial_of_a_sweep_is_one_run(monkeypatch):
+def test_a_trial_of_a_sweep_is_one_run_and_reports_whether_or_not_its_command_says_so(monkeypatch):
+    """That of `wandb sweep` has the parameters and no more."""
     monkeypatch.setenv("WANDB_SWEEP_ID", "s")
     monkeypatch.setenv("WANDB_RUN_ID", "r")
-    WandbConfig(use_wandb=True).validate()
+    (trial := WandbConfig()).validate()
+    assert trial.use_wandb
     with pytest.raises(UserError, match="a trial of a sweep is one run"):
         WandbConfig(use_wandb=True, wandb_run_mode="new").validate()
 

@@ -1,6 +1,7 @@
 """`wandb_tools.py` against a server on loopback: check, sync, download."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -152,12 +153,25 @@ def test_sync_keeps_the_name_and_notes_that_a_run_was_given_on_its_page(server, 
     assert (run.display_name, run.tags, run.notes) == ("renamed", ["seen"], "good")
 
 
-def test_sync_sends_a_run_that_was_offline(server, trainer, tool):
-    assert trainer("--num-steps", 10, "--log-steps", 5, "--use-wandb", "--wandb-mode", "offline").code == 0
+@pytest.mark.parametrize("folders", ["there", "gone"])
+def test_sync_sends_a_run_that_was_offline_twice(server, trainer, tool, folders):
+    flags = ["--log-steps", 5, "--use-wandb", "--wandb-mode", "offline", "--wandb-log-checkpoints", "last"]
+    assert trainer("--num-steps", 10, *flags).code == trainer("--num-steps", 20, *flags, "--resume").code == 0
     assert not server.runs
+    if folders == "gone":
+        shutil.rmtree(trainer.folder / "wandb")
     code, out, err = tool("sync", "c.pt", WANDB_MODE="offline")  # as it may still be set
-    assert (code, err) == (0, ""), out
-    assert_same_rows(only_run(server), reports(trainer.folder / "c.metrics.jsonl"))
+    assert (code, err) == (0, "") and ("every row, with its files" in out) == (folders == "there"), out
+    stored = only_run(server)
+    assert_same_rows(stored, reports(trainer.folder / "c.metrics.jsonl"))
+    assert (stored.state, stored.exit_code) == ("finished", 0)
+    whole = folders == "there"
+    assert ("c.config.toml" in stored.files) == whole
+    models = [one for one in server.artifacts if one.type == "model"]
+    assert [sorted({"step-10", "step-20"} & set(one.aliases)) for one in models] == [["step-10"], ["step-20"]] * whole
+    code, out, err = tool("sync", "c.pt")
+    assert (code, err) == (0, "") and "wandb sync" not in out
+    assert_same_rows(stored, reports(trainer.folder / "c.metrics.jsonl"))
 
 
 def test_sync_waits_for_the_end_of_a_run_and_completes_a_killed_one(server, trainer, tool):
