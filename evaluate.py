@@ -35,9 +35,8 @@ def token_nats(model, x, y, precision, device):
         return model(*hardware.to_device(device, x, y), reduction="none").view(y.shape)
 
 
-def figures(nats, n_tokens, bytes_per_token):
-    """The reported metrics, from a sum of losses in nats over `n_tokens` tokens."""
-    loss = nats / n_tokens
+def figures(loss, bytes_per_token):
+    """The reported metrics, from a loss in nats per token."""
     return {"loss": loss, "ppl": math.inf if loss > 700 else math.exp(loss),
             "bits_per_byte": loss / math.log(2) / bytes_per_token}
 
@@ -56,9 +55,12 @@ def evaluate(model, corpus, cfg, precision, world):
     sums = world.sum([*(math.fsum(x for batch in part for x in batch.tolist()) for part in nats.values()),
                       *n_tokens.values()])
     nats, n_tokens = sums[:len(nats)], sums[len(nats):]
-    found = figures(sum(nats), sum(n_tokens), corpus.val_bytes_per_token)
+    losses = {name: nats[i] / n_tokens[i] for i, name in enumerate(corpus.val_sources)}
+    # Weighted by the sources' own sizes: of --eval-tokens, a small one has a window, and so more than its share.
+    weights = [shard.windows(corpus.seq_len) for shard in corpus.val_sources.values()]
+    found = figures(float(np.average(list(losses.values()), weights=weights)), corpus.val_bytes_per_token)
     return {f"val/{name}": value for name, value in found.items()} | {
-        f"val/loss/{name}": nats[i] / n_tokens[i] for i, name in enumerate(corpus.val_sources) if name}
+        f"val/loss/{name}": loss for name, loss in losses.items() if name}
 
 
 @dataclass
@@ -72,8 +74,8 @@ class EvaluateConfig:
                           metavar="PATH")
     text_column: str = arg("", "the column with the text, in files that have columns; unset: the run's")
     seq_len: int = arg(0, "tokens in a window; 0: the run's --seq-len, or of a folder at most 1024", ge=0)
-    stride: int = arg(0, "tokens between windows that overlap: each token but the first is predicted from at least "
-                         "--seq-len - --stride before it; 0: windows that do not overlap, as in training",
+    stride: int = arg(0, "tokens between windows that overlap: after the first window each token is predicted from "
+                         "at least --seq-len - --stride before it; 0: windows that do not overlap, as in training",
                       ge=0)
     eval_tokens: int = arg(0, "evaluate on about N tokens, evenly spread, as a run's --eval-tokens does; 0: all",
                            ge=0)
@@ -192,7 +194,7 @@ def evaluate_text(model, shards, bytes_per_token, cfg, seq_len, precision, devic
     """Everything that the command reports, as a dict."""
     starts = {name: document_starts(shard) for name, shard in shards.items()}
     documents = {name: np.zeros((2, len(at) + 1)) for name, at in starts.items()}  # nats and tokens of each document
-    windows = []  # the same of each window, (2, B) per batch
+    windows = {name: [] for name in shards}  # the same of each window, (2, B) per batch
     bar = tqdm(total=cfg.eval_tokens or sum(shard.count for shard in shards.values()), unit=" tokens", unit_scale=True,
                leave=False, disable=None)  # none in a pipe
     for name, firsts, x, y in window_batches(shards, seq_len, cfg.stride, cfg.eval_tokens, cfg.batch_size):
@@ -201,17 +203,22 @@ def evaluate_text(model, shards, bytes_per_token, cfg, seq_len, precision, devic
         keys = np.searchsorted(starts[name], targets, side="right")  # (B, T) documents
         for sums, values in zip(documents[name], (losses, counted), strict=True):
             np.add.at(sums, keys, values)
-        windows.append([losses.sum(1), counted.sum(1)])
+        windows[name].append([losses.sum(1), counted.sum(1)])
         bar.update(int(counted.sum()))
     bar.close()
     totals = {name: sums.sum(1) for name, sums in documents.items()}
-    nats, n_tokens = sum(totals.values()).tolist()
-    kind, clusters = "documents", np.concatenate(list(documents.values()), axis=1)
+    # As in `evaluate`: sources count by their own sizes, whatever share of the windows they have.
+    weights = {name: shards[name].windows(seq_len) * seq_len / n if cfg.eval_tokens else 1.0
+               for name, (_, n) in totals.items()}
+    kind, clusters = "documents", np.concatenate([sums * weights[name] for name, sums in documents.items()], axis=1)
     clusters = clusters[:, clusters[1] > 0]
     if clusters.shape[1] < MIN_DOCUMENTS:
-        kind, clusters = "windows", np.concatenate(windows, axis=1)
-    return figures(nats, n_tokens, bytes_per_token) | {
-        "ci95": interval(*clusters), "clusters": f"{clusters.shape[1]} {kind}", "tokens": int(n_tokens),
+        kind, clusters = "windows", np.concatenate([np.multiply(batch, weights[name]) for name, batches
+                                                    in windows.items() for batch in batches], axis=1)
+    nats, n_tokens = clusters.sum(1).tolist()
+    return figures(nats / n_tokens, bytes_per_token) | {
+        "ci95": interval(*clusters), "clusters": f"{clusters.shape[1]} {kind}",
+        "tokens": int(sum(n for _, n in totals.values())),
         "seq_len": seq_len, "stride": cfg.stride, "precision": precision.name,
         "losses": {name: part[0] / part[1] for name, part in totals.items() if name}}
 

@@ -118,6 +118,16 @@ def test_the_command_repeats_the_runs_own_validation_loss(run_folder):
     assert own["ci95"][0] < own["loss"] < own["ci95"][1]
 
 
+def test_of_few_windows_each_text_counts_by_its_own_size(run_folder):
+    """One window of each, though a.txt has more of them."""
+    found = evaluate(run_folder, "--data", "a.txt", "b.txt", "--eval-tokens", 64)
+    sizes = {name: (len(encoded(run_folder, f"{name}.txt")) - 1) // 32 for name in ("a", "b")}
+    assert found["tokens"] == 64 and sizes["a"] > sizes["b"] and found["clusters"] == "2 windows"
+    mean = sum(found["losses"][name] * size for name, size in sizes.items()) / sum(sizes.values())
+    assert found["loss"] == pytest.approx(mean, rel=1e-9)
+    assert found["ci95"][0] < mean < found["ci95"][1]
+
+
 @pytest.mark.parametrize("stride", [7, 32])
 def test_stride_equals_a_loop_over_single_tokens(run_folder, stride):
     ids = encoded(run_folder, "b.txt")
@@ -170,7 +180,7 @@ def test_the_interval_holds_the_truth_19_times_in_20():
 
 
 def test_a_perplexity_beyond_all_numbers_is_infinite():
-    assert figures(8000.0, 10, 4.0)["ppl"] == math.inf and figures(0.0, 10, 4.0)["ppl"] == 1
+    assert figures(800.0, 4.0)["ppl"] == math.inf and figures(0.0, 4.0)["ppl"] == 1
 
 
 def test_one_cluster_has_no_interval():

@@ -98,7 +98,8 @@ def test_several_validation_sources_have_a_loss_each(trainer, text):
         assert not any(key.startswith("val/loss/") for key in alone.rows[0])
         for step, row in alone.rows.items():
             assert both.rows[step][f"val/loss/{name}"] == pytest.approx(row["val/loss"], abs=1e-6)
-    for row in both.rows.values():
+    few = trainer(*flags, "--num-steps", 1, "--eval-tokens", 96, "--val-data", "a.txt", "b.txt", checkpoint="few.pt")
+    for row in [*both.rows.values(), *few.rows.values()]:  # few: of three windows the smaller one has a third
         mean = sum(row[f"val/loss/{name}"] * tokens[name] for name in sources) / sum(tokens.values())
         assert row["val/loss"] == pytest.approx(mean, abs=1e-6)
     assert abs(both.rows[4]["val/loss/a"] - both.rows[4]["val/loss/b"]) > 0.01, "equal sources would show nothing"
