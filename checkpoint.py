@@ -118,7 +118,8 @@ def plan(cfg, locks=True):
     folder = path.parent
     try:
         folder = _nearest_folder(path)
-        tempfile.TemporaryFile(dir=folder).close()  # os.access would not do: root passes it everywhere
+        if locks:
+            tempfile.TemporaryFile(dir=folder).close()  # os.access would not do: root passes it everywhere
         lock = cfg.beside(".lock")
         if locks and lock.exists() and not lock_until_exit(lock):  # now: what is resumed from has to stay the newest
             if cfg.resume:
@@ -217,10 +218,12 @@ def load_for_resume(path, cfg, identity, config, mends=True):
         changed |= {flag(name): (flags[name], config.get(name)) for name in DATA_FLAGS
                     if name in flags and flags[name] != config.get(name)}
     if changed:
+        samples = changed.get("sequences in a step")
+        hint = f" (--batch-size x --grad-accum-steps x ranks has to be {samples[0]})" if samples else ""
         changed = [f"{name} is another" if name.startswith("the ") else f"{name} was {before}, is {now}"
                    for name, (before, now) in changed.items()]
-        raise UserError(f"--resume: {source} is of another run: {'; '.join(changed)}; give the flags and data that "
-                        f"it was started with (--config {beside_run(source, '.config.toml')}), or start anew with "
+        raise UserError(f"--resume: {source} is of another run: {'; '.join(changed)}{hint}; give the flags and data "
+                        f"that it was started with (--config {beside_run(source, '.config.toml')}), or start anew with "
                         f"another --checkpoint-path")
     for name, value in config.items():
         if not is_launch_flag(name) and name != "init_from" and flags.get(name, value) != value:

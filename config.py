@@ -11,11 +11,13 @@ import atexit
 import contextlib
 import dataclasses
 import difflib
+import errno
 import gc
 import json
 import math
 import operator
 import os
+import signal
 import sys
 import tomllib
 import types
@@ -70,7 +72,9 @@ def needed_packages():
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Wraps a command's main: a UserError becomes one line on stderr and exit code 2; a closed pipe ends it quietly."""
+    """Wraps a command's main: a UserError or a full disk becomes one line on stderr and exit code 2; a closed pipe ends
+    it quietly, and SIGTERM after its temporary files are removed."""
+    leave_on_sigterm()
     try:
         with needed_packages():
             yield
@@ -81,8 +85,19 @@ def one_line_errors():
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"error: {error.filename or 'the output'}: {error.strerror}; make room there", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def leave_on_sigterm():
+    """Make SIGTERM an exit like any other, which removes temporary files and drafts."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def arg(default, help, *, choices=(), const=None, metavar=None, empty=True, **bounds):
@@ -218,7 +233,7 @@ def _add_flag(section, name, field, kind):
     options["metavar"] = meta["metavar"] or ("|".join(meta["choices"]) if meta["choices"] else
                                              {int: "N", float: "X"}.get(base, "TEXT"))
     if typing.get_origin(kind) is list:
-        options["nargs"] = "+"
+        options |= dict(nargs="+", action="extend")
     elif meta["const"] is not None:
         options |= dict(nargs="?", const=meta["const"])
     section.add_argument(flag(name), **options)
@@ -283,8 +298,7 @@ def _read_toml(path, cls, fields):
     if os.path.exists(path) and not os.path.isfile(path):  # only one rank could read a pipe
         raise UserError(f"--config {path}: is not a file")
     try:
-        with open(path, "rb") as file:
-            return _toml_values(path, tomllib.load(file), cls, fields)
+        return _toml_values(path, tomllib.loads(Path(path).read_text("utf-8-sig")), cls, fields)
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # numbers with too many digits raise ValueError, too

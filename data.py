@@ -33,13 +33,13 @@ class DataConfig:
     val_ratio: float = arg(0.1, "share of the training text kept for validation where there is no --val-data",
                            gt=0, lt=1)
     tokenizer_name: str = arg("bpe", "bpe (trained on the text), byte, char, or a Hugging Face tokenizer's name or "
-                                     "folder, such as gpt2", metavar="NAME")
+                                     "folder, such as gpt2", metavar="NAME", empty=False)
     seq_len: int = arg(256, "tokens in a training sequence", ge=1)
     use_toy_data: bool = arg(False, "train on a Markov chain whose entropy is known, and so the best possible loss")
     max_tokens: int = arg(0, "train on the first N tokens only and, without --val-data, validate on N x --val-ratio; "
                              "0: all", ge=0)
     data_seed: int = arg(1337, "seed of the order of the samples and of the choice of validation documents", ge=0)
-    cache_dir: str = arg("data/cache", "where token shards are kept", metavar="DIR")
+    cache_dir: str = arg("data/cache", "where token shards are kept", metavar="DIR", empty=False)
 
     def validate(self):
         if self.use_toy_data and (self.train_data or self.val_data):

@@ -8,6 +8,8 @@ import os
 import re
 from pathlib import Path
 
+# The fields of a record of metrics.jsonl that is none of metrics, by event.
+EVENTS = dict(config=dict(config=dict), sample=dict(text=str), alert=dict(title=str, text=str), exit=dict(code=int))
 
 def write_whole(path, content):
     """Write a file of these bytes so that a kill at any moment leaves either the old one or the new one."""
@@ -56,10 +58,22 @@ def matching_files(prefix, pattern):
 
 
 def read_records(path):
-    """The records of a metrics.jsonl, in order. A torn line, left by a killed run or one still writing, is skipped."""
+    """The records of a metrics.jsonl, in order. Skipped are torn lines, left by a killed run or one still writing, and
+    lines that no run writes."""
     with open(path, errors="replace") as file:
         for line in file:
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                record = json.loads(line)
-                record["step"], record["time"]  # noqa: B018
-                yield record
+            with contextlib.suppress(ValueError, RecursionError):
+                if _is_record(record := json.loads(line)):
+                    yield record
+
+
+def _is_record(record):
+    if not isinstance(record, dict):
+        return False
+    step, seconds, event = (record.get(name) for name in ("step", "time", "event"))
+    if event is None:
+        complete = all(value is None or isinstance(value, (int, float, dict)) for value in record.values())
+    else:
+        complete = all(isinstance(record.get(name), kind) for name, kind in EVENTS.get(event, {}).items())
+    return (complete and type(step) is int and 0 <= step < 1 << 63
+            and isinstance(seconds, (int, float)) and 0 <= seconds < 1 << 37)  # the year 6325

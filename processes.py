@@ -127,7 +127,8 @@ class StopSignal:
     def __exit__(self, *_):
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self.previous.items():
-            signal.signal(number, handler)
+            # Uploads may go on for a while: a request to save, of what is saved, must not end them.
+            signal.signal(number, signal.SIG_IGN if number == signal.SIGUSR1 else handler)
 
     def _on_signal(self, number, frame):
         if number == signal.SIGUSR1:
@@ -144,6 +145,10 @@ class StopSignal:
                 os.write(2, f"{signal.Signals(number).name}: saves and exits after the step in progress (Ctrl-C after "
                             f"two seconds: at once, unsaved)\n".encode())
         self.received = self.received or number
+
+    @staticmethod
+    def cause(number):
+        return "--time-limit" if number == signal.SIGALRM else signal.Signals(number).name
 
     def agreed(self):
         """The signal to stop for (0: none) and whether to save now, if any rank received one; equal on all ranks."""

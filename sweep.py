@@ -36,7 +36,7 @@ COMMANDS = {"train.py": ["${env}", "${interpreter}", *FLAGS],
 def read_sweep(path):
     """Read a sweep's configuration, in W&B's schema, from TOML or YAML; fill in its command. Raises UserError."""
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text("utf-8")
         sweep = tomllib.loads(text) if Path(path).suffix == ".toml" else _load_yaml(text)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
@@ -46,14 +46,18 @@ def read_sweep(path):
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     parameters = sweep.get("parameters") if isinstance(sweep, dict) else None
     specs = parameters.values() if isinstance(parameters, dict) else []
-    if not specs or not all(isinstance(spec, dict) for spec in specs) or "method" not in sweep:
+    if not specs or not all(isinstance(spec, dict) for spec in specs) or "method" not in sweep or not all(
+            isinstance(name, str) for name in parameters):
         raise UserError(f"{path}: a sweep has a method (grid, random, bayes) and parameters, each with value, values, "
                         f"or min and max; see configs/sweep-lr.yaml")
     if sweep["method"] not in METHODS:
         raise UserError(f"{path}: method {sweep['method']}: one of {', '.join(METHODS)}")
     if sweep["method"] == "bayes" and not (isinstance(sweep.get("metric"), dict) and sweep["metric"].get("name")):
         raise UserError(f"{path}: method bayes needs a metric, such as name: val/loss, goal: minimize")
-    program = str(sweep.setdefault("program", "train.py"))
+    for name, kind in dict(program=str, project=str, entity=str, command=list).items():
+        if name in sweep and not isinstance(sweep[name], kind):
+            raise UserError(f"{path}: {name} {sweep[name]!r}: expected {kind.__name__}")
+    program = sweep.setdefault("program", "train.py")
     if "command" not in sweep and program not in COMMANDS:
         raise UserError(f"{path}: program {program}: train.py or train_ddp.py, or give a command of your own")
     sweep.setdefault("command", COMMANDS.get(program))

@@ -13,7 +13,7 @@ import torch
 import checkpoint
 import hardware
 from checkpoint import CheckpointConfig, NonFinite, Saver, State
-from config import RunFailed, UserError, flag, flatten, needed_packages, parse
+from config import RunFailed, UserError, flag, flatten, leave_on_sigterm, needed_packages, parse
 from data import BatchConfig, Corpus, DataConfig
 from evaluate import evaluate
 from generate import sample_text
@@ -45,7 +45,6 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
-
     given = frozenset()  # names of the flags set explicitly, by `parse`
 
 
@@ -224,7 +223,7 @@ def train(cfg, world):
             forward_backward(micro)
         optimizer.zero_grad(set_to_none=True)
         if number := world.max([stop.received])[0]:  # also a barrier: all have passed the warm-up
-            log.info("stopped by signal %d before the first step: nothing has been replaced", number)
+            log.info("stopped by %s before the first step: nothing has been replaced", stop.cause(number))
             return 128 + number
         world.from_main(lambda: corpus.export_tokenizer(cfg.checkpoint.beside(".tokenizer")))
         state.best_val = world.from_main(
@@ -281,6 +280,7 @@ def main(world_type=World):
         cfg = parse(world_type.config)
         if trial := in_sweep():  # each trial of a sweep is a separate run
             cfg.checkpoint.checkpoint_path = str(cfg.checkpoint.beside(f".{trial}.pt"))
+        leave_on_sigterm()  # until there is something to save
         stop_when_orphaned(world_type.launchers + bool(trial))  # a sweep's agent is a launcher, too
         world = world_type(cfg)
         setup_logging(world.is_main)

@@ -45,7 +45,10 @@ def test_defaults_then_toml_then_flags(tmp_path):
     car = parse(Car, ["--config", str(file), "--cylinders", "8"])
     assert car.engine == Engine(cylinders=8, power=3.0, idle_speed=700)
     assert car.trip.stops == ["a", "b"]
+    assert parse(Car, ["--config", str(file), "--stops", "c", "--stops", "d", "e"]).trip.stops == ["c", "d", "e"]
     assert parse(Car, []) == Car()
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())  # as Windows editors begin a file
+    assert parse(Car, ["--config", str(file)]).engine.cylinders == 6
 
 
 @pytest.mark.parametrize("lines", [1, 100_000], ids=["at its end", "midway"])
@@ -54,6 +57,13 @@ def test_a_command_whose_reader_leaves_ends_without_a_word(lines):
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert (process.stderr.read(), process.wait(60)) == (b"", 1)
+
+
+def test_output_to_a_full_disk_is_one_line():
+    code = "from config import one_line_errors\nwith one_line_errors():\n    print('word')"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: the output: No space left on device; make room there\n")
 
 
 def test_launch_flags_are_flags():

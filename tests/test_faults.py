@@ -14,7 +14,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, Run, environment, interrupt_after, on_small_disk
+from conftest import ROOT, TINY, Run, command, environment, eventually, interrupt_after, on_small_disk
 from test_train import same
 
 import checkpoint
@@ -283,6 +283,20 @@ def forward(self, *batch):
 train.GPT.forward = forward
 train.main()
 """
+
+
+@pytest.mark.parametrize("how", ["dry run", "to the cache"])
+def test_terminated_while_it_tokenizes_it_leaves_nothing(trainer, text, tmp_path, how):
+    (tmp_path / "large.txt").write_text(text.read_text() * 300)
+    (scratch := tmp_path / "scratch").mkdir()
+    flags = [*["--dry-run"] * (how == "dry run"), "--train-data", "large.txt", "--cache-dir", "made"]
+    process = subprocess.Popen([*command("train.py"), *TINY, *flags, "--checkpoint-path", "d.pt"], cwd=tmp_path,
+                               env=environment(TMPDIR=str(scratch)), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    drafts = (scratch, "mini-llm-*/*.draft/train.bin") if how == "dry run" else (tmp_path, "made/*.draft/train.bin")
+    eventually(lambda: list(drafts[0].glob(drafts[1])), 60)
+    process.terminate()
+    assert (process.communicate(timeout=60)[1].count(b"\n"), process.returncode) == (0, 143)
+    assert not list(scratch.iterdir()) and sorted(os.listdir(tmp_path)) == ["large.txt", "scratch"]
 
 
 def signalled(trainer, name, *flags):

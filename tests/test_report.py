@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT, environment
 
 import report
+from files import read_records
 from plots import PANELS, figure, panels_of, short, smoothed, ticks
 
 NASTY = "Once <script>alert('x')</script> & <img src=http://example.com/x.png>\n\x1b[31m```red \ud83d"
@@ -156,6 +157,20 @@ def test_a_run_that_was_resumed_and_is_still_going(tmp_path):
     assert run.last("val/ppl") == math.inf and math.isnan(run.last("val/loss")) and run.last("no such") is None
     assert run.series("lr", "time")[0][-1] == 20 * 60  # not the hours in which nothing ran
     assert run.series("lr", "tokens")[0][-1] == 40 * 2048
+
+
+@pytest.mark.parametrize("line", [
+    '{"step": "x", "time": 1, "train/loss": 9}', '{"step": 1, "time": "x", "train/loss": 9}',
+    '{"step": -1, "time": 1, "train/loss": 9}', '{"step": 1, "time": 1e300, "train/loss": 9}',
+    '{"step": 1, "time": 1, "train/loss": "x"}', '{"step": 1, "time": 1, "event": "config", "config": []}',
+    '{"step": 1, "time": 1, "event": "sample"}', '{"step": 1, "time": 1, "event": "exit", "code": "x"}', "[" * 100_000,
+    "[1]", "null"], ids=range(11))
+def test_a_line_that_no_run_writes_is_skipped(tmp_path, line):
+    path = write_run(tmp_path / "run.metrics.jsonl")
+    records, facts = list(read_records(path)), report.Run(path).facts()
+    first, rest = path.read_text().split("\n", 1)
+    path.write_text(f"{first}\n{line}\n{rest}")
+    assert list(read_records(path)) == records and report.Run(path).facts() == facts
 
 
 def test_a_run_of_one_row(tmp_path, monkeypatch, capsys):
