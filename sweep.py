@@ -50,13 +50,13 @@ def read_sweep(path):
             isinstance(name, str) for name in parameters):
         raise UserError(f"{path}: a sweep has a method (grid, random, bayes) and parameters, each with value, values, "
                         f"or min and max; see configs/sweep-lr.yaml")
-    if sweep["method"] not in METHODS:
-        raise UserError(f"{path}: method {sweep['method']}: one of {', '.join(METHODS)}")
-    if sweep["method"] == "bayes" and not (isinstance(sweep.get("metric"), dict) and sweep["metric"].get("name")):
-        raise UserError(f"{path}: method bayes needs a metric, such as name: val/loss, goal: minimize")
-    for name, kind in dict(program=str, project=str, entity=str, command=list).items():
+    for name, kind in dict(program=str, project=str, entity=str, command=list, metric=dict).items():
         if name in sweep and not isinstance(sweep[name], kind):
             raise UserError(f"{path}: {name} {sweep[name]!r}: expected {kind.__name__}")
+    if sweep["method"] not in METHODS:
+        raise UserError(f"{path}: method {sweep['method']}: one of {', '.join(METHODS)}")
+    if sweep["method"] == "bayes" and not sweep.get("metric", {}).get("name"):
+        raise UserError(f"{path}: method bayes needs a metric, such as name: val/loss, goal: minimize")
     program = sweep.setdefault("program", "train.py")
     if "command" not in sweep and program not in COMMANDS:
         raise UserError(f"{path}: program {program}: train.py or train_ddp.py, or give a command of your own")
@@ -78,7 +78,7 @@ def require_flags(path, sweep):
         for value in [spec["value"]] if "value" in spec else spec.get("values") or []:
             if value is not None and not isinstance(value, str):
                 coerce(f"{path}: {name}", declared, value)
-    metric = (sweep.get("metric") or {}).get("name", "")
+    metric = str(sweep.get("metric", {}).get("name", ""))
     if metric and "/" not in metric:
         refuse_unknown(metric, ["val/loss", "train/loss", "val/ppl"], f"{path}: the metric", "; such as val/loss")
 

@@ -150,8 +150,8 @@ def train(cfg, world):
     world.require_replicas(raw, optimizer)
     model = world.wrap(fast)  # `model` takes the training steps, `fast` evaluates, `raw` is saved
     num_steps, eval_steps = cfg.optim.num_steps, cfg.report.eval_every(cfg.optim.num_steps)
-    state_bytes = sum(moments := state_sizes(optimizer))
-    log_facts(cfg, world, corpus, raw, state_bytes, precision, accum, state)
+    opt_size = sum(moments := state_sizes(optimizer))
+    log_facts(cfg, world, corpus, raw, opt_size, precision, accum, state)
 
     def forward_backward(micro):
         """One micro-batch of this rank → its loss. Gradients accumulate; the last micro-batch all-reduces them."""
@@ -212,8 +212,7 @@ def train(cfg, world):
         log.info("already at step %d of %d: raise --num-steps to go on", state.step, num_steps)
         return 0
 
-    saved_bytes = 4 * raw.num_params() + state_bytes
-    world.from_main(lambda: checkpoint.claim(cfg, resume_from, saved_bytes, num_steps - state.step))
+    world.from_main(lambda: checkpoint.claim(cfg, resume_from, 4 * raw.num_params() + opt_size, num_steps - state.step))
     stop = StopSignal(world, cfg.checkpoint.time_limit).listen()  # until the end of the loop
     # A warm-up pass whose gradients are discarded, with memory held for the optimizer state: OOM and compile errors
     # show before any file is replaced. It is not optional: after its first backward pass DDP regroups the gradients,
@@ -280,7 +279,8 @@ def main(world_type=World):
         cfg = parse(world_type.config)
         if trial := in_sweep():  # each trial of a sweep is a separate run
             cfg.checkpoint.checkpoint_path = str(cfg.checkpoint.beside(f".{trial}.pt"))
-        leave_on_sigterm()  # until there is something to save
+        if not world_type.launchers:  # torchrun's ranks may be waiting for each other, and end at once
+            leave_on_sigterm()
         stop_when_orphaned(world_type.launchers + bool(trial))  # a sweep's agent is a launcher, too
         world = world_type(cfg)
         setup_logging(world.is_main)

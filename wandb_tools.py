@@ -136,10 +136,13 @@ def send(facts, path):
     if stored is None and (folders := offline_folders(facts["init"], path)):  # else their rows would be there twice
         print(f"wandb sync {shlex.join(folders)}", flush=True)
         synced = subprocess.run([sys.executable, "-m", "wandb", "sync", *folders], capture_output=True, text=True)
-        if stored := awaited(lambda: rows_of(api, target), bool):
-            whole = ", with its files and checkpoints"
-        else:  # its rows can be sent all the same
+        stored = awaited(lambda: rows_of(api, target), lambda rows: rows and not lacking(records, rows))
+        if stored is None:  # its rows can be sent all the same
             print(f"wandb sync failed: {reason((synced.stdout + synced.stderr).strip())}", flush=True)
+        elif late := lacking(records, stored):  # on their way, or never written to those folders, as before a kill
+            return f"{target} lacks {len(late)} rows after wandb sync; in a minute, repeat this to send what is lacking"
+        else:
+            whole = ", with its files and checkpoints"
     init = facts["init"] | dict(dir=None)
     if stored is not None:  # keep the name, tags and notes that it has been given since
         init = {name: init[name] for name in ("project", "entity", "id")}
