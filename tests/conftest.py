@@ -138,7 +138,8 @@ def trainer(tmp_path, text, cache):
     def arguments(flags, ranks=None, checkpoint="c.pt", tiny=True, data=True):
         script = "train.py" if ranks is None else "train_ddp.py"
         return [*command(script, ranks), *(TINY if tiny else []),
-                *(["--train-data", str(text), "--cache-dir", str(cache)] if data else []),
+                *(["--cache-dir", str(cache)] if data else []),
+                *(["--train-data", str(text)] if data and "--train-data" not in flags else []),
                 "--checkpoint-path", checkpoint, *map(str, flags)]
 
     run.arguments = arguments
