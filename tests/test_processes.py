@@ -32,6 +32,20 @@ def test_the_second_ctrl_c_ends_a_run_at_once_and_the_first_does_not(monkeypatch
     assert capfd.readouterr().err == ""
 
 
+def test_a_request_to_save_does_not_end_a_run_that_is_over():
+    """Uploads to W&B come after the loop, in which the signals are listened to."""
+    before = {number: signal.getsignal(number) for number in (*StopSignal.STOPS, signal.SIGUSR1)}
+    try:
+        with StopSignal(SimpleNamespace(is_main=True)).listen():
+            pass
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert {number: signal.getsignal(number) for number in StopSignal.STOPS} | {
+            signal.SIGUSR1: before[signal.SIGUSR1]} == before
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_a_child_is_found_whatever_bytes_its_name_has():
     code = "import ctypes, sys, time; ctypes.CDLL(None).prctl(15, b') \\xff 7 8'); print(flush=True); time.sleep(60)"
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
