@@ -127,6 +127,11 @@ def log_facts(cfg, world, corpus, raw, optimizer_bytes, precision, accum, state)
     log.info(f"Resumed at step {state.step}" if state.step else f"Starting from {cfg.init.init_from or 'scratch'}")
 
 
+def visible(text):
+    """`text` with its control characters escaped, except newlines and tabs: they would act on a terminal."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], text)
+
+
 class Tracker:
     """Sends each report to the console and to every sink. Ranks other than the main one have no console output, and
     have sinks only if --wandb-run-mode makes them write to W&B."""
@@ -247,9 +252,7 @@ class Tracker:
         except Exception as error:  # must not end the run; the tokenizers package may be missing, for example
             log.warning("no sample: %s", error)
             return
-        # Control characters would act on the terminal.
-        shown = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], text)
-        log.info("sample at step %d:\n%s", step, shown)
+        log.info("sample at step %d:\n%s", step, visible(text))
         self._record(step, event="sample", text=text)
 
     def saved(self, path, state, best):

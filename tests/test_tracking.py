@@ -247,3 +247,7 @@ def test_a_histogram_counts_every_value_between_its_edges():
     expected = torch.histc(model.weight.detach(), 8)
     assert counts.tolist() == expected.long().tolist() and (low, high) == torch.aminmax(model.weight)
     assert "gradients/weight" not in histograms(model, "all"), "before the first backward pass there is none"
+
+
+def test_a_sample_does_not_act_on_the_terminal():
+    assert tracking.visible("\x1b[31m red\r\n\t\x00\x9b é 日本") == "\\x1b[31m red\\r\n\t\\x00\\x9b é 日本"
