@@ -24,7 +24,7 @@ SLURM = dict(RANK="SLURM_PROCID", WORLD_SIZE="SLURM_NTASKS", LOCAL_RANK="SLURM_L
 
 
 class DDPWorld(World):
-    launchers = 1  # torchrun
+    launchers = 1  # torchrun, or Slurm's step
     pulse = NoPulse()  # how this rank reports faults and exits; of the class, as errors may precede the World
 
     def __init__(self, cfg):
