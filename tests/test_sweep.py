@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,8 +15,8 @@ import torch
 from conftest import QUICK, ROOT, TINY, environment, eventually, processes_with
 
 import sweep
-from config import flatten, parse
-from sweep import COMMANDS, read_sweep, shares
+from config import UserError, flatten, parse
+from sweep import COMMANDS, read_sweep, require_flags, shares
 from train import Config
 
 AGENT = [sys.executable, "-m", "wandb", "agent"]
@@ -173,21 +174,30 @@ GRID = "method: grid\nparameters: {lr: {values: [1, 2]}}\n"
 
 
 @pytest.mark.parametrize(("contents", "words"), [
-    (None, "No such file"), ("method: [grid", "line 1"), ("- a\n- b", "parameters"), ("method: grid", "parameters"),
+    ("method: [grid", "line 1"), ("- a\n- b", "parameters"), ("method: grid", "parameters"),
     ("method: grid\nparameters:", "parameters"), ("method: grid\nparameters: {lr: 1}", "parameters"),
-    (GRID + "program: other.py", "train.py or train_ddp.py"),
+    ("method: grid\nparameters: {1: {values: [1]}}", "parameters"),
+    (GRID + "program: other.py", "train.py or train_ddp.py"), (GRID + "command: 3", "command 3: expected list"),
     (GRID.replace("lr:", "learning_rate:"), "the parameter learning_rate is not known; did you mean lr?"),
     (GRID.replace("lr:", "batch_size:").replace("2", "-1"), "batch_size -1: must be at least 1"),
     (GRID.replace("grid", "gird"), "method gird: one of grid, random, bayes"),
     (GRID.replace("grid", "bayes"), "method bayes needs a metric"),
-    (GRID.replace("grid", "bayes") + "metric: {name: loss}", "the metric loss is not known; did you mean val/loss?"),
+    (GRID.replace("grid", "bayes") + "metric: {name: loss}", "the metric loss is not known; did you mean val/loss?")])
+def test_a_sweep_file_that_is_none_is_refused(tmp_path, contents, words):
+    (file := tmp_path / "sweep.yaml").write_text(contents)
+    with pytest.raises(UserError, match=re.escape(words)) as refused:
+        require_flags(file, read_sweep(file))
+    assert str(refused.value).startswith(f"{file}: ")
+
+
+@pytest.mark.parametrize(("contents", "words"), [
+    (None, "sweep.yaml: No such file"), (GRID.replace("grid", "gird"), "sweep.yaml: method gird"),
     (GRID + "project: runs", "--wandb-project runs")])
-def test_a_sweep_file_that_is_none_is_one_line(run, tmp_path, contents, words):
+def test_a_sweep_that_is_refused_is_one_line(run, tmp_path, contents, words):
     if contents is not None:
         (tmp_path / "sweep.yaml").write_text(contents)
     code, out, err = run(*SWEEP, "create", "sweep.yaml")
     assert (code, out, err.count("\n")) == (2, "", 1) and words in err
-    assert "sweep.yaml: " in err or "project" in words
 
 
 @pytest.mark.parametrize(("flags", "words"), [
