@@ -11,6 +11,7 @@ from pathlib import Path
 # The fields of a record of metrics.jsonl that is none of metrics, by event.
 EVENTS = dict(config=dict(config=dict), sample=dict(text=str), alert=dict(title=str, text=str), exit=dict(code=int))
 
+
 def write_whole(path, content):
     """Write a file of these bytes so that a kill at any moment leaves either the old one or the new one."""
     draft = path.with_name(path.name + ".tmp")
@@ -74,6 +75,7 @@ def _is_record(record):
     if event is None:
         complete = all(value is None or isinstance(value, (int, float, dict)) for value in record.values())
     else:
-        complete = all(isinstance(record.get(name), kind) for name, kind in EVENTS.get(event, {}).items())
+        complete = isinstance(event, str) and all(isinstance(record.get(name), kind)
+                                                  for name, kind in EVENTS.get(event, {}).items())
     return (complete and type(step) is int and 0 <= step < 1 << 63
             and isinstance(seconds, (int, float)) and 0 <= seconds < 1 << 37)  # the year 6325

@@ -148,6 +148,7 @@ class StopSignal:
 
     @staticmethod
     def cause(number):
+        """What a signal came from, in words: its name, or the flag that has set it off."""
         return "--time-limit" if number == signal.SIGALRM else signal.Signals(number).name
 
     def agreed(self):

@@ -167,7 +167,7 @@ def offline_folders(init, path):
     the checkpoint. Not what `wandb sync` has sent already."""
     roots = {init.get("dir") or os.environ.get("WANDB_DIR") or ".", str(path.parent)}
     found = {str(folder): folder.name for root in roots
-             for folder in Path(local_folder(root)).glob(f"offline-run-*-{init['id']}")
+             for folder in Path(local_folder(root)).glob(f"offline-run-????????_??????-{init['id']}")
              if not list(folder.glob("*.synced"))}
     return sorted(found, key=found.get)
 

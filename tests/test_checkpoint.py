@@ -232,7 +232,8 @@ def test_drafts_of_a_killed_save_are_removed_and_no_other_runs(tmp_path):
 def test_a_checkpoint_that_is_older_than_a_flag_goes_on(tmp_path):
     save(tmp_path / "c.pt", whole(1) | {"identity": {"--arch": "llama"}})
     identity = {"--arch": "llama", "--rope-theta": 0.0}
-    assert checkpoint.load_for_resume(tmp_path / "c.pt", config(tmp_path), identity, {})["step"] == 1
+    newer = identity | {"--window": None, "--scaled": False}  # flags that it did not have, unset
+    assert checkpoint.load_for_resume(tmp_path / "c.pt", config(tmp_path), newer, {})["step"] == 1
     with pytest.raises(UserError, match="--rope-theta was None, is 5e5"):
         checkpoint.load_for_resume(tmp_path / "c.pt", config(tmp_path), identity | {"--rope-theta": "5e5"}, {})
 
@@ -502,3 +503,13 @@ def test_saving_again_leaves_no_draft_behind(tmp_path):
         os.link(tmp_path / "c.pt", tmp_path / "same")
         os.replace(tmp_path / "same", tmp_path / "c.prev.pt")
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_dry_run_needs_no_folder_that_can_be_written(tmp_path, monkeypatch):
+    def refuse(**_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(checkpoint.tempfile, "TemporaryFile", refuse)
+    assert checkpoint.plan(config(tmp_path), locks=False) is None
+    with pytest.raises(UserError, match="cannot be written"):
+        checkpoint.plan(config(tmp_path))

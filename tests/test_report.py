@@ -164,7 +164,7 @@ def test_a_run_that_was_resumed_and_is_still_going(tmp_path):
     '{"step": -1, "time": 1, "train/loss": 9}', '{"step": 1, "time": 1e300, "train/loss": 9}',
     '{"step": 1, "time": 1, "train/loss": "x"}', '{"step": 1, "time": 1, "event": "config", "config": []}',
     '{"step": 1, "time": 1, "event": "sample"}', '{"step": 1, "time": 1, "event": "exit", "code": "x"}', "[" * 100_000,
-    "[1]", "null"], ids=range(11))
+    '{"step": 1, "time": 1, "event": [1]}', "[1]", "null"], ids=range(12))
 def test_a_line_that_no_run_writes_is_skipped(tmp_path, line):
     path = write_run(tmp_path / "run.metrics.jsonl")
     records, facts = list(read_records(path)), report.Run(path).facts()

@@ -176,7 +176,7 @@ GRID = "method: grid\nparameters: {lr: {values: [1, 2]}}\n"
 @pytest.mark.parametrize(("contents", "words"), [
     ("method: [grid", "line 1"), ("- a\n- b", "parameters"), ("method: grid", "parameters"),
     ("method: grid\nparameters:", "parameters"), ("method: grid\nparameters: {lr: 1}", "parameters"),
-    ("method: grid\nparameters: {1: {values: [1]}}", "parameters"),
+    ("method: grid\nparameters: {1: {values: [1]}}", "parameters"), (GRID.replace("[1, 2]", "3"), "parameters"),
     (GRID + "program: other.py", "train.py or train_ddp.py"), (GRID + "command: 3", "command 3: expected list"),
     (GRID.replace("lr:", "learning_rate:"), "the parameter learning_rate is not known; did you mean lr?"),
     (GRID.replace("lr:", "batch_size:").replace("2", "-1"), "batch_size -1: must be at least 1"),

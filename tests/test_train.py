@@ -485,6 +485,13 @@ def test_wrong_input_gets_one_line_that_names_it(wrong, case):
     assert sorted(path for path in wrong.folder.rglob("*")) == before, "something was written"
 
 
+def test_a_vocabulary_that_is_too_small_is_refused_before_the_text_is_tokenized(trainer):
+    flags = ["--vocab-size", 100, "--cache-dir", "fresh"]
+    run = forked(train.main, trainer.arguments(flags)[1:], trainer.folder)
+    assert run.returncode == 2 and "--vocab-size 100 is below the 257 tokens" in run.stderr
+    assert "tokenized" not in run.stdout and not (trainer.folder / "fresh").exists()
+
+
 def test_a_checkpoint_of_another_run_is_refused_with_the_difference(trainer):
     first = trainer("--num-steps", 3)
     before = first.checkpoint.read_bytes()
@@ -493,7 +500,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_difference(trainer):
             ("--tokenizer-name", "char", "--tokenizer-name was byte, is char"),
             ("--val-ratio", "0.2", "--val-ratio was 0.1, is 0.2"), ("--arch", "qwen3", "--arch was gpt2, is qwen3"),
             ("--data-seed", "5", "--data-seed was 1337, is 5"),
-            ("--batch-size", "8", "sequences in a step was 4, is 8")]:
+            ("--batch-size", "8", "is 8 (--batch-size x --grad-accum-steps x ranks has to be 4)")]:
         run = forked(train.main, trainer.arguments(["--num-steps", 6, "--resume", name, value])[1:], trainer.folder)
         assert run.returncode == 2 and len(run.stderr.strip().splitlines()) == 1 and words in run.stderr, run.stderr
         tried = forked(train.main, trainer.arguments(["--dry-run", "--resume", name, value])[1:], trainer.folder)
