@@ -6,12 +6,11 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-import traceback
 from pathlib import Path
 
 import pytest
+import zygote
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests run side by side, a process on each core
@@ -131,9 +130,14 @@ def server():
 def trainer(tmp_path, text, cache):
     """`trainer(*flags, ranks=None)` runs train.py, or train_ddp.py with so many ranks, to its end."""
     def run(*flags, ranks=None, checkpoint="c.pt", env=None, tiny=True, data=True, timeout=300):
-        return Run(subprocess.run(arguments(flags, ranks, checkpoint, tiny, data), cwd=tmp_path, text=True,
-                                  capture_output=True, env=environment(**(env or {})), timeout=timeout),
-                   tmp_path, checkpoint)
+        command = arguments(flags, ranks, checkpoint, tiny, data)
+        # torchrun has no copies made, and these two count before torch is imported.
+        if ranks or env and {"OMP_NUM_THREADS", "PYTHONPATH"} & env.keys():
+            done = subprocess.run(command, cwd=tmp_path, env=environment(**(env or {})), timeout=timeout, text=True,
+                                  capture_output=True)
+        else:
+            done = zygote.run(command, tmp_path, environment(**(env or {})), timeout=timeout)
+        return Run(done, tmp_path, checkpoint)
 
     def arguments(flags, ranks=None, checkpoint="c.pt", tiny=True, data=True):
         script = "train.py" if ranks is None else "train_ddp.py"
@@ -145,34 +149,6 @@ def trainer(tmp_path, text, cache):
     run.arguments = arguments
     run.folder = tmp_path
     return run
-
-
-def forked(main, argv, cwd):
-    """A command's `main` in a process that begins as a copy of this one, which has imported torch: for commands that
-    are refused before they compute anything, whose time would be that of the import."""
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        if not (pid := os.fork()):
-            code = 1
-            try:
-                os.chdir(cwd)
-                os.dup2(out.fileno(), 1)
-                os.dup2(err.fileno(), 2)
-                sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-                sys.argv = list(map(str, argv))
-                os.environ |= environment()
-                main()
-            except SystemExit as left:
-                code = left.code
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code or 0)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        out.seek(0)
-        err.seek(0)
-        return subprocess.CompletedProcess(argv, code, out.read(), err.read())
 
 
 # Vocabularies: the byte tokenizer's own, and wider ones.

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zygote
 from conftest import PEAK_MB, ROOT, SHARED, Clock, environment
 
 import text as text_module
@@ -281,7 +282,7 @@ def test_shards_are_trained_on_as_they_are(text, cache):
 def test_prepared_tokens_are_those_that_the_same_flags_train_on(trainer, text):
     command = [str(ROOT / "prepare.py") if word.endswith("train.py") else word for word in
                trainer.arguments(["--val-ratio", 0.2, "--cache-dir", "here", "--num-steps", 5])]
-    done = subprocess.run(command, cwd=trainer.folder, env=environment(), text=True, capture_output=True, timeout=200)
+    done = zygote.run(command, trainer.folder, environment())
     folder = done.stdout.splitlines()[-1].partition(":")[0]
     assert done.returncode == 0 and "tokenized" in done.stdout, done.stderr
     assert sorted(path.name for path in trainer.folder.iterdir()) == ["here"], "no run was begun"
@@ -290,7 +291,7 @@ def test_prepared_tokens_are_those_that_the_same_flags_train_on(trainer, text):
     assert found.code == moved.code == 0 and "tokenized" not in found.out + moved.out, found.err + moved.err
     assert folder in found.out and found.losses() == moved.losses()
     command[command.index("--train-data") + 1] = "nowhere.txt"
-    refused = subprocess.run(command, cwd=trainer.folder, env=environment(), text=True, capture_output=True)
+    refused = zygote.run(command, trainer.folder, environment())
     assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
 
 

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import zygote
 from conftest import ROOT, TINY, environment
 from test_generate import command, refused, shown
 
@@ -26,10 +27,9 @@ def run_folder(tmp_path_factory, text):
     lines = text.read_text().splitlines()
     (folder / "a.txt").write_text("<|endoftext|>".join(lines[:60]))
     (folder / "b.txt").write_text("\n".join(lines[60:90]) + "\nnaïve é")
-    made = subprocess.run([sys.executable, str(ROOT / "train.py"), *TINY, "--train-data", str(text), "--val-data",
-                           "a.txt", "b.txt", "--cache-dir", "cache", "--num-steps", "20", "--eval-steps", "0",
-                           "--eval-tokens", "0", "--no-amp", "--checkpoint-path", "c.pt"],
-                          cwd=folder, capture_output=True, text=True, env=environment(OMP_NUM_THREADS="1"))
+    made = zygote.run([sys.executable, ROOT / "train.py", *TINY, "--train-data", text, "--val-data", "a.txt", "b.txt",
+                       "--cache-dir", "cache", "--num-steps", 20, "--eval-steps", 0, "--eval-tokens", 0, "--no-amp",
+                       "--checkpoint-path", "c.pt"], folder, environment())
     assert made.returncode == 0, made.stderr
     return folder
 

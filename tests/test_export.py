@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import zygote
 from conftest import ROOT, environment
 
 import export
@@ -46,8 +47,7 @@ torch.save(results, found)
 
 
 def command(*flags, cwd):
-    return subprocess.run([sys.executable, str(ROOT / "export.py"), *map(str, flags)], cwd=cwd, capture_output=True,
-                          text=True, env=environment())
+    return zygote.run([sys.executable, ROOT / "export.py", *flags], cwd, environment())
 
 
 @pytest.fixture(scope="module")

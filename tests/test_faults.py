@@ -14,6 +14,7 @@ from functools import partial
 
 import pytest
 import torch
+import zygote
 from conftest import ROOT, TINY, Run, command, environment, eventually, interrupt_after, on_small_disk
 from test_train import same
 
@@ -196,8 +197,7 @@ def test_fp16_leaves_a_batch_without_a_loss_out_too(trainer):
     (trainer.folder / "planted.py").write_text(PLANTED.format(root=str(ROOT), every=5))
     _, _, *rest = trainer.arguments(["--num-steps", 30, "--amp-dtype", "fp16", "--eval-steps", 0, "--max-bad-steps",
                                      29])
-    run = subprocess.run([sys.executable, "planted.py", *rest], cwd=trainer.folder, env=environment(),
-                         capture_output=True, text=True)
+    run = zygote.run([sys.executable, "planted.py", *rest], trainer.folder, environment())
     assert run.returncode == 0 and "steps skipped" in run.stdout, run.stderr
     saved = torch.load(trainer.folder / "c.pt", weights_only=True)
     assert 0 < saved["meter"]["skipped"][0] < 30 and all(map(torch.isfinite, map(torch.sum, saved["model"].values())))
@@ -230,8 +230,7 @@ def test_a_batch_without_a_loss_is_left_out_counted_and_resumed_over(trainer, ra
 def test_too_many_bad_steps_in_a_row_halt_and_name_the_samples(trainer):
     (trainer.folder / "planted.py").write_text(PLANTED.format(root=str(ROOT), every=1))
     _, _, *rest = trainer.arguments(["--num-steps", 30, "--log-steps", 2, "--max-bad-steps", 4, "--eval-steps", 0])
-    run = subprocess.run([sys.executable, "planted.py", *rest], cwd=trainer.folder, env=environment(),
-                         capture_output=True, text=True)
+    run = zygote.run([sys.executable, "planted.py", *rest], trainer.folder, environment())
     assert run.returncode == 1 and len(run.stderr.strip().splitlines()) == 1, run.stderr
     assert re.search(r"not finite in 4 steps in a row, the last at step 4, which read the samples \[\d+(, \d+){3}\]",
                      run.stderr)

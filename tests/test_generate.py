@@ -12,6 +12,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import zygote
 from conftest import ROOT, environment
 from test_model import build, randomized
 
@@ -191,16 +192,14 @@ def run_folder(tmp_path_factory, text, cache):
     from conftest import TINY
 
     folder = tmp_path_factory.mktemp("run")
-    made = subprocess.run([sys.executable, str(ROOT / "train.py"), *TINY, "--train-data", str(text), "--cache-dir",
-                           str(cache), "--num-steps", "30", "--eval-steps", "0", "--checkpoint-path", "c.pt"],
-                          cwd=folder, capture_output=True, text=True, env=environment(OMP_NUM_THREADS="1"))
+    made = zygote.run([sys.executable, ROOT / "train.py", *TINY, "--train-data", text, "--cache-dir", cache,
+                       "--num-steps", 30, "--eval-steps", 0, "--checkpoint-path", "c.pt"], folder, environment())
     assert made.returncode == 0, made.stderr
     return folder
 
 
 def command(folder, *flags, script="generate.py", stdin=None):
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], cwd=folder, input=stdin, text=True,
-                          capture_output=True, env=environment(OMP_NUM_THREADS="1"))
+    return zygote.run([sys.executable, ROOT / script, *flags], folder, environment(), stdin)
 
 
 def shown(main, folder, *flags):

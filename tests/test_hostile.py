@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import zygote
 from conftest import PEAK_MB, PUT, ROOT, SHARED, TINY, environment
 
 import checkpoint
@@ -70,8 +71,7 @@ def finished(tmp_path_factory, text, cache):
     """The folder and flags of a run of 12 steps: c.pt is of the last, c.prev.pt of the eighth."""
     folder = tmp_path_factory.mktemp("finished")
     flags = [*TINY, "--train-data", text, "--cache-dir", cache, "--num-steps", 12, "--save-steps", 4, "--eval-steps", 0]
-    done = subprocess.run([sys.executable, ROOT / "train.py", *map(str, flags), "--checkpoint-path", folder / "c.pt"],
-                          env=environment(), capture_output=True, text=True)
+    done = zygote.run([sys.executable, ROOT / "train.py", *flags, "--checkpoint-path", "c.pt"], folder, environment())
     assert done.returncode == 0, done.stderr
     return folder, flags
 

@@ -1,10 +1,10 @@
 """Token files of llm.c and nanoGPT are trained on as if the text had been given."""
 
-import subprocess
 import sys
 
 import numpy as np
 import pytest
+import zygote
 from conftest import ROOT, environment
 
 from config import UserError
@@ -56,9 +56,8 @@ def test_token_files_give_the_run_of_their_text(trainer, prepared, cache):
         for step in (0, 6):
             assert run.rows[step]["val/bits_per_byte"] == of_text.rows[step]["val/bits_per_byte"]
 
-    found = [subprocess.run([sys.executable, str(ROOT / "evaluate.py"), "--checkpoint-path", "c.pt", "--data", path],
-                            cwd=trainer.folder, env=environment(), text=True, capture_output=True)
-             for path in ("val.bin", str(prepared / "val.txt"))]
+    found = [zygote.run([sys.executable, ROOT / "evaluate.py", "--checkpoint-path", "c.pt", "--data", path],
+                        trainer.folder, environment()) for path in ("val.bin", prepared / "val.txt")]
     assert found[0].returncode == found[1].returncode == 0, found[0].stderr + found[1].stderr
     assert "bits per byte" in found[0].stdout and found[0].stdout == found[1].stdout
 

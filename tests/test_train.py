@@ -1,16 +1,15 @@
 import json
 import math
 import re
-import resource
 import signal
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, Run, environment, eventually, forked, interrupt_after
+import zygote
+from conftest import ROOT, Run, environment, eventually, interrupt_after
 
-import train
 from optim import OptimConfig, lr_at
 from tracking import ReportConfig
 
@@ -474,11 +473,9 @@ def test_wrong_input_gets_one_line_that_names_it(wrong, case):
     if case == "no CUDA" and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     before = sorted(path for path in wrong.folder.rglob("*"))
-    spent = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    python, *argv = wrong.arguments(flags)
-    run = forked(train.main, argv, wrong.folder)
+    run = zygote.run(wrong.arguments(flags), wrong.folder, environment())
     assert run.returncode == 2, run.stdout + run.stderr
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - spent < 10, "seconds of one core"
+    assert run.seconds < 10
     line = [line for line in run.stderr.splitlines() if line.strip()]
     assert len(line) == 1 and line[0].startswith("error: "), run.stderr
     assert all(word in line[0] for word in words), line[0]
@@ -487,9 +484,9 @@ def test_wrong_input_gets_one_line_that_names_it(wrong, case):
 
 def test_a_vocabulary_that_is_too_small_is_refused_before_the_text_is_tokenized(trainer):
     flags = ["--vocab-size", 100, "--cache-dir", "fresh"]
-    run = forked(train.main, trainer.arguments(flags)[1:], trainer.folder)
-    assert run.returncode == 2 and "--vocab-size 100 is below the 257 tokens" in run.stderr
-    assert "tokenized" not in run.stdout and not (trainer.folder / "fresh").exists()
+    run = trainer(*flags)
+    assert run.code == 2 and "--vocab-size 100 is below the 257 tokens" in run.err
+    assert "tokenized" not in run.out and not (trainer.folder / "fresh").exists()
 
 
 def test_a_checkpoint_of_another_run_is_refused_with_the_difference(trainer):
@@ -501,10 +498,10 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_difference(trainer):
             ("--val-ratio", "0.2", "--val-ratio was 0.1, is 0.2"), ("--arch", "qwen3", "--arch was gpt2, is qwen3"),
             ("--data-seed", "5", "--data-seed was 1337, is 5"),
             ("--batch-size", "8", "is 8 (--batch-size x --grad-accum-steps x ranks has to be 4)")]:
-        run = forked(train.main, trainer.arguments(["--num-steps", 6, "--resume", name, value])[1:], trainer.folder)
-        assert run.returncode == 2 and len(run.stderr.strip().splitlines()) == 1 and words in run.stderr, run.stderr
-        tried = forked(train.main, trainer.arguments(["--dry-run", "--resume", name, value])[1:], trainer.folder)
-        assert tried.returncode == 2 and words in tried.stderr
+        run = trainer("--num-steps", 6, "--resume", name, value)
+        assert run.code == 2 and len(run.err.strip().splitlines()) == 1 and words in run.err, run.err
+        tried = trainer("--dry-run", "--resume", name, value)
+        assert tried.code == 2 and words in tried.err
     tried = trainer("--dry-run", "--resume", "--num-steps", 6)
     assert tried.code == 0 and "Resumed at step 3" in tried.out and "one step: loss" in tried.out, tried.err
     assert first.checkpoint.read_bytes() == before and 3 in first.rows

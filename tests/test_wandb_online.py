@@ -13,6 +13,7 @@ import time
 
 import pytest
 import torch
+import zygote
 from conftest import QUICK, ROOT, TINY, Run, command, environment, eventually, interrupt_after, processes_with
 
 LONG = ["--num-steps", 2000, "--log-steps", 100, "--eval-steps", 1000, "--save-steps", 500]
@@ -47,8 +48,8 @@ def values(run, name="train/loss"):
 
 
 def sync(folder, server, checkpoint="c.pt"):
-    done = subprocess.run([sys.executable, str(ROOT / "wandb_tools.py"), "sync", checkpoint], cwd=folder, text=True,
-                          capture_output=True, env=environment(**server.environment | QUICK), timeout=200)
+    done = zygote.run([sys.executable, ROOT / "wandb_tools.py", "sync", checkpoint], folder,
+                      environment(**server.environment | QUICK))
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

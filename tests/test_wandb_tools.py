@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import zygote
 from conftest import QUICK, ROOT, command, environment, eventually, processes_with
 from wandb_server import ServerSweep, WandbServer
 
@@ -56,8 +57,7 @@ def failing_checks(tmp_path_factory):
 def tool(server, tmp_path):
     """`tool(*words)` → exit code, stdout, stderr of wandb_tools.py."""
     def tool(*words, **env):
-        done = subprocess.run([*TOOLS, *map(str, words)], cwd=tmp_path, capture_output=True, text=True, timeout=120,
-                              env=surroundings(server, tmp_path, **env))
+        done = zygote.run([*TOOLS, *words], tmp_path, surroundings(server, tmp_path, **env), timeout=120)
         return done.returncode, done.stdout, done.stderr
 
     return tool
@@ -300,8 +300,8 @@ def test_download_brings_all_of_a_run(server, trainer, tool):
     assert (folder / "artifacts" / f"model-{stored.run_id}-v0" / "model.pt").read_bytes() == (
         run.checkpoint.read_bytes())
     model = f"{folder.parent.name}/{folder.name}/artifacts/model-{stored.run_id}-v0/model.pt"
-    made = subprocess.run([*command("generate.py"), "--checkpoint-path", model, "--max-new-tokens", "5"],
-                          cwd=trainer.folder, capture_output=True, text=True, env=environment())
+    made = zygote.run([*command("generate.py"), "--checkpoint-path", model, "--max-new-tokens", 5], trainer.folder,
+                      environment())
     assert made.returncode == 0 and "5 tokens" in made.stderr, made.stderr  # its tokenizer came along
 
 

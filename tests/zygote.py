@@ -1,0 +1,104 @@
+"""Commands run in copies of a process that has imported torch, which takes two seconds: most of a short command's time.
+Otherwise they are processes like others: their own modules, environment, streams, exit code."""
+
+import atexit
+import contextlib
+import functools
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+
+
+def run(command, cwd, env, input=None, timeout=300):
+    """As `subprocess.run(command, capture_output=True, text=True)` of a Python script, `[sys.executable, path, …]`. Of
+    the result `seconds` are those of a core that it took."""
+    with contextlib.ExitStack() as stack:
+        given, out, err = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(3))
+        given.write(input or "")
+        given.seek(0)
+        request = json.dumps(dict(command=list(map(str, command)), cwd=str(cwd), env=env)).encode()
+        channel = zygote()
+        socket.send_fds(channel, [request], [file.fileno() for file in (given, out, err)])
+        pid = json.loads(channel.recv(99))
+        channel.settimeout(timeout)
+        try:
+            code, seconds = json.loads(channel.recv(99))
+        except TimeoutError:
+            os.kill(pid, signal.SIGKILL)
+            channel.settimeout(None)
+            channel.recv(99)
+            raise subprocess.TimeoutExpired(command, timeout) from None
+        channel.settimeout(None)
+        for file in (out, err):
+            file.seek(0)
+        done = subprocess.CompletedProcess(command, code, out.read(), err.read())
+        done.seconds = seconds
+        return done
+
+
+@functools.cache
+def zygote():
+    """The channel to the process that is copied. It ends with the one that holds this end."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()],
+                         stdin=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return ours
+
+
+def serve(channel):
+    while True:
+        request, files, *_ = socket.recv_fds(channel, 1 << 20, 3)
+        if not request:
+            return
+        if not (pid := os.fork()):
+            channel.close()
+            become(files=files, **json.loads(request))
+        for file in files:
+            os.close(file)
+        channel.send(json.dumps(pid).encode())
+        _, status, used = os.wait4(pid, 0)
+        channel.send(json.dumps([os.waitstatus_to_exitcode(status), used.ru_utime]).encode())
+
+
+def become(command, cwd, env, files):
+    """Be the script to its end, as the interpreter would run it."""
+    code = 1
+    try:
+        os.chdir(cwd)
+        os.environ.clear()
+        os.environ.update(env)
+        tempfile.tempdir = None  # the environment's
+        for number, file in enumerate(files):
+            os.dup2(file, number)
+            os.close(file)
+        sys.stdin, sys.stdout = open(0), open(1, "w", buffering=1)
+        sys.stderr = open(2, "w", buffering=1, errors="backslashreplace")
+        sys.orig_argv, sys.argv, sys.path[0] = command, command[1:], os.path.dirname(command[1])
+        try:
+            runpy.run_path(command[1], run_name="__main__")
+            code = 0
+        finally:
+            threading._shutdown()
+            atexit._run_exitfuncs()
+    except SystemExit as left:
+        code = left.code if isinstance(left.code, int) else int(left.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    import torch  # noqa: F401
+
+    serve(socket.socket(fileno=int(sys.argv[1])))
