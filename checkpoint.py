@@ -64,8 +64,7 @@ class CheckpointConfig:
 
     def beside(self, suffix):
         """checkpoints/minigpt.pt, `.best.pt` → checkpoints/minigpt.best.pt"""
-        path = Path(self.checkpoint_path)
-        return path.with_name(path.stem + suffix)
+        return beside_run(self.checkpoint_path, suffix)
 
     def files(self):
         """The existing files that a run writes, at the checkpoint path and beside it, as strings."""
@@ -77,7 +76,7 @@ class CheckpointConfig:
         return matching_files(self.beside(""), pattern)
 
     def drafts(self):
-        """What a save that was killed has left."""
+        """Temporary files left by killed saves."""
         return self.matching(r"(\.(prev|best|best-of-\d+|nonfinite|step-\d+))?\.pt\.tmp")
 
     def numbered(self):
@@ -121,12 +120,13 @@ def plan(cfg, locks=True):
         if locks:
             tempfile.TemporaryFile(dir=folder).close()  # os.access would not do: root passes it everywhere
         lock = cfg.beside(".lock")
-        if locks and lock.exists() and not lock_until_exit(lock):  # now: what is resumed from has to stay the newest
+        if locks and lock.exists() and not lock_until_exit(lock):  # before looking: that run may still save
             if cfg.resume:
                 log.info("waiting for the run that still writes to %s", path)
             if not cfg.resume or not lock_until_exit(lock, PATIENCE):
                 raise _in_use(cfg)
-        cfg.beside(".rank0000.metrics.jsonl.tmp").exists()  # raises here if the name would be too long
+        with contextlib.suppress(FileNotFoundError):
+            cfg.beside(".rank0000.metrics.jsonl.tmp").stat()  # raises here if the name would be too long
         last_two = [file for file in (path, cfg.beside(".prev.pt")) if file.exists()]
         known = last_two + [file for file in (*reversed(cfg.numbered()), cfg.beside(".best.pt")) if file.exists()]
     except OSError as error:
@@ -269,8 +269,7 @@ def restore(payload, parts, continues):
 def begin(cfg, resume_from, state, eval_tokens):
     """Before the first step, removes the drafts of killed saves and what a replaced run left: its log and metrics
     unless this run continues it, with --overwrite its checkpoints. A rollback makes `resume_from` the newest at once.
-    Returns the validation loss to beat: that of `.best.pt`, which may be newer than the checkpoint resumed from, or
-    infinity if there is none or it was measured with another `eval_tokens`."""
+    Returns the validation loss to beat."""
     path, best = Path(cfg.checkpoint_path), cfg.beside(".best.pt")
     goes_on = resume_from is not None and cfg.continues(resume_from)
     stale = cfg.drafts() + ([cfg.beside(".prev.pt"), cfg.beside(".nonfinite.pt")] if cfg.overwrite else [])
@@ -288,7 +287,13 @@ def begin(cfg, resume_from, state, eval_tokens):
             stale += [path, best, *cfg.numbered(), *cfg.matching(r"\.best-of-\d+\.pt")]
     for file in stale:
         file.unlink(missing_ok=True)
-    saved = _saved(best)
+    return _loss_to_beat(cfg, state, eval_tokens)
+
+
+def _loss_to_beat(cfg, state, eval_tokens):
+    """The loss of `.best.pt`, which may be newer than the checkpoint resumed from; infinity if there is none or it was
+    measured with another `eval_tokens`."""
+    saved = _saved(best := cfg.beside(".best.pt"))
     if not saved["state"]:  # missing, or not readable: the next evaluation writes one
         return math.inf
     if (of := saved["config"].get("eval_tokens", eval_tokens)) != eval_tokens:

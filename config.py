@@ -17,6 +17,7 @@ import json
 import math
 import operator
 import os
+import re
 import signal
 import sys
 import tomllib
@@ -54,6 +55,11 @@ class UserError(Exception):
 
 class RunFailed(Exception):
     """A failure that ends the run: shown as one line on stderr, exit code 1."""
+
+
+def visible(text):
+    """`text` with its control characters escaped, except newlines and tabs: they would act on a terminal."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], text)
 
 
 def first_line(error):

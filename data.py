@@ -16,7 +16,7 @@ from config import UserError, arg
 from files import write_whole
 from shards import Shard, read_meta, read_windows, spread_windows
 from token_cache import prepare
-from tokenizer import encode, identity, open_tokenizer
+from tokenizer import encode, open_tokenizer, tokenizer_hash
 
 
 @dataclass
@@ -58,9 +58,10 @@ class DataConfig:
 class BatchConfig:
     """Batch"""
 
-    batch_size: int = arg(8, "sequences in one micro-batch of one rank", ge=1)
-    grad_accum_steps: int = arg(1, "micro-batches in one optimizer step", ge=1)
-    global_batch_tokens: int = arg(0, "tokens in one step of all ranks, from which --grad-accum-steps follows", ge=0)
+    batch_size: int = arg(8, "sequences in one micro-batch of one rank", ge=1, le=10**7)
+    grad_accum_steps: int = arg(1, "micro-batches in one optimizer step", ge=1, le=10**7)
+    global_batch_tokens: int = arg(0, "tokens in one step of all ranks, from which --grad-accum-steps follows", ge=0,
+                                   le=10**12)
     dry_run: bool = arg(False, "print the model's size and what a step costs, take one step, write nothing")
 
     def validate(self):
@@ -74,11 +75,7 @@ class BatchConfig:
             nearest = max(1, round(self.global_batch_tokens / micro)) * micro
             raise UserError(f"--global-batch-tokens {self.global_batch_tokens} is not a multiple of --batch-size "
                             f"{self.batch_size} x {world_size} ranks x --seq-len {seq_len} = {micro}; try {nearest}")
-        accum = self.global_batch_tokens // micro or self.grad_accum_steps
-        if (sequences := self.batch_size * world_size * accum) > 1 << 27:
-            raise UserError(f"--batch-size {self.batch_size}: {sequences:,} sequences in a step fill the memory with "
-                            f"their numbers alone; lower it")
-        return accum
+        return self.global_batch_tokens // micro or self.grad_accum_steps
 
 
 class Corpus:
@@ -132,18 +129,17 @@ class Corpus:
         except OSError as error:
             raise UserError(f"{error.filename or folder}: {error.strerror}; the tokenizer cannot be copied") from None
         with contextlib.suppress(UserError):  # shards may come without their tokenizer, and be trained on without any
-            if not files and identity(open_tokenizer(folder)).hex() != self.meta["tokenizer_hash"]:
+            if not files and tokenizer_hash(open_tokenizer(folder)).hex() != self.meta["tokenizer_hash"]:
                 shutil.rmtree(folder)
 
     @property
     def val_bytes_per_token(self):
         return self.meta["bytes"]["val"] / self.meta["tokens"]["val"]
 
-    def samples(self, step, n):
-        """Indices of the n windows of one optimizer step, (n,): without replacement within an epoch, in a new order
-        each epoch, independent of the number of ranks."""
-        position = step * n + np.arange(n)
-        epoch, index = position // self.n_windows, position % self.n_windows
+    def samples(self, first, n):
+        """Indices of the windows that training reads from its `first`-th (counted from 0) on, (n,): without replacement
+        within an epoch, in a new order each epoch."""
+        epoch, index = np.divmod(first + np.arange(n), self.n_windows)
         order = np.empty(n, dtype=np.int64)
         for one in np.unique(epoch):
             order[epoch == one] = permute(index[epoch == one], self.n_windows, self.seed * 1_000_003 + int(one))
@@ -155,9 +151,8 @@ class Corpus:
         The step's samples are assigned in the order micro-batch, rank, row, so that two micro-batches on one rank are
         the same step as one on each of two ranks.
         """
-        order = self.samples(step, accum * size * batch_size)
-        start = (micro * size + rank) * batch_size
-        return read_windows(self.train, order[start:start + batch_size] * self.seq_len, self.seq_len)
+        first = ((step * accum + micro) * size + rank) * batch_size
+        return read_windows(self.train, self.samples(first, batch_size) * self.seq_len, self.seq_len)
 
     def val_batches(self, max_tokens, batch_size, rank=0, size=1):
         """Yields this rank's share of the validation windows as (source, inputs, targets, number of real rows), with

@@ -239,7 +239,8 @@ def report(found):
 def main():
     given = parse(Config)
     cfg, speed = given.evaluate, hardware.SpeedConfig(**vars(given.precision))
-    device = hardware.configure(speed, hardware.choose_device(speed.device))
+    device = hardware.choose_device(speed.device)
+    hardware.configure(speed, device)
     model, tokenizer, eos, saved = load_run(cfg.checkpoint_path)
     seq_len = cfg.seq_len or saved["config"]["seq_len"]
     if seq_len > model.cfg.max_position_embeddings:

@@ -8,7 +8,7 @@ import os
 import re
 from pathlib import Path
 
-# The fields of a record of metrics.jsonl that is none of metrics, by event.
+# The fields that a record of metrics.jsonl must have if it is an event, by kind of event.
 EVENTS = dict(config=dict(config=dict), sample=dict(text=str), alert=dict(title=str, text=str), exit=dict(code=int))
 
 

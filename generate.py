@@ -126,7 +126,7 @@ def sample(logits, noise, temperature=1.0, top_k=0, top_p=1.0):
         probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0)  # the token that reaches p is kept
     reached = probs.cumsum(dim=-1)
     chosen = torch.searchsorted(reached, noise * reached[:, -1:], right=True)
-    chosen.clamp_(max=reached.shape[-1] - 1)  # of logits that are NaN it is beyond: on CUDA that ends the process
+    chosen.clamp_(max=reached.shape[-1] - 1)  # NaN logits give an index past the end, which ends a CUDA process
     return chosen if order is None else order.gather(-1, chosen)
 
 

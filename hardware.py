@@ -104,7 +104,7 @@ def _cpu_multiplies_bf16():
 
 
 def configure(cfg, device, dropout=0.0):
-    """Set torch's process-wide switches according to the flags; returns the device."""
+    """Set torch's process-wide switches according to the flags."""
     if dropout * 16 % 1:
         torch.backends.cuda.enable_cudnn_sdp(False)  # some of its kernels round dropout to sixteenths (pytorch #174245)
     # A CPU's kernels are deterministic, except for the compiler's embedding gradient: its threads add to shared rows in
@@ -119,7 +119,6 @@ def configure(cfg, device, dropout=0.0):
         torch.set_float32_matmul_precision("high")
     else:
         keep_freed_memory()
-    return device
 
 
 def seed_step(seed, step, rank, device):

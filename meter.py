@@ -26,7 +26,7 @@ class Meter:
         """`batch_size`: sequences per micro-batch."""
         self.batch_size = batch_size
         self.world, self.flops_per_token, self.peak_flops = world, flops_per_token, peak_flops
-        self.what, self.watched = watch if world.is_main else "none", {}
+        self.watch_what, self.watched = watch if world.is_main else "none", {}
         self.forward = Stopwatch(world.device)  # times work in which a rank does not wait for others
         # float64 adds float32 losses without rounding, so a sum interrupted by a resume comes out the same.
         exact = torch.float32 if world.device.type == "mps" else torch.float64
@@ -62,13 +62,13 @@ class Meter:
     def watch(self, model, due):
         """If `due`, compute histograms of the model's gradients and parameters for the next report (--wandb-watch)."""
         if due:
-            self.watched = histograms(model, self.what)
+            self.watched = histograms(model, self.watch_what)
 
     def _clock(self):
         return time.perf_counter() - self.started
 
     def _restart_clock(self):
-        self.forward.read()
+        self.forward.read()  # discards the time of the warm-up
         self.started, self.tokens, self.timed_steps = time.perf_counter(), 0, self.steps
 
     @contextlib.contextmanager

@@ -150,8 +150,8 @@ def attend(q, k, v, dropout=0.0):
     assert T in (1, k.shape[2]), "a cache takes the prompt whole, then one token at a time"
     explicit = q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad and 1 < T <= MAX_EXPLICIT_CONTEXT
     # On CUDA only flash attention takes grouped queries (as of torch 2.13); in fp16, older GPUs do not have it.
-    fused = not explicit and not (q.is_cuda and (q.dtype != torch.bfloat16 or q.shape[3] > 256))
-    if q.shape[1] != k.shape[1] and not fused:
+    takes_groups = not explicit and (not q.is_cuda or q.dtype == torch.bfloat16 and q.shape[3] <= 256)
+    if q.shape[1] != k.shape[1] and not takes_groups:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (B, nh, S, hs)
     if explicit:
         return CausalAttention.apply(q, k, v, dropout)
@@ -246,7 +246,7 @@ class GPT(nn.Module):
         embeddings of std 1, matrices uniform with std 1/sqrt(C), residual projections zero, the head near zero."""
         for name, parameter in self.named_parameters():
             if not name.endswith((".weight", ".bias")):
-                continue  # a module's own kind of parameter, as it made it
+                continue  # its module has initialized it
             into_stream = name.endswith(("proj.weight", "down.weight"))
             if name.endswith("bias"):
                 parameter.zero_()

@@ -20,7 +20,7 @@ from archive import DamagedCheckpoint, load, peek
 from config import UserError, arg, first_line, flag, part_of
 from files import beside_run, read_json
 from model import GPT, GPTConfig
-from tokenizer import end_of_text, hub_reachable, identity, load_tokenizer, open_tokenizer
+from tokenizer import end_of_text, hub_reachable, load_tokenizer, open_tokenizer, tokenizer_hash
 
 # Our parameter names → theirs; {i} is the block index. Our fused qkv is GPT-2's c_attn, and separate q, k, v elsewhere.
 LLAMA_NAMES = {
@@ -68,8 +68,8 @@ def resolve_init(cfg, resume_from):
     """The (model, init) configs that the flags resolve to, on the main rank. Sizes come from --init-from's weights or,
     when resuming a run that started from some, from its checkpoint: --init-from is not read again. Raises UserError."""
     model, init = cfg.model, cfg.init
-    stated = {name: value for name in SIZES if name in cfg.given
-              and (value := getattr(model, name)) is not None and (value or value is False)}  # 0 means not stated
+    stated = {name: value for name in SIZES if name in cfg.given  # None and 0 mean not stated
+              and ((value := getattr(model, name)) or value is False)}
     saved = _saved_config(resume_from, cfg.checkpoint) if resume_from else {}
     if saved and (init.init_from or saved.get("init_from")):
         if init.init_from:
@@ -91,18 +91,19 @@ def resolve_init(cfg, resume_from):
         advice = "lower it" if init.init_from else "raise the latter or lower the former"
         raise UserError(f"--seq-len {cfg.data.seq_len} is above --max-position-embeddings "
                         f"{model.max_position_embeddings}{init.init_from and ' of --init-from'}; {advice}")
-    learned = cfg.data.tokenizer_name in ("bpe", "char") and not (cfg.data.is_shards or cfg.data.use_toy_data)
-    if init.init_from and learned:
+    prepared = cfg.data.is_shards or cfg.data.use_toy_data  # both come with their tokenizer
+    learned = cfg.data.tokenizer_name in ("bpe", "char")
+    if init.init_from and learned and not prepared:
         own = beside_run(init.init_from, ".tokenizer") if os.path.isfile(init.init_from) else init.init_from
         raise UserError(f"--init-from {init.init_from}: its weights fit only the tokenizer they were trained with; add "
                         f"--tokenizer-name {own}")
-    if model.vocab_size and not (learned or cfg.data.is_shards or cfg.data.use_toy_data):  # before a text is tokenized
+    if model.vocab_size and not learned and not prepared:  # before a text is tokenized
         size = load_tokenizer(cfg.data.tokenizer_name).get_vocab_size(with_added_tokens=True)
-        vocabulary(model, init, size, cfg.data.tokenizer_name)
+        resolve_vocab_size(model, init, size, cfg.data.tokenizer_name)
     return model, init
 
 
-def vocabulary(model, init, size, tokenizer_name):
+def resolve_vocab_size(model, init, size, tokenizer_name):
     """The ids that the model needs: the `size` of the tokenizer, or more (--vocab-size). Raises UserError if the model
     has fewer."""
     if 0 < model.vocab_size < size:
@@ -338,7 +339,7 @@ def load_run(path):
     if tokenizer.get_vocab_size() > model.cfg.vocab_size:
         raise UserError(f"--checkpoint-path {path}: {folder} has {tokenizer.get_vocab_size()} tokens, the model "
                         f"{model.cfg.vocab_size}; copy the one that it was trained with")
-    known = identity(tokenizer).hex()[:16]
+    known = tokenizer_hash(tokenizer).hex()[:16]
     if saved["identity"].setdefault("the tokenizer", known) != known:  # a Hugging Face folder states none
         # Not refused: another version of `tokenizers` may write the same one in other words.
         print(f"warning: {folder} is not the tokenizer that {path} was trained with, or not as it was then",

@@ -39,6 +39,13 @@ def child_processes(pid):
     return [int(entry.name) for entry in Path("/proc").glob("[0-9]*") if parent_of(entry.name) == pid]
 
 
+def kill(pids):
+    """End these processes at once, those that are still there."""
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def stop_when_orphaned(generations):
     """Send this process SIGTERM (save and exit) once any of its nearest `generations` ancestors is gone. Otherwise,
     torchrun's ranks and the trials of a sweep would keep running after their launcher was killed."""
@@ -85,19 +92,22 @@ def lock_until_exit(path, patience=1):
 
 
 def _locked(file, patience):
-    """Try to lock the file. A file system without locks counts as having granted it."""
     deadline = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with contextlib.suppress(OSError):  # a file system without locks counts as having granted it
+        while not try_lock(file):
             if time.monotonic() >= deadline:
                 return False
             time.sleep(0.1)
-        except OSError:
-            return True
-        else:
-            return True
+    return True
+
+
+def try_lock(file):
+    """Lock the file exclusively → whether no other process has. Raises OSError where there are no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 class StopSignal:
@@ -148,7 +158,7 @@ class StopSignal:
 
     @staticmethod
     def cause(number):
-        """What a signal came from, in words: its name, or the flag that has set it off."""
+        """The signal's name, or --time-limit if that sent it."""
         return "--time-limit" if number == signal.SIGALRM else signal.Signals(number).name
 
     def agreed(self):

@@ -61,13 +61,13 @@ def join(backend, timeout):
 class NoPulse:
     """Null object: how a rank exits before the process group exists."""
 
-    def end(self, reason, code):
+    def fail(self, reason, code):
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # the main rank reports the same and its exit ends the others; otherwise they report it
         _say(reason)
         self.leave(code)
 
-    def fail(self, error):
+    def crash(self, error):
         """Nothing to add to the traceback."""
 
     def leave(self, code):
@@ -120,22 +120,22 @@ class Pulse(NoPulse):
                 gone = last and last["node"] == self.me["node"] and not _exists(last["pid"])
                 peer = self._read(next_rank)
                 if self.store.check(["reason"]):
-                    self.end()
+                    self.fail()
                 heard = 0 if peer["beat"] != last.get("beat") else heard + 1
                 moved = 0 if self.me["moves"] != moves else moved + 1
                 last, moves = peer, self.me["moves"]
                 if peer["left"]:
                     heard = 0
                 elif gone:
-                    self.end(f"{peer['name']} is gone {self._where()}: it was killed, perhaps for want of memory "
+                    self.fail(f"{peer['name']} is gone {self._where()}: it was killed, perhaps for want of memory "
                              f"(see dmesg), or crashed; {RESUME}")
                 elif heard >= self.silent:
-                    self.end(self._stopped([peer], heard), frozen=peer)
+                    self.fail(self._stopped([peer], heard), frozen=peer)
                 if moved and moved % self.timeout == 0:
                     everyone = [self._read(rank) for rank in range(self.size)]
                     slow = [who for who in everyone if who["moves"] < self.me["moves"]]
                     if slow and not any(who["left"] for who in everyone):
-                        self.end(self._stopped(slow, moved))
+                        self.fail(self._stopped(slow, moved))
                     # NCCL counts what was enqueued: if a GPU hangs, no rank is behind, and NCCL aborts them all.
                     if not slow and self.rank == 0:
                         _say(f"no rank has moved for {moved} s {self._where()}: unless this is a long evaluation, a "
@@ -162,7 +162,7 @@ class Pulse(NoPulse):
         limit = " (--timeout)" if seconds >= self.timeout else ""
         return f"{names} {have} stopped {self._where()}: nothing from {them} for {seconds} s{limit}; {RESUME}"
 
-    def end(self, reason="", code=1, frozen=None):
+    def fail(self, reason="", code=1, frozen=None):
         """Exit, and make all ranks exit, with the first reason that any of them stored. Does not return."""
         with self.leaving:  # the main thread or the pulse thread, whichever comes first
             try:
@@ -200,7 +200,7 @@ class Pulse(NoPulse):
             time.sleep(10)
             os._exit(128 + number)
 
-    def fail(self, error):
+    def crash(self, error):
         """Exit because of an exception in this rank. An exception in a collective means that another rank failed or is
         gone: the rank that detects this ends this process, too."""
         advice = explained(error)
@@ -211,7 +211,7 @@ class Pulse(NoPulse):
             with contextlib.suppress(OSError):
                 traceback.print_exception(error)
         what = advice or f"{type(error).__name__}: {first_line(error)}"
-        self.end(f"{self.me['name']} failed {self._where()}: {what}; {RESUME}")
+        self.fail(f"{self.me['name']} failed {self._where()}: {what}; {RESUME}")
 
 
 def _say(what, kind="error"):

@@ -19,9 +19,9 @@ import sys
 import time
 from pathlib import Path
 
-from config import Parser, UserError, is_launch_flag, one_line_errors, positive
+from config import Parser, UserError, is_launch_flag, one_line_errors, positive, visible
 from files import beside_run, read_records
-from plots import MARKS, figure, looks, panels_of, short, terminal_plot
+from plots import MARKS, figure, looks, panels, short, terminal_plot
 
 ROWS = ".metrics.jsonl"
 DEFAULT = "checkpoints/minigpt.pt"
@@ -255,14 +255,6 @@ def write_page(runs, folder, x, smooth):
     return [f"{panel.name}.png" for panel, _ in images]
 
 
-def panels(runs, x="step"):
-    """The plots of these runs; bits per byte only if losses per token are not comparable, else it is the same curve."""
-    sources = dict.fromkeys(metric.removeprefix("val/loss/") for run in runs for row in run.rows for metric in row
-                            if metric.startswith("val/loss/"))
-    alike = len({run.config.get("tokenizer_hash") for run in runs}) == 1
-    return [panel for panel in panels_of(runs, sources, x) if not (alike and panel.name == "bits_per_byte")]
-
-
 def print_text(runs, x, smooth):
     """Print the plots, the comparison and each run's last sample to the terminal."""
     size, color = shutil.get_terminal_size(), sys.stdout.isatty()
@@ -282,9 +274,7 @@ def print_text(runs, x, smooth):
     for run in runs:
         print("\n" + "\n".join([run.story(), *run.alerts]))
         for step, text in run.samples[-1:]:
-            # A model may generate anything, including terminal control codes.
-            printable = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text or EMPTY)
-            print(f"\n{run.name}, sample at step {step:,}:\n{printable}")
+            print(f"\n{run.name}, sample at step {step:,}:\n{visible(text or EMPTY)}")
 
 
 @one_line_errors()

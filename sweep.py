@@ -24,7 +24,7 @@ from config import Parser, UserError, coerce, flag_fields, positive, refuse_unkn
 from wandb_errors import reason
 from wandb_follower import import_wandb
 from wandb_runs import WandbConfig, with_environment
-from wandb_tools import run
+from wandb_tools import run_command
 
 MOST_AGENTS = 20
 METHODS = "grid", "random", "bayes"
@@ -177,7 +177,7 @@ def main():
     command.add_argument("--agents", type=positive, default=1, help=f"agents to run in parallel, at most {MOST_AGENTS}")
     command.add_argument("--nproc-per-node", type=positive, help="processes of each trial, under torchrun")
     command.set_defaults(run_command=agent)
-    run(parser)
+    run_command(parser)
 
 
 if __name__ == "__main__":

@@ -420,7 +420,7 @@ def _warn(message):
 
 def _json_rows(source):
     """The objects of a file with one per line, or of an array. Not by `datasets`, which infers all columns' types from
-    the beginning of a file and fails at a later row that has other columns, or a date that is no date."""
+    the beginning of a file and fails at a later row that has other columns, or an invalid date."""
     with io.TextIOWrapper(_open(source.path), encoding="utf-8-sig", errors="replace") as file:
         lines = filter(str.strip, file)
         first = next(lines, "{}")

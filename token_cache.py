@@ -3,7 +3,6 @@ content, under --cache-dir."""
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 import toy
 from config import UserError
+from processes import try_lock
 from shards import FORMAT, ShardWriter, read_meta
 from text import (
     Piece,
@@ -33,10 +33,10 @@ from tokenizer import (
     encode_pieces,
     end_of_text,
     gives_back,
-    identity,
     known_characters,
     load_tokenizer,
     save_tokenizer,
+    tokenizer_hash,
     train_tokenizer,
 )
 
@@ -121,7 +121,7 @@ def _locked_draft(folder):
             raise NotADirectoryError(errno.ENOTDIR, f"{draft.name} is a link")
         # Opened for writing, because network file systems grant no exclusive lock otherwise.
         fd = os.open(draft / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        _wait(lambda: not _lock(fd), draft)
+        _wait(lambda: not try_lock(fd), draft)
     except OSError as error:
         if isinstance(error, FileNotFoundError) and folder.parent.exists():  # the draft has just been renamed
             yield None
@@ -152,14 +152,6 @@ def _locked_draft(folder):
             raise
     finally:
         os.close(fd)
-
-
-def _lock(fd):
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _wait(blocked, draft):
@@ -196,11 +188,11 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
     if eos is None:
         log.warning("the tokenizer %s has no end-of-text token: documents are concatenated without a separator",
                     cfg.tokenizer_name)
-    size, tokenizer_hash = tokenizer.get_vocab_size(with_added_tokens=True), identity(tokenizer)
+    size, digest = tokenizer.get_vocab_size(with_added_tokens=True), tokenizer_hash(tokenizer)
     limits = dict(train=cfg.max_tokens, val=0)
     if cfg.max_tokens and not val_sources:
         limits["val"] = max(1, int(cfg.max_tokens * cfg.val_ratio))
-    writers = {split: ShardWriter(draft / f"{split}.bin", size, eos, tokenizer_hash, limit)
+    writers = {split: ShardWriter(draft / f"{split}.bin", size, eos, digest, limit)
                for split, limit in limits.items()}
     n_bytes, n_tokens, left_out, whole, started = dict(train=0, val=0), Counter(), 0, True, time.perf_counter()
     total = sum(source.size for source in [*sources, *val_sources])
@@ -233,7 +225,7 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
              seconds, sum(n_bytes.values()) / 1e6 / max(seconds, 1e-9))
     meta = dict(tokens={split: writer.count for split, writer in writers.items()}, bytes=n_bytes, vocab_size=size,
                 eos=eos, tokenizer=cfg.tokenizer_name if not cfg.use_toy_data else "char",
-                tokenizer_hash=tokenizer_hash.hex(), entropy_rate=entropy,
+                tokenizer_hash=digest.hex(), entropy_rate=entropy,
                 val_sources={name: [sum(parts[:i]), parts[i]] for i, name in enumerate(source_names(cfg.val_data))},
                 fingerprint={split: writer.digest.hexdigest() for split, writer in writers.items()})
     with open(draft / "meta.json", "w") as file:

@@ -78,8 +78,8 @@ def open_tokenizer(folder):
         raise UserError(f"{folder}: not a tokenizer ({error}); copy the one that the model was trained with") from None
 
 
-def identity(tokenizer):
-    """A digest of what the tokenizer does, 32 bytes: equal ids mean equal text."""
+def tokenizer_hash(tokenizer):
+    """A digest of 32 bytes, equal only for tokenizers that give the same ids for the same text."""
     return hashlib.blake2b(tokenizer.to_str().encode(), digest_size=32).digest()
 
 
@@ -147,7 +147,7 @@ def encode_pieces(tokenizer, pieces, eos):
 def count_bytes(tokenizer, blocks):
     """Bytes of the text that each array of ids stands for, without special tokens; up to 3 too many where ids have to
     be decoded and begin or end within a character."""
-    if blocks and (table := _bytes_of_tokens(tokenizer)) is not None:  # ids that are none are refused when written
+    if blocks and (table := _bytes_of_tokens(tokenizer)) is not None:  # ids outside of it are refused when written
         return [int(np.take(table, ids, mode="clip").sum()) for ids in blocks]
     return [len(text.encode("utf-8", "replace")) for text in tokenizer.decode_batch([ids.tolist() for ids in blocks])]
 

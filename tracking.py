@@ -9,7 +9,6 @@ import math
 import os
 import re
 import shlex
-import signal
 import sys
 import time
 import traceback
@@ -20,10 +19,10 @@ from logging.handlers import MemoryHandler
 import torch
 from tqdm import tqdm
 
-from config import RunFailed, UserError, arg, flatten, to_toml
+from config import RunFailed, UserError, arg, flatten, to_toml, visible
 from files import without_infinity, write_whole
 from hardware import device_name, should_compile
-from wandb_runs import distributed_info, in_sweep, new_run_id, plan_run, provenance, recalled, with_environment
+from wandb_runs import distributed_info, new_run_id, plan_run, provenance, recalled, sweep_trial, with_environment
 
 log = logging.getLogger("mini_llm")
 
@@ -127,20 +126,17 @@ def log_facts(cfg, world, corpus, raw, optimizer_bytes, precision, accum, state)
     log.info(f"Resumed at step {state.step}" if state.step else f"Starting from {cfg.init.init_from or 'scratch'}")
 
 
-def visible(text):
-    """`text` with its control characters escaped, except newlines and tabs: they would act on a terminal."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], text)
-
-
 class Tracker:
     """Sends each report to the console and to every sink. Ranks other than the main one have no console output, and
     have sinks only if --wandb-run-mode makes them write to W&B."""
 
-    def __init__(self, cfg, world, state, amp, config):
-        """`cfg`: the whole configuration; `config`: the facts to record with the run. Collective with --use-wandb."""
-        self.num_steps, self.amp, self.exit_code = cfg.optim.num_steps, amp, 0
+    def __init__(self, cfg, world, state, epochs_per_step, amp, config):
+        """`cfg`: the whole configuration; `config`: the facts to record with the run. `state` is read at each record,
+        and gets the id of the W&B run. Collective with --use-wandb."""
+        self.state, self.epochs_per_step, self.amp = state, epochs_per_step, amp
+        self.num_steps, self.exit_code = cfg.optim.num_steps, 0
         self.beside, self.is_main, self.sinks, self.file = cfg.checkpoint.beside, world.is_main, [], None
-        self.step, self.wandb, self.since = state.step, None, (time.perf_counter(), state.step)
+        self.wandb, self.since = None, (time.perf_counter(), state.step)
         wandb, self.plan = self._plan_wandb(cfg, world, state)
         if world.is_main or self.plan:
             self._open(cfg, state.step, wandb, config | distributed_info(world) | dict(
@@ -163,7 +159,7 @@ class Tracker:
                 before = {}
             wandb = with_environment(cfg.wandb, before=before.get("init"))
             known = state.wandb_run_id or before.get("base")
-            return wandb, in_sweep() or wandb.wandb_run_id or known or new_run_id()
+            return wandb, sweep_trial() or wandb.wandb_run_id or known or new_run_id()
 
         wandb, state.wandb_run_id = world.from_main(resolve)  # even if another node's environment differs
         if wandb.wandb_mode == "disabled":
@@ -212,9 +208,9 @@ class Tracker:
             if known := [file for file in map(self.beside, (".pt", ".best.pt")) if file.exists()]:
                 log.error("the last checkpoint is %s: --resume goes on from it", known[0])
             if self.is_main:
-                self._record(self.step, event="alert", title=f"stopped by {kind.__name__}", text=str(error),
+                self._record(self.state.step, event="alert", title=f"stopped by {kind.__name__}", text=str(error),
                              level="ERROR")
-        self._record(self.step, event="exit", code=self.exit_code)
+        self._record(self.state.step, event="exit", code=self.exit_code)
         for sink in self.sinks:
             sink.close(self.exit_code)
         if self.file:
@@ -223,47 +219,43 @@ class Tracker:
                 self.file.close()
 
     def _record(self, step, **record):
-        self.step = step
         for sink in self.sinks:
             sink.log(step, record)
 
-    def report(self, state, epochs_per_step, metrics):
+    def report(self, metrics):
         """Log `metrics`, named as in the README's table: one console line, and one row in every sink. A metric is a
         number, a tensor of one element, or a histogram (counts and edges). Those under `rank/` are this rank's own, and
         logged only where ranks write to W&B separately."""
         metrics = {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
-        metrics |= {"train/tokens": state.tokens, "train/epoch": state.step * epochs_per_step,
+        step = self.state.step
+        metrics |= {"train/tokens": self.state.tokens, "train/epoch": step * self.epochs_per_step,
                     "amp": float(self.amp != "off")}
         began, first = self.since
-        per_step = (time.perf_counter() - began) / max(1, state.step - first)  # evaluations and saves included
-        log.info("%s", console_line(state.step, self.num_steps, metrics, per_step, self.amp))
-        if state.step == first:  # exclude the one-time evaluation before the first step
+        per_step = (time.perf_counter() - began) / max(1, step - first)  # evaluations and saves included
+        log.info("%s", console_line(step, self.num_steps, metrics, per_step, self.amp))
+        if step == first:  # exclude the one-time evaluation before the first step
             self.since = time.perf_counter(), first
         own = {name: metrics.pop(name) for name in list(metrics) if name.startswith("rank/")}
         row = metrics if self.is_main or self.plan and self.plan.primary else {}
         if self.plan and self.plan.suffix is not None:
             row |= {name + self.plan.suffix: value for name, value in own.items()}
         if row:
-            self._record(state.step, **row)
+            self._record(step, **row)
 
-    def sample(self, step, make_text):
+    def sample(self, make_text):
         try:
             text = make_text()
         except Exception as error:  # must not end the run; the tokenizers package may be missing, for example
             log.warning("no sample: %s", error)
             return
-        log.info("sample at step %d:\n%s", step, visible(text))
-        self._record(step, event="sample", text=text)
+        log.info("sample at step %d:\n%s", self.state.step, visible(text))
+        self._record(self.state.step, event="sample", text=text)
 
     def saved(self, path, state, best):
         """Called after the main rank has written a checkpoint: upload it to W&B if wanted."""
         if self.wandb and (link := self.wandb.checkpoint_to_upload(path, state.step, best)):
             self._record(state.step, event="checkpoint", path=link, best=best, tokens=state.tokens,
                          val_loss=state.val_loss)
-
-    def stopped(self, signal_number, step):
-        log.info("stopped by %s at step %d, saved; go on with --resume", signal.Signals(signal_number).name, step)
-        self.exit_code = 128 + signal_number
 
     def finished(self, files):
         log.info("Training finished. Written: %s", ", ".join(files))

@@ -1,12 +1,10 @@
 """Pretrain a GPT on one device: `python train.py`. `train_ddp.py` runs this loop with a `World` of many processes."""
 
 import contextlib
-import dataclasses
 import logging
-import math
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
@@ -21,10 +19,10 @@ from hardware import SpeedConfig
 from meter import Meter
 from model import GPT, GPTConfig
 from optim import OptimConfig, StepGuard, lr_at, make_optimizer, set_lr, state_sizes
-from pretrained import InitConfig, load_initial, resolve_init, vocabulary
+from pretrained import InitConfig, load_initial, resolve_init, resolve_vocab_size
 from processes import RanksConfig, StopSignal, stop_when_orphaned
 from tracking import ReportConfig, Tracker, TrackingConfig, log_facts, make_profiler, setup_logging
-from wandb_runs import WandbConfig, in_sweep
+from wandb_runs import WandbConfig, sweep_trial
 from watchdog import Watchdog
 
 log = logging.getLogger("mini_llm")
@@ -51,7 +49,6 @@ class Config:
 class World:
     """The processes that train together: here, only one. `train_ddp.py` has the version for many."""
 
-    config = Config  # a world with flags of its own extends it
     rank = local_rank = node_rank = 0
     size = local_size = 1
     launchers = 0  # number of launcher processes above this one (torchrun): when one dies, this process saves and exits
@@ -59,8 +56,8 @@ class World:
     saving = contextlib.nullcontext()  # context manager held while a checkpoint is written
 
     def __init__(self, cfg):
-        device = hardware.choose_device(cfg.speed.device, self.local_rank, alone=not self.launchers)
-        self.device = hardware.configure(cfg.speed, device, cfg.model.dropout)
+        self.device = hardware.choose_device(cfg.speed.device, self.local_rank, alone=not self.launchers)
+        hardware.configure(cfg.speed, self.device, cfg.model.dropout)
 
     def wrap(self, model):
         """Returns the module whose backward pass averages gradients over the ranks."""
@@ -123,8 +120,7 @@ def train(cfg, world):
     accum, config = cfg.batch.accum_steps(world.size, cfg.data.seq_len), flatten(cfg)
     corpus = Corpus(cfg.data, cfg.model.vocab_size, writes=world.local_rank == 0, scratch=dry_run)
     global_batch_size = batch_size * accum * world.size
-    epochs_per_step = global_batch_size / corpus.n_windows
-    vocab_size = vocabulary(cfg.model, cfg.init, corpus.vocab_size, cfg.data.tokenizer_name)
+    vocab_size = resolve_vocab_size(cfg.model, cfg.init, corpus.vocab_size, cfg.data.tokenizer_name)
     identity = checkpoint.run_identity(cfg, corpus, vocab_size, global_batch_size)
     precision = hardware.choose_precision(cfg.speed, world.device)
     # Muon's products in bf16 round differently on different GPUs and CPUs: replicas would drift apart.
@@ -136,7 +132,7 @@ def train(cfg, world):
         lambda: checkpoint.load_for_resume(resume_from, cfg.checkpoint, identity, config, mends=not dry_run))
 
     torch.manual_seed(cfg.optim.seed)  # the same initial weights on every rank
-    raw = GPT(dataclasses.replace(cfg.model, vocab_size=vocab_size)).to(world.device)
+    raw = GPT(replace(cfg.model, vocab_size=vocab_size)).to(world.device)
     if not saved:
         load_initial(raw, cfg.init, world)
     optimizer, scaler = make_optimizer(raw, cfg.optim, world.device, precision.dtype), precision.scaler()
@@ -150,8 +146,11 @@ def train(cfg, world):
     world.require_replicas(raw, optimizer)
     model = world.wrap(fast)  # `model` takes the training steps, `fast` evaluates, `raw` is saved
     num_steps, eval_steps = cfg.optim.num_steps, cfg.report.eval_every(cfg.optim.num_steps)
-    opt_size = sum(moments := state_sizes(optimizer))
-    log_facts(cfg, world, corpus, raw, opt_size, precision, accum, state)
+    moments = state_sizes(optimizer)  # bytes of each
+    log_facts(cfg, world, corpus, raw, sum(moments), precision, accum, state)
+
+    def due(every, ahead=0):
+        return state.step + ahead == num_steps or (every and (state.step + ahead) % every == 0)
 
     def forward_backward(micro):
         """One micro-batch of this rank → its loss. Gradients accumulate; the last micro-batch all-reduces them."""
@@ -170,8 +169,8 @@ def train(cfg, world):
         set_lr(optimizer, lr_at(state.step, cfg.optim))
         losses = [forward_backward(micro) for micro in range(accum)]
         scaler.unscale_(optimizer)
-        meter.watch(raw, due=(state.step + 1) % cfg.report.log_steps == 0 or state.step + 1 == num_steps)
-        norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.optim.grad_clip_norm or math.inf)
+        meter.watch(raw, due=due(cfg.report.log_steps, ahead=1))
+        norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.optim.grad_clip_norm or float("inf"))
         scale = scaler.get_scale()
         taken = guard.step(norm, state.step)
         scaler.update()
@@ -186,22 +185,20 @@ def train(cfg, world):
         """Everything a run needs to resume, identical on every rank. Collective."""
         world.require_replicas(raw, optimizer)
         return {name: part.state_dict() for name, part in parts.items()} | dict(
-            format=checkpoint.FORMAT, state=dataclasses.asdict(state), identity=identity, config=config,
+            format=checkpoint.FORMAT, state=asdict(state), identity=identity, config=config,
             start=corpus.start, torch=str(torch.__version__))
 
-    def halt(what, step):
-        """Saves the weights and raises NonFinite, naming the samples of `step` (counted from 0). Collective."""
+    def halt():
+        """Saves the weights and raises NonFinite, naming the samples of the last step. Collective."""
         last = payload()
         kept = world.from_main(lambda: checkpoint.save_nonfinite(cfg.checkpoint, last, world.saving))
-        samples = corpus.samples(step, global_batch_size)[:64].tolist()
-        raise NonFinite(f"loss or gradient {what} at step {step + 1}, which read the samples {samples}; {kept}")
+        samples = corpus.samples((state.step - 1) * global_batch_size, min(global_batch_size, 64)).tolist()
+        raise NonFinite(f"loss or gradient was not finite in {meter.skipped_in_row} steps in a row, the last at step "
+                        f"{state.step}, which read the samples {samples}; {kept}")
 
     def evaluate_now():
         with meter.excluded("eval"):
             return evaluate(fast, corpus, cfg, precision, world)
-
-    def due(every):
-        return state.step == num_steps or (every and state.step % every == 0)
 
     if dry_run:
         began = time.perf_counter()
@@ -212,7 +209,8 @@ def train(cfg, world):
         log.info("already at step %d of %d: raise --num-steps to go on", state.step, num_steps)
         return 0
 
-    world.from_main(lambda: checkpoint.claim(cfg, resume_from, 4 * raw.num_params() + opt_size, num_steps - state.step))
+    saved_bytes = 4 * raw.num_params() + sum(moments)
+    world.from_main(lambda: checkpoint.claim(cfg, resume_from, saved_bytes, num_steps - state.step))
     stop = StopSignal(world, cfg.checkpoint.time_limit).listen()  # until the end of the loop
     # A warm-up pass whose gradients are discarded, with memory held for the optimizer state: OOM and compile errors
     # show before any file is replaced. It is not optional: after its first backward pass DDP regroups the gradients,
@@ -229,12 +227,12 @@ def train(cfg, world):
             lambda: checkpoint.begin(cfg.checkpoint, resume_from, state, cfg.report.eval_tokens))
 
     facts = config | corpus.facts | dict(n_params=raw.num_params(), accum_steps=accum)
-    with (Tracker(cfg, world, state, precision.name, facts) as track,
+    with (Tracker(cfg, world, state, global_batch_size / corpus.n_windows, precision.name, facts) as track,
           make_profiler(cfg.tracking.use_profiler and world.is_main, cfg.checkpoint.beside(".trace.json")) as profiler,
           stop, Watchdog(meter, state, cfg, world.rank)):
         saver = Saver(cfg.checkpoint, world, state, track.saved)
         if state.step == 0:
-            track.report(state, epochs_per_step, evaluate_now())
+            track.report(evaluate_now())
         while state.step < num_steps:
             losses, norm, taken = train_step()
             state.step += 1
@@ -242,32 +240,34 @@ def train(cfg, world):
             meter.add(losses, norm, taken, tokens=batch_size * accum * corpus.seq_len)
             profiler.step()
             track.bar.update()
-            metrics, best, (signal_number, save_now) = {}, False, stop.agreed()
+            signal_number, save_now = stop.agreed()
+            metrics, best = {}, False
             if cfg.ranks.check_replicas and state.step % cfg.ranks.check_replicas == 0:
                 world.require_replicas(raw, optimizer)
             if due(cfg.report.log_steps):
                 saver.conclude(wait=False)
                 metrics = meter.report(ends_interval=state.step % cfg.report.log_steps == 0)
-                metrics["lr"] = lr_at(state.step - 1, cfg.optim)  # learning rate of the step just taken
+                metrics["lr"] = lr_at(state.step - 1, cfg.optim)  # of the step just taken
             if due(eval_steps):
                 metrics |= evaluate_now()
                 state.val_loss = metrics["val/loss"]
                 best = cfg.checkpoint.save_best and state.val_loss < state.best_val
             if metrics:
-                track.report(state, epochs_per_step, metrics)
+                track.report(metrics)
             if due(cfg.report.log_steps) and meter.skipped_in_row >= cfg.optim.max_bad_steps:
                 saver.conclude()
-                halt(f"was not finite in {meter.skipped_in_row} steps in a row, the last", state.step - 1)
+                halt()
             if due(cfg.report.sample_steps):  # before saving: a run killed in here repeats the step and its sample
                 with meter.excluded("sample"), precision.autocast():
                     world.from_main(lambda: track.sample(
-                        state.step, lambda: sample_text(raw, cfg.checkpoint.beside(".tokenizer"), corpus)))
+                        lambda: sample_text(raw, cfg.checkpoint.beside(".tokenizer"), corpus)))
             latest = due(cfg.checkpoint.save_steps) or signal_number or save_now
             if latest or best:
                 with meter.excluded("checkpoint"):  # all ranks wait here: saving is not training time
                     saver.save(payload, latest, best, signal_number or state.step == num_steps)
             if signal_number and state.step < num_steps:
-                track.stopped(signal_number, state.step)
+                log.info("stopped by %s at step %d, saved; go on with --resume", stop.cause(signal_number), state.step)
+                track.exit_code = 128 + signal_number
                 break
         else:
             track.finished(cfg.checkpoint.files())
@@ -276,8 +276,8 @@ def train(cfg, world):
 
 def main(world_type=World):
     try:
-        cfg = parse(world_type.config)
-        if trial := in_sweep():  # each trial of a sweep is a separate run
+        cfg = parse(Config)
+        if trial := sweep_trial():  # each trial of a sweep is a separate run
             cfg.checkpoint.checkpoint_path = str(cfg.checkpoint.beside(f".{trial}.pt"))
         if not world_type.launchers:  # torchrun's ranks may be waiting for each other, and end at once
             leave_on_sigterm()
@@ -285,8 +285,8 @@ def main(world_type=World):
         world = world_type(cfg)
         setup_logging(world.is_main)
         with needed_packages():
-            stopped_by = train(cfg, world)
-            world.leave(0 if trial else stopped_by)  # W&B's agent gives up after five trials that fail
+            code = train(cfg, world)
+            world.leave(0 if trial else code)  # W&B's agent gives up after five trials that fail
     except (UserError, RunFailed) as error:
         world_type.fail(error, 2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:  # before there is anything to save, or a second Ctrl-C

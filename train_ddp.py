@@ -98,11 +98,11 @@ class DDPWorld(World):
 
     @staticmethod
     def fail(error, code):
-        DDPWorld.pulse.end(error, code)
+        DDPWorld.pulse.fail(error, code)
 
     @staticmethod
     def crash(error):
-        DDPWorld.pulse.fail(error)
+        DDPWorld.pulse.crash(error)
 
     @staticmethod
     def leave(code):

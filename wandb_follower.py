@@ -19,7 +19,7 @@ import threading
 import time
 from pathlib import Path
 
-from processes import child_processes, only_one
+from processes import child_processes, kill, only_one
 from wandb_errors import Relay, explained, reason
 from wandb_runs import SOURCE, Job, local_folder
 
@@ -112,9 +112,7 @@ class Follower:
 
 def end_children():
     """Kill all child processes, including a frozen wandb-core, which would never exit."""
-    for child in child_processes(os.getpid()):
-        with contextlib.suppress(OSError):
-            os.kill(child, signal.SIGKILL)
+    kill(child_processes(os.getpid()))
 
 
 @functools.cache

@@ -62,11 +62,11 @@ class WandbConfig:
         return {"none": 0, "best": 1, "last": 1, "all": UPLOADS - 2}[self.wandb_log_checkpoints] * self.use_wandb
 
     def validate(self):
-        self.use_wandb = self.use_wandb or bool(in_sweep())  # the command of `wandb sweep` has only the parameters
+        self.use_wandb = self.use_wandb or bool(sweep_trial())  # the command of `wandb sweep` has only the parameters
         if not self.use_wandb:
             return
         final = with_environment(self)
-        if in_sweep() and (final.wandb_run_mode, final.wandb_rank_scope) != ("auto", "global"):
+        if sweep_trial() and (final.wandb_run_mode, final.wandb_rank_scope) != ("auto", "global"):
             raise UserError(f"--wandb-run-mode {final.wandb_run_mode} --wandb-rank-scope {final.wandb_rank_scope}: a "
                             f"trial of a sweep is one run; leave them out")
         if final.wandb_run_mode == "shared" and final.wandb_mode == "offline":
@@ -101,7 +101,7 @@ def with_environment(cfg, environ=os.environ, before=None):
     written |= {name: before[name] for name in ("project", "entity") if before.get(name)} if before else {}
     for name, variable in ENVIRONMENT.items():
         text = environ.get(variable, "").strip() or written.get(SETTINGS.get(name), "")
-        decided = text and in_sweep(environ) and name in ("wandb_project", "wandb_entity")
+        decided = text and sweep_trial(environ) and name in ("wandb_project", "wandb_entity")
         if getattr(cfg, name) not in ("", [], None) and not decided:
             continue
         if not text:
@@ -178,7 +178,7 @@ def plan_run(run_mode, rank_scope, base, info):
                    shared, f"rank-{info['rank']}", None if alone else f"/{info['rank']}" if shared else "")
 
 
-def in_sweep(environ=os.environ):
+def sweep_trial(environ=os.environ):
     """The run id that `wandb agent` assigned to this trial of a sweep; "" outside a sweep."""
     return environ.get("WANDB_RUN_ID", "") if environ.get("WANDB_SWEEP_ID") else ""
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import archive
 from files import matching_files
-from processes import child_processes, only_one
+from processes import child_processes, kill, only_one
 from wandb_runs import UPLOADS, Job, remember, uncommitted
 
 FOLLOWER = Path(__file__).with_name("wandb_follower.py")
@@ -152,9 +152,7 @@ class WandbSink:
             self.process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             self.given_up = True
-            for pid in [self.process.pid, *child_processes(self.process.pid)]:
-                with contextlib.suppress(OSError):
-                    os.kill(pid, signal.SIGKILL)
+            kill([self.process.pid, *child_processes(self.process.pid)])
             self._say(logging.WARNING, f"not finished within {seconds:g} s, ended; send the rest later: "
                                        f"{self.job.sync}")
         self.listener.join(1)

@@ -231,7 +231,7 @@ def _stays_inside(name):
     return not path.is_absolute() and ".." not in path.parts
 
 
-def run(parser):
+def run_command(parser):
     """Run the command that the user chose; an error is printed as one line, with what to do about it."""
     try:
         args = parser.parse_args()
@@ -267,7 +267,7 @@ def main():
     command.add_argument("folder", metavar="DIR", nargs="?", help="where to; a folder of the run's id is made there")
     command.set_defaults(run_command=download)
     os.environ |= dict(WANDB_MODE="online", WANDB_SILENT="true")  # what matters is printed by this program
-    run(parser)
+    run_command(parser)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,8 @@ def main():
     print(machine(options.device))
     for name in options.size:
         size, cfg = SIZES[name], SpeedConfig(device=options.device, amp=not options.no_amp)
-        device = hardware.configure(cfg, hardware.choose_device(options.device))
+        device = hardware.choose_device(options.device)
+        hardware.configure(cfg, device)
         precision = hardware.choose_precision(cfg, device)
         model = GPT(GPTConfig(n_layers=size.layers, n_heads=size.heads, d_model=size.width, vocab_size=size.vocab or 65,
                               max_position_embeddings=size.context)).to(device)

@@ -18,6 +18,7 @@ import pytest
 import zygote
 from conftest import PEAK_MB, ROOT, SHARED, Clock, environment
 
+import processes
 import text as text_module
 import token_cache
 import tokenizer as tokenizer_module
@@ -52,7 +53,7 @@ def test_permute_is_a_permutation(n):
 def test_an_epoch_shows_every_window_once_and_the_next_in_another_order(text, cache):
     corpus = Corpus(config(text, cache))
     n, batch = corpus.n_windows, 7
-    seen = np.concatenate([corpus.samples(step, batch) for step in range(2 * n // batch + 1)])
+    seen = np.concatenate([corpus.samples(step * batch, batch) for step in range(2 * n // batch + 1)])
     assert sorted(seen[:n]) == list(range(n)) and sorted(seen[n:2 * n]) == list(range(n))
     assert not np.array_equal(seen[:n], seen[n:2 * n])
 
@@ -694,7 +695,7 @@ def test_a_file_system_without_locks_is_named_as_such(tmp_path, text, monkeypatc
     def flock(file, operation):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(token_cache.fcntl, "flock", flock)
+    monkeypatch.setattr(processes.fcntl, "flock", flock)
     with pytest.raises(UserError, match="--cache-dir .* file system with locks"):
         prepare(config(text, tmp_path / "cache"))
 

@@ -383,7 +383,7 @@ def test_a_model_that_no_machine_holds_is_refused_at_once(flags):
 
 def test_a_step_and_a_name_that_no_machine_holds_are_refused(run, again):
     folder, flags = again
-    refused(run(train, *flags, "--checkpoint-path", folder / "n.pt", "--batch-size", 1 << 50), "--batch-size", "lower")
+    refused(run(train, *flags, "--checkpoint-path", folder / "n.pt", "--batch-size", 1 << 50), "--batch-size", "most")
     for length in (240, 300):
         refused(run(train, *flags, "--checkpoint-path", folder / f"{'n' * length}.pt"), "File name too long")
 

@@ -12,7 +12,7 @@ from conftest import ROOT, environment
 
 import report
 from files import read_records
-from plots import PANELS, figure, panels_of, short, smoothed, ticks
+from plots import PANELS, figure, panels, short, smoothed, ticks
 
 NASTY = "Once <script>alert('x')</script> & <img src=http://example.com/x.png>\n\x1b[31m```red \ud83d"
 
@@ -89,7 +89,7 @@ def test_a_page_of_two_runs_shows_what_their_rows_say(trainer):
         assert any(sample in shown for shown in page.texts), sample
     loaded = report.load([trainer.folder / "1e-3.pt", trainer.folder / "9e-3.pt"])
     assert report.differences(loaded) == {"lr": [1e-3, 9e-3]}
-    fig = figure(panels_of(loaded, [])[0], loaded)
+    fig = figure(panels(loaded)[0], loaded)
     drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in fig.axes[0].lines]
     for run in runs:
         points = [(step, row["val/loss"]) for step, row in run.rows.items() if "val/loss" in row]
@@ -244,14 +244,15 @@ def test_runs_of_different_tokenizers_are_compared_by_bits_per_byte(tmp_path):
         path = write_run(tmp_path / f"{name}.metrics.jsonl")
         path.write_text(path.read_text().replace('"arch": "gpt2"', f'"arch": "gpt2", "tokenizer_hash": "{name}"'))
     both = report.load([tmp_path / f"{name}.metrics.jsonl" for name in ("a", "b")])
-    assert "bits_per_byte" in [panel.name for panel in report.panels(both)]
-    assert "bits_per_byte" not in [panel.name for panel in report.panels(both[:1])]
+    assert "bits_per_byte" in [panel.name for panel in panels(both)]
+    assert "bits_per_byte" not in [panel.name for panel in panels(both[:1])]
 
 
 def test_validation_sets_of_like_names_have_panels_of_their_own():
     class Run:
+        rows, config = [dict.fromkeys([f"val/loss/{name}" for name in ("a-b.txt", "a.b.txt", "c")], 2.0)], {}
+
         def series(self, metric, x):
             return ([1], [2.0]) if metric.startswith("val/loss/") else ([], [])
 
-    assert [panel.name for panel in panels_of([Run()], ["a-b.txt", "a.b.txt", "c"])] == [
-        "val_a_b_txt_0", "val_a_b_txt_1", "val_c"]
+    assert [panel.name for panel in panels([Run()])] == ["val_a_b_txt_0", "val_a_b_txt_1", "val_c"]

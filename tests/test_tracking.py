@@ -13,6 +13,7 @@ import hardware
 import meter as meter_module
 import tracking
 from checkpoint import State
+from config import visible
 from meter import Meter, histograms
 from tracking import JsonlSink, TensorboardSink, Tracker, console_line
 from train import World
@@ -49,12 +50,14 @@ def test_the_time_left_is_of_all_that_comes_between_steps_but_not_of_the_first_e
     clock = Clock(monkeypatch, tracking)
     tracker = Tracker.__new__(Tracker)
     tracker.num_steps, tracker.amp, tracker.is_main, tracker.plan, tracker.sinks = 100, "off", True, None, []
+    tracker.epochs_per_step = 0.1
     tracker.since = clock.now, 0
     lines = []
     monkeypatch.setattr(tracking.log, "info", lambda form, line: lines.append(line))
     for step, seconds in ((0, 50), (10, 10), (20, 30)):  # an evaluation, steps, steps with an evaluation
         clock.sleep(seconds)
-        tracker.report(State(step=step), 0.1, {"lr": 0.1} if step else {"val/loss": 1.0})
+        tracker.state = State(step=step)
+        tracker.report({"lr": 0.1} if step else {"val/loss": 1.0})
     assert [re.findall(r"eta (\S+)", line) for line in lines] == [[], ["0:01:30"], ["0:02:40"]]
 
 
@@ -66,7 +69,8 @@ def test_a_metric_may_be_a_tensor_in_every_sink(tmp_path):
     tracker.num_steps, tracker.amp, tracker.is_main, tracker.plan, tracker.since = 9, "off", True, None, (0, 0)
     tracker.sinks = [JsonlSink(tmp_path / "m.jsonl", 0), TensorboardSink(tmp_path / "events", 0)]
     metrics = {"mine": torch.tensor(0.5), "theirs": np.float32(2), "none": torch.tensor(math.nan)}
-    tracker.report(State(step=1), 0.1, metrics)
+    tracker.state, tracker.epochs_per_step = State(step=1), 0.1
+    tracker.report(metrics)
     for sink in tracker.sinks:
         sink.close(0)
     row = json.loads((tmp_path / "m.jsonl").read_text(), parse_constant=pytest.fail)
@@ -82,7 +86,7 @@ def test_a_log_that_the_disk_cannot_take_ends_no_run_that_is_done(tmp_path):
     file.stream.write("the last line")
     tracker = Tracker.__new__(Tracker)
     tracker.bar, tracker.sinks, tracker.file = SimpleNamespace(close=int), [], file
-    tracker.exit_code, tracker.step = 0, 9
+    tracker.exit_code, tracker.state = 0, State(step=9)
     tracker.__exit__(None, None, None)
 
 
@@ -250,4 +254,4 @@ def test_a_histogram_counts_every_value_between_its_edges():
 
 
 def test_a_sample_does_not_act_on_the_terminal():
-    assert tracking.visible("\x1b[31m red\r\n\t\x00\x9b é 日本") == "\\x1b[31m red\\r\n\t\\x00\\x9b é 日本"
+    assert visible("\x1b[31m red\r\n\t\x00\x9b é 日本") == "\\x1b[31m red\\r\n\t\\x00\\x9b é 日本"

@@ -9,10 +9,10 @@ from wandb_runs import (
     Job,
     WandbConfig,
     distributed_info,
-    in_sweep,
     plan_run,
     recalled,
     remember,
+    sweep_trial,
     with_environment,
 )
 
@@ -166,5 +166,5 @@ def test_a_trial_of_a_sweep_is_one_run_and_reports_whether_or_not_its_command_sa
 
 
 def test_a_trial_of_a_sweep_is_known_by_the_agents_environment():
-    assert in_sweep({"WANDB_SWEEP_ID": "s", "WANDB_RUN_ID": "r"}) == "r"
-    assert in_sweep({"WANDB_RUN_ID": "r"}) == ""
+    assert sweep_trial({"WANDB_SWEEP_ID": "s", "WANDB_RUN_ID": "r"}) == "r"
+    assert sweep_trial({"WANDB_RUN_ID": "r"}) == ""
