@@ -108,8 +108,9 @@ class Corpus:
         self.n_val_windows = sum(shard.windows(self.seq_len) for shard in self.val_sources.values())
         for name, shard in [("", self.train), *self.val_sources.items()]:
             if not shard.windows(self.seq_len):
+                advice = ", or a larger --val-ratio" if shard is not self.train and not cfg.val_data else ""
                 raise UserError(f"--seq-len {self.seq_len}: {shard.path}{name and f' ({name})'} holds {shard.count:,} "
-                                f"tokens, less than one sequence; give more text or a smaller --seq-len")
+                                f"tokens, less than one sequence; give more text, a smaller --seq-len{advice}")
 
     def _start(self):
         """The token that unconditional generation starts from: end-of-text if it precedes other text within the first

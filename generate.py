@@ -38,7 +38,7 @@ class GenerateConfig:
     temperature: float = arg(TEMPERATURE, "lower: less random; 0: always the likeliest token", ge=0)
     top_k: int = arg(TOP_K, "sample from this many likeliest tokens; 0: from all", ge=0)
     top_p: float = arg(1.0, "nucleus: sample from the fewest tokens whose probability reaches this", ge=1e-6, le=1)
-    seed: int = arg(1337, "seed; each continuation has its own stream, whatever is generated beside it", ge=0)
+    seed: int = arg(1337, "seed; each continuation has its own stream, by the place of its prompt and its number", ge=0)
     stop: list[str] = arg([], "texts that end a continuation, and are left out of it")
     batch_size: int = arg(32, "continuations computed at once, at most", ge=1)
     device: str = arg("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cuda", "cpu", "mps"))

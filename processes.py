@@ -152,7 +152,7 @@ class StopSignal:
         if not self.received and self.world.is_main:
             with contextlib.suppress(OSError):  # stderr may be gone
                 # Not by print or logging, which this handler may have interrupted.
-                os.write(2, f"{signal.Signals(number).name}: saves and exits after the step in progress (Ctrl-C after "
+                os.write(2, f"{self.cause(number)}: saves and exits after the step in progress (Ctrl-C after "
                             f"two seconds: at once, unsaved)\n".encode())
         self.received = self.received or number
 

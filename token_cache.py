@@ -241,8 +241,8 @@ def _require_a_sequence(cfg, train, val, parts):
         if count < cfg.seq_len + 1:
             raise UserError(f"{where}: {count:,} {split} tokens are fewer than one sequence of --seq-len "
                             f"{cfg.seq_len} + 1; give more text, a smaller --seq-len"
-                            f"{', a larger --val-ratio' if split == 'val' and not named else ''}, or "
-                            f"{'a larger --max-tokens' if cfg.max_tokens else 'another --val-data'}")
+                            f"{', a larger --max-tokens' * bool(cfg.max_tokens)}"
+                            f"{', a larger --val-ratio, or --val-data' * (split == 'val' and not named)}")
 
 
 def _trained_tokenizer(name, stream, vocab_size):

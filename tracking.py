@@ -22,7 +22,16 @@ from tqdm import tqdm
 from config import RunFailed, UserError, arg, flatten, to_toml, visible
 from files import without_infinity, write_whole
 from hardware import device_name, should_compile
-from wandb_runs import distributed_info, new_run_id, plan_run, provenance, recalled, sweep_trial, with_environment
+from wandb_runs import (
+    WandbConfig,
+    distributed_info,
+    new_run_id,
+    plan_run,
+    provenance,
+    recalled,
+    sweep_trial,
+    with_environment,
+)
 
 log = logging.getLogger("mini_llm")
 
@@ -32,8 +41,8 @@ class ReportConfig:
     """Evaluation and reports"""
 
     log_steps: int = arg(10, "steps between reports", ge=1)
-    eval_steps: int | None = arg(None, "steps between evaluations; 0: only the first and the last; unset: 20 a run, "
-                                       "but not more often than reports", ge=0)
+    eval_steps: int | None = arg(None, "steps between evaluations; 0: only the first and the last; unset: 20 to "
+                                       "39 a run, with reports", ge=0)
     eval_tokens: int = arg(16384, "validation tokens of one evaluation, spread evenly over the set; 0: all", ge=0)
     sample_steps: int = arg(0, "steps between samples of generated text; 0: only at the end", ge=0)
 
@@ -50,7 +59,7 @@ class TrackingConfig:
     use_tensorboard: bool = arg(False, "write TensorBoard events beside the checkpoint")
     heartbeat_file: str = arg("", "rewritten at most once a second while the run makes progress: step, what is "
                                   "being done, time, pid", metavar="FILE")
-    use_profiler: bool = arg(False, "trace a few steps with torch.profiler")
+    use_profiler: bool = arg(False, "trace the fourth to the sixth step of this start with torch.profiler")
 
     def validate(self):
         folder = os.path.dirname(os.path.abspath(self.heartbeat_file))
@@ -119,7 +128,7 @@ def log_facts(cfg, world, corpus, raw, optimizer_bytes, precision, accum, state)
     log.info(f"step: {step_tokens:,} tokens = batch {cfg.batch.batch_size} x sequence {corpus.seq_len} x accumulation "
              f"{accum} x ranks {world.size}; amp {precision.name} ({precision.reason})"
              + ("; torch.compile, before the first step" if compiled else ""))
-    if not cfg.wandb.use_wandb and (cfg.wandb.wandb_project or cfg.wandb.wandb_run_name or cfg.wandb.wandb_mode):
+    if not cfg.wandb.use_wandb and cfg.wandb != WandbConfig():
         log.warning("not tracked by W&B: its other flags count with --use-wandb only")
     if cfg.optim.warmup_steps >= cfg.optim.num_steps:
         log.warning(f"--warmup-steps {cfg.optim.warmup_steps} is not below --num-steps: the run ends in the warm-up")
@@ -158,8 +167,13 @@ class Tracker:
             if state.wandb_run_id not in ("", before.get("base")):  # the file is of another run
                 before = {}
             wandb = with_environment(cfg.wandb, before=before.get("init"))
-            known = state.wandb_run_id or before.get("base")
-            return wandb, sweep_trial() or wandb.wandb_run_id or known or new_run_id()
+            run_id = sweep_trial() or wandb.wandb_run_id or state.wandb_run_id or before.get("base") or new_run_id()
+            shared = wandb.wandb_run_mode == "shared"
+            if run_id == before.get("base") and before.get("shared", shared) != shared:
+                raise UserError(f"--wandb-run-mode {wandb.wandb_run_mode}: W&B run {run_id} was "
+                                f"{'not ' * shared}shared, and loses rows if it is written both ways; go on as it was, "
+                                f"or as another run by --wandb-run-id NEW")
+            return wandb, run_id
 
         wandb, state.wandb_run_id = world.from_main(resolve)  # even if another node's environment differs
         if wandb.wandb_mode == "disabled":
@@ -375,7 +389,7 @@ def make_profiler(enabled, path):
         path.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(path))
         if path.exists():  # torch does not report a full disk
-            log.info("profile of 3 steps: %s (open it in https://ui.perfetto.dev)", path)
+            log.info("profile: %s (open it in https://ui.perfetto.dev)", path)
         else:
             path.with_name(path.name + ".tmp").unlink(missing_ok=True)
             log.warning("the profile could not be written: %s", path)

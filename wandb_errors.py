@@ -20,6 +20,8 @@ ADVICE = [  # (pattern in W&B's error message, what to do)
     (r"\b409\b|previously created and deleted", "an id is given once: go on with --resume --wandb-run-id NEW"),
     (r"\b(403|404)\b|permission|not found|could not find|\bentity\b",
      "check --wandb-entity and --wandb-project (WANDB_ENTITY, WANDB_PROJECT), or the key's rights"),
+    (r"cannot be read back", "in a few minutes, repeat this: it sends what is lacking then"),
+    (r"cannot query field|unknown (field|argument)", "this server is older than the wandb package: update either"),
     (r"\b429\b|rate limit|quota|storage", "W&B limits this account: fewer reports (--log-steps), or wait"),
     (r"", "check the network and WANDB_BASE_URL, or take --wandb-mode offline"),
 ]

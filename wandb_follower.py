@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -43,7 +42,7 @@ class Follower:
     """Reads the records of a run and sends them to W&B until the trainer has finished or died."""
 
     def __init__(self, job, say):
-        self.job, self.say, self.ended, self.stopped = job, say, threading.Event(), False
+        self.job, self.say, self.ended, self.stopped, self.overdue = job, say, threading.Event(), False, False
         self.exit_code, self.seconds = LOST_CODE, job.finish_timeout
 
     def await_trainer(self, control):
@@ -52,6 +51,7 @@ class Follower:
             self.exit_code, self.seconds = json.loads(control.readline())
         self.ended.set()
         time.sleep(max(self.seconds / 2, self.seconds - 1))  # a little less: the trainer should have exited by then
+        self.overdue = True
         end_children()
         self.say("WARNING", f"not finished within {self.seconds:g} s, ended; send the rest later: {self.job.sync}")
         leave()
@@ -73,17 +73,18 @@ class Follower:
                 last = self.ended.wait(POLL)  # wait before reading: what was written by then is read below
                 for line in console.lines() if console else ():
                     print(line)  # W&B records this process's stdout as the run's console log
-                publisher.publish(rows.lines(), last)
+                publisher.publish(rows.lines())
                 delivery.check()
             # Not in a sweep: W&B would requeue trials that the agent ended or a user stopped.
             if self.exit_code == 128 + signal.SIGTERM and not self.stopped and not self.job.sweep:
-                run.mark_preempting()
+                run.mark_preempting()  # before the uploads, which there may be no time for
+            publisher.upload_waiting(last=True)
             run.finish(exit_code=self.exit_code)
             with contextlib.suppress(SystemExit):  # raised if the SDK's service process (wandb-core) failed
                 import_wandb().teardown()  # waits for that process, which may still be writing its file
             delivery.check()
             if run.offline:
-                self.say("INFO", f"recorded; send it with wandb sync {shlex.quote(offline_folder(run))}")
+                self.say("INFO", f"recorded in {offline_folder(run)}; send it later: {self.job.sync}")
             elif delivery.log:
                 self.say("INFO", f"finished: {run.url}")
 
@@ -152,6 +153,8 @@ def open_run(job, say, may_go_offline=True, stop=None):
     """Open the W&B run that `job` describes; if that fails, an offline run, unless the run is shared or
     `may_go_offline` is false. Raises if no run can be opened."""
     wandb, init = import_wandb(), job.init
+    if job.sent and job.mode == "online" and is_there(job):  # what has been changed on its page since stays so
+        init = {name: value for name, value in init.items() if name not in job.sent}
     if os.environ.get("WANDB_SWEEP_ID"):  # the sweep determines these three
         init = {name: value for name, value in init.items() if name not in ("project", "entity", "id")}
     # Ranks end together, so let each of them mark the run as finished: the last need not be the primary one.
@@ -166,7 +169,7 @@ def open_run(job, say, may_go_offline=True, stop=None):
 
     def start(**mode):
         records = dict(console="wrap" if job.live else "off", x_disable_meta=not job.live,
-                       x_disable_stats=not job.live, disable_git=not job.live)
+                       x_disable_stats=not (job.live and job.monitors), disable_git=not job.live)
         if job.live:  # what the user has switched off by WANDB_CONSOLE, WANDB_DISABLE_GIT … stays off
             records = {name: value for name, value in records.items() if f"WANDB_{name.upper()}" not in os.environ}
         # Flush the local file every second: after a kill, no W&B process is left to write what was buffered.
@@ -186,13 +189,13 @@ def open_run(job, say, may_go_offline=True, stop=None):
             raise
         wandb.teardown()  # else the SDK treats the id as in use
         run = start(mode="offline")
-        say("WARNING", f"{explained(error)}. Recorded offline meanwhile: "
-                       f"wandb sync {shlex.quote(offline_folder(run))}, or {job.sync}")
+        say("WARNING", f"{explained(error)}. Recorded offline in {offline_folder(run)} meanwhile; send it later: "
+                       f"{job.sync}")
     else:
-        place = f"offline in {offline_folder(run)}; send it later with wandb sync" if run.offline else f"at {run.url}"
+        place = f"offline in {offline_folder(run)}" if run.offline else f"at {run.url}"
         say("INFO", f"run {run.id}{f' ({run.name})' if run.name else ''} {place}")
     # W&B's own step must increase, so it drops rows that a resumed run repeats: use our own `step` as the x axis.
-    run.define_metric("step")
+    run.define_metric("step", hidden=True)  # a chart of its own would be a straight line
     run.define_metric("*", step_metric="step")
     if job.primary:
         try:
@@ -218,19 +221,23 @@ def offline_folder(run):
     return os.path.dirname(run.dir)
 
 
-def await_run(job):
-    """In shared mode, wait until the primary process has opened the run. Raises TimeoutError."""
+def is_there(job):
+    """Whether the server has this run already, as far as can be found out."""
     import wandb
 
+    with contextlib.suppress(Exception):  # it has not, or it cannot be reached
+        api = wandb.Api(timeout=10)
+        path = [job.init["entity"] or api.default_entity, job.init["project"], job.init["id"]]
+        return bool(api.run("/".join(path)))
+    return False
+
+
+def await_run(job):
+    """In shared mode, wait until the primary process has opened the run. Raises TimeoutError."""
     deadline = time.monotonic() + job.init_timeout
-    api = wandb.Api(timeout=10)
-    path = "/".join([job.init["entity"] or api.default_entity, job.init["project"], job.init["id"]])
-    while True:
-        with contextlib.suppress(Exception):  # not opened yet, or the server cannot be reached: retry
-            api.flush()
-            return api.run(path)
+    while not is_there(job):
         if time.monotonic() > deadline:
-            raise TimeoutError(f"the first process has not opened {path}")
+            raise TimeoutError(f"the first process has not opened {job.init['project']}/{job.init['id']}")
         time.sleep(1)
 
 
@@ -266,8 +273,8 @@ class Publisher:
         self.samples = [[record["step"], record["text"]] for record in samples]
         self.failed = set()  # kinds of events that could not be logged
 
-    def publish(self, lines, last=False):
-        """Send the records in `lines` of JSON; if these are the `last` ones, also wait for uploads."""
+    def publish(self, lines):
+        """Send the records in `lines` of JSON."""
         for line in lines:
             record = json.loads(line)
             try:
@@ -279,7 +286,7 @@ class Publisher:
                 if what not in self.failed:  # less important than the rows that follow
                     self.say("WARNING", f"{what} of step {record['step']} not logged: {reason(error)}{later}")
                 self.failed.add(what)
-        self._upload_waiting(last)
+        self.upload_waiting()
 
     def _pass_on(self, record):
         step, at = record.pop("step"), record.pop("time")
@@ -294,6 +301,16 @@ class Publisher:
             case "alert":
                 self.run.alert(**record)
 
+    def summarize(self, records):
+        """Set the run's summary to the last values of these records of a whole metrics.jsonl."""
+        last = {}
+        for record in records:
+            if "event" not in record:
+                last |= {name: _plain(name, value) for name, value in record.items() if not isinstance(value, dict)}
+        if last:
+            last["_timestamp"] = last.pop("time")
+            self.run.summary.update(last)
+
     def _sample(self, step, at, text):
         import wandb
 
@@ -301,9 +318,10 @@ class Publisher:
         table = wandb.Table(columns=["step", "text"], data=self.samples)
         self.run.log({"step": step, "_timestamp": at, "samples": table})
 
-    def _upload_waiting(self, last):
-        """Upload the waiting checkpoints, one at a time, and delete their files. Unless the policy is `all`, only the
-        newest is uploaded. Offline, they are kept with the run for `wandb sync`: unless `all`, only the run's last."""
+    def upload_waiting(self, last=False):
+        """Upload the waiting checkpoints, one at a time, and delete their files; after the `last`, wait. Unless
+        the policy is `all`, only the newest is uploaded. Offline, they are kept with the run for `wandb sync`: unless
+        `all`, only the run's last."""
         if self.job.policy != "all":
             for superseded in self.waiting[:-1]:
                 Path(superseded["path"]).unlink(missing_ok=True)
@@ -402,8 +420,8 @@ def main():
     try:
         follower.run()
     except Exception as error:
-        say("WARNING", f"{explained(error)}. Training goes on without it; send the run later: "
-                       f"{job.sync}")
+        if not follower.overdue:  # else it comes of what has just been ended
+            say("WARNING", f"{explained(error)}. Training goes on without it; send the run later: {job.sync}")
     leave()
 
 

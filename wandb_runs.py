@@ -40,7 +40,7 @@ class WandbConfig:
     wandb_tags: list[str] = arg([], "tags (WANDB_TAGS, with commas)", metavar="TAG")
     wandb_notes: str = arg("", "notes (WANDB_NOTES)")
     wandb_dir: str = arg("", "where W&B keeps its local files, in a folder wandb (WANDB_DIR; else here)", metavar="DIR")
-    wandb_mode: str = arg("", "offline keeps the run here for `wandb sync` (WANDB_MODE; else online)", choices=MODES)
+    wandb_mode: str = arg("", "offline keeps the run here for wandb_tools.py (WANDB_MODE; else online)", choices=MODES)
     wandb_run_mode: str = arg("auto", "auto: one process writes; shared: every rank writes to the same run; new: "
                                       "every rank has a run, and they are grouped", choices=("auto", "shared", "new"))
     wandb_rank_scope: str = arg("global", "apply --wandb-run-mode to all nodes together, or to each node (worker)",
@@ -53,7 +53,7 @@ class WandbConfig:
                                                  "(WANDB_INIT_TIMEOUT; else 90); training never waits",
                                            gt=0)
     wandb_finish_timeout: float | None = arg(None, "seconds that the end of a run waits for uploads at most "
-                                                   "(WANDB_FINISH_TIMEOUT; else 60)", gt=0)
+                                                   "(WANDB_FINISH_TIMEOUT; else 60, or 600 with checkpoints)", gt=0)
 
     @property
     def uploads(self):
@@ -79,6 +79,9 @@ class WandbConfig:
                             f"name")
         if not re.fullmatch(r"[^/\\#?%:]{1,128}", final.wandb_project):
             raise UserError(f"--wandb-project {final.wandb_project}: 128 characters at most, and none of / \\ # ? % :")
+        for name, most in dict(wandb_run_name=128, wandb_group=128, wandb_job_type=64).items():  # the server's limits
+            if len(getattr(final, name)) > most:
+                raise UserError(f"{flag(name)} {getattr(final, name)}: {most} characters at most")
         for tag in final.wandb_tags:
             if not 0 < len(tag) <= 64:
                 raise UserError(f"--wandb-tags {tag!r}: a tag has 1 to 64 characters")
@@ -89,7 +92,7 @@ ENVIRONMENT = dict(wandb_project="WANDB_PROJECT", wandb_entity="WANDB_ENTITY", w
                    wandb_tags="WANDB_TAGS", wandb_notes="WANDB_NOTES", wandb_dir="WANDB_DIR", wandb_mode="WANDB_MODE",
                    wandb_init_timeout="WANDB_INIT_TIMEOUT", wandb_finish_timeout="WANDB_FINISH_TIMEOUT")
 SETTINGS = dict(wandb_project="project", wandb_entity="entity", wandb_mode="mode")  # keys in W&B's settings file
-DEFAULTS = dict(wandb_project="mini-llm", wandb_mode="online", wandb_init_timeout=90.0, wandb_finish_timeout=60.0)
+DEFAULTS = dict(wandb_project="mini-llm", wandb_mode="online", wandb_init_timeout=90.0)
 
 
 def with_environment(cfg, environ=os.environ, before=None):
@@ -98,6 +101,7 @@ def with_environment(cfg, environ=os.environ, before=None):
     `wandb disabled` write, else from DEFAULTS. In a sweep, project and entity are the sweep's. Raises UserError."""
     folder = local_folder(os.path.expanduser(environ.get("WANDB_DIR", "")))  # where W&B's commands write
     filled, written = {}, _settings(os.path.join(folder, "settings"))
+    defaults = DEFAULTS | dict(wandb_finish_timeout=60.0 if cfg.wandb_log_checkpoints == "none" else 600.0)
     written |= {name: before[name] for name in ("project", "entity") if before.get(name)} if before else {}
     for name, variable in ENVIRONMENT.items():
         text = environ.get(variable, "").strip() or written.get(SETTINGS.get(name), "")
@@ -105,7 +109,7 @@ def with_environment(cfg, environ=os.environ, before=None):
         if getattr(cfg, name) not in ("", [], None) and not decided:
             continue
         if not text:
-            filled |= {name: DEFAULTS[name]} if name in DEFAULTS else {}
+            filled |= {name: defaults[name]} if name in defaults else {}
         elif name == "wandb_tags":
             filled[name] = [tag.strip() for tag in text.split(",") if tag.strip()]
         elif name == "wandb_mode":
@@ -255,6 +259,8 @@ class Job:
     lock: str = ""  # path of a lock file
     tokenizer: str = ""  # the folder beside the checkpoints, uploaded with each of them
     sync: str = ""  # the command to send missing rows later
+    sent: list = dataclasses.field(default_factory=list)  # names of `init` that are as at an earlier start
+    monitors: bool = True  # records the machine's metrics: one process of a node
     pid: int = dataclasses.field(default_factory=os.getpid)  # the process whose system metrics are recorded
     host: str = dataclasses.field(default_factory=lambda: os.environ.get("WANDB_HOST") or platform.node())
     program: str = dataclasses.field(default_factory=lambda: os.path.abspath(sys.argv[0]))

@@ -22,7 +22,7 @@ from pathlib import Path
 import archive
 from files import matching_files
 from processes import child_processes, kill, only_one
-from wandb_runs import UPLOADS, Job, remember, uncommitted
+from wandb_runs import UPLOADS, Job, recalled, remember, uncommitted
 
 FOLLOWER = Path(__file__).with_name("wandb_follower.py")
 FAILURE_TIMEOUT = 15  # maximum seconds for uploads after a signal or an error: other ranks may be waiting
@@ -40,21 +40,26 @@ class WandbSink:
         run's files; `tag` in a name marks this rank's own. `config`: what is logged as the run's config. `toml`: text
         of its .config.toml file. `rows`, `console`: (path, byte offset) from which the follower reads."""
         base = config["wandb_run_id"]
+        ending = plan.run_id[len(base):]
         init = dict(project=cfg.wandb_project, entity=cfg.wandb_entity or None, id=plan.run_id,
-                    name=cfg.wandb_run_name and cfg.wandb_run_name + plan.run_id[len(base):] or None,
+                    name=cfg.wandb_run_name and cfg.wandb_run_name[:128 - len(ending)] + ending or None,
                     group=cfg.wandb_group or plan.group or None, job_type=cfg.wandb_job_type or None,
                     tags=cfg.wandb_tags or None, notes=cfg.wandb_notes or None, dir=cfg.wandb_dir or None)
         tool = os.path.relpath(FOLLOWER.with_name("wandb_tools.py"))
         diff = uncommitted()
         files = {beside(".config.toml").name: toml} | ({"diff.patch": diff} if diff else {})
         self.job = Job(init, config, mode=cfg.wandb_mode, shared=plan.shared, primary=plan.primary, label=plan.label,
-                       init_timeout=cfg.wandb_init_timeout, finish_timeout=cfg.wandb_finish_timeout,
-                       files=files, policy=cfg.wandb_log_checkpoints, rows=rows, console=console,
-                       lock=str(beside(f"{tag}.wandb.lock")), tokenizer=str(beside(".tokenizer")),
+                       monitors=config["local_rank"] == 0, policy=cfg.wandb_log_checkpoints, files=files,
+                       init_timeout=cfg.wandb_init_timeout, finish_timeout=cfg.wandb_finish_timeout, rows=rows,
+                       console=console, lock=str(beside(f"{tag}.wandb.lock")), tokenizer=str(beside(".tokenizer")),
                        sync=f"python {shlex.quote(tool)} sync {shlex.quote(str(beside('.pt')))}")
         self.beside, self.tag, self.process = beside, tag, None
         self.closing = self.given_up = False
-        remember(beside(f"{tag}.wandb.json"), base, self.job)
+        before = recalled(memory := beside(f"{tag}.wandb.json")).get("init", {})
+        if before.get("id") == plan.run_id:
+            self.job.sent = [name for name in ("name", "group", "job_type", "tags", "notes")
+                             if init[name] and init[name] == before.get(name)]
+        remember(memory, base, self.job)
         with only_one(self.job.lock) as alone:
             if alone:  # else the follower of an earlier start, which was killed, is still uploading them
                 self._forget_links()

@@ -25,7 +25,7 @@ from wandb_follower import LOST_CODE, Publisher, import_wandb, leave, open_run
 from wandb_runs import ENVIRONMENT, IDENTITY, Job, WandbConfig, local_folder, recalled, with_environment
 
 TIMEOUT = 30  # seconds per request
-ARRIVAL = 10  # seconds to wait until what was sent can be read back
+ARRIVAL = 30  # seconds to wait until what was sent can be read back
 
 
 def check(args):
@@ -87,12 +87,20 @@ def awaited(look, arrived):
 def rows_of(api, target):
     """The rows that the server has of a run; None if there is no such run. Other errors are raised."""
     api.flush()
-    try:  # bypass the SDK's cache, which may hold an export from before a resume
-        return list(api.run(target).scan_history(use_cache=False))
+    try:
+        return list(history(api.run(target)))
     except Exception as error:
         if "could not find run" in str(error).lower():
             return None
         raise
+
+
+def history(run):
+    """Yields all rows of a run on the server, without what a row lacks. Rows with histograms take a megabyte."""
+    size = 1000 if run.config.get("wandb_watch", "none") == "none" else 20
+    # Not from the SDK's cache, which may hold an export from before a resume.
+    for row in run.scan_history(page_size=size, use_cache=False):
+        yield {name: value for name, value in row.items() if value is not None}
 
 
 def forget_environment():
@@ -133,11 +141,12 @@ def send(facts, path):
     api = wandb.Api(timeout=TIMEOUT)
     target = "/".join([facts["init"]["entity"] or api.default_entity, facts["init"]["project"], facts["init"]["id"]])
     stored, whole = rows_of(api, target), ""
-    if stored is None and (folders := offline_folders(facts["init"], path)):  # else their rows would be there twice
+    # Of a run without rows: a sweep's server makes it in advance. Else their rows would be there twice.
+    if not stored and (folders := offline_folders(facts["init"], path)):
         print(f"wandb sync {shlex.join(folders)}", flush=True)
         synced = subprocess.run([sys.executable, "-m", "wandb", "sync", *folders], capture_output=True, text=True)
         stored = awaited(lambda: rows_of(api, target), lambda rows: rows and not lacking(records, rows))
-        if stored is None:  # its rows can be sent all the same
+        if not stored:  # its rows can be sent all the same
             print(f"wandb sync failed: {reason((synced.stdout + synced.stderr).strip())}", flush=True)
         elif late := lacking(records, stored):  # on their way, or never written to those folders, as before a kill
             return f"{target} lacks {len(late)} rows after wandb sync; in a minute, repeat this to send what is lacking"
@@ -155,10 +164,12 @@ def send(facts, path):
     publisher = Publisher(run, job, print, [record for record in records if record.get("event") == "sample"
                                             and record not in missing])
     publisher.publish(map(json.dumps, missing))
+    publisher.summarize(records)  # the SDK takes the last rows that were sent for the newest
     run.finish(exit_code=last.get("code", LOST_CODE))
     # The SDK does not report uploads that have failed permanently.
     if lost := awaited(lambda: lacking(missing, rows_of(api, target) or []), lambda lost: not lost):
-        raise RuntimeError(f"{len(lost)} of {len(missing)} rows did not arrive at {target}")
+        raise RuntimeError(f"{len(lost)} of {len(missing)} rows cannot be read back from {target} after "
+                           f"{ARRIVAL} s")
     return f"{len(missing)} rows sent to {target}" if missing else f"{target} has every row, and is ended now"
 
 
@@ -174,15 +185,15 @@ def offline_folders(init, path):
 
 def lacking(records, stored):
     """The reports and samples among the records of a metrics.jsonl that are missing from the server's rows. Rows are
-    matched by step and time: a run that was rolled back reaches the same step again."""
+    matched by step and time: a run that was rolled back reaches the same step again. NaN may not be there as such."""
     held = defaultdict(list)  # step → rows
     for row in stored:
         held[row.get("step")].append(row)
 
     def missing(record):
-        needs = {"samples"} if "event" in record else record.keys() - {"step", "time"}
-        return needs - {name for row in held[record["step"]] for name, value in row.items()
-                        if value is not None and abs((row.get("_timestamp") or 0) - record["time"]) < 0.01}
+        needs = {"samples"} if "event" in record else {name for name, value in record.items() if value is not None}
+        return needs - {"step", "time"} - {name for row in held[record["step"]] for name in row
+                                           if abs(row.get("_timestamp", 0) - record["time"]) < 0.01}
 
     return [record for record in records if record.get("event", "sample") == "sample" and missing(record)]
 
@@ -209,7 +220,7 @@ def download(args):
         (folder / "config.json").write_text(json.dumps(run.config, indent=1))
         (folder / "summary.json").write_text(json.dumps(dict(run.summary), indent=1, default=dict))
         with open(folder / "history.jsonl", "w") as file:
-            rows = [file.write(json.dumps(row) + "\n") for row in run.scan_history(use_cache=False)]
+            rows = [file.write(json.dumps(row) + "\n") for row in history(run)]
         wanted = [(file, "files", dict(replace=True)) for file in run.files() if _stays_inside(file.name)]
         wanted += [(artifact, f"artifacts/{artifact.name.replace(':', '-')}", {})
                    for artifact in run.logged_artifacts()]

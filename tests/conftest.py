@@ -131,8 +131,7 @@ def trainer(tmp_path, text, cache):
     """`trainer(*flags, ranks=None)` runs train.py, or train_ddp.py with so many ranks, to its end."""
     def run(*flags, ranks=None, checkpoint="c.pt", env=None, tiny=True, data=True, timeout=300):
         command = arguments(flags, ranks, checkpoint, tiny, data)
-        # torchrun has no copies made, and these two count before torch is imported.
-        if ranks or env and {"OMP_NUM_THREADS", "PYTHONPATH"} & env.keys():
+        if env and {"OMP_NUM_THREADS", "PYTHONPATH"} & env.keys():  # which count before torch is imported
             done = subprocess.run(command, cwd=tmp_path, env=environment(**(env or {})), timeout=timeout, text=True,
                                   capture_output=True)
         else:

@@ -95,6 +95,7 @@ def test_a_process_without_our_modules_computes_the_same(stranger, exported, tun
     assert greedy == theirs["greedy"].tolist() and tokenizer.decode(greedy) == theirs["text"]
     assert theirs["text"].startswith(PROMPT) and len(theirs["text"]) > len(PROMPT) + 20
     assert theirs["sampling"] == [0.8, 50] and theirs["eos"] == [256, 256]
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, "who may read one file may read all"
 
 
 def test_ids_without_a_token_are_never_drawn(exported):

@@ -323,7 +323,7 @@ def test_a_time_limit_saves_and_leaves_and_sigusr1_saves_and_goes_on(trainer):
     flags = ["--num-steps", 100_000, "--save-steps", 0, "--eval-steps", 0, "--log-steps", 50]
     limited = trainer(*flags, "--time-limit", 0.15, checkpoint="limited.pt")
     assert limited.code == 128 + signal.SIGALRM and "stopped by --time-limit" in limited.out, limited.err
-    assert limited.checkpoint.exists()
+    assert limited.checkpoint.exists() and "--time-limit: saves and exits" in limited.err
 
     process = subprocess.Popen(trainer.arguments(flags), cwd=trainer.folder, env=environment(), text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

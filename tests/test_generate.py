@@ -277,6 +277,7 @@ def test_the_command_stops_where_it_is_told(run_folder):
 @pytest.mark.parametrize("flags, words", [
     (["--checkpoint-path", "none.pt"], "none.pt is missing"),
     (["--checkpoint-path", "damaged.pt"], "damaged.pt is damaged"),
+    (["--checkpoint-path", "words.pt"], "words.pt is cut short, or not a checkpoint of mini-llm"),
     (["--checkpoint-path", "alone.pt"], "alone.tokenizer, is missing"),
     (["--top-p", "0"], "--top-p 0: must be at least 1e-06"),
     (["--topk", "3"], "--topk is not known; did you mean --top-k?"),
@@ -286,6 +287,7 @@ def test_a_mistake_gets_one_line(run_folder, flags, words, monkeypatch, capsys):
     whole = (run_folder / "c.pt").read_bytes()
     (run_folder / "damaged.pt").write_bytes(whole[:5000] + b"x" + whole[5001:])
     (run_folder / "alone.pt").write_bytes(whole)
+    (run_folder / "words.pt").write_text("no checkpoint")
     monkeypatch.chdir(run_folder)
     path = [] if flags[0] == "--checkpoint-path" else ["--checkpoint-path", "c.pt"]
     assert words in refused(main, [*path, *flags], monkeypatch, capsys)

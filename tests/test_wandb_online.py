@@ -79,9 +79,9 @@ def test_a_run_killed_between_checkpoints_and_resumed_is_one_chart_of_the_whole(
         f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import tracking\n"
         "report = tracking.Tracker.report\n"
-        "def report_and_die(self, state, *rest):\n"
-        "    report(self, state, *rest)\n"
-        "    if state.step == 37: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "def report_and_die(self, metrics):\n"
+        "    report(self, metrics)\n"
+        "    if self.state.step == 37: os.kill(os.getpid(), signal.SIGKILL)\n"
         "tracking.Tracker.report = report_and_die\n"
         "from train import main; main()\n")
     arguments = trainer.arguments(["--use-wandb", *flags])
@@ -152,12 +152,12 @@ def test_two_nodes_of_two_ranks_write_the_runs_that_the_table_says(trainer, serv
 #   fault                moment         what the console says
 FAULTS = [
     ("filestream 404", "mid-run", r"server takes no more rows.*sync c\.pt"),
-    pytest.param("all hang", "start", r"check the network.*wandb sync .*offline-run.*sync c\.pt", marks=full),
+    pytest.param("all hang", "start", r"check the network.*offline-run.*sync c\.pt", marks=full),
     ("core frozen", "mid-run", r"not finished within 4 s, ended.*sync c\.pt"),
     *(pytest.param(fault, moment, text, marks=full) for fault, moment, text in [
         ("core killed", "mid-run", r"(Connection (lost|reset)|Broken pipe).*sync c\.pt"),
-        ("all 401", "start", r"401.*wandb login.*wandb sync .*offline-run.*sync c\.pt"),
-        *((f"all {kind}", "start", r"wandb sync .*offline-run.*sync c\.pt")
+        ("all 401", "start", r"401.*wandb login.*offline-run.*sync c\.pt"),
+        *((f"all {kind}", "start", r"offline-run.*sync c\.pt")
           for kind in (403, 404, 409, 429, 500, "html", "refuse")),
         *((f"filestream {kind}", "mid-run", r"server takes no more rows.*sync c\.pt")
           for kind in (401, 403, 409)),
@@ -250,7 +250,7 @@ def test_an_offline_fallback_is_completed_by_wandb_sync(online, trainer, server)
     server.fail("all", 403)
     run = online("--num-steps", 1500, "--log-steps", 100, "--wandb-init-timeout", 4)
     server.heal()
-    folder = re.search(r"wandb sync (\S+),", run.out)[1]
+    folder = re.search(r"Recorded offline in (\S+) meanwhile", run.out)[1]
     subprocess.run([sys.executable, "-m", "wandb", "sync", folder], cwd=trainer.folder, check=True, timeout=200,
                    capture_output=True, env=environment(**server.environment | QUICK))
     stored = only_run(server)
@@ -269,14 +269,27 @@ def test_stop_on_the_runs_page_saves_and_leaves(online, server):
 
 
 def test_a_preempted_run_says_so_and_goes_on_in_the_same_chart(online, trainer, server):
-    flags = ["--log-steps", 10, "--eval-steps", 0]
+    """And keeps the name and tags that it has been given on its page, in place of those of the flags."""
+    flags = ["--log-steps", 10, "--eval-steps", 0, "--wandb-run-name", "mine", "--wandb-tags", "a", "b"]
     stopped = interrupt_after(trainer.arguments(["--use-wandb", "--num-steps", 100000, *flags]), trainer.folder,
                               r"step 300/", env=server.environment | QUICK)
-    assert stopped.returncode == 143 and only_run(server).state == "preempted"
+    stored = only_run(server)
+    assert stopped.returncode == 143 and (stored.state, stored.display_name, stored.tags) == (
+        "preempted", "mine", ["a", "b"])
+    stored.display_name, stored.tags = "renamed", ["seen"]
     step = int(re.search(r"stopped by SIGTERM at step (\d+)", stopped.stdout)[1])
     run = online("--num-steps", step + 30, *flags, "--resume", "auto")
-    assert run.code == 0 and only_run(server).state == "finished"
+    assert run.code == 0 and (stored.state, stored.display_name, stored.tags) == ("finished", "renamed", ["seen"])
     assert values(only_run(server)).keys() == run.rows.keys() - {0}
+
+
+def test_a_preempted_run_is_known_as_such_though_its_checkpoint_is_not_uploaded_in_time(online, trainer, server):
+    server.fail("upload", "hang")
+    flags = ["--use-wandb", "--num-steps", 100000, "--log-steps", 10, "--eval-steps", 0, "--wandb-log-checkpoints",
+             "last", "--wandb-finish-timeout", 4]
+    stopped = interrupt_after(trainer.arguments(flags), trainer.folder, r"step 300/", env=server.environment | QUICK)
+    assert stopped.returncode == 143 and only_run(server).reported == "preempting", stopped.stdout
+    assert "not finished within 4 s" in stopped.stdout and "Connection lost" not in stopped.stdout
 
 
 @pytest.mark.parametrize("policy, steps", [

@@ -77,6 +77,7 @@ def test_a_flag_wins_over_the_environment_and_that_over_the_default():
     assert (found.wandb_project, found.wandb_tags, found.wandb_mode, found.wandb_init_timeout, found.wandb_run_id,
             found.wandb_group, found.wandb_dir) == ("theirs", ["a", "b"], "offline", 7.0, "id-1", "group", "/scratch")
     assert found.wandb_finish_timeout == 60 and found.wandb_entity == ""
+    assert with_environment(WandbConfig(wandb_log_checkpoints="last"), {}).wandb_finish_timeout == 600
     given = WandbConfig(wandb_project="mine", wandb_tags=["c"], wandb_mode="online", wandb_init_timeout=3.0)
     found = with_environment(given, environ)
     assert (found.wandb_project, found.wandb_tags, found.wandb_mode, found.wandb_init_timeout) == (
@@ -110,7 +111,8 @@ def test_an_environment_that_makes_no_sense_is_named(environ):
 
 @pytest.mark.parametrize("wrong", [dict(wandb_run_mode="shared", wandb_mode="offline"), dict(wandb_run_id="a/b"),
                                    dict(wandb_run_id="b\u00fccher"),
-                                   dict(wandb_project="a/b"), dict(wandb_project="runs"), dict(wandb_tags=["x" * 65])])
+                                   dict(wandb_project="a/b"), dict(wandb_project="runs"), dict(wandb_tags=["x" * 65]),
+                                   dict(wandb_job_type="x" * 65), dict(wandb_run_name="x" * 129)])
 def test_settings_that_wandb_would_refuse_are_refused_at_once(wrong):
     WandbConfig(**wrong).validate()  # but not where W&B is off
     with pytest.raises(UserError, match="--wandb-"):

@@ -24,9 +24,9 @@ class Running:
 def sink(tmp_path):
     def make(rank=0, policy="last"):
         info = dict(rank=rank, local_rank=rank, worker_index=0, num_workers=1)
-        cfg = with_environment(WandbConfig(wandb_log_checkpoints=policy), {})
+        cfg = with_environment(WandbConfig(wandb_log_checkpoints=policy, wandb_run_name="n" * 128), {})
         made = WandbSink(cfg, plan_run("new", "global", "b", info), lambda suffix: tmp_path / f"c{suffix}",
-                         f".rank{rank}" if rank else "", dict(wandb_run_id="b", seed=1), ("", 0), None, "")
+                         f".rank{rank}" if rank else "", dict(wandb_run_id="b", seed=1) | info, ("", 0), None, "")
         made.process = Running()
         return made
 
@@ -114,6 +114,7 @@ def test_which_run_it_is_is_kept_before_anything_starts(sink, tmp_path):
     sink(rank=1)
     facts = json.loads((tmp_path / "c.rank1.wandb.json").read_text())
     assert facts["base"] == "b" and facts["init"]["id"] == "b-rank-1" and facts["init"]["group"] == "b"
+    assert facts["init"]["name"] == "n" * 121 + "-rank-1", "no longer than the server takes"
 
 
 def test_what_the_server_lacks_is_what_is_later_whatever_its_step(tmp_path):

@@ -17,8 +17,8 @@ import traceback
 
 
 def run(command, cwd, env, input=None, timeout=300):
-    """As `subprocess.run(command, capture_output=True, text=True)` of a Python script, `[sys.executable, path, …]`. Of
-    the result `seconds` are those of a core that it took."""
+    """As `subprocess.run(command, capture_output=True, text=True)` of [Python, script, …] or [Python, -m, module, …].
+    The result's `seconds` are those of a core that it took."""
     with contextlib.ExitStack() as stack:
         given, out, err = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(3))
         given.write(input or "")
@@ -81,9 +81,13 @@ def become(command, cwd, env, files):
             os.close(file)
         sys.stdin, sys.stdout = open(0), open(1, "w", buffering=1)
         sys.stderr = open(2, "w", buffering=1, errors="backslashreplace")
-        sys.orig_argv, sys.argv, sys.path[0] = command, command[1:], os.path.dirname(command[1])
+        sys.orig_argv, is_module = command, command[1] == "-m"
+        sys.argv, sys.path[0] = command[1 + is_module:], os.getcwd() if is_module else os.path.dirname(command[1])
         try:
-            runpy.run_path(command[1], run_name="__main__")
+            if is_module:
+                runpy.run_module(command[2], run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(command[1], run_name="__main__")
             code = 0
         finally:
             threading._shutdown()
