@@ -1,8 +1,8 @@
 """Hyperparameter sweeps with Weights & Biases.
 
-python sweep.py create configs/sweep-lr.yaml             make the sweep; prints its id
-python sweep.py agent ENTITY/PROJECT/ID --count 4                 run trials of it, one after another
-python sweep.py agent SWEEP_ID --nproc-per-node 2        each trial under torchrun, where the sweep is of train_ddp.py
+python sweep.py create configs/sweep-lr.yaml                make the sweep; prints its id
+python sweep.py agent ENTITY/PROJECT/ID --count 4           run trials of it, one after another
+python sweep.py agent ENTITY/PROJECT/ID --nproc-per-node 2  each trial under torchrun, of a sweep of train_ddp.py
 
 `wandb sweep` (in whose YAML 1e-4 has to be 1.0e-4) and `wandb agent` do the same. Every process of a trial gets its
 parameters as flags. Each trial is a separate run with its own checkpoint (checkpoints/minigpt.RUN_ID.pt). Start agents

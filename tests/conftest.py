@@ -160,7 +160,7 @@ def tuned(tmp_path_factory, text, cache):
     import torch
     import transformers
 
-    folder, started = tmp_path_factory.mktemp("tuned"), {}
+    folder, found = tmp_path_factory.mktemp("tuned"), {}
     for arch, vocab_size in TUNED.items():
         if arch == "gpt2":
             config = transformers.GPT2Config(vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=64)
@@ -182,14 +182,8 @@ def tuned(tmp_path_factory, text, cache):
                  "--seq-len", 32, "--batch-size", 8 // (ranks or 1), "--num-steps", 40, "--warmup-steps", 5,
                  "--lr", 1e-2, "--eval-tokens", 0, "--eval-steps", 0, "--no-amp", "--device", "cpu",
                  "--checkpoint-path", f"{arch}.pt"]
-        started[arch] = subprocess.Popen([*command(script, ranks), *map(str, flags)], cwd=folder, text=True,
-                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                         env=environment(OMP_NUM_THREADS="1"))
-    found = {}
-    for arch, process in started.items():  # all at once: most of their time goes into importing
-        out, err = process.communicate(timeout=180)
-        assert process.returncode == 0, out + err
-        done = subprocess.CompletedProcess(process.args, process.returncode, out, err)
+        done = zygote.run([*command(script, ranks), *flags], folder, environment())
+        assert done.returncode == 0, done.stdout + done.stderr
         found[arch] = folder / arch, Run(done, folder, f"{arch}.pt")
     return found
 

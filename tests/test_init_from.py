@@ -65,7 +65,7 @@ WRONG = {
     "no weights": (["--init-from", "{empty}"], ["{empty}", "no config.json with *.safetensors"]),
     "unknown name offline": (["--init-from", "no/such"], ["no/such", "cannot be reached"]),
     "other model": (["--init-from", "{other}"], ["{other}", "model_type mistral"]),
-    "no checkpoint": (["--init-from", "{file}"], ["--init-from", "{file}", "damaged"]),
+    "no checkpoint": (["--init-from", "{file}"], ["--init-from", "{file}", "not a checkpoint of mini-llm"]),
 }
 
 

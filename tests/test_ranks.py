@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+import zygote
 from conftest import ROOT, TINY, Run, environment, eventually, processes_with
 from test_train import same
 
@@ -162,7 +163,7 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_ends_as_if_it_had_not_been(
 def test_torchrun_restarts_no_run_that_was_stopped_as_asked(trainer):
     args = trainer.arguments([*LONG, "--resume", "auto", "--time-limit", 0.2], ranks=2)
     args[3:3] = ["--max-restarts=2"]
-    run = subprocess.run(args, cwd=trainer.folder, env=environment(), text=True, capture_output=True, timeout=200)
+    run = zygote.run(args, trainer.folder, environment())
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("stopped by --time-limit") == run.stdout.count("Using device") == 1, run.stdout
 
@@ -282,8 +283,7 @@ def test_a_rank_whose_torchrun_was_killed_before_it_came_leaves(trainer):
     port = str(free_port())
     late = environment(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="2", GROUP_RANK="0",
                        MASTER_ADDR="127.0.0.1", MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="True")
-    run = subprocess.run([sys.executable, str(script), *TINY, *TOY], cwd=trainer.folder, env=late,
-                         text=True, capture_output=True, timeout=120)
+    run = zygote.run([sys.executable, script, *TINY, *TOY], trainer.folder, late)
     assert run.returncode == 1, run.stderr
     # torch has lines of its own before.
     assert re.match(r"error: rank 0 cannot reach torchrun's store at 127.0.0.1", run.stderr.strip().splitlines()[-1])

@@ -116,11 +116,10 @@ def leave_another_run(folder):
 @pytest.mark.slow
 def test_each_point_of_a_grid_is_a_run_with_its_own_parameters_and_files(server, create, run, tmp_path):
     leave_another_run(tmp_path)
-    sweep_id = create("train.py", "sweep.toml", lr=[1e-3, 2e-3], warmup_steps=[1, 2], num_steps=[4], log_steps=[2])
-    code, _, err = run(*AGENT, sweep_id, "--count", "4")
-    assert code == 0 and len(server.runs) == 4, err
-    points = [(lr, warmup) for lr in (1e-3, 2e-3) for warmup in (1, 2)]
-    for (lr, warmup), trial in zip(points, server.runs.values(), strict=True):
+    sweep_id = create("train.py", "sweep.toml", lr=[1e-3], warmup_steps=[1, 2], num_steps=[4], log_steps=[2])
+    code, _, err = run(*AGENT, sweep_id, "--count", "2")
+    assert code == 0 and len(server.runs) == 2, err
+    for (lr, warmup), trial in zip([(1e-3, 1), (1e-3, 2)], server.runs.values(), strict=True):
         assert_is_the_trial(trial, sweep_id, tmp_path, lr=lr, warmup_steps=warmup)
         assert trial.config["world_size"] == 1
     assert (tmp_path / "checkpoints" / "minigpt.pt").read_bytes() == b"of another run"

@@ -444,7 +444,7 @@ WRONG = {
     "no such file to resume": (["--resume", "nowhere.pt"], ["--resume nowhere.pt", "no such file"]),
     "a name of another of its files": (["--checkpoint-path", "c.best.pt"], ["c.best.pt", "NAME.pt"]),
     "another suffix": (["--checkpoint-path", "c.ckpt"], ["c.ckpt", "NAME.pt"]),
-    "truncated checkpoint": (["--resume", "truncated.pt"], ["truncated.pt", "damaged", "--overwrite"]),
+    "truncated checkpoint": (["--resume", "truncated.pt"], ["truncated.pt", "cut short", "--overwrite"]),
     "batch that does not divide": (["--global-batch-tokens", "1000", "--cache-dir", "not yet"],
                                    ["--global-batch-tokens 1000", "try 1024"]),
     "two ways to say the batch": (["--global-batch-tokens", "1024", "--grad-accum-steps", "2"], ["give one of them"]),
