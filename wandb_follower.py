@@ -78,6 +78,8 @@ class Follower:
             # Not in a sweep: W&B would requeue trials that the agent ended or a user stopped.
             if self.exit_code == 128 + signal.SIGTERM and not self.stopped and not self.job.sweep:
                 run.mark_preempting()  # before the uploads, which there may be no time for
+            if publisher.is_uploading():
+                self.say("INFO", f"checkpoints are uploading, {self.seconds:g} s at most (--wandb-finish-timeout)")
             publisher.upload_waiting(last=True)
             run.finish(exit_code=self.exit_code)
             with contextlib.suppress(SystemExit):  # raised if the SDK's service process (wandb-core) failed
@@ -317,6 +319,9 @@ class Publisher:
         self.samples = sorted([*self.samples, [step, text]])[-100:]
         table = wandb.Table(columns=["step", "text"], data=self.samples)
         self.run.log({"step": step, "_timestamp": at, "samples": table})
+
+    def is_uploading(self):
+        return not self.run.offline and bool(self.waiting or self.uploading and self.uploading.is_alive())
 
     def upload_waiting(self, last=False):
         """Upload the waiting checkpoints, one at a time, and delete their files; after the `last`, wait. Unless

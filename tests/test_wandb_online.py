@@ -289,6 +289,7 @@ def test_a_preempted_run_is_known_as_such_though_its_checkpoint_is_not_uploaded_
              "last", "--wandb-finish-timeout", 4]
     stopped = interrupt_after(trainer.arguments(flags), trainer.folder, r"step 300/", env=server.environment | QUICK)
     assert stopped.returncode == 143 and only_run(server).reported == "preempting", stopped.stdout
+    assert "checkpoints are uploading, 4 s at most (--wandb-finish-timeout)" in stopped.stdout
     assert "not finished within 4 s" in stopped.stdout and "Connection lost" not in stopped.stdout
 
 
