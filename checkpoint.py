@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 import hardware
 from archive import DamagedCheckpoint, link, load, peek, save
 from config import RunFailed, UserError, arg, flag, is_launch_flag
-from files import beside_run, matching_files
+from files import beside_run, exists, matching_files
 from processes import lock_until_exit
 
 FORMAT = 1
@@ -120,15 +120,14 @@ def plan(cfg, locks=True):
         if locks:
             tempfile.TemporaryFile(dir=folder).close()  # os.access would not do: root passes it everywhere
         lock = cfg.beside(".lock")
-        if locks and lock.exists() and not lock_until_exit(lock):  # before looking: that run may still save
+        if locks and exists(lock) and not lock_until_exit(lock):  # before looking: that run may still save
             if cfg.resume:
                 log.info("waiting for the run that still writes to %s", path)
             if not cfg.resume or not lock_until_exit(lock, PATIENCE):
                 raise _in_use(cfg)
-        with contextlib.suppress(FileNotFoundError):
-            cfg.beside(".rank0000.metrics.jsonl.tmp").stat()  # raises here if the name would be too long
-        last_two = [file for file in (path, cfg.beside(".prev.pt")) if file.exists()]
-        known = last_two + [file for file in (*reversed(cfg.numbered()), cfg.beside(".best.pt")) if file.exists()]
+        exists(cfg.beside(".rank0000.metrics.jsonl.tmp"))  # raises here if the name would be too long
+        last_two = list(filter(exists, (path, cfg.beside(".prev.pt"))))
+        known = last_two + list(filter(exists, (*reversed(cfg.numbered()), cfg.beside(".best.pt"))))
     except OSError as error:
         raise UserError(f"--checkpoint-path {path}: {folder} cannot be written ({error.strerror}); give a path in a "
                         f"folder of your own") from None
@@ -342,7 +341,7 @@ def load_latest(path, cfg):
     is intact."""
     previous, damage = cfg.beside(".prev.pt"), []
     is_newest = os.path.realpath(path) == os.path.realpath(cfg.checkpoint_path)
-    for file in [path, previous] if is_newest and previous.exists() else [path]:
+    for file in [path, previous] if is_newest and exists(previous) else [path]:
         try:
             payload = load(file)
         except DamagedCheckpoint as error:

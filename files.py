@@ -1,6 +1,7 @@
 """Files of a run: written whole or not at all, found beside its checkpoint, read although a kill cut them short."""
 
 import contextlib
+import errno
 import glob
 import json
 import math
@@ -10,6 +11,18 @@ from pathlib import Path
 
 # The fields that a record of metrics.jsonl must have if it is an event, by kind of event.
 EVENTS = dict(config=dict(config=dict), sample=dict(text=str), alert=dict(title=str, text=str), exit=dict(code=int))
+
+
+def exists(path):
+    """Whether there is such a file or folder. Raises OSError where that cannot be known, unlike Path.exists from Python
+    3.14 on: a network file system that does not answer must not be taken for one that is empty."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
+        return False
+    return True
 
 
 def write_whole(path, content):

@@ -87,6 +87,9 @@ def choose_precision(cfg, device):
     if not cfg.amp:
         return Precision(device, None, "--no-amp: fp32 (TF32 in matrix products on a GPU)")
     if cfg.amp_dtype != "auto":
+        if device.type == "mps" and torch.__version__ < (2, 13):  # pytorch #195910
+            raise UserError(f"--amp-dtype {cfg.amp_dtype}: PyTorch {torch.__version__} evaluates with a wrong mask in "
+                            f"it on Metal; leave it out, or take PyTorch 2.13 or newer")
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[cfg.amp_dtype]
         return Precision(device, dtype, f"--amp-dtype {cfg.amp_dtype}")
     if device.type == "cuda":

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 CHUNK = 2**20  # logits converted to probabilities at a time: few enough to stay in cache
-ONEDNN = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+# A private function of torch's: without it, nn.Linear's own products.
+ONEDNN = torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)()
 LARGE = 2**20  # output elements at which fusing the bias starts to save more than the extra Python call costs
 
 

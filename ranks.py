@@ -86,7 +86,9 @@ class Pulse(NoPulse):
     def __init__(self, store, rank, size, timeout):
         self.store, self.rank, self.size, self.timeout, self.silent = store, rank, size, timeout, min(timeout, SILENT)
         name = f"rank {rank} ({socket.gethostname()}, pid {os.getpid()})"
-        self.backends = [dist.group.WORLD._get_backend(device) for device in dist.group.WORLD._device_types]
+        self.backends = []
+        with contextlib.suppress(AttributeError):
+            self.backends = [dist.group.WORLD._get_backend(device) for device in dist.group.WORLD._device_types]
         # A rank with fewer moves than the others is one that they are waiting for in a collective.
         self.me = dict(name=name, pid=os.getpid(), node=os.environ["GROUP_RANK"], beat=0, moves=0, step=0,
                        left=False)
@@ -100,7 +102,9 @@ class Pulse(NoPulse):
         return f"at step {self.me['step']}" if self.me["step"] else "before the first step"  # same on all ranks ±1
 
     def _publish(self):
-        collectives = sum(backend._get_sequence_number_for_group() for backend in self.backends)
+        collectives = 0
+        with contextlib.suppress(AttributeError):  # a private function of torch's: steps alone tell less exactly
+            collectives = sum(backend._get_sequence_number_for_group() for backend in self.backends)
         self.me["moves"] = self.me["step"] + collectives
         self.store.set(str(self.rank), json.dumps(self.me))
 

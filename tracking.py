@@ -128,6 +128,9 @@ def log_facts(cfg, world, corpus, raw, optimizer_bytes, precision, accum, state)
     log.info(f"step: {step_tokens:,} tokens = batch {cfg.batch.batch_size} x sequence {corpus.seq_len} x accumulation "
              f"{accum} x ranks {world.size}; amp {precision.name} ({precision.reason})"
              + ("; torch.compile, before the first step" if compiled else ""))
+    if world.device.type == "mps" and max(micro, size.vocab_size) >= 32767 and torch.__version__ < (2, 14):
+        log.warning(f"PyTorch {torch.__version__} gets products over 32,767 and more elements wrong on M1 and M2, and "
+                    f"this model has some (pytorch #193487): take PyTorch 2.14 or newer, or --device cpu")
     if not cfg.wandb.use_wandb and cfg.wandb != WandbConfig():
         log.warning("not tracked by W&B: its other flags count with --use-wandb only")
     if cfg.optim.warmup_steps >= cfg.optim.num_steps:

@@ -3,6 +3,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -219,6 +220,8 @@ def eventually(condition, seconds=30):
 def on_small_disk(size, script, command, cwd, env=None):
     """Run a shell script, to which `command` is "$@", where the folder `disk` is a file system of so many bytes that
     nobody else sees and that goes with it. Skips where there may be none."""
+    if not shutil.which("unshare"):
+        pytest.skip("only Linux has a file system for one process")
     (cwd / "disk").mkdir()
     script = f"mount -t tmpfs -o size={size} tmpfs disk || exit 99\n{script}"
     run = subprocess.run(["unshare", "-rm", "sh", "-c", script, "sh", *command], cwd=cwd, text=True,

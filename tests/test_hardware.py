@@ -1,3 +1,4 @@
+import contextlib
 import ctypes
 from types import SimpleNamespace
 
@@ -24,6 +25,14 @@ def test_metal_is_chosen_for_one_process_only(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert hardware.choose_device("auto").type == "mps" and hardware.choose_device("auto", alone=False).type == "cpu"
+
+
+def test_half_precision_on_metal_is_refused_where_its_mask_is_wrong(monkeypatch):
+    cfg = hardware.SpeedConfig(amp_dtype="bf16")
+    for version, refused in ("2.12.1", True), ("2.13.0", False):
+        monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+        with pytest.raises(UserError, match="PyTorch 2.13 or newer") if refused else contextlib.nullcontext():
+            assert hardware.choose_precision(cfg, torch.device("mps")).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("largest, asked", [(2**31, [1 << 30]), (1 << 25, [1 << 30, 1 << 25])])

@@ -15,26 +15,29 @@ import tempfile
 import threading
 import traceback
 
+REPLY = 64  # bytes of each
+
 
 def run(command, cwd, env, input=None, timeout=300):
     """As `subprocess.run(command, capture_output=True, text=True)` of [Python, script, …] or [Python, -m, module, …].
     The result's `seconds` are those of a core that it took."""
     with contextlib.ExitStack() as stack:
-        given, out, err = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(3))
+        asked, given, out, err = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(4))
         given.write(input or "")
         given.seek(0)
-        request = json.dumps(dict(command=list(map(str, command)), cwd=str(cwd), env=env)).encode()
+        request = dict(command=list(map(str, command)), cwd=str(cwd), env=env)
+        json.dump(request, asked)
+        asked.seek(0)
         channel = zygote()
-        socket.send_fds(channel, [request], [file.fileno() for file in (given, out, err)])
-        pid = json.loads(channel.recv(99))
+        socket.send_fds(channel, [b"!"], [file.fileno() for file in (asked, given, out, err)])
+        pid = json.loads(channel.recv(REPLY))
         channel.settimeout(timeout)
         try:
-            code, seconds = json.loads(channel.recv(99))
-        except TimeoutError:
+            code, seconds = json.loads(channel.recv(REPLY))
+        except BaseException as error:  # pytest-timeout's, too
             os.kill(pid, signal.SIGKILL)
-            channel.settimeout(None)
-            channel.recv(99)
-            raise subprocess.TimeoutExpired(command, timeout) from None
+            zygote.cache_clear()  # its next word would be of this command
+            raise subprocess.TimeoutExpired(command, timeout) if isinstance(error, TimeoutError) else error from None
         channel.settimeout(None)
         for file in (out, err):
             file.seek(0)
@@ -46,7 +49,7 @@ def run(command, cwd, env, input=None, timeout=300):
 @functools.cache
 def zygote():
     """The channel to the process that is copied. It ends with the one that holds this end."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours, theirs = socket.socketpair()
     with theirs:
         subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()],
                          stdin=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -55,17 +58,19 @@ def zygote():
 
 def serve(channel):
     while True:
-        request, files, *_ = socket.recv_fds(channel, 1 << 20, 3)
-        if not request:
+        asked, (request, *files), *_ = socket.recv_fds(channel, 1, 4)
+        if not asked:
             return
+        with open(request) as file:
+            request = json.load(file)
         if not (pid := os.fork()):
             channel.close()
-            become(files=files, **json.loads(request))
+            become(files=files, **request)
         for file in files:
             os.close(file)
-        channel.send(json.dumps(pid).encode())
+        channel.send(json.dumps(pid).encode().ljust(REPLY))
         _, status, used = os.wait4(pid, 0)
-        channel.send(json.dumps([os.waitstatus_to_exitcode(status), used.ru_utime]).encode())
+        channel.send(json.dumps([os.waitstatus_to_exitcode(status), used.ru_utime]).encode().ljust(REPLY))
 
 
 def become(command, cwd, env, files):
