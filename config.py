@@ -365,4 +365,4 @@ def _plain_flags(word, fields):
     if typing.get_origin(kind) is list and value.startswith("["):
         with contextlib.suppress(ValueError, SyntaxError):
             return [flag(name), *map(str, ast.literal_eval(value))]
-    return [flag(name) + equals + value]
+    return [flag(name) + equals + value if kind else word]  # an unknown one as it was typed, for the error

@@ -454,7 +454,7 @@ WRONG = {
     "dropout of one": (["--dropout", "1"], ["--dropout 1", "less than 1"]),
     "unknown flag": (["--n-layer", "3"], ["--n-layer", "did you mean --n-layers"]),
     "bad TOML": (["--config", "bad.toml"], ["bad.toml", "not valid TOML"]),
-    "another program's flag": (["--learning-rate", "1"], ["--learning-rate is not known; did you mean --lr?"]),
+    "another program's flag": (["--learning_rate", "1"], ["--learning_rate is not known; did you mean --lr?"]),
     "unknown key in TOML": (["--config", "unknown.toml"], ["n_layer", "did you mean n_layers"]),
     "checkpoint already there": (["--checkpoint-path", "there.pt"], ["there.pt", "--resume", "--overwrite"]),
     "checkpoint path is a folder": (["--checkpoint-path", "sealed"], ["sealed", "is a folder"]),
