@@ -59,9 +59,8 @@ class BatchConfig:
     """Batch"""
 
     batch_size: int = arg(8, "sequences in one micro-batch of one rank", ge=1, le=10**7)
-    grad_accum_steps: int = arg(1, "micro-batches in one optimizer step", ge=1, le=10**7)
-    global_batch_tokens: int = arg(0, "tokens in one step of all ranks, from which --grad-accum-steps follows", ge=0,
-                                   le=10**12)
+    grad_accum_steps: int = arg(1, "micro-batches in one optimizer step", ge=1, le=10**6)
+    global_batch_tokens: int = arg(0, "tokens in one step of all ranks, from which --grad-accum-steps follows", ge=0)
     dry_run: bool = arg(False, "print the model's size and what a step costs, take one step, write nothing")
 
     def validate(self):
@@ -75,7 +74,11 @@ class BatchConfig:
             nearest = max(1, round(self.global_batch_tokens / micro)) * micro
             raise UserError(f"--global-batch-tokens {self.global_batch_tokens} is not a multiple of --batch-size "
                             f"{self.batch_size} x {world_size} ranks x --seq-len {seq_len} = {micro}; try {nearest}")
-        return self.global_batch_tokens // micro or self.grad_accum_steps
+        accum = self.global_batch_tokens // micro or self.grad_accum_steps
+        if accum > 10**6:
+            raise UserError(f"--global-batch-tokens {self.global_batch_tokens}: {accum:,} micro-batches in a step; "
+                            f"lower it, or raise --batch-size")
+        return accum
 
 
 class Corpus:
@@ -110,7 +113,7 @@ class Corpus:
             if not shard.windows(self.seq_len):
                 advice = ", or a larger --val-ratio" if shard is not self.train and not cfg.val_data else ""
                 raise UserError(f"--seq-len {self.seq_len}: {shard.path}{name and f' ({name})'} holds {shard.count:,} "
-                                f"tokens, less than one sequence; give more text, a smaller --seq-len{advice}")
+                                f"tokens, less than one sequence; give more text or a smaller --seq-len{advice}")
 
     def _start(self):
         """The token that unconditional generation starts from: end-of-text if it precedes other text within the first

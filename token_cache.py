@@ -239,10 +239,10 @@ def _require_a_sequence(cfg, train, val, parts):
     named = [(f"--val-data {path}", "val", count) for path, count in zip(cfg.val_data, parts, strict=True)]
     for where, split, count in [("--train-data", "train", train), *(named or [("--train-data", "val", val)])]:
         if count < cfg.seq_len + 1:
+            more = ", or a larger --max-tokens" if cfg.max_tokens else ""
+            more = ", or a larger --val-ratio, or --val-data" if split == "val" and not named else more
             raise UserError(f"{where}: {count:,} {split} tokens are fewer than one sequence of --seq-len "
-                            f"{cfg.seq_len} + 1; give more text, a smaller --seq-len"
-                            f"{', a larger --max-tokens' * bool(cfg.max_tokens)}"
-                            f"{', a larger --val-ratio, or --val-data' * (split == 'val' and not named)}")
+                            f"{cfg.seq_len} + 1; give more text or a smaller --seq-len{more}")
 
 
 def _trained_tokenizer(name, stream, vocab_size):

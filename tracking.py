@@ -171,11 +171,13 @@ class Tracker:
                 before = {}
             wandb = with_environment(cfg.wandb, before=before.get("init"))
             run_id = sweep_trial() or wandb.wandb_run_id or state.wandb_run_id or before.get("base") or new_run_id()
-            shared = wandb.wandb_run_mode == "shared"
-            if run_id == before.get("base") and before.get("shared", shared) != shared:
-                raise UserError(f"--wandb-run-mode {wandb.wandb_run_mode}: W&B run {run_id} was "
-                                f"{'not ' * shared}shared, and loses rows if it is written both ways; go on as it was, "
-                                f"or as another run by --wandb-run-id NEW")
+            plan = plan_run(wandb.wandb_run_mode, wandb.wandb_rank_scope, run_id, distributed_info(world))
+            if (wandb.wandb_mode == "online" and plan.run_id == before.get("init", {}).get("id")
+                    and plan.shared != before.get("shared", plan.shared)):
+                log.warning("--wandb-run-mode %s: W&B run %s was %sshared before, and loses rows if it is written both "
+                            "ways: it stays so (--wandb-run-id NEW makes another)", wandb.wandb_run_mode, plan.run_id,
+                            "not " * plan.shared)
+                wandb.wandb_run_mode = "auto" if plan.shared else "shared"
             return wandb, run_id
 
         wandb, state.wandb_run_id = world.from_main(resolve)  # even if another node's environment differs
@@ -308,15 +310,15 @@ def console_line(step, num_steps, m, seconds_per_step, amp):
 
 class JsonlSink:
     """One JSON object per line: a report, or an `event`: the configuration at the start, a sample, the exit … On
-    resume, lines after the checkpoint's step are removed: the run will write them again."""
+    resume, lines after the checkpoint's step are removed, except for alerts: the run will write them again."""
 
     def __init__(self, path, start_step):
         draft = path.with_name(path.name + ".tmp")
         try:
             with open(draft, "wb") as file, open(path if start_step and path.exists() else os.devnull, "rb") as before:
                 for line in before:  # not parsed: histograms take megabytes
-                    step = re.match(rb'\{"step": (\d+), "time": ', line)
-                    if step and int(step[1]) <= start_step and line.endswith(b"}\n"):
+                    found = re.match(rb'\{"step": (\d+), "time": [^,]+, ("event": "alert")?', line)
+                    if found and (found[2] or int(found[1]) <= start_step) and line.endswith(b"}\n"):
                         file.write(line)
             draft.replace(path)
         finally:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from processes import child_processes, kill, only_one
 from wandb_errors import Relay, explained, reason
-from wandb_runs import SOURCE, Job, local_folder
+from wandb_runs import SOURCE, Job, local_folder, remember_sent
 
 POLL = 1.0  # seconds between reads of the file; each takes CPU time that training may need
 LOST_CODE = 137  # exit code reported to W&B if the trainer died without reporting one, as after SIGKILL
@@ -42,7 +42,8 @@ class Follower:
     """Reads the records of a run and sends them to W&B until the trainer has finished or died."""
 
     def __init__(self, job, say):
-        self.job, self.say, self.ended, self.stopped, self.overdue = job, say, threading.Event(), False, False
+        self.job, self.ended, self.stopped, self.overdue = job, threading.Event(), False, False
+        self.say = lambda level, text: self.overdue or say(level, text)  # what fails then has been ended
         self.exit_code, self.seconds = LOST_CODE, job.finish_timeout
 
     def await_trainer(self, control):
@@ -51,9 +52,8 @@ class Follower:
             self.exit_code, self.seconds = json.loads(control.readline())
         self.ended.set()
         time.sleep(max(self.seconds / 2, self.seconds - 1))  # a little less: the trainer should have exited by then
-        self.overdue = True
-        end_children()
         self.say("WARNING", f"not finished within {self.seconds:g} s, ended; send the rest later: {self.job.sync}")
+        self.overdue = True
         leave()
 
     def stop(self):
@@ -79,7 +79,8 @@ class Follower:
             if self.exit_code == 128 + signal.SIGTERM and not self.stopped and not self.job.sweep:
                 run.mark_preempting()  # before the uploads, which there may be no time for
             if publisher.is_uploading():
-                self.say("INFO", f"checkpoints are uploading, {self.seconds:g} s at most (--wandb-finish-timeout)")
+                limit = " (--wandb-finish-timeout)" if self.seconds == self.job.finish_timeout else ""
+                self.say("INFO", f"checkpoints are uploading, {self.seconds:g} s at most{limit}")
             publisher.upload_waiting(last=True)
             run.finish(exit_code=self.exit_code)
             with contextlib.suppress(SystemExit):  # raised if the SDK's service process (wandb-core) failed
@@ -195,6 +196,8 @@ def open_run(job, say, may_go_offline=True, stop=None):
                        f"{job.sync}")
     else:
         place = f"offline in {offline_folder(run)}" if run.offline else f"at {run.url}"
+        if job.lock and not run.offline:
+            remember_sent(job)
         say("INFO", f"run {run.id}{f' ({run.name})' if run.name else ''} {place}")
     # W&B's own step must increase, so it drops rows that a resumed run repeats: use our own `step` as the x axis.
     run.define_metric("step", hidden=True)  # a chart of its own would be a straight line
@@ -228,7 +231,7 @@ def is_there(job):
     import wandb
 
     with contextlib.suppress(Exception):  # it has not, or it cannot be reached
-        api = wandb.Api(timeout=10)
+        api = wandb.Api(timeout=math.ceil(min(10, job.init_timeout)))
         path = [job.init["entity"] or api.default_entity, job.init["project"], job.init["id"]]
         return bool(api.run("/".join(path)))
     return False
@@ -425,8 +428,7 @@ def main():
     try:
         follower.run()
     except Exception as error:
-        if not follower.overdue:  # else it comes of what has just been ended
-            say("WARNING", f"{explained(error)}. Training goes on without it; send the run later: {job.sync}")
+        follower.say("WARNING", f"{explained(error)}. Training goes on without it; send the run later: {job.sync}")
     leave()
 
 

@@ -202,10 +202,18 @@ def recalled(path):
 IDENTITY = ("shared", "primary", "label", "sweep", "host", "program")  # of a Job, beside its id: kept for a later sync
 
 
-def remember(path, base, job):
-    """Store this run's identity in `path`, for resuming after a kill and for `wandb_tools.py sync`."""
-    facts = dict(base=base, init=job.init) | {name: getattr(job, name) for name in IDENTITY}
+def remember(path, base, job, sent):
+    """Store this run's identity in `path`, for resuming after a kill and for `wandb_tools.py sync`. `sent`: the
+    arguments of wandb.init that the server last had from it."""
+    facts = dict(base=base, init=job.init, sent=sent) | {name: getattr(job, name) for name in IDENTITY}
     write_whole(path, json.dumps(facts).encode())
+
+
+def remember_sent(job):
+    """Store that the server has `job.init` now."""
+    path = Path(job.lock).with_suffix(".json")
+    if facts := recalled(path):
+        write_whole(path, json.dumps(facts | dict(sent=job.init)).encode())
 
 
 def git(*words):
@@ -259,7 +267,7 @@ class Job:
     lock: str = ""  # path of a lock file
     tokenizer: str = ""  # the folder beside the checkpoints, uploaded with each of them
     sync: str = ""  # the command to send missing rows later
-    sent: list = dataclasses.field(default_factory=list)  # names of `init` that are as at an earlier start
+    sent: list = dataclasses.field(default_factory=list)  # names of `init` that the server has from an earlier start
     monitors: bool = True  # records the machine's metrics: one process of a node
     pid: int = dataclasses.field(default_factory=os.getpid)  # the process whose system metrics are recorded
     host: str = dataclasses.field(default_factory=lambda: os.environ.get("WANDB_HOST") or platform.node())

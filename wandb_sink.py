@@ -55,11 +55,11 @@ class WandbSink:
                        sync=f"python {shlex.quote(tool)} sync {shlex.quote(str(beside('.pt')))}")
         self.beside, self.tag, self.process = beside, tag, None
         self.closing = self.given_up = False
-        before = recalled(memory := beside(f"{tag}.wandb.json")).get("init", {})
-        if before.get("id") == plan.run_id:
-            self.job.sent = [name for name in ("name", "group", "job_type", "tags", "notes")
-                             if init[name] and init[name] == before.get(name)]
-        remember(memory, base, self.job)
+        sent = recalled(memory := beside(f"{tag}.wandb.json")).get("sent", {})
+        sent = sent if sent.get("id") == plan.run_id else {}
+        self.job.sent = [name for name in ("name", "group", "job_type", "tags", "notes")
+                         if init[name] and init[name] == sent.get(name)]
+        remember(memory, base, self.job, sent)
         with only_one(self.job.lock) as alone:
             if alone:  # else the follower of an earlier start, which was killed, is still uploading them
                 self._forget_links()
@@ -80,8 +80,8 @@ class WandbSink:
     def _start(self):
         # Never connect to another process's wandb-core, and keep warnings enabled, for the follower to relay. The
         # values that count are in the job; the SDK fails on some that are empty, end in a comma, or name another run.
-        unwanted = ("WANDB_SERVICE", "WANDB_SILENT", "WANDB_QUIET", "WANDB_TAGS", "WANDB_FORK_FROM",
-                    "WANDB_RESUME_FROM")
+        unwanted = ("WANDB_SERVICE", "WANDB_SILENT", "WANDB_QUIET", "WANDB_NAME", "WANDB_RUN_GROUP", "WANDB_JOB_TYPE",
+                    "WANDB_TAGS", "WANDB_NOTES", "WANDB_FORK_FROM", "WANDB_RESUME_FROM")
         environment = {name: value for name, value in os.environ.items()
                        if name not in unwanted and (value or not name.startswith("WANDB_"))}
         environment.setdefault("WANDB_ERROR_REPORTING", "false")  # else exit takes 12 s longer when the server hangs

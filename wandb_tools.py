@@ -141,15 +141,15 @@ def send(facts, path):
     api = wandb.Api(timeout=TIMEOUT)
     target = "/".join([facts["init"]["entity"] or api.default_entity, facts["init"]["project"], facts["init"]["id"]])
     stored, whole = rows_of(api, target), ""
-    # Of a run without rows: a sweep's server makes it in advance. Else their rows would be there twice.
-    if not stored and (folders := offline_folders(facts["init"], path)):
+    new = stored is None or not stored and facts.get("sweep")  # whose run the server makes before it begins
+    if new and (folders := offline_folders(facts["init"], path)):  # else their rows would be there twice
         print(f"wandb sync {shlex.join(folders)}", flush=True)
         synced = subprocess.run([sys.executable, "-m", "wandb", "sync", *folders], capture_output=True, text=True)
         stored = awaited(lambda: rows_of(api, target), lambda rows: rows and not lacking(records, rows))
         if not stored:  # its rows can be sent all the same
             print(f"wandb sync failed: {reason((synced.stdout + synced.stderr).strip())}", flush=True)
         elif late := lacking(records, stored):  # on their way, or never written to those folders, as before a kill
-            return f"{target} lacks {len(late)} rows after wandb sync; in a minute, repeat this to send what is lacking"
+            raise RuntimeError(f"{len(late)} rows cannot be read back from {target} {ARRIVAL} s after wandb sync")
         else:
             whole = ", with its files and checkpoints"
     init = facts["init"] | dict(dir=None)
@@ -157,7 +157,8 @@ def send(facts, path):
         init = {name: init[name] for name in ("project", "entity", "id")}
     job = Job(init, config, live=False, **{name: facts[name] for name in IDENTITY if name in facts})
     missing = lacking(records, stored or [])
-    unended = stored is not None and api.run(target).state in ("running", "crashed")
+    state = api.run(target).state if stored is not None else ""
+    unended = state in ("running", "crashed", "preempting")
     if not missing and not unended:
         return f"{target} has every row{whole}"
     run = open_run(job, lambda level, text: print(text, flush=True), may_go_offline=False)
@@ -165,6 +166,8 @@ def send(facts, path):
                                             and record not in missing])
     publisher.publish(map(json.dumps, missing))
     publisher.summarize(records)  # the SDK takes the last rows that were sent for the newest
+    if state == "preempting":
+        run.mark_preempting()
     run.finish(exit_code=last.get("code", LOST_CODE))
     # The SDK does not report uploads that have failed permanently.
     if lost := awaited(lambda: lacking(missing, rows_of(api, target) or []), lambda lost: not lost):

@@ -132,7 +132,7 @@ def trainer(tmp_path, text, cache):
     """`trainer(*flags, ranks=None)` runs train.py, or train_ddp.py with so many ranks, to its end."""
     def run(*flags, ranks=None, checkpoint="c.pt", env=None, tiny=True, data=True, timeout=300):
         command = arguments(flags, ranks, checkpoint, tiny, data)
-        if env and {"OMP_NUM_THREADS", "PYTHONPATH"} & env.keys():  # which count before torch is imported
+        if any(re.match("OMP_|PYTHON|LC_|LANG", name) for name in env or ()):  # which count at an interpreter's start
             done = subprocess.run(command, cwd=tmp_path, env=environment(**(env or {})), timeout=timeout, text=True,
                                   capture_output=True)
         else:

@@ -210,6 +210,16 @@ def test_a_resume_cuts_metrics_back_to_the_checkpoint(tmp_path):
     assert path.read_text() == ""
 
 
+def test_a_resumed_run_drops_what_it_writes_again_and_keeps_why_it_ended(tmp_path):
+    path = tmp_path / "m.jsonl"
+    rows = [dict(step=20, time=1.0, loss=2.0), dict(step=25, time=2.0, loss=1.0),
+            dict(step=27, time=3.0, event="alert", title="stopped by ValueError", text="planted"),
+            dict(step=27, time=3.0, event="exit", code=1)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    JsonlSink(path, 20).close(0)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [rows[0], rows[2]]
+
+
 def test_tensorboard_has_the_same_names_values_and_steps(tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is an extra")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -254,4 +264,5 @@ def test_a_histogram_counts_every_value_between_its_edges():
 
 
 def test_a_sample_does_not_act_on_the_terminal():
+    assert visible("\u202e") == "\\u202e", "text that is written backwards"
     assert visible("\x1b[31m red\r\n\t\x00\x9b é 日本") == "\\x1b[31m red\\r\n\t\\x00\\x9b é 日本"

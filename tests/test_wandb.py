@@ -173,14 +173,6 @@ def test_a_setting_that_wandb_does_not_know_is_refused_only_where_wandb_is_on(tr
     assert trainer("--num-steps", 6, env={"WANDB_MODE": "no-such-mode"}).code == 0
 
 
-def test_a_run_is_not_resumed_by_another_way_of_writing(trainer):
-    assert trainer("--num-steps", 4, *WANDB).code == 0
-    before = (trainer.folder / "c.pt").read_bytes()
-    run = trainer("--num-steps", 6, *WANDB, "--resume", "--wandb-run-mode", "shared", "--wandb-mode", "online")
-    assert run.code == 2 and run.err.count("\n") == 1 and "not shared" in run.err and "--wandb-run-id NEW" in run.err
-    assert (trainer.folder / "c.pt").read_bytes() == before and 6 not in run.rows
-
-
 def test_disabled_is_like_no_flag(trainer):
     run = trainer("--num-steps", 6, *WANDB, "--wandb-mode", "disabled")
     assert run.code == 0 and "wandb:" not in run.out and not (trainer.folder / "wandb").exists()

@@ -121,7 +121,7 @@ def test_settings_that_wandb_would_refuse_are_refused_at_once(wrong):
 
 def test_a_resumed_run_stays_in_its_project(tmp_path):
     path = tmp_path / "c.wandb.json"
-    remember(path, "kept", Job(init=dict(project="ours", entity=None, name="first"), config={}))
+    remember(path, "kept", Job(init=dict(project="ours", entity=None, name="first"), config={}), sent={})
     before = recalled(path)
     assert before["base"] == "kept"
     for given, environ, project in (("", {}, "ours"), ("", dict(WANDB_PROJECT="theirs"), "theirs"),

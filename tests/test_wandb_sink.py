@@ -7,7 +7,7 @@ import pytest
 
 import wandb_sink
 from wandb_follower import Publisher, reports_before
-from wandb_runs import Job, WandbConfig, plan_run, with_environment
+from wandb_runs import Job, WandbConfig, plan_run, remember_sent, with_environment
 from wandb_sink import UPLOADS, WandbSink
 
 
@@ -108,6 +108,12 @@ def test_the_policy_says_which_checkpoints_are_uploaded(sink, tmp_path, policy, 
 
 def test_a_checkpoint_that_cannot_be_linked_or_copied_costs_a_warning(sink, tmp_path):
     assert sink().checkpoint_to_upload(tmp_path / "missing.pt", 3, False) is None
+
+
+def test_only_what_the_server_has_had_need_not_be_sent_again(sink):
+    assert sink().job.sent == sink().job.sent == []
+    remember_sent(sink().job)
+    assert sink().job.sent == sink().job.sent == ["name", "group"]
 
 
 def test_which_run_it_is_is_kept_before_anything_starts(sink, tmp_path):

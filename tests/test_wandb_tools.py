@@ -165,22 +165,23 @@ def test_a_row_that_is_sent_late_leaves_the_summary_to_the_last(server, tool, tm
     assert [summary[name] for name in ("step", "loss", "val/loss", "_timestamp")] == [2, 1.0, 4.0, 1.8e9 + 2]
 
 
-@pytest.mark.parametrize("folders", ["there", "gone"])
+@pytest.mark.parametrize("folders", ["there", "gone", "of a trial"])
 def test_sync_sends_a_run_that_was_offline_twice(server, trainer, tool, folders):
     flags = ["--log-steps", 5, "--use-wandb", "--wandb-mode", "offline", "--wandb-log-checkpoints", "last"]
     assert trainer("--num-steps", 10, *flags).code == trainer("--num-steps", 20, *flags, "--resume").code == 0
     assert not server.runs
     if folders == "gone":
         shutil.rmtree(trainer.folder / "wandb")
-    else:  # as of a trial, whose run the server makes before it begins
-        (run_id,) = {path.name[-8:] for path in trainer.folder.glob("wandb/offline-run-*")}
-        server._upsert_run(name=run_id, modelName="mini-llm")
+    if folders == "of a trial":  # whose run the server makes before it begins
+        facts = json.loads((trainer.folder / "c.wandb.json").read_text())
+        (trainer.folder / "c.wandb.json").write_text(json.dumps(facts | dict(sweep="s")))
+        server._upsert_run(name=facts["init"]["id"], modelName="mini-llm")
     code, out, err = tool("sync", "c.pt", WANDB_MODE="offline")  # as it may still be set
-    assert (code, err) == (0, "") and ("every row, with its files" in out) == (folders == "there"), out
+    assert (code, err) == (0, "") and ("every row, with its files" in out) == (folders != "gone"), out
     stored = only_run(server)
     assert_same_rows(stored, reports(trainer.folder / "c.metrics.jsonl"))
     assert (stored.state, stored.exit_code) == ("finished", 0)
-    whole = folders == "there"
+    whole = folders != "gone"
     assert ({"c.config.toml", "output.log"} <= stored.files.keys()) == whole
     models = [one for one in server.artifacts if one.type == "model"]
     assert [sorted({"step-10", "step-20"} & set(one.aliases)) for one in models] == [["step-10"], ["step-20"]] * whole

@@ -1,7 +1,6 @@
 """Commands run in copies of a process that has imported torch, which takes two seconds: most of a short command's time.
 Otherwise they are processes like others: their own modules, environment, streams, exit code."""
 
-import atexit
 import contextlib
 import functools
 import json
@@ -12,8 +11,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
-import traceback
 
 REPLY = 64  # bytes of each
 
@@ -35,7 +32,7 @@ def run(command, cwd, env, input=None, timeout=300):
         try:
             code, seconds = json.loads(channel.recv(REPLY))
         except BaseException as error:  # pytest-timeout's, too
-            os.kill(pid, signal.SIGKILL)
+            os.killpg(pid, signal.SIGKILL)
             zygote.cache_clear()  # its next word would be of this command
             raise subprocess.TimeoutExpired(command, timeout) if isinstance(error, TimeoutError) else error from None
         channel.settimeout(None)
@@ -60,12 +57,12 @@ def serve(channel):
     while True:
         asked, (request, *files), *_ = socket.recv_fds(channel, 1, 4)
         if not asked:
-            return
+            return None
         with open(request) as file:
             request = json.load(file)
         if not (pid := os.fork()):
             channel.close()
-            become(files=files, **request)
+            return become(files=files, **request)
         for file in files:
             os.close(file)
         channel.send(json.dumps(pid).encode().ljust(REPLY))
@@ -74,37 +71,23 @@ def serve(channel):
 
 
 def become(command, cwd, env, files):
-    """Be the script to its end, as the interpreter would run it."""
-    code = 1
-    try:
-        os.chdir(cwd)
-        os.environ.clear()
-        os.environ.update(env)
-        tempfile.tempdir = None  # the environment's
-        for number, file in enumerate(files):
-            os.dup2(file, number)
-            os.close(file)
-        sys.stdin, sys.stdout = open(0), open(1, "w", buffering=1)
-        sys.stderr = open(2, "w", buffering=1, errors="backslashreplace")
-        sys.orig_argv, is_module = command, command[1] == "-m"
-        sys.argv, sys.path[0] = command[1 + is_module:], os.getcwd() if is_module else os.path.dirname(command[1])
-        try:
-            if is_module:
-                runpy.run_module(command[2], run_name="__main__", alter_sys=True)
-            else:
-                runpy.run_path(command[1], run_name="__main__")
-            code = 0
-        finally:
-            threading._shutdown()
-            atexit._run_exitfuncs()
-    except SystemExit as left:
-        code = left.code if isinstance(left.code, int) else int(left.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os._exit(code)
+    """Be the script to its end, which is that of the interpreter."""
+    os.setsid()
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    tempfile.tempdir = None  # the environment's
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    sys.stdin, sys.stdout = open(0), open(1, "w", buffering=1)
+    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, errors="backslashreplace")
+    sys.orig_argv, is_module = command, command[1] == "-m"
+    sys.argv, sys.path[0] = command[1 + is_module:], os.getcwd() if is_module else os.path.dirname(command[1])
+    if is_module:
+        runpy.run_module(command[2], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(command[1], run_name="__main__")
 
 
 if __name__ == "__main__":
