@@ -55,14 +55,15 @@ def zygote():
 
 def serve(channel):
     while True:
-        asked, (request, *files), *_ = socket.recv_fds(channel, 1, 4)
+        asked, files, *_ = socket.recv_fds(channel, 1, 4)
         if not asked:
-            return None
-        with open(request) as file:
+            return
+        with open(files.pop(0)) as file:
             request = json.load(file)
         if not (pid := os.fork()):
             channel.close()
-            return become(files=files, **request)
+            become(files=files, **request)
+            return
         for file in files:
             os.close(file)
         channel.send(json.dumps(pid).encode().ljust(REPLY))
