@@ -141,12 +141,12 @@ def send(facts, path):
     api = wandb.Api(timeout=TIMEOUT)
     target = "/".join([facts["init"]["entity"] or api.default_entity, facts["init"]["project"], facts["init"]["id"]])
     stored, whole = rows_of(api, target), ""
-    new = stored is None or not stored and facts.get("sweep")  # whose run the server makes before it begins
+    new = stored is None or not stored and facts.get("sweep")  # a server makes a trial's run before it begins
     if new and (folders := offline_folders(facts["init"], path)):  # else their rows would be there twice
         print(f"wandb sync {shlex.join(folders)}", flush=True)
         synced = subprocess.run([sys.executable, "-m", "wandb", "sync", *folders], capture_output=True, text=True)
         stored = awaited(lambda: rows_of(api, target), lambda rows: rows and not lacking(records, rows))
-        if not stored:  # its rows can be sent all the same
+        if stored is None or synced.returncode and not stored:  # its rows can be sent all the same
             print(f"wandb sync failed: {reason((synced.stdout + synced.stderr).strip())}", flush=True)
         elif late := lacking(records, stored):  # on their way, or never written to those folders, as before a kill
             raise RuntimeError(f"{len(late)} rows cannot be read back from {target} {ARRIVAL} s after wandb sync")
