@@ -45,41 +45,40 @@ def test_two_ranks_are_one_process_with_two_micro_batches_and_continue_it(traine
             assert moved.losses()[key] == pytest.approx(value, abs=1e-5), key
 
 
-@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=full)])
-def test_srun_may_start_the_ranks_itself(trainer, killed):
-    """One task on each of two nodes; and one notices that the other is killed."""
-    flags = ["--no-amp", "--log-steps", 2, "--eval-steps", 4, "--eval-tokens", 0]
+def srun(trainer, *flags, checkpoint):
+    """One task on each of two nodes, as `srun python train_ddp.py` starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    tasks = []
+    for task in range(2):
+        slurm = dict(SLURM_PROCID=task, SLURM_NTASKS=2, SLURM_LOCALID=0, SLURM_NTASKS_PER_NODE=1, SLURM_NODEID=task,
+                     MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        tasks.append(subprocess.Popen(
+            [*command("train_ddp.py"), *trainer.arguments([*EXACT, *flags], checkpoint=checkpoint)[2:]], text=True,
+            cwd=trainer.folder, env=environment(**{name: str(value) for name, value in slurm.items()}),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    return tasks
 
-    def tasks(*more, checkpoint):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        started = []
-        for task in range(2):
-            slurm = dict(SLURM_PROCID=task, SLURM_NTASKS=2, SLURM_LOCALID=0, SLURM_NTASKS_PER_NODE=1,
-                         SLURM_NODEID=task, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-            started.append(subprocess.Popen(
-                [*command("train_ddp.py"), *trainer.arguments([*flags, *more], checkpoint=checkpoint)[2:]], text=True,
-                cwd=trainer.folder, env=environment(**{name: str(value) for name, value in slurm.items()}),
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE))
-        return started
 
-    if not killed:
-        one = trainer(*flags, "--num-steps", 4, "--grad-accum-steps", 2, checkpoint="one.pt")
-        two = tasks("--num-steps", 4, checkpoint="two.pt")
-        out, err = two[0].communicate(timeout=120)
-        assert [task.wait(60) for task in two] == [0, 0], err
-        close(one, Run(subprocess.CompletedProcess(two[0].args, 0, out, err), trainer.folder, "two.pt"), 1e-5)
-        return
+def test_srun_may_start_the_ranks_itself(trainer):
+    one = trainer(*EXACT, "--num-steps", 4, "--grad-accum-steps", 2, checkpoint="one.pt")
+    tasks = srun(trainer, "--num-steps", 4, checkpoint="two.pt")
+    out, err = tasks[0].communicate(timeout=120)
+    assert [task.wait(60) for task in tasks] == [0, 0], err
+    close(one, Run(subprocess.CompletedProcess(tasks[0].args, 0, out, err), trainer.folder, "two.pt"), 1e-5)
 
-    endless = tasks("--num-steps", 10**6, checkpoint="endless.pt")
+
+@full
+def test_a_task_of_srun_notices_that_the_other_is_killed(trainer):
+    tasks = srun(trainer, "--num-steps", 10**6, checkpoint="endless.pt")
     try:
-        next(line for line in endless[0].stdout if "step 10/" in line)
-        endless[1].kill()
-        assert "rank 1" in endless[0].communicate(timeout=60)[1]
-        assert [task.wait(60) for task in endless] == [1, -signal.SIGKILL]
+        next(line for line in tasks[0].stdout if "step 10/" in line)
+        tasks[1].kill()
+        assert "rank 1" in tasks[0].communicate(timeout=60)[1]
+        assert [task.wait(60) for task in tasks] == [1, -signal.SIGKILL]
     finally:
-        for task in endless:
+        for task in tasks:
             task.kill()
 
 
