@@ -295,6 +295,7 @@ def console_line(step, num_steps, m, seconds_per_step, amp):
     show("train loss {:.4f}", "train/loss")
     show("val loss {:.4f}", "val/loss")
     show("val ppl {:.2f}", "val/ppl")
+    show("val bpb {:.4f}", "val/bits_per_byte")
     show("grad norm {:.2f}", "train/grad_norm")
     if m.get("train/skipped_steps"):
         show("{} steps skipped", "train/skipped_steps")

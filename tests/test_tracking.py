@@ -40,10 +40,11 @@ class Pair(Alone):
 def test_the_console_line_is_the_documented_one():
     metrics = {"train/epoch": 0.02, "lr": 3.3e-5, "train/step_time_sec": 0.1571, "tokens_per_sec_per_rank": 6537.89,
                "global_tokens_per_sec": 13075.78, "train/loss": 10.9411, "val/loss": 10.9447, "val/ppl": 56653.4597,
-               "train/grad_norm": 1.02, "train/mfu": 0.123, "time/dt_sec": 1.98}
+               "val/bits_per_byte": 3.5541, "train/grad_norm": 1.02, "train/mfu": 0.123, "time/dt_sec": 1.98}
     assert console_line(10, 50, metrics, 0.15, "bf16") == (
         "epoch 1 step 10/50 | lr 3.30e-05 | step time 0.157s | tok/s 6,538/rank 13,076 global | train loss 10.9411 | "
-        "val loss 10.9447 | val ppl 56653.46 | grad norm 1.02 | mfu 12.3% | dt 1.98s | eta 0:00:06 | amp bf16")
+        "val loss 10.9447 | val ppl 56653.46 | val bpb 3.5541 | grad norm 1.02 | mfu 12.3% | dt 1.98s | eta 0:00:06 | "
+        "amp bf16")
 
 
 def test_the_time_left_is_of_all_that_comes_between_steps_but_not_of_the_first_evaluation(monkeypatch):

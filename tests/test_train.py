@@ -41,7 +41,8 @@ def test_a_run_reports_what_is_documented_and_writes_what_it_says(trainer):
     line = next(line for line in run.out.splitlines() if "step 10/20" in line)
     assert re.fullmatch(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] epoch 1 step 10/20 \| lr \S+ \| step time "
                         r"\S+s \| tok/s \S+/rank \S+ global \| train loss \S+ \| val loss \S+ \| val ppl \S+ \| "
-                        r"grad norm \S+ \| (mfu \S+%|\S+ TFLOP/s) \| dt \S+s \| eta \S+ \| amp \S+", line), line
+                        r"val bpb \S+ \| grad norm \S+ \| (mfu \S+%|\S+ TFLOP/s) \| dt \S+s \| eta \S+ \| amp \S+",
+                        line), line
     assert "\r" not in run.out + run.err, "a progress bar in a pipe"
     written = {path.name for path in run.checkpoint.parent.iterdir()}
     assert written == {"c.pt", "c.prev.pt", "c.best.pt", "c.log", "c.metrics.jsonl", "c.config.toml", "c.tokenizer",

@@ -239,8 +239,8 @@ def test_the_tutorials_command_reports_every_field_it_prints(trainer, tmp_path):
     assert run.rows[0]["val/loss"] == pytest.approx(math.log(50257), rel=0.02)
     for step in (10, 20, 30, 40, 50):
         line = next(line for line in run.out.splitlines() if f"step {step}/50" in line)
-        for part in ("epoch 1", "lr ", "step time ", "/rank", " global", "train loss ", "val loss ", "val ppl ", "dt ",
-                     "eta ", "amp "):
+        for part in ("epoch 1", "lr ", "step time ", "/rank", " global", "train loss ", "val loss ", "val ppl ",
+                     "val bpb ", "dt ", "eta ", "amp "):
             assert part in line, (part, line)
     (tracked,) = run_files(tmp_path)
     summary = {"amp", "global_tokens_per_sec", "lr", "tokens_per_sec_per_rank", "train/loss", "val/loss", "val/ppl"}
