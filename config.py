@@ -25,7 +25,7 @@ import types
 import typing
 from pathlib import Path
 
-# Names of these flags in other projects (nanoGPT, the Hugging Face Trainer), for "did you mean".
+# Names of these flags in other projects (nanoGPT, nanochat, the Hugging Face Trainer), for "did you mean".
 ELSEWHERE = {"learning_rate": "lr", "max_iters": "num_steps", "max_steps": "num_steps", "block_size": "seq_len",
              "output_dir": "checkpoint_path", "out_dir": "checkpoint_path", "bf16": "amp_dtype", "fp16": "amp_dtype",
              "resume_from_checkpoint": "resume", "hidden_size": "d_model", "n_embd": "d_model", "dtype": "amp_dtype",
@@ -36,7 +36,11 @@ ELSEWHERE = {"learning_rate": "lr", "max_iters": "num_steps", "max_steps": "num_
              "max_seq_len": "seq_len", "ckpt": "checkpoint_path", "wandb": "use_wandb", "model": "arch",
              "model_name": "init_from", "save_interval": "save_steps", "always_save_checkpoint": "save_steps",
              "per_device_train_batch_size": "batch_size", "micro_batch_size": "batch_size", "start": "prompt",
-             "gpu": "cuda", "precision": "amp_dtype"}
+             "gpu": "cuda", "precision": "amp_dtype", "gradient_checkpointing": "use_activation_checkpoint",
+             "num_train_epochs": "num_steps", "num_iterations": "num_steps", "eval_iters": "eval_tokens",
+             "depth": "n_layers", "device_batch_size": "batch_size", "total_batch_size": "global_batch_tokens",
+             "matrix_lr": "muon_lr", "embedding_lr": "lr", "report_to": "use_wandb", "enable_wandb": "use_wandb",
+             "run_name": "wandb_run_name"}
 # How a process is launched and where it writes, not what it trains; so are W&B's flags, wandb_…
 LAUNCH_FLAGS = {"resume", "overwrite", "dry_run", "checkpoint_path", "cache_dir", "heartbeat_file"}
 BOUNDS = {"gt": (operator.gt, "greater than"), "ge": (operator.ge, "at least"),

@@ -36,8 +36,8 @@ class DataConfig:
                                      "folder, such as gpt2", metavar="NAME", empty=False)
     seq_len: int = arg(256, "tokens in a training sequence", ge=1)
     use_toy_data: bool = arg(False, "train on a Markov chain whose entropy is known, and so the best possible loss")
-    max_tokens: int = arg(0, "train on the first N tokens only and, without --val-data, validate on N x --val-ratio; "
-                             "0: all", ge=0)
+    max_tokens: int = arg(0, "use the first N training tokens only and, without --val-data, N x --val-ratio to "
+                             "validate; 0: all; how long to train is --num-steps", ge=0)
     data_seed: int = arg(1337, "seed of the order of the samples and of the choice of validation documents", ge=0)
     cache_dir: str = arg("data/cache", "where token shards are kept", metavar="DIR", empty=False)
 

@@ -20,7 +20,8 @@ from config import UserError, arg, first_line
 PEAK_FLOPS = {r"H100( SXM5)? \d+GB HBM3": 989e12, r"H100 PCIe": 756e12, r"H100 NVL": 835e12, r"H200": 989e12,
               r"GH200 \d+GB": 989e12, r"B200": 2250e12, r"A100-(SXM4|SXM|PCIE)-\d+GB|A100 \d+GB PCIe": 312e12,
               r"A10G": 70e12, r"L40S": 362e12, r"L40": 181e12, r"L4": 121e12,
-              r"GeForce RTX 4090": 165e12, r"GeForce RTX 3090": 71e12}
+              r"GeForce RTX 4090": 165e12, r"GeForce RTX 3090": 71e12,
+              r"AMD Instinct MI250X": 191.5e12, r"AMD Instinct MI300X": 1307e12}  # an MI250X shows as two devices
 
 
 @dataclass

@@ -142,8 +142,8 @@ class Pulse(NoPulse):
                         self.fail(self._stopped(slow, moved))
                     # NCCL counts what was enqueued: if a GPU hangs, no rank is behind, and NCCL aborts them all.
                     if not slow and self.rank == 0:
-                        _say(f"no rank has moved for {moved} s {self._where()}: unless this is a long evaluation, a "
-                             f"GPU or the network hangs (see dmesg)", "warning")
+                        _say(f"no rank has moved for {moved} s {self._where()}: unless text is tokenized or much of it "
+                             f"evaluated, a GPU or the network hangs (see dmesg)", "warning")
                 self.rounds += 1
             except Exception:  # a lost connection; or torchrun, which holds the store, is gone: see stop_when_orphaned
                 with contextlib.suppress(Exception):

@@ -108,7 +108,8 @@ def log_facts(cfg, world, corpus, raw, optimizer_bytes, precision, accum, state)
     """Log what is about to be trained, and on which device and data."""
     tokens, n_params, size = corpus.meta["tokens"], raw.num_params(), raw.cfg
     micro = cfg.batch.batch_size * corpus.seq_len
-    step_tokens = micro * accum * world.size
+    step_tokens, epoch_tokens = micro * accum * world.size, corpus.n_windows * corpus.seq_len
+    run_tokens = cfg.optim.num_steps * step_tokens
     compiled = should_compile(cfg.speed, world.device)
     # Weights and gradients in fp32; DDP's buckets, which are the gradients only in the last micro-batch.
     fixed = (12 if world.size > 1 and accum > 1 else 8) * n_params + optimizer_bytes
@@ -119,7 +120,7 @@ def log_facts(cfg, world, corpus, raw, optimizer_bytes, precision, accum, state)
     log.info(f"total tokens: {tokens['train']:,} train, {tokens['val']:,} val ({corpus.folder}); "
              f"vocabulary {size.vocab_size:,} ({corpus.meta['tokenizer']})")
     log.info(f"train dataset size: {corpus.n_windows:,}, val dataset size: {corpus.n_val_windows:,} sequences of "
-             f"{corpus.seq_len}; steps per epoch: {corpus.n_windows * corpus.seq_len / step_tokens:,.1f}")
+             f"{corpus.seq_len}; steps per epoch: {epoch_tokens / step_tokens:,.1f}")
     if corpus.meta["entropy_rate"]:
         log.info(f"toy data: no model can get below a loss of {corpus.meta['entropy_rate']:.4f} nats per token")
     log.info(f"model: {size.arch}, {n_params:,} parameters, {raw.flops_per_token(corpus.seq_len):.3g} FLOPs per token; "
@@ -128,6 +129,8 @@ def log_facts(cfg, world, corpus, raw, optimizer_bytes, precision, accum, state)
     log.info(f"step: {step_tokens:,} tokens = batch {cfg.batch.batch_size} x sequence {corpus.seq_len} x accumulation "
              f"{accum} x ranks {world.size}; amp {precision.name} ({precision.reason})"
              + ("; torch.compile, before the first step" if compiled else ""))
+    log.info(f"run: {cfg.optim.num_steps:,} steps, {run_tokens:,} tokens: {run_tokens / epoch_tokens:.3g} epochs, "
+             f"{run_tokens / n_params:.3g} tokens per parameter")
     if world.device.type == "mps" and max(micro, size.vocab_size) >= 32767 and torch.__version__ < (2, 14):
         log.warning(f"PyTorch {torch.__version__} gets products over 32,767 and more elements wrong on M1 and M2, and "
                     f"this model has some (pytorch #193487): take PyTorch 2.14 or newer, or --device cpu")

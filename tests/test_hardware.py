@@ -15,7 +15,8 @@ from hardware import Stopwatch, memory_metrics, peak_of
     ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12),
     ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA A100 80GB PCIe", 312e12), ("NVIDIA L40", 181e12), ("NVIDIA L4", 121e12),
     ("NVIDIA GeForce RTX 4090", 165e12), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA H200 NVL", None),
-    ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("NVIDIA GeForce RTX 3090 Ti", None), ("Some Other GPU", None),
+    ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("NVIDIA GeForce RTX 3090 Ti", None), ("AMD Instinct MI250X", 191.5e12),
+    ("AMD Instinct MI250X / MI250", None), ("Some Other GPU", None),
 ])
 def test_a_peak_is_that_of_the_very_device_or_unknown(name, peak):
     assert peak_of(name) == peak
