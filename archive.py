@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 import hardware
 from config import UserError, first_line
+from files import replacing
 
 COMMENT = b"sha256:"
 
@@ -65,10 +66,8 @@ def save(path, payload, keep=None, names=()):
     the old one is kept as `keep`."""
     path, payload = Path(path), tree_map_only(torch.Tensor, torch.Tensor.cpu, payload)  # so any machine can read it
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".tmp")
-    draft.unlink(missing_ok=True)  # after a kill in `link` it is a checkpoint's second name: not to be written into
     unnamed = None
-    try:
+    with replacing(path) as draft:
         with open(draft, "wb") as file:
             writer = _HashingFile(file)
             try:
@@ -87,10 +86,6 @@ def save(path, payload, keep=None, names=()):
                 unnamed = error
         if keep and path.exists():
             link(path, keep)
-        os.replace(draft, path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
     _sync_folder(path.parent)
     if unnamed:
         raise unnamed
@@ -98,16 +93,11 @@ def save(path, payload, keep=None, names=()):
 
 def link(source, target):
     """Give a file a second name, replacing any file that has that name."""
-    draft = target.with_name(target.name + ".tmp")
-    draft.unlink(missing_ok=True)
-    try:
+    with replacing(target) as draft:
         try:
             os.link(os.path.realpath(source), draft)  # resolves a symbolic link
         except OSError:  # a file system without hard links
             shutil.copyfile(source, draft)
-        os.replace(draft, target)
-    finally:
-        draft.unlink(missing_ok=True)  # renaming onto another hard link of the same file does nothing
 
 
 def _sync_folder(folder):

@@ -163,11 +163,11 @@ def plan_together(cfg, world, dry_run=False):
     return resume_from
 
 
-def claim(cfg, resume_from, n_bytes, n_steps):
+def claim(cfg, resume_from, n_bytes, step):
     """Locks the run's checkpoint path against others while this process lives. Raises UserError if another run writes
-    there, or has since `plan`, or if the disk cannot hold the checkpoints of `n_steps` steps, `n_bytes` each."""
-    cfg, uploads = cfg.checkpoint, cfg.wandb.uploads
-    require_space(cfg, n_bytes, n_steps, uploads)
+    there, or has since `plan`, or if the disk cannot hold the checkpoints from `step` on, `n_bytes` each."""
+    require_space(cfg.checkpoint, n_bytes, cfg.optim.num_steps - step, cfg.wandb.uploads)
+    cfg = cfg.checkpoint
     try:
         cfg.beside(".lock").parent.mkdir(parents=True, exist_ok=True)
         free = lock_until_exit(cfg.beside(".lock"))

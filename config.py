@@ -73,12 +73,12 @@ def first_line(error):
 
 
 @contextlib.contextmanager
-def needed_packages():
+def needed_packages(otherwise=""):
     """Turn a missing package into a UserError: not every training machine has all packages installed."""
     try:
         yield
     except ModuleNotFoundError as error:
-        raise UserError(f"the {error.name} package is missing: pip install {error.name}") from None
+        raise UserError(f"the {error.name} package is missing: pip install {error.name}{otherwise}") from None
 
 
 @contextlib.contextmanager

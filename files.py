@@ -25,14 +25,22 @@ def exists(path):
     return True
 
 
-def write_whole(path, content):
-    """Write a file of these bytes so that a kill at any moment leaves either the old one or the new one."""
+@contextlib.contextmanager
+def replacing(path):
+    """Yields the path of a draft that takes the place of `path` at the end: a kill at any moment leaves either the old
+    file or the new one, an error the old one and no draft."""
     draft = path.with_name(path.name + ".tmp")
+    draft.unlink(missing_ok=True)  # left by a kill, it may be a checkpoint's second name: not to be written into
     try:
-        draft.write_bytes(content)
-        draft.replace(path)
+        yield draft
+        os.replace(draft, path)
     finally:
-        draft.unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)  # renaming onto another hard link of the same file does nothing
+
+
+def write_whole(path, content):
+    with replacing(path) as draft:
+        draft.write_bytes(content)
 
 
 def read_json(path):

@@ -189,10 +189,6 @@ def batches(lengths, batch_size, max_new_tokens):
 
 def prompt_ids(tokenizer, start, prompt):
     """The ids of a prompt; [start] for an empty one."""
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"--prompt {prompt!r}: not UTF-8 text") from None
     (ids,) = encode(tokenizer, [prompt])
     if prompt and not ids:
         raise UserError(f"--prompt {prompt!r}: the tokenizer knows none of these characters; give another")

@@ -104,7 +104,7 @@ def choose_precision(cfg, device):
 
 def _cpu_multiplies_bf16():
     probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(hasattr(torch.cpu, probe) and getattr(torch.cpu, probe)() for probe in probes)  # private functions
+    return any(getattr(torch.cpu, probe, bool)() for probe in probes)  # private functions
 
 
 def configure(cfg, device, dropout=0.0):
@@ -270,8 +270,9 @@ def reserved(sizes, device):
     """Holds blocks of the device's memory, of so many bytes each, so that what needs them later fits: tensors of these
     sizes then find them in the CUDA allocator's cache as they are."""
     # Ones, because on a CPU memory that is not written to is not held.
-    held = [torch.ones(n, dtype=torch.uint8, device=device) for n in sizes]  # noqa: F841 - held by this name
+    held = [torch.ones(n, dtype=torch.uint8, device=device) for n in sizes]
     yield
+    del held
 
 
 def memory_metrics(device):

@@ -35,7 +35,7 @@ class Meter:
         # Skipped steps in total, and steps in a row with a NaN or infinite gradient norm. The same on every rank.
         self.skipped, self.skipped_in_row = torch.zeros(2, dtype=torch.int64, device=world.device).unbind()
         self.smoothed = {}
-        self.spent, self.tokens, self.steps, self.timed_steps = defaultdict(float), 0, 0, 0
+        self.spent, self.tokens, self.steps = defaultdict(float), 0, 0  # steps: those timed
         self.warm, self.started, self.grad_norm = False, time.perf_counter(), 0.0
         self.reported = self.started
         # For the watchdog: the current activity and its start, and how long recent activities took, in host time.
@@ -69,7 +69,7 @@ class Meter:
 
     def _restart_clock(self):
         self.forward.read()  # discards the time of the warm-up
-        self.started, self.tokens, self.timed_steps = time.perf_counter(), 0, self.steps
+        self.started, self.tokens, self.steps = time.perf_counter(), 0, 0
 
     @contextlib.contextmanager
     def excluded(self, what):
@@ -99,7 +99,7 @@ class Meter:
         loss_sum, count = self.totals()
         synchronize(self.world.device)
         own = {"rank/loss": (self.loss_sum / self.micro_batches).item()}
-        seconds, timed, forward = self._clock(), self.steps - self.timed_steps, self.forward.read()
+        seconds, timed, forward = self._clock(), self.steps, self.forward.read()
         metrics = {"train/loss": loss_sum / count if count else math.nan, "train/grad_norm": float(self.grad_norm),
                    "train/skipped_steps": self.skipped.item()}
         if timed:
@@ -127,7 +127,7 @@ class Meter:
         for name, (counts, low, high) in self.watched.items():
             edges = np.linspace(float(low), float(high), len(counts) + 1)
             metrics[name] = dict(counts=counts.tolist(), edges=edges.tolist())
-        self.reported, self.steps, self.watched = time.perf_counter(), 0, {}
+        self.reported, self.watched = time.perf_counter(), {}
         self.spent.clear()
         if ends_interval:
             for total in (self.loss_sum, self.micro_batches):

@@ -108,27 +108,20 @@ class GPTConfig:
 
 def autocast_dtype(device):
     """The dtype in which autocast runs matrix products on `device`; None if autocast is off."""
-    # Before torch 2.12 Dynamo cannot trace is_autocast_available, and would break the graph into three.
-    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type)
-    return torch.get_autocast_dtype(device.type) if known and torch.is_autocast_enabled(device.type) else None
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x), times a learned gain if `gain` (Zhang & Sennrich 2019)."""
-
-    def __init__(self, size, eps, gain=True):
-        super().__init__()
-        self.size, self.eps = (size,), eps
-        self.weight = nn.Parameter(torch.ones(size)) if gain else None
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x), times a learned gain if `elementwise_affine` (Zhang & Sennrich 2019), in fp32."""
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.size, self.weight, self.eps).type_as(x)
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight, self.eps).type_as(x)
 
 
 def make_norm(parts, size):
     if parts.norm == "layernorm":
         return nn.LayerNorm(size, eps=parts.norm_eps)
-    return RMSNorm(size, parts.norm_eps, gain=parts.norm == "rmsnorm")
+    return RMSNorm(size, parts.norm_eps, elementwise_affine=parts.norm == "rmsnorm")
 
 
 def rope_angles(cfg):

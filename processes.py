@@ -54,7 +54,7 @@ def stop_when_orphaned(generations):
         found = [os.getppid()]
         while len(found) < generations:
             found.append(parent_of(found[-1]))
-        return found[:generations]
+        return found
 
     def watch(before):
         while ancestors() == before:

@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from config import Parser, UserError, is_launch_flag, one_line_errors, positive, visible
+from config import Parser, UserError, is_launch_flag, needed_packages, one_line_errors, positive, visible
 from files import beside_run, read_records
 from plots import MARKS, figure, looks, panels, short, terminal_plot
 
@@ -292,14 +292,13 @@ def main():
         runs = load(args.runs)
         if args.terminal:
             sys.stdout.reconfigure(errors="replace")
-            return print_text(runs, args.x, args.smooth)
+            print_text(runs, args.x, args.smooth)
+            return
         folder = Path(args.output) if args.output else runs[0].path.with_name(
             runs[0].path.name.removesuffix(ROWS) + ".report")
-        images = write_page(runs, folder, args.x, args.smooth)
-        return print(f"wrote {folder / 'index.html'}, and beside it {', '.join(images)}")
-    except ModuleNotFoundError as error:
-        raise UserError(f"the {error.name} package is missing: pip install {error.name}, or look with "
-                        f"--terminal") from None
+        with needed_packages(", or look with --terminal"):
+            images = write_page(runs, folder, args.x, args.smooth)
+        print(f"wrote {folder / 'index.html'}, and beside it {', '.join(images)}")
     except BrokenPipeError:
         raise
     except OSError as error:

@@ -194,29 +194,10 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
         limits["val"] = max(1, int(cfg.max_tokens * cfg.val_ratio))
     writers = {split: ShardWriter(draft / f"{split}.bin", size, eos, digest, limit)
                for split, limit in limits.items()}
-    n_bytes, n_tokens, left_out, whole, started = dict(train=0, val=0), Counter(), 0, True, time.perf_counter()
-    total = sum(source.size for source in [*sources, *val_sources])
+    total, started = sum(source.size for source in [*sources, *val_sources]), time.perf_counter()
     with tqdm(total=total or None, unit="B", unit_scale=True, desc="tokenizing", leave=False, disable=None) as bar:
-        source = stream()  # --val-data comes first and is read in full
-        while not (writers["train"].full and (val_sources or writers["val"].full)) and (batch := take(source, BATCH)):
-            if not n_tokens and known_characters(tokenizer) is None:  # a few pieces of the first batch
-                texts = [piece.content for piece in batch if isinstance(piece.content, str)]
-                whole = all(gives_back(tokenizer, text) for text in texts[::max(1, len(texts) // 8)])
-            wanted = [piece for piece in batch if not writers[piece.split].full]
-            for piece, ids, encoded, lost in encode_pieces(tokenizer, wanted, eos):
-                written = writers[piece.split].write(ids)
-                n_bytes[piece.split] += round(encoded * written / max(1, len(ids)))
-                n_tokens[piece.split, piece.argument] += written
-                left_out += lost
-            bar.update(sum(getattr(piece.content, "nbytes", len(piece.content)) for piece in batch))
-    for writer in writers.values():
-        writer.close()
-    if left_out:
-        log.warning("%s characters are left out: the tokenizer %s has no token for them", f"{left_out:,}",
-                    cfg.tokenizer_name)
-    if not whole:
-        log.warning("the tokenizer %s changes the text: its tokens do not decode to what they were made from",
-                    cfg.tokenizer_name)
+        # --val-data comes first and is read in full.
+        n_bytes, n_tokens = _tokenize(stream(), tokenizer, eos, writers, bool(val_sources), cfg.tokenizer_name, bar)
     parts = [n_tokens["val", argument] for argument in range(len(cfg.val_data))]
     _require_a_sequence(cfg, writers["train"].count, writers["val"].count, parts)
     seconds = time.perf_counter() - started
@@ -232,6 +213,30 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
         file.write(json.dumps(meta, indent=1))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _tokenize(stream, tokenizer, eos, writers, whole_val, name, bar):
+    """Write the stream's tokens until the writers are full (`whole_val`: that of train) → bytes of the text written, by
+    split, and its tokens, by split and argument."""
+    n_bytes, n_tokens, left_out, whole = dict(train=0, val=0), Counter(), 0, True
+    while not (writers["train"].full and (whole_val or writers["val"].full)) and (batch := take(stream, BATCH)):
+        if not n_tokens and known_characters(tokenizer) is None:  # a few pieces of the first batch
+            texts = [piece.content for piece in batch if isinstance(piece.content, str)]
+            whole = all(gives_back(tokenizer, text) for text in texts[::max(1, len(texts) // 8)])
+        wanted = [piece for piece in batch if not writers[piece.split].full]
+        for piece, ids, encoded, lost in encode_pieces(tokenizer, wanted, eos):
+            written = writers[piece.split].write(ids)
+            n_bytes[piece.split] += round(encoded * written / max(1, len(ids)))
+            n_tokens[piece.split, piece.argument] += written
+            left_out += lost
+        bar.update(sum(getattr(piece.content, "nbytes", len(piece.content)) for piece in batch))
+    for writer in writers.values():
+        writer.close()
+    if left_out:
+        log.warning("%s characters are left out: the tokenizer %s has no token for them", f"{left_out:,}", name)
+    if not whole:
+        log.warning("the tokenizer %s changes the text: its tokens do not decode to what they were made from", name)
+    return n_bytes, n_tokens
 
 
 def _require_a_sequence(cfg, train, val, parts):

@@ -199,10 +199,9 @@ def _pretrained(name):
             tokenizer = Tokenizer.from_file(file)
         except Exception as error:  # tokenizers raises bare Exception
             raise UserError(f"--tokenizer-name {name}: {file} is not a tokenizer: {error}") from None
-        return _unbounded(tokenizer)
-    if tokenizer := _slow_pretrained(name):
-        return _unbounded(tokenizer)
-    raise UserError(f"--tokenizer-name {name}: no tokenizer found there; {offline}")
+    elif not (tokenizer := _slow_pretrained(name)):
+        raise UserError(f"--tokenizer-name {name}: no tokenizer found there; {offline}")
+    return _unbounded(tokenizer)
 
 
 def _unbounded(tokenizer):

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from config import RunFailed, UserError, arg, flatten, to_toml, visible
-from files import without_infinity, write_whole
+from files import replacing, without_infinity, write_whole
 from hardware import device_name, should_compile
 from wandb_runs import (
     WandbConfig,
@@ -317,16 +317,12 @@ class JsonlSink:
     resume, lines after the checkpoint's step are removed, except for alerts: the run will write them again."""
 
     def __init__(self, path, start_step):
-        draft = path.with_name(path.name + ".tmp")
-        try:
-            with open(draft, "wb") as file, open(path if start_step and path.exists() else os.devnull, "rb") as before:
-                for line in before:  # not parsed: histograms take megabytes
-                    found = re.match(rb'\{"step": (\d+), "time": [^,]+, ("event": "alert")?', line)
-                    if found and (found[2] or int(found[1]) <= start_step) and line.endswith(b"}\n"):
-                        file.write(line)
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
+        old = path if start_step and path.exists() else os.devnull
+        with replacing(path) as draft, open(draft, "wb") as file, open(old, "rb") as before:
+            for line in before:  # not parsed: histograms take megabytes
+                found = re.match(rb'\{"step": (\d+), "time": [^,]+, ("event": "alert")?', line)
+                if found and (found[2] or int(found[1]) <= start_step) and line.endswith(b"}\n"):
+                    file.write(line)
         self.path, self.file = path, open(path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
         self.unwritten, self.failed = b"", False
 
@@ -403,8 +399,5 @@ def make_profiler(enabled, path):
             path.with_name(path.name + ".tmp").unlink(missing_ok=True)
             log.warning("the profile could not be written: %s", path)
 
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    return torch.profiler.profile(activities=activities, on_trace_ready=on_ready,
+    return torch.profiler.profile(on_trace_ready=on_ready,
                                   schedule=torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1))

@@ -209,8 +209,7 @@ def train(cfg, world):
         log.info("already at step %d of %d: raise --num-steps to go on", state.step, num_steps)
         return 0
 
-    saved_bytes = 4 * raw.num_params() + sum(moments)
-    world.from_main(lambda: checkpoint.claim(cfg, resume_from, saved_bytes, num_steps - state.step))
+    world.from_main(lambda: checkpoint.claim(cfg, resume_from, 4 * raw.num_params() + sum(moments), state.step))
     stop = StopSignal(world, cfg.checkpoint.time_limit).listen()  # until the end of the loop
     # A warm-up pass whose gradients are discarded, with memory held for the optimizer state: OOM and compile errors
     # show before any file is replaced. It is not optional: after its first backward pass DDP regroups the gradients,
@@ -277,6 +276,7 @@ def train(cfg, world):
 def main(world_type=World):
     try:
         cfg = parse(Config)
+        cfg.wandb.require_best(cfg.checkpoint.save_best)
         if trial := sweep_trial():  # each trial of a sweep is a separate run
             cfg.checkpoint.checkpoint_path = str(cfg.checkpoint.beside(f".{trial}.pt"))
         if not world_type.launchers:  # torchrun's ranks may be waiting for each other, and end at once

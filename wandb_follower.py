@@ -114,11 +114,6 @@ class Follower:
         timer.cancel()
 
 
-def end_children():
-    """Kill all child processes, including a frozen wandb-core, which would never exit."""
-    kill(child_processes(os.getpid()))
-
-
 @functools.cache
 def scratch():
     """Holds the SDK's temporary folders, since `leave` skips the SDK's exit handler, which would remove them."""
@@ -129,7 +124,7 @@ def leave(code=0):
     """End this process without the SDK's exit handler, which waits for its service process: forever, if that is frozen
     or has found no server."""
     threading.excepthook = lambda *_: None  # the SDK's threads may fail once their service process is gone
-    end_children()
+    kill(child_processes(os.getpid()))  # also a frozen wandb-core, which would never exit
     with contextlib.suppress(OSError):
         scratch().cleanup()
     os._exit(code)
@@ -239,11 +234,16 @@ def is_there(job):
 
 def await_run(job):
     """In shared mode, wait until the primary process has opened the run. Raises TimeoutError."""
-    deadline = time.monotonic() + job.init_timeout
-    while not is_there(job):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"the first process has not opened {job.init['project']}/{job.init['id']}")
+    if not awaited(lambda: is_there(job), bool, job.init_timeout):
+        raise TimeoutError(f"the first process has not opened {job.init['project']}/{job.init['id']}")
+
+
+def awaited(look, arrived, seconds):
+    """Poll `look()` until its result has `arrived` or so many seconds have passed → the last result."""
+    deadline = time.monotonic() + seconds
+    while not arrived(found := look()) and time.monotonic() < deadline:
         time.sleep(1)
+    return found
 
 
 def lines_before(path, offset):

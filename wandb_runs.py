@@ -61,6 +61,12 @@ class WandbConfig:
         and of `best` and `last` only the newest waits while one is uploaded."""
         return {"none": 0, "best": 1, "last": 1, "all": UPLOADS - 2}[self.wandb_log_checkpoints] * self.use_wandb
 
+    def require_best(self, saved):
+        """Raises UserError if best checkpoints are to be uploaded, and none are `saved`."""
+        if self.use_wandb and self.wandb_log_checkpoints == "best" and not saved:
+            raise UserError("--wandb-log-checkpoints best: with --no-save-best (save_best = false) there are none; "
+                            "take last, or add --save-best")
+
     def validate(self):
         self.use_wandb = self.use_wandb or bool(sweep_trial())  # the command of `wandb sweep` has only the parameters
         if not self.use_wandb:

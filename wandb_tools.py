@@ -13,7 +13,6 @@ import shlex
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter, defaultdict
 from pathlib import Path, PurePosixPath
 
@@ -21,7 +20,7 @@ from config import Parser, UserError
 from files import beside_run, matching_files, read_records
 from processes import only_one
 from wandb_errors import advice, explained, reason
-from wandb_follower import LOST_CODE, Publisher, import_wandb, leave, open_run
+from wandb_follower import LOST_CODE, Publisher, awaited, import_wandb, leave, open_run
 from wandb_runs import ENVIRONMENT, IDENTITY, Job, WandbConfig, local_folder, recalled, with_environment
 
 TIMEOUT = 30  # seconds per request
@@ -65,7 +64,7 @@ def checks(settings, folder):
     target = f"{run.entity}/{run.project}/{run.id}"
     yield f"a row written to {run.entity}/{run.project}, run {run.id}"
 
-    rows = awaited(lambda: rows_of(api, target), bool) or []
+    rows = awaited(lambda: rows_of(api, target), bool, ARRIVAL) or []
     if [row.get("check") for row in rows] != [1.0]:
         raise RuntimeError(f"the row did not arrive: the server has {rows}")
     try:
@@ -74,14 +73,6 @@ def checks(settings, folder):
         yield f"the row read back; the run stays there: {reason(error)}"
     else:
         yield "the row read back, and the run deleted"
-
-
-def awaited(look, arrived):
-    """Poll `look()` until its result has `arrived` or ARRIVAL seconds have passed → the last result."""
-    deadline = time.monotonic() + ARRIVAL
-    while not arrived(found := look()) and time.monotonic() < deadline:
-        time.sleep(1)
-    return found
 
 
 def rows_of(api, target):
@@ -145,7 +136,7 @@ def send(facts, path):
     if new and (folders := offline_folders(facts["init"], path)):  # else their rows would be there twice
         print(f"wandb sync {shlex.join(folders)}", flush=True)
         synced = subprocess.run([sys.executable, "-m", "wandb", "sync", *folders], capture_output=True, text=True)
-        stored = awaited(lambda: rows_of(api, target), lambda rows: rows and not lacking(records, rows))
+        stored = awaited(lambda: rows_of(api, target), lambda rows: rows and not lacking(records, rows), ARRIVAL)
         if stored is None or synced.returncode and not stored:  # its rows can be sent all the same
             print(f"wandb sync failed: {reason((synced.stdout + synced.stderr).strip())}", flush=True)
         elif late := lacking(records, stored):  # on their way, or never written to those folders, as before a kill
@@ -170,7 +161,7 @@ def send(facts, path):
         run.mark_preempting()
     run.finish(exit_code=last.get("code", LOST_CODE))
     # The SDK does not report uploads that have failed permanently.
-    if lost := awaited(lambda: lacking(missing, rows_of(api, target) or []), lambda lost: not lost):
+    if lost := awaited(lambda: lacking(missing, rows_of(api, target) or []), lambda lost: not lost, ARRIVAL):
         raise RuntimeError(f"{len(lost)} of {len(missing)} rows cannot be read back from {target} after "
                            f"{ARRIVAL} s")
     return f"{len(missing)} rows sent to {target}" if missing else f"{target} has every row, and is ended now"

@@ -364,7 +364,7 @@ def test_from_the_plan_to_resume_on_no_other_run_may_write(tmp_path):
     assert plan(cfg) == tmp_path / "c.pt"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert other.returncode == 1 and "another run writes there now" in other.stderr
-    checkpoint.claim(Config(checkpoint=cfg), tmp_path / "c.pt", 1, 1)
+    checkpoint.claim(Config(checkpoint=cfg), tmp_path / "c.pt", 1, 0)
 
 
 @pytest.mark.parametrize("source, kept", [("a.pt", False), ("c.prev.pt", True)])
@@ -461,7 +461,7 @@ def test_a_checkpoint_that_came_while_this_run_tokenized_is_not_written_over(tmp
     assert plan(cfg) is None
     save_run(cfg, whole(5), 5, latest=True, best=False)
     with pytest.raises(UserError, match="another run writes there"):
-        checkpoint.claim(Config(checkpoint=cfg), None, 1, 1)
+        checkpoint.claim(Config(checkpoint=cfg), None, 1, 0)
 
 
 def test_where_the_newest_are_damaged_the_error_names_one_that_is_whole(tmp_path):

@@ -17,7 +17,7 @@ ALLOWED = {
     "kernels": set(),
     "model": {"config", "kernels"},
     "optim": {"config"},
-    "archive": {"config", "hardware"},
+    "archive": {"config", "files", "hardware"},
     "checkpoint": {"archive", "config", "files", "hardware", "processes"},
     "tokenizer": {"config", "files"},
     "text": {"config", "shards", "tokenizer"},

@@ -456,6 +456,8 @@ WRONG = {
     "unknown flag": (["--n-layer", "3"], ["--n-layer", "did you mean --n-layers"]),
     "bad TOML": (["--config", "bad.toml"], ["bad.toml", "not valid TOML"]),
     "another program's flag": (["--learning_rate", "1"], ["--learning_rate is not known; did you mean --lr?"]),
+    "uploads of what is not saved": (["--use-wandb", "--wandb-log-checkpoints", "best", "--no-save-best"],
+                                     ["--wandb-log-checkpoints best", "take last"]),
     "nanochat's flag": (["--device-batch-size=8"], ["--device-batch-size is not known; did you mean --batch-size?"]),
     "unknown key in TOML": (["--config", "unknown.toml"], ["n_layer", "did you mean n_layers"]),
     "checkpoint already there": (["--checkpoint-path", "there.pt"], ["there.pt", "--resume", "--overwrite"]),
