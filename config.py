@@ -40,7 +40,9 @@ ELSEWHERE = {"learning_rate": "lr", "max_iters": "num_steps", "max_steps": "num_
              "num_train_epochs": "num_steps", "num_iterations": "num_steps", "eval_iters": "eval_tokens",
              "depth": "n_layers", "device_batch_size": "batch_size", "total_batch_size": "global_batch_tokens",
              "matrix_lr": "muon_lr", "embedding_lr": "lr", "report_to": "use_wandb", "enable_wandb": "use_wandb",
-             "run_name": "wandb_run_name"}
+             "run_name": "wandb_run_name", "run": "wandb_run_name", "save_every": "save_steps",
+             "eval_every": "eval_steps", "logging_steps": "log_steps", "warmup_iters": "warmup_steps",
+             "lr_decay_iters": "num_steps", "lr_scheduler_type": "lr_scheduler", "resume_from_step": "resume"}
 # How a process is launched and where it writes, not what it trains; so are W&B's flags, wandb_…
 LAUNCH_FLAGS = {"resume", "overwrite", "dry_run", "checkpoint_path", "cache_dir", "heartbeat_file"}
 BOUNDS = {"gt": (operator.gt, "greater than"), "ge": (operator.ge, "at least"),

@@ -1,4 +1,5 @@
 import math
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -6,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 from conftest import ROOT
 
-from config import LAUNCH_FLAGS, UserError, arg, flatten, one_line_errors, parse
+from config import LAUNCH_FLAGS, UserError, arg, flag, flatten, one_line_errors, parse
 from files import without_infinity
 from train import Config
 
@@ -170,3 +171,16 @@ def test_a_package_that_is_missing_is_named_with_what_installs_it(capsys):
     assert left.value.code == 2
     assert capsys.readouterr().err == ("error: the a_package_that_nobody_has package is missing: pip install "
                                        "a_package_that_nobody_has\n")
+
+
+def test_the_flags_of_other_trainers_are_answered_with_ours():
+    """Those of the table in docs/coming-from.md."""
+    rows = [row.split("|")[1:-1] for row in (ROOT / "docs" / "coming-from.md").read_text().splitlines()
+            if row.startswith("| `--")]
+    assert len(rows) > 15
+    for ours, *theirs in rows:
+        meant = re.findall(r"`--(?:no-)?([\w-]+)`", ours)
+        for name in re.findall(r"`(\w+)`", "|".join(theirs)):
+            if flag(name)[2:] not in meant:  # else it is the same
+                with pytest.raises(UserError, match=f"did you mean --({'|'.join(meant)})\\?"):
+                    parse(Config, [f"--{name}", "1"])

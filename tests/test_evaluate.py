@@ -46,9 +46,9 @@ def test_the_column_of_a_table_can_be_named(run_folder):
             == evaluate(run_folder, "--data", "bodies.txt")["loss"])
 
 
-def test_the_readmes_python_runs(trainer):
+def test_the_documented_python_runs(trainer):
     assert trainer("--num-steps", 5, "--tokenizer-name", "bpe", "--vocab-size", 300).code == 0
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "models.md").read_text(), re.DOTALL)
     example = example.replace("checkpoints/minigpt.pt", "c.pt") + "print(loss.item())\n"
     (trainer.folder / "example.py").write_text(example)
     done = subprocess.run([sys.executable, "example.py"], cwd=trainer.folder, capture_output=True, text=True,
