@@ -24,7 +24,7 @@ from pretrained import load_run
 from shards import Shard, ShardWriter, read_meta, read_windows, spread_windows
 from text import find_sources, foreign_tokens, pieces, require_hub, source_names, take
 from token_cache import BATCH
-from tokenizer import encode_pieces
+from tokenizer import encode_pieces, id_count
 
 MIN_DOCUMENTS = 20  # with fewer, the confidence interval clusters by window, not by document
 
@@ -130,7 +130,7 @@ def open_data(paths, text_column, tokenizer, eos, saved, folder):
                         f"itself")
     for number, name in enumerate(source_names(paths) or [""]):
         file = Path(folder) / f"{number}.bin"
-        writer = ShardWriter(file, tokenizer.get_vocab_size(), eos, bytes(32))
+        writer = ShardWriter(file, id_count(tokenizer), eos, bytes(32))
         stream = pieces([source for source in sources if source.argument == number], "val")
         while batch := take(stream, BATCH):
             for _, ids, size, lost in encode_pieces(tokenizer, batch, eos):
@@ -138,6 +138,9 @@ def open_data(paths, text_column, tokenizer, eos, saved, folder):
                 n_bytes, left_out = n_bytes + size, left_out + lost
         writer.close()
         shards[name] = Shard(file)
+    if prefix := saved.get("prefix"):
+        print(f"warning: the tokenizer puts {tokenizer.decode(prefix, skip_special_tokens=False)} before a text, and "
+              f"here no document has it: the loss is a little too high", file=sys.stderr)
     if left_out:
         print(f"warning: {left_out:,} characters are left out: the tokenizer has no token for them", file=sys.stderr)
     if not n_bytes:

@@ -25,6 +25,7 @@ from hardware import SpeedConfig
 from model import GPTConfig
 from optim import OptimConfig
 from pretrained import hugging_face_config, load_run, to_hugging_face, tokenizer_folder
+from tokenizer import id_count
 
 SAMPLING = dict(do_sample=True, temperature=TEMPERATURE, top_k=TOP_K)
 TRAINED_BY = (GPTConfig, DataConfig, BatchConfig, OptimConfig, SpeedConfig)  # the flags that the card lists
@@ -65,7 +66,7 @@ def export(path, output, dtype="float32"):
     if path.is_dir():
         raise UserError(f"--checkpoint-path {path}: a folder, and so no checkpoint; give the .pt file")
     model, known, eos, saved = load_run(path)
-    tokenizer, n_tokens = tokenizer_folder(path), known.get_vocab_size()
+    tokenizer, n_tokens = tokenizer_folder(path), id_count(known)
     twin = transformers.AutoModelForCausalLM.from_config(hugging_face_config(model.cfg, eos))
     missing, unexpected = twin.load_state_dict(to_hugging_face(model.cfg, model.state_dict()), strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
@@ -79,6 +80,10 @@ def export(path, output, dtype="float32"):
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as draft:
             draft = Path(draft)
             twin.to(getattr(torch, dtype)).save_pretrained(draft)
+            if model.cfg.parts.rope_theta:  # where transformers before version 5, and other loaders, look for it
+                config = read_json(draft / "config.json")
+                theta = config["rope_parameters"]["rope_theta"]
+                (draft / "config.json").write_text(json.dumps(config | dict(rope_theta=theta), indent=2))
             for file in draft.glob("*.safetensors"):  # which the library lets only its owner read
                 file.chmod((draft / "config.json").stat().st_mode & 0o777)
             for file in filter(Path.is_file, tokenizer.iterdir()):

@@ -17,7 +17,7 @@ import hardware
 from config import UserError, arg, one_line_errors, parse
 from model import KVCache
 from pretrained import load_run
-from tokenizer import encode, known_characters, open_tokenizer
+from tokenizer import encode, id_count, known_characters, open_tokenizer
 
 RULE = "-" * 15  # separates two texts
 TEMPERATURE, TOP_K, SAMPLE_TOKENS = 0.8, 50, 128  # also for samples during training, and in exported folders
@@ -187,23 +187,24 @@ def batches(lengths, batch_size, max_new_tokens):
     return found
 
 
-def prompt_ids(tokenizer, start, prompt):
-    """The ids of a prompt; [start] for an empty one."""
+def prompt_ids(tokenizer, start, prompt, prefix=()):
+    """The ids of a prompt, after those of `prefix`; [start] if there are none."""
     (ids,) = encode(tokenizer, [prompt])
     if prompt and not ids:
         raise UserError(f"--prompt {prompt!r}: the tokenizer knows none of these characters; give another")
     known = known_characters(tokenizer)
     if known is not None and (unknown := "".join(sorted(set(prompt) - known))):
         print(f"warning: the tokenizer has no token for {unknown!r}: left out of --prompt {prompt!r}", file=sys.stderr)
-    return ids or [start]
+    return [*prefix, *ids] or [start]
 
 
-def write_texts(model, tokenizer, eos, start, cfg, out):
+def write_texts(model, tokenizer, eos, saved, cfg, out):
     """Generate what `cfg` asks for and write it to `out`: a single text is streamed, several are each written once
     complete, in order. Returns the number of generated tokens."""
     prompts = cfg.prompts()
     texts = [text for text in prompts for _ in range(cfg.num_samples)]
-    ids = [one for text in prompts for one in [prompt_ids(tokenizer, start, text)] * cfg.num_samples]
+    start, prefix = saved.get("start", eos or 0), saved.get("prefix", [])
+    ids = [one for text in prompts for one in [prompt_ids(tokenizer, start, text, prefix)] * cfg.num_samples]
     seeds = [[cfg.seed, *divmod(row, cfg.num_samples)] for row in range(len(texts))]
     finished, n_tokens, n_written = {}, 0, 0
 
@@ -218,7 +219,7 @@ def write_texts(model, tokenizer, eos, start, cfg, out):
             finished[row] = ""
             emit(row, texts[row])
         for step in generate(model, [ids[row] for row in rows], cfg.max_new_tokens, cfg.temperature, cfg.top_k,
-                             cfg.top_p, [seeds[row] for row in rows], tokenizer.get_vocab_size()):
+                             cfg.top_p, [seeds[row] for row in rows], id_count(tokenizer)):
             for (row, one), token in zip(growing.items(), step, strict=True):
                 if token is not None and not one.done:
                     emit(row, one.add(token))
@@ -241,7 +242,7 @@ def sample_text(model, tokenizer_folder, corpus):
     steps = generate(model, [[corpus.start]], SAMPLE_TOKENS, TEMPERATURE, TOP_K, seeds=[1337],
                      # The model may have more ids than its tokenizer (--vocab-size) and more positions than it is
                      # trained on: the surplus means nothing.
-                     vocab_size=tokenizer.get_vocab_size(), context=corpus.seq_len)
+                     vocab_size=id_count(tokenizer), context=corpus.seq_len)
     with hardware.allow_nondeterministic():  # a GPU has no deterministic cumulative sum
         return tokenizer.decode(list(takewhile(lambda token: token != corpus.eos, (token for token, in steps))))
 
@@ -252,10 +253,9 @@ def main():
     device = hardware.choose_device(cfg.device)
     sys.stdout.reconfigure(errors="replace")
     model, tokenizer, eos, saved = load_run(cfg.checkpoint_path)
-    start = saved.get("start", eos or 0)
     began = time.perf_counter()
     with hardware.enough_memory("lower --batch-size, or take --device cpu"):
-        n_tokens = write_texts(model.to(device), tokenizer, eos, start, cfg, sys.stdout)
+        n_tokens = write_texts(model.to(device), tokenizer, eos, saved, cfg, sys.stdout)
     seconds = time.perf_counter() - began
     print(f"{n_tokens:,} tokens in {seconds:.2f} s: {n_tokens / seconds:,.0f} tokens/s on {device.type}",
           file=sys.stderr)

@@ -5,6 +5,7 @@
 `to_hugging_face` and `from_hugging_face` convert weights both ways for all architectures, with equal logits.
 """
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -20,7 +21,7 @@ from archive import DamagedCheckpoint, load, peek
 from config import UserError, arg, first_line, flag, part_of
 from files import beside_run, read_json
 from model import GPT, GPTConfig
-from tokenizer import end_of_text, hub_reachable, load_tokenizer, open_tokenizer, tokenizer_hash
+from tokenizer import end_of_text, hub_reachable, id_count, load_tokenizer, open_tokenizer, tokenizer_hash
 
 # Our parameter names → theirs; {i} is the block index. Our fused qkv is GPT-2's c_attn, and separate q, k, v elsewhere.
 LLAMA_NAMES = {
@@ -98,7 +99,7 @@ def resolve_init(cfg, resume_from):
         raise UserError(f"--init-from {init.init_from}: its weights fit only the tokenizer they were trained with; add "
                         f"--tokenizer-name {own}")
     if model.vocab_size and not learned and not prepared:  # before a text is tokenized
-        size = load_tokenizer(cfg.data.tokenizer_name).get_vocab_size(with_added_tokens=True)
+        size = id_count(load_tokenizer(cfg.data.tokenizer_name))
         resolve_vocab_size(model, init, size, cfg.data.tokenizer_name)
     return model, init
 
@@ -134,7 +135,11 @@ def _saved_config(path, cfg):
 def _source_config(source):
     """The GPTConfig of --init-from's weights."""
     if os.path.isfile(source):
-        return model_parts(_checkpoint(source, "--init-from"))[0]
+        saved = _checkpoint(source, "--init-from")
+        cfg, _ = model_parts(saved)
+        if cfg.parts.rope_theta:  # without weights of its own at a position: a run may go on with longer sequences
+            cfg.max_position_embeddings = saved["config"]["max_position_embeddings"]
+        return cfg
     return gpt_config(_hugging_face("AutoConfig", source), source)
 
 
@@ -144,9 +149,10 @@ def _source_weights(source, cfg):
         return model_parts(_checkpoint(source, "--init-from"))[1]
     theirs, found = _hugging_face("AutoModelForCausalLM", source, dtype=torch.float32, use_safetensors=True,
                                   output_loading_info=True)
-    if missing := sorted(found["missing_keys"]):
-        raise UserError(f"--init-from {source}: {len(missing)} tensors are missing, such as {missing[0]}; the weights "
-                        f"are not complete, or of another model than config.json says")
+    for what in ("missing", "unexpected"):
+        if names := sorted(found[f"{what}_keys"]):
+            raise UserError(f"--init-from {source}: {len(names)} tensors are {what}, such as {names[0]}; the weights "
+                            f"are not complete, or of another model than config.json says")
     return from_hugging_face(cfg, theirs.state_dict())
 
 
@@ -229,8 +235,10 @@ def gpt_config(theirs, source):
         missing = None if name.startswith("rope_parameters.") else value
         if not NO_MATTER.fullmatch(name) and value != ours.get(name, missing):
             raise UserError(f"--init-from {source}: {name} is {value}, and {cfg.arch} here has {ours.get(name)}")
-    if "quantization_config" in stated:
-        raise UserError(f"--init-from {source}: quantization_config is set; give weights that are not quantized")
+    for name, advice in dict(quantization_config="give weights that are not quantized",
+                             auto_map="its model is code of its own, which is not run here").items():
+        if name in stated:
+            raise UserError(f"--init-from {source}: {name} is set; {advice}")
     return cfg
 
 
@@ -259,6 +267,9 @@ def hugging_face_config(cfg, eos=None):
                                        layer_norm_epsilon=cfg.parts.norm_eps,
                                        resid_pdrop=cfg.dropout, embd_pdrop=cfg.dropout, attn_pdrop=cfg.dropout,
                                        **common)
+    if cfg.arch == "llama" and cfg.d_model % cfg.n_heads:
+        raise UserError(f"--arch llama: transformers' class holds no --d-model {cfg.d_model} that --n-heads "
+                        f"{cfg.n_heads} does not divide")
     shape = dict(hidden_size=cfg.d_model, intermediate_size=cfg.ff_size, num_hidden_layers=cfg.n_layers,
                  num_attention_heads=cfg.n_heads, num_key_value_heads=cfg.kv_heads, head_dim=cfg.head_size,
                  max_position_embeddings=cfg.max_position_embeddings, rms_norm_eps=cfg.parts.norm_eps,
@@ -336,8 +347,8 @@ def load_run(path):
     else:
         (model, saved), folder = load_model(path), tokenizer_folder(path)
         tokenizer = open_tokenizer(folder)
-    if tokenizer.get_vocab_size() > model.cfg.vocab_size:
-        raise UserError(f"--checkpoint-path {path}: {folder} has {tokenizer.get_vocab_size()} tokens, the model "
+    if id_count(tokenizer) > model.cfg.vocab_size:
+        raise UserError(f"--checkpoint-path {path}: {folder} has {id_count(tokenizer)} tokens, the model "
                         f"{model.cfg.vocab_size}; copy the one that it was trained with")
     known = tokenizer_hash(tokenizer).hex()[:16]
     if saved["identity"].setdefault("the tokenizer", known) != known:  # a Hugging Face folder states none
@@ -360,18 +371,30 @@ def _load_folder(folder):
     except UserError:
         raise UserError(f"--checkpoint-path {folder}: no tokenizer in it that can be read; copy the one that it was "
                         f"trained with") from None
-    saved = dict(config=dict(seq_len=min(1024, cfg.max_position_embeddings)), state=dict(step=None), identity={})
+    saved = dict(config=dict(seq_len=min(1024, cfg.max_position_embeddings)), state=dict(step=None), identity={},
+                 prefix=_before_texts(tokenizer))
+    with contextlib.suppress(ValueError):  # none there, or damaged
+        if isinstance(start := read_json(Path(folder, "generation_config.json")).get("bos_token_id"), int):
+            saved["start"] = start
     return model.eval(), saved, tokenizer
 
 
+def _before_texts(tokenizer):
+    """The ids that the tokenizer puts before a text, and so was trained with, such as Llama's <s>; often []."""
+    whole, plain = (tokenizer.encode("a", add_special_tokens=added).ids for added in (True, False))
+    return whole[:-len(plain)] if plain and whole[-len(plain):] == plain else []
+
+
 def model_parts(saved):
-    """The GPTConfig of a checkpoint's model, and its weights. Learned position embeddings beyond --seq-len, which were
-    never trained, are dropped, unless the run started from --init-from's weights, which have none untrained."""
+    """The GPTConfig of a checkpoint's model, and its weights. Positions beyond --seq-len, which were never trained on,
+    are dropped, unless the run started from --init-from's weights, which have none untrained."""
     cfg = part_of(GPTConfig, saved["config"] | {"vocab_size": saved["identity"]["--vocab-size"]})
-    if cfg.parts.rope_theta or saved["config"].get("init_from"):
-        return cfg, saved["model"]
+    weights = saved["model"]
+    if saved["config"].get("init_from"):
+        return cfg, weights
     trained = min(saved["config"]["seq_len"], cfg.max_position_embeddings)
-    weights = saved["model"] | {"pos_emb.weight": saved["model"]["pos_emb.weight"][:trained]}
+    if not cfg.parts.rope_theta:
+        weights = weights | {"pos_emb.weight": weights["pos_emb.weight"][:trained]}
     return dataclasses.replace(cfg, max_position_embeddings=trained), weights
 
 

@@ -33,6 +33,7 @@ from tokenizer import (
     encode_pieces,
     end_of_text,
     gives_back,
+    id_count,
     known_characters,
     load_tokenizer,
     save_tokenizer,
@@ -188,7 +189,7 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
     if eos is None:
         log.warning("the tokenizer %s has no end-of-text token: documents are concatenated without a separator",
                     cfg.tokenizer_name)
-    size, digest = tokenizer.get_vocab_size(with_added_tokens=True), tokenizer_hash(tokenizer)
+    size, digest = id_count(tokenizer), tokenizer_hash(tokenizer)
     limits = dict(train=cfg.max_tokens, val=0)
     if cfg.max_tokens and not val_sources:
         limits["val"] = max(1, int(cfg.max_tokens * cfg.val_ratio))

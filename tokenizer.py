@@ -83,6 +83,11 @@ def tokenizer_hash(tokenizer):
     return hashlib.blake2b(tokenizer.to_str().encode(), digest_size=32).digest()
 
 
+def id_count(tokenizer):
+    """The vocabulary size that its ids need: the highest + 1. Where some are missing, it has fewer tokens."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
 def encode(tokenizer, texts):
     """The ids of each text. Raises UserError if a part of it has no token, and the tokenizer none for the unknown."""
     try:

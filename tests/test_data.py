@@ -888,3 +888,13 @@ def test_toy_data_has_a_tokenizer_of_its_own():
     DataConfig(use_toy_data=True).validate()
     with pytest.raises(UserError, match="--tokenizer-name byte: --use-toy-data is tokenized by characters"):
         DataConfig(use_toy_data=True, tokenizer_name="byte").validate()
+
+
+def test_a_tokenizer_may_leave_ids_out(tmp_path, text):
+    """Its highest id is then beyond the number of its tokens."""
+    theirs = json.loads(load_tokenizer("byte").to_str())
+    theirs["added_tokens"][-1]["id"] = theirs["model"]["vocab"][END_OF_TEXT] = 300
+    (tmp_path / "gap").mkdir()
+    (tmp_path / "gap" / "tokenizer.json").write_text(json.dumps(theirs))
+    corpus = Corpus(config(text, tmp_path / "cache", tokenizer_name=str(tmp_path / "gap")))
+    assert corpus.vocab_size == 301 and corpus.eos == 300

@@ -11,9 +11,10 @@ import zygote
 from conftest import ROOT, environment
 
 import export
+from config import UserError
 from generate import generate
-from model import ARCHS
-from pretrained import load_model
+from model import ARCHS, GPTConfig
+from pretrained import hugging_face_config, load_model, load_run
 
 PROMPT = "The king sings"
 
@@ -96,6 +97,18 @@ def test_a_process_without_our_modules_computes_the_same(stranger, exported, tun
     assert theirs["text"].startswith(PROMPT) and len(theirs["text"]) > len(PROMPT) + 20
     assert theirs["sampling"] == [0.8, 50] and theirs["eos"] == [256, 256]
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, "who may read one file may read all"
+
+
+def test_every_loader_finds_ropes_base_and_what_an_empty_prompt_is(exported):
+    config = json.loads((exported["llama"][0] / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 5e5
+    for folder, checkpoint in exported.values():
+        assert load_run(folder)[3]["start"] == load_run(checkpoint)[3]["start"]
+
+
+def test_a_llama_that_transformers_cannot_hold_is_refused():
+    with pytest.raises(UserError, match="holds no --d-model 256 that --n-heads 6"):
+        hugging_face_config(GPTConfig(arch="llama", d_model=256, n_heads=6, head_dim=64, vocab_size=300))
 
 
 def test_ids_without_a_token_are_never_drawn(exported):

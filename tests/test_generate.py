@@ -3,6 +3,7 @@ import dataclasses
 import io
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from test_model import build, randomized
 
 from config import UserError
 from data import DataConfig, prepare
+from evaluate import open_data
 from export import export
 from generate import Continuation, GenerateConfig, batches, generate, main, prompt_ids, sample, sample_text
 from model import ARCHS, GPT, GPTConfig
@@ -298,7 +300,7 @@ def test_a_tokenizer_of_another_model_is_refused(run_folder, tmp_path):
     (tmp_path / "c.tokenizer").mkdir()
     theirs = json.loads((run_folder / "c.tokenizer" / "tokenizer.json").read_text())
     theirs["model"]["vocab"] |= {f"more{i}": 300 + i for i in range(9)}
-    for content, words in (("{", "not a tokenizer"), (json.dumps(theirs), "266 tokens, the model 257")):
+    for content, words in (("{", "not a tokenizer"), (json.dumps(theirs), "309 tokens, the model 257")):
         (tmp_path / "c.tokenizer" / "tokenizer.json").write_text(content)
         with pytest.raises(UserError, match=words):
             load_run(tmp_path / "c.pt")
@@ -311,3 +313,23 @@ def test_prompts_come_from_flags_and_files(tmp_path):
     (tmp_path / "p.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="not UTF-8"):
         GenerateConfig(prompt_file=str(tmp_path / "p.txt")).prompts()
+
+
+def test_a_folders_prompts_begin_as_its_tokenizer_begins_them(tuned, tmp_path, capsys):
+    """Llama's do with <s>, which its weights expect, and an empty one is that alone."""
+    import transformers
+    from tokenizers import processors
+
+    folder = tmp_path / "llama"
+    shutil.copytree(tuned["llama"][0], folder)
+    tokenizer = load_tokenizer("byte")
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 257)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _, ours, eos, saved = load_run(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    for prompt in ("The king", ""):
+        assert prompt_ids(ours, 0, prompt, saved["prefix"]) == theirs(prompt).input_ids
+    (tmp_path / "a.txt").write_text("The king sings.")
+    open_data([str(tmp_path / "a.txt")], "", ours, eos, saved, tmp_path)
+    assert "warning: the tokenizer puts <s> before a text, and here no document has it" in capsys.readouterr().err

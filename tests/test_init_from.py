@@ -6,8 +6,10 @@ import pytest
 import torch
 from conftest import TUNED
 
+from archive import save
+from checkpoint import FORMAT
 from config import UserError, parse
-from model import ARCHS, GPT
+from model import ARCHS, GPT, GPTConfig
 from pretrained import SIZES, gpt_config, hugging_face_config, load_initial, load_model, resolve_init
 from train import Config, World
 
@@ -112,7 +114,8 @@ def test_flags_that_agree_with_the_weights_are_fine(argv):
     ("qwen3", "sliding_window", 32), ("nanochat", "final_logit_softcapping", 30.0),
     ("nanochat", "rope_parameters.factor", 2.0), ("gpt2", "activation_function", "relu"),
     ("gpt2", "layer_norm_epsilon", 1e-6), ("gpt2", "scale_attn_by_inverse_layer_idx", True),
-    ("gpt2", "add_cross_attention", True), ("gpt2", "quantization_config", {"quant_method": "gptq"})])
+    ("gpt2", "add_cross_attention", True), ("gpt2", "quantization_config", {"quant_method": "gptq"}),
+    ("gpt2", "auto_map", {"AutoModelForCausalLM": "theirs.GPT"})])
 def test_what_our_architecture_is_not_is_refused_by_its_field(arch, field, value):
     theirs = hugging_face_config(dataclasses.replace(Config().model, arch=arch, vocab_size=300))
     assert gpt_config(theirs, "DIR").vocab_size == 300
@@ -143,6 +146,18 @@ def test_positions_that_no_step_has_trained_do_not_come_back(trainer):
     assert torch.allclose(trained.pos_emb.weight, kept.pos_emb.weight, atol=1e-6)
 
 
+def test_rope_goes_as_far_as_it_was_trained_and_may_be_trained_further(tmp_path):
+    shape = dict(arch="llama", n_layers=1, n_heads=2, d_model=16, max_position_embeddings=64)
+    raw = GPT(GPTConfig(**shape, vocab_size=300))
+    save(tmp_path / "c.pt", dict(format=FORMAT, model=raw.state_dict(), state=dict(step=1),
+                                 identity={"--vocab-size": 300}, config=shape | dict(seq_len=32, vocab_size=0)))
+    assert load_model(tmp_path / "c.pt")[0].cfg.max_position_embeddings == 32
+    cfg = parse(Config, ["--init-from", str(tmp_path / "c.pt"), "--tokenizer-name", "byte", "--seq-len", "48"])
+    model, _ = resolve_init(cfg, None)
+    assert model.max_position_embeddings == 64
+    load_initial(GPT(model), cfg.init, World(cfg))
+
+
 def test_weights_that_are_not_whole_are_refused(tuned, tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -154,6 +169,10 @@ def test_weights_that_are_not_whole_are_refused(tuned, tmp_path):
     save_file({name: tensor for name, tensor in tensors.items() if "h.1.mlp.c_fc.bias" not in name},
               folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"1 tensors are missing, such as transformer.h.1.mlp.c_fc.bias"):
+        load_initial(raw, cfg.init, World(cfg))
+    save_file(tensors | {"transformer.h.1.more": torch.ones(2)}, folder / "model.safetensors",
+              metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"1 tensors are unexpected, such as transformer.h.1.more"):
         load_initial(raw, cfg.init, World(cfg))
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
     with pytest.raises(UserError, match="^--init-from [^\n]+$"):
