@@ -265,13 +265,10 @@ def _base_type(kind):
 
 def coerce(label, declared, value):
     """Convert a command-line string or a TOML value to the type that the field declares, checking its bounds."""
-    _, field, kind = declared
+    group, field, kind = declared
     base, meta = _base_type(kind), field.metadata
     if typing.get_origin(kind) is list:
-        items = value if isinstance(value, list) else [value]
-        if wrong := [item for item in items if not _is_text(item)]:
-            raise UserError(f"{label} {wrong[0]!r}: expected UTF-8 text")
-        return items
+        return [coerce(label, (group, field, base), item) for item in (value if isinstance(value, list) else [value])]
     if base in (int, float) and not isinstance(value, bool) and isinstance(value, (str, int, float)):
         try:
             number = base(value)

@@ -28,6 +28,8 @@ class DataConfig:
                                     "folder of token shards; nothing: Python's own standard library", metavar="PATH")
     val_data: list[str] = arg([], "text to validate on; several also get a loss each; nothing: a share of the "
                                   "training text", metavar="PATH")
+    train_weights: list[float] = arg([], "how often samples come from each path of --train-data, such as 0.7 0.3; "
+                                         "nothing: each counts by its size", gt=0, metavar="X")
     text_column: str = arg("text", "column of JSONL, Parquet and Hugging Face data that has the text; where there is "
                                    "no such column, the only one with strings", metavar="NAME")
     val_ratio: float = arg(0.1, "share of the training text kept for validation where there is no --val-data",
@@ -47,6 +49,9 @@ class DataConfig:
         if self.use_toy_data and self.tokenizer_name not in ("bpe", "char"):
             raise UserError(f"--tokenizer-name {self.tokenizer_name}: --use-toy-data is tokenized by characters; leave "
                             f"it out, or say char")
+        if self.train_weights and not self.is_shards and len(self.train_weights) != len(self.train_data):
+            raise UserError(f"--train-weights {' '.join(map(str, self.train_weights))}: give one for each path of "
+                            f"--train-data, of which there are {len(self.train_data)}")
 
     @property
     def is_shards(self):
@@ -106,12 +111,21 @@ class Corpus:
             self.val.verify(self.meta, "val")
         self.vocab_size, self.eos, self.fingerprint = self.train.vocab_size, self.train.eos, self.meta["fingerprint"]
         self.start = self._start()
-        self.val_sources = {name: Shard(self.val.path, *span) for name, span in self.meta["val_sources"].items()}
-        self.n_windows = self.train.windows(self.seq_len)
-        self.n_val_windows = sum(shard.windows(self.seq_len) for shard in self.val_sources.values())
-        for name, shard in [("", self.train), *self.val_sources.items()]:
+        self.train_sources, self.val_sources = (
+            {name: Shard(whole.path, *span) for name, span in self.meta[f"{split}_sources"].items()}
+            for split, whole in (("train", self.train), ("val", self.val)))
+        self.weights = cfg.train_weights
+        if not self.weights:  # windows may span two sources
+            self.train_sources = {"": self.train}
+        elif len(self.weights) != len(self.train_sources):
+            raise UserError(f"--train-weights {' '.join(map(str, self.weights))}: {self.folder} has "
+                            f"{len(self.train_sources)} sources; give one for each, or prepare them again")
+        self.turns = take_turns(self.weights or [1.0])
+        self.n_windows, self.n_val_windows = (sum(shard.windows(self.seq_len) for shard in sources.values())
+                                              for sources in (self.train_sources, self.val_sources))
+        for name, shard in [*self.train_sources.items(), *self.val_sources.items()]:
             if not shard.windows(self.seq_len):
-                advice = ", or a larger --val-ratio" if shard is not self.train and not cfg.val_data else ""
+                advice = ", or a larger --val-ratio" if shard.path == self.val.path and not cfg.val_data else ""
                 raise UserError(f"--seq-len {self.seq_len}: {shard.path}{name and f' ({name})'} holds {shard.count:,} "
                                 f"tokens, less than one sequence; give more text or a smaller --seq-len{advice}")
 
@@ -141,13 +155,18 @@ class Corpus:
         return self.meta["bytes"]["val"] / self.meta["tokens"]["val"]
 
     def samples(self, first, n):
-        """Indices of the windows that training reads from its `first`-th (counted from 0) on, (n,): without replacement
-        within an epoch, in a new order each epoch."""
-        epoch, index = np.divmod(first + np.arange(n), self.n_windows)
-        order = np.empty(n, dtype=np.int64)
-        for one in np.unique(epoch):
-            order[epoch == one] = permute(index[epoch == one], self.n_windows, self.seed * 1_000_003 + int(one))
-        return order
+        """The first tokens of the windows that training reads from its `first`-th (counted from 0) on, (n,): those of a
+        source without replacement within an epoch of it, in a new order each epoch; sources take turns."""
+        firsts = np.empty(n, dtype=np.int64)
+        cycle, place = np.divmod(first + np.arange(n), len(self.turns))
+        for source, shard in enumerate(self.train_sources.values()):
+            (mine,), before = np.nonzero(self.turns[place] == source), np.cumsum(self.turns == source)
+            epoch, index = np.divmod(cycle[mine] * before[-1] + before[place[mine]] - 1, shard.windows(self.seq_len))
+            for one in np.unique(epoch):
+                key = self.seed * 1_000_003 + int(one) + (source << 40)
+                order = permute(index[epoch == one], shard.windows(self.seq_len), key)
+                firsts[mine[epoch == one]] = shard.start + order * self.seq_len
+        return firsts
 
     def batch(self, step, batch_size, micro=0, accum=1, rank=0, size=1):
         """Inputs and targets of one micro-batch of one rank, (B, T) int64 each.
@@ -156,7 +175,7 @@ class Corpus:
         the same step as one on each of two ranks.
         """
         first = ((step * accum + micro) * size + rank) * batch_size
-        return read_windows(self.train, self.samples(first, batch_size) * self.seq_len, self.seq_len)
+        return read_windows(self.train, self.samples(first, batch_size), self.seq_len)
 
     def val_batches(self, max_tokens, batch_size, rank=0, size=1):
         """Yields this rank's share of the validation windows as (source, inputs, targets, number of real rows), with
@@ -168,6 +187,18 @@ class Corpus:
             while rows := list(islice(chosen, batch_size)):
                 firsts = [row * self.seq_len for row in rows + rows[-1:] * (batch_size - len(rows))]
                 yield name, *read_windows(self.val_sources[name], firsts, self.seq_len), len(rows)
+
+
+def take_turns(weights, most=1000):
+    """Whose turn it is, over and over: indices of `weights`, each as often as its weight has it, evenly spread. Raises
+    UserError for a weight below a thousandth of the sum."""
+    shares, had, turns = np.array(weights) / sum(weights), np.zeros(len(weights)), []
+    for place in range(1, (most if len(weights) > 1 else 1) + 1):
+        turns.append(int(np.argmax(shares * place - had)))
+        had[turns[-1]] += 1
+    if not had.all():
+        raise UserError(f"--train-weights {' '.join(map(str, weights))}: the least is below a thousandth of the sum")
+    return np.array(turns)
 
 
 def permute(index, n, key):

@@ -160,8 +160,10 @@ def read_meta(folder):
         meta = read_json(folder / "meta.json")
         counts = [meta[what][split] for what in ("tokens", "bytes") for split in ("train", "val")]
         texts = [meta["tokenizer"], meta["tokenizer_hash"], *(meta["fingerprint"][split] for split in ("train", "val"))]
-        meta["val_sources"] = meta.get("val_sources") or {"": [0, counts[1]]}  # a single source has no name
-        spans = [number for start, count in meta["val_sources"].values() for number in (start, count)]
+        for split, count in zip(("train", "val"), counts, strict=False):  # a single source has no name
+            meta[f"{split}_sources"] = meta.get(f"{split}_sources") or {"": [0, count]}
+        spans = [number for split in ("train", "val") for span in meta[f"{split}_sources"].values()
+                 for number in span]
         if not (all(type(number) is int and number >= 0 for number in [*counts, *spans])
                 and counts[1] and all(isinstance(text, str) for text in texts)
                 and isinstance(meta["entropy_rate"], float | None) and meta.keys() >= {"vocab_size", "eos"}):

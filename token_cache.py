@@ -103,7 +103,8 @@ def _key(cfg, vocab_size, tokenizer, sources, val_sources):
                 cfg.tokenizer_name if tokenizer is None else tokenizer.to_str(),
                 vocab_size if cfg.tokenizer_name == "bpe" else 0,
                 tokenizer and end_of_text(tokenizer, cfg.tokenizer_name),
-                *source_names(cfg.val_data), *(source.argument for source in val_sources if source.argument)]
+                *source_names(cfg.val_data), *(source.argument for source in val_sources if source.argument),
+                *source_names(cfg.train_data), *(source.argument for source in sources if source.argument)]
     key.update(json.dumps(settings).encode())
     n_bytes = sum(source.size for source in [*sources, *val_sources])
     for source in [*sources, None, *val_sources]:
@@ -200,6 +201,7 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
         # --val-data comes first and is read in full.
         n_bytes, n_tokens = _tokenize(stream(), tokenizer, eos, writers, bool(val_sources), cfg.tokenizer_name, bar)
     parts = [n_tokens["val", argument] for argument in range(len(cfg.val_data))]
+    own = [n_tokens["train", argument] for argument in range(len(cfg.train_data))]
     _require_a_sequence(cfg, writers["train"].count, writers["val"].count, parts)
     seconds = time.perf_counter() - started
     tokens = sum(writer.count for writer in writers.values())
@@ -208,6 +210,7 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
     meta = dict(tokens={split: writer.count for split, writer in writers.items()}, bytes=n_bytes, vocab_size=size,
                 eos=eos, tokenizer=cfg.tokenizer_name if not cfg.use_toy_data else "char",
                 tokenizer_hash=digest.hex(), entropy_rate=entropy,
+                train_sources={name: [sum(own[:i]), own[i]] for i, name in enumerate(source_names(cfg.train_data))},
                 val_sources={name: [sum(parts[:i]), parts[i]] for i, name in enumerate(source_names(cfg.val_data))},
                 fingerprint={split: writer.digest.hexdigest() for split, writer in writers.items()})
     with open(draft / "meta.json", "w") as file:

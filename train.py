@@ -194,7 +194,7 @@ def train(cfg, world):
         kept = world.from_main(lambda: checkpoint.save_nonfinite(cfg.checkpoint, last, world.saving))
         samples = corpus.samples((state.step - 1) * global_batch_size, min(global_batch_size, 64)).tolist()
         raise NonFinite(f"loss or gradient was not finite in {meter.skipped_in_row} steps in a row, the last at step "
-                        f"{state.step}, which read the samples {samples}; {kept}")
+                        f"{state.step}, which read the training tokens from {samples} on; {kept}")
 
     def evaluate_now():
         with meter.excluded("eval"):

@@ -23,7 +23,7 @@ import text as text_module
 import token_cache
 import tokenizer as tokenizer_module
 from config import UserError
-from data import Corpus, DataConfig, permute, prepare
+from data import Corpus, DataConfig, permute, prepare, take_turns
 from shards import HEADER, Shard, ShardWriter
 from text import Source, cut_text, find_sources, is_validation, pieces, source_names, tail_start, text_pieces
 from tokenizer import END_OF_TEXT, hub_reachable, known_characters, load_tokenizer, open_tokenizer, train_tokenizer
@@ -54,8 +54,46 @@ def test_an_epoch_shows_every_window_once_and_the_next_in_another_order(text, ca
     corpus = Corpus(config(text, cache))
     n, batch = corpus.n_windows, 7
     seen = np.concatenate([corpus.samples(step * batch, batch) for step in range(2 * n // batch + 1)])
-    assert sorted(seen[:n]) == list(range(n)) and sorted(seen[n:2 * n]) == list(range(n))
+    every = list(range(0, 32 * n, 32))
+    assert sorted(seen[:n]) == every and sorted(seen[n:2 * n]) == every
     assert not np.array_equal(seen[:n], seen[n:2 * n])
+
+
+def test_sources_take_turns_by_their_weights():
+    assert take_turns([5]).tolist() == [0]
+    turns = take_turns([2.0, 1.0, 0.002])
+    assert np.bincount(turns).tolist() == [666, 333, 1]
+    for n in range(1, 1000):
+        assert np.abs(np.bincount(turns[:n], minlength=3) - n * np.array([2, 1, 0.002]) / 3.002).max() < 1.5
+    with pytest.raises(UserError, match="--train-weights 1 0.0001: the least is below a thousandth"):
+        take_turns([1, 0.0001])
+
+
+def test_samples_come_from_each_source_as_often_as_its_weight_says(tmp_path):
+    """The smaller source is read several times, each time whole and in another order; no sample is of both."""
+    for name, n in ("a", 1000), ("b", 9000):
+        (tmp_path / f"{name}.txt").write_text(f"{name}" * n)
+    paths = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    cfg = config(None, tmp_path / "cache", train_data=paths, train_weights=[0.8, 0.2], seq_len=16)
+    corpus = Corpus(cfg)
+    windows = [shard.windows(16) for shard in corpus.train_sources.values()]
+    assert list(corpus.train_sources) == ["a", "b"] and sum(windows) == corpus.n_windows
+    seen = corpus.samples(0, 400)
+    of_a = seen < corpus.train_sources["a"].count
+    assert of_a.sum() == 320
+    assert np.array_equal(seen, np.concatenate([corpus.samples(first, 50) for first in range(0, 400, 50)]))
+    a = seen[of_a]
+    assert len(set(a[:windows[0]])) == windows[0] and not np.array_equal(a[:windows[0]], a[windows[0]:2 * windows[0]])
+    assert set(a[:windows[0]]) == set(a[windows[0]:2 * windows[0]]) and len(set(seen[~of_a])) == 80
+    x, y = corpus.batch(3, 100)
+    kinds = [set(map(int, row)) - {corpus.eos} for row in np.concatenate([x, y], axis=1)]
+    assert all(len(kind) == 1 for kind in kinds) and len({min(kind) for kind in kinds}) == 2
+    folder = config(None, tmp_path / "cache", train_data=[str(corpus.folder)], train_weights=[0.8, 0.2], seq_len=16)
+    assert np.array_equal(Corpus(folder).samples(0, 400), seen), "as prepared shards"
+    with pytest.raises(UserError, match="has 2 sources; give one for each"):
+        Corpus(config(None, tmp_path / "cache", train_data=[str(corpus.folder)], train_weights=[1.0], seq_len=16))
+    plain = Corpus(config(None, tmp_path / "cache", train_data=paths, seq_len=16))
+    assert plain.folder == corpus.folder and plain.n_windows >= corpus.n_windows
 
 
 def test_micro_batches_on_one_rank_are_the_same_samples_as_ranks(text, cache):

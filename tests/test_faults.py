@@ -232,15 +232,15 @@ def test_too_many_bad_steps_in_a_row_halt_and_name_the_samples(trainer):
     _, _, *rest = trainer.arguments(["--num-steps", 30, "--log-steps", 2, "--max-bad-steps", 4, "--eval-steps", 0])
     run = zygote.run([sys.executable, "planted.py", *rest], trainer.folder, environment())
     assert run.returncode == 1 and len(run.stderr.strip().splitlines()) == 1, run.stderr
-    assert re.search(r"not finite in 4 steps in a row, the last at step 4, which read the samples \[\d+(, \d+){3}\]",
-                     run.stderr)
+    assert re.search(r"not finite in 4 steps in a row, the last at step 4, which read the training tokens from "
+                     r"\[\d+(, \d+){3}\] on", run.stderr)
     assert (trainer.folder / "c.nonfinite.pt").exists()
     assert "there is no checkpoint yet: start again with a lower --lr" in run.stderr
     run = subprocess.run([sys.executable, "-c", SMALL_FILES.format(root=str(ROOT)), "planted.py", *rest,
                           "--checkpoint-path", "full.pt"],
                          cwd=trainer.folder, env=environment(), capture_output=True, text=True)
     assert run.returncode == 1 and len(run.stderr.strip().splitlines()) == 1, run.stderr
-    assert "could not be saved (File too large)" in run.stderr and "read the samples [" in run.stderr
+    assert "could not be saved (File too large)" in run.stderr and "read the training tokens from [" in run.stderr
 
 
 @pytest.mark.parametrize(("ranks", "full"), [(None, 0), (2, 1)])

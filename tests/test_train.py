@@ -458,6 +458,8 @@ WRONG = {
     "another program's flag": (["--learning_rate", "1"], ["--learning_rate is not known; did you mean --lr?"]),
     "uploads of what is not saved": (["--use-wandb", "--wandb-log-checkpoints", "best", "--no-save-best"],
                                      ["--wandb-log-checkpoints best", "take last"]),
+    "a weight for nothing": (["--train-weights", "0.7", "0.3"], ["--train-weights 0.7 0.3", "there are 1"]),
+    "a weight of nothing": (["--train-weights", "0"], ["--train-weights 0", "greater than 0"]),
     "nanochat's flag": (["--device-batch-size=8"], ["--device-batch-size is not known; did you mean --batch-size?"]),
     "unknown key in TOML": (["--config", "unknown.toml"], ["n_layer", "did you mean n_layers"]),
     "checkpoint already there": (["--checkpoint-path", "there.pt"], ["there.pt", "--resume", "--overwrite"]),
@@ -501,6 +503,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_difference(trainer):
             ("--tokenizer-name", "char", "--tokenizer-name was byte, is char"),
             ("--val-ratio", "0.2", "--val-ratio was 0.1, is 0.2"), ("--arch", "qwen3", "--arch was gpt2, is qwen3"),
             ("--data-seed", "5", "--data-seed was 1337, is 5"),
+            ("--train-weights", "1", "--train-weights was [], is [1.0]"),
             ("--batch-size", "8", "is 8 (--batch-size x --grad-accum-steps x ranks has to be 4)")]:
         run = trainer("--num-steps", 6, "--resume", name, value)
         assert run.code == 2 and len(run.err.strip().splitlines()) == 1 and words in run.err, run.err
