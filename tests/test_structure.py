@@ -41,7 +41,7 @@ ALLOWED = {
               "pretrained", "processes", "tracking", "wandb_runs", "watchdog"},
     "train_ddp": {"config", "hardware", "ranks", "train"},
     "pretrained": {"archive", "checkpoint", "config", "files", "model", "tokenizer"},
-    "export": {"config", "data", "files", "generate", "hardware", "model", "optim", "pretrained"},
+    "export": {"config", "data", "files", "generate", "hardware", "model", "optim", "pretrained", "tokenizer"},
     "prepare": {"config", "data", "pretrained", "tracking", "train"},
     "plots": set(),
     "report": {"config", "files", "plots"},
