@@ -52,6 +52,8 @@ class DataConfig:
         if self.train_weights and not self.is_shards and len(self.train_weights) != len(self.train_data):
             raise UserError(f"--train-weights {' '.join(map(str, self.train_weights))}: give one for each path of "
                             f"--train-data, of which there are {len(self.train_data)}")
+        if self.train_weights:
+            take_turns(self.train_weights)  # refuses what is too small
 
     @property
     def is_shards(self):
@@ -114,18 +116,23 @@ class Corpus:
         self.train_sources, self.val_sources = (
             {name: Shard(whole.path, *span) for name, span in self.meta[f"{split}_sources"].items()}
             for split, whole in (("train", self.train), ("val", self.val)))
-        self.weights = cfg.train_weights
-        if not self.weights:  # windows may span two sources
-            self.train_sources = {"": self.train}
-        elif len(self.weights) != len(self.train_sources):
-            raise UserError(f"--train-weights {' '.join(map(str, self.weights))}: {self.folder} has "
+        if cfg.train_weights and len(cfg.train_weights) != len(self.train_sources):
+            raise UserError(f"--train-weights {' '.join(map(str, cfg.train_weights))}: {self.folder} has "
                             f"{len(self.train_sources)} sources; give one for each, or prepare them again")
-        self.turns = take_turns(self.weights or [1.0])
+        self.turns, self.shares = take_turns(cfg.train_weights or [1.0]), []  # shares: of the samples, by source
+        if len(cfg.train_weights) > 1:
+            self.shares = (np.bincount(self.turns) / len(self.turns)).tolist()
+        else:  # windows may span two sources
+            self.train_sources = {"": self.train}
         self.n_windows, self.n_val_windows = (sum(shard.windows(self.seq_len) for shard in sources.values())
                                               for sources in (self.train_sources, self.val_sources))
         for name, shard in [*self.train_sources.items(), *self.val_sources.items()]:
             if not shard.windows(self.seq_len):
-                advice = ", or a larger --val-ratio" if shard.path == self.val.path and not cfg.val_data else ""
+                if shard.path == self.val.path:
+                    advice = "" if cfg.val_data else ", or a larger --val-ratio"
+                else:
+                    advice = ", or a larger --max-tokens" * bool(cfg.max_tokens) + (
+                        "" if cfg.val_data or not name else ", or --val-data, if validation has taken it")
                 raise UserError(f"--seq-len {self.seq_len}: {shard.path}{name and f' ({name})'} holds {shard.count:,} "
                                 f"tokens, less than one sequence; give more text or a smaller --seq-len{advice}")
 
@@ -190,14 +197,15 @@ class Corpus:
 
 
 def take_turns(weights, most=1000):
-    """Whose turn it is, over and over: indices of `weights`, each as often as its weight has it, evenly spread. Raises
-    UserError for a weight below a thousandth of the sum."""
-    shares, had, turns = np.array(weights) / sum(weights), np.zeros(len(weights)), []
+    """Whose turn it is, over and over: indices of `weights`, evenly spread, each as often as its weight says, to a
+    thousandth. Raises UserError for a weight below that."""
+    shares = np.array(weights) / max(weights)
+    shares, had, turns = shares / shares.sum(), np.zeros(len(weights)), []
+    if shares.min() < 1 / most:
+        raise UserError(f"--train-weights {' '.join(map(str, weights))}: the least is below a thousandth of the sum")
     for place in range(1, (most if len(weights) > 1 else 1) + 1):
         turns.append(int(np.argmax(shares * place - had)))
         had[turns[-1]] += 1
-    if not had.all():
-        raise UserError(f"--train-weights {' '.join(map(str, weights))}: the least is below a thousandth of the sum")
     return np.array(turns)
 
 

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -81,7 +82,11 @@ def resolve_init(cfg, resume_from):
         if cfg.checkpoint.overwrite and cfg.checkpoint.continues(init.init_from):
             raise UserError(f"--init-from {init.init_from}: --overwrite would remove it; name another "
                             f"--checkpoint-path")
-        sizes = _sizes(_source_config(init.init_from))
+        source = _source_config(init.init_from)
+        if source.parts.rope_theta and os.path.isfile(init.init_from):
+            # RoPE has no weights at a position: it may be trained on longer sequences than before.
+            source.max_position_embeddings = max(source.max_position_embeddings, cfg.data.seq_len)
+        sizes = _sizes(source)
         for name, value in stated.items():
             if value != sizes[name]:
                 raise UserError(f"{flag(name)} {value}: the weights of --init-from {init.init_from} have "
@@ -135,11 +140,7 @@ def _saved_config(path, cfg):
 def _source_config(source):
     """The GPTConfig of --init-from's weights."""
     if os.path.isfile(source):
-        saved = _checkpoint(source, "--init-from")
-        cfg, _ = model_parts(saved)
-        if cfg.parts.rope_theta:  # without weights of its own at a position: a run may go on with longer sequences
-            cfg.max_position_embeddings = saved["config"]["max_position_embeddings"]
-        return cfg
+        return model_parts(_checkpoint(source, "--init-from"))[0]
     return gpt_config(_hugging_face("AutoConfig", source), source)
 
 
@@ -149,8 +150,8 @@ def _source_weights(source, cfg):
         return model_parts(_checkpoint(source, "--init-from"))[1]
     theirs, found = _hugging_face("AutoModelForCausalLM", source, dtype=torch.float32, use_safetensors=True,
                                   output_loading_info=True)
-    for what in ("missing", "unexpected"):
-        if names := sorted(found[f"{what}_keys"]):
+    for what in ("missing", "unexpected"):  # masked_bias: a constant that transformers saved before version 4.27
+        if names := sorted(name for name in found[f"{what}_keys"] if not name.endswith(".attn.masked_bias")):
             raise UserError(f"--init-from {source}: {len(names)} tensors are {what}, such as {names[0]}; the weights "
                             f"are not complete, or of another model than config.json says")
     return from_hugging_face(cfg, theirs.state_dict())
@@ -235,10 +236,10 @@ def gpt_config(theirs, source):
         missing = None if name.startswith("rope_parameters.") else value
         if not NO_MATTER.fullmatch(name) and value != ours.get(name, missing):
             raise UserError(f"--init-from {source}: {name} is {value}, and {cfg.arch} here has {ours.get(name)}")
-    for name, advice in dict(quantization_config="give weights that are not quantized",
-                             auto_map="its model is code of its own, which is not run here").items():
-        if name in stated:
-            raise UserError(f"--init-from {source}: {name} is set; {advice}")
+    if "quantization_config" in stated:
+        raise UserError(f"--init-from {source}: quantization_config is set; give weights that are not quantized")
+    if set(stated.get("auto_map") or ()) - {"AutoTokenizer", "AutoProcessor"}:
+        raise UserError(f"--init-from {source}: auto_map is set: its model is code of its own, which is not run here")
     return cfg
 
 
@@ -374,15 +375,19 @@ def _load_folder(folder):
     saved = dict(config=dict(seq_len=min(1024, cfg.max_position_embeddings)), state=dict(step=None), identity={},
                  prefix=_before_texts(tokenizer))
     with contextlib.suppress(ValueError):  # none there, or damaged
-        if isinstance(start := read_json(Path(folder, "generation_config.json")).get("bos_token_id"), int):
+        start = read_json(Path(folder, "generation_config.json")).get("bos_token_id")
+        if type(start) is int and 0 <= start < tokenizer.get_vocab_size():
             saved["start"] = start
     return model.eval(), saved, tokenizer
 
 
 def _before_texts(tokenizer):
-    """The ids that the tokenizer puts before a text, and so was trained with, such as Llama's <s>; often []."""
-    whole, plain = (tokenizer.encode("a", add_special_tokens=added).ids for added in (True, False))
-    return whole[:-len(plain)] if plain and whole[-len(plain):] == plain else []
+    """The ids that the tokenizer puts before a text, and so the weights expect there, such as Llama's <s>; often []."""
+    with contextlib.suppress(Exception):  # tokenizers raises bare Exception, where it has no token for this text
+        found = tokenizer.encode("a")
+        return [token for token, _ in takewhile(lambda one: one[1], zip(found.ids, found.special_tokens_mask,
+                                                                        strict=True))]
+    return []
 
 
 def model_parts(saved):

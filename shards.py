@@ -162,8 +162,8 @@ def read_meta(folder):
         texts = [meta["tokenizer"], meta["tokenizer_hash"], *(meta["fingerprint"][split] for split in ("train", "val"))]
         for split, count in zip(("train", "val"), counts, strict=False):  # a single source has no name
             meta[f"{split}_sources"] = meta.get(f"{split}_sources") or {"": [0, count]}
-        spans = [number for split in ("train", "val") for span in meta[f"{split}_sources"].values()
-                 for number in span]
+        spans = [number for split in ("train", "val") for start, count in meta[f"{split}_sources"].values()
+                 for number in (start, count)]
         if not (all(type(number) is int and number >= 0 for number in [*counts, *spans])
                 and counts[1] and all(isinstance(text, str) for text in texts)
                 and isinstance(meta["entropy_rate"], float | None) and meta.keys() >= {"vocab_size", "eos"}):

@@ -121,11 +121,11 @@ def log_facts(cfg, world, corpus, raw, optimizer_bytes, precision, accum, state)
              f"vocabulary {size.vocab_size:,} ({corpus.meta['tokenizer']})")
     log.info(f"train dataset size: {corpus.n_windows:,}, val dataset size: {corpus.n_val_windows:,} sequences of "
              f"{corpus.seq_len}; steps per epoch: {epoch_tokens / step_tokens:,.1f}")
-    if corpus.weights:
+    if corpus.shares:
         log.info("samples: " + ", ".join(
-            f"{weight / sum(corpus.weights):.1%} of {name} ({shard.count:,} tokens, which this run reads "
-            f"{run_tokens * weight / sum(corpus.weights) / shard.windows(corpus.seq_len) / corpus.seq_len:.3g} times)"
-            for weight, (name, shard) in zip(corpus.weights, corpus.train_sources.items(), strict=True)))
+            f"{share:.1%} of {name} ({shard.count:,} tokens, which this run reads "
+            f"{run_tokens * share / shard.windows(corpus.seq_len) / corpus.seq_len:.3g} times)"
+            for share, (name, shard) in zip(corpus.shares, corpus.train_sources.items(), strict=True)))
     if corpus.meta["entropy_rate"]:
         log.info(f"toy data: no model can get below a loss of {corpus.meta['entropy_rate']:.4f} nats per token")
     log.info(f"model: {size.arch}, {n_params:,} parameters, {raw.flops_per_token(corpus.seq_len):.3g} FLOPs per token; "

@@ -63,7 +63,8 @@ class WandbConfig:
 
     def require_best(self, saved):
         """Raises UserError if best checkpoints are to be uploaded, and none are `saved`."""
-        if self.use_wandb and self.wandb_log_checkpoints == "best" and not saved:
+        wanted = self.use_wandb and self.wandb_log_checkpoints == "best"
+        if wanted and not saved and with_environment(self).wandb_mode != "disabled":
             raise UserError("--wandb-log-checkpoints best: with --no-save-best (save_best = false) there are none; "
                             "take last, or add --save-best")
 

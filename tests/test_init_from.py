@@ -154,7 +154,7 @@ def test_rope_goes_as_far_as_it_was_trained_and_may_be_trained_further(tmp_path)
     assert load_model(tmp_path / "c.pt")[0].cfg.max_position_embeddings == 32
     cfg = parse(Config, ["--init-from", str(tmp_path / "c.pt"), "--tokenizer-name", "byte", "--seq-len", "48"])
     model, _ = resolve_init(cfg, None)
-    assert model.max_position_embeddings == 64
+    assert model.max_position_embeddings == 48
     load_initial(GPT(model), cfg.init, World(cfg))
 
 
@@ -163,13 +163,16 @@ def test_weights_that_are_not_whole_are_refused(tuned, tmp_path):
 
     folder = tmp_path / "part"
     shutil.copytree(tuned["gpt2"][0], folder)
-    cfg = parse(Config, ["--init-from", str(folder), "--tokenizer-name", "byte"])
-    raw = GPT(gpt_config(hugging_face_config(dataclasses.replace(Config().model, vocab_size=257)), "DIR"))
+    cfg = parse(Config, ["--init-from", str(folder), "--tokenizer-name", "byte", "--seq-len", "32"])
+    raw = GPT(resolve_init(cfg, None)[0])
     tensors = load_file(folder / "model.safetensors")
     save_file({name: tensor for name, tensor in tensors.items() if "h.1.mlp.c_fc.bias" not in name},
               folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"1 tensors are missing, such as transformer.h.1.mlp.c_fc.bias"):
         load_initial(raw, cfg.init, World(cfg))
+    save_file(tensors | {"transformer.h.1.attn.masked_bias": torch.tensor(-1e4)}, folder / "model.safetensors",
+              metadata={"format": "pt"})  # as transformers did before 4.27
+    load_initial(raw, cfg.init, World(cfg))
     save_file(tensors | {"transformer.h.1.more": torch.ones(2)}, folder / "model.safetensors",
               metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"1 tensors are unexpected, such as transformer.h.1.more"):

@@ -503,7 +503,6 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_difference(trainer):
             ("--tokenizer-name", "char", "--tokenizer-name was byte, is char"),
             ("--val-ratio", "0.2", "--val-ratio was 0.1, is 0.2"), ("--arch", "qwen3", "--arch was gpt2, is qwen3"),
             ("--data-seed", "5", "--data-seed was 1337, is 5"),
-            ("--train-weights", "1", "--train-weights was [], is [1.0]"),
             ("--batch-size", "8", "is 8 (--batch-size x --grad-accum-steps x ranks has to be 4)")]:
         run = trainer("--num-steps", 6, "--resume", name, value)
         assert run.code == 2 and len(run.err.strip().splitlines()) == 1 and words in run.err, run.err
@@ -512,6 +511,18 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_difference(trainer):
     tried = trainer("--dry-run", "--resume", "--num-steps", 6)
     assert tried.code == 0 and "Resumed at step 3" in tried.out and "one step: loss" in tried.out, tried.err
     assert first.checkpoint.read_bytes() == before and 3 in first.rows
+
+
+def test_a_mixture_goes_on_as_the_same_mixture_only(trainer):
+    for name in "ab":
+        (trainer.folder / f"{name}.txt").write_text(f"All of {name}. " * 200)
+    flags = ["--train-data", "a.txt", "b.txt", "--train-weights"]
+    first = trainer(*flags, 3, 1, "--num-steps", 3)
+    assert first.code == 0 and "samples: 75.0% of a (" in first.out, first.err
+    other = trainer(*flags, 1, 1, "--num-steps", 5, "--resume")
+    assert other.code == 2 and "--train-weights was [0.75, 0.25], is [0.5, 0.5]" in other.err
+    same = trainer(*flags, 0.75, 0.25, "--num-steps", 5, "--resume")
+    assert same.code == 0 and 5 in same.rows, same.err
 
 
 @pytest.mark.parametrize("known", [{}, {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}], ids=["nothing", "as srun"])
