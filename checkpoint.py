@@ -195,9 +195,8 @@ def run_identity(cfg, corpus, vocab_size, global_batch_size):
         model["rope_theta"] = 0.0
     return {flag(name): value for name, value in model.items() if name not in cfg.model.RUN_FLAGS} | {
         "--vocab-size": vocab_size, "--seq-len": corpus.seq_len, "--data-seed": corpus.seed,
-        "--train-weights": corpus.shares,
-        "the sources of samples": [[shard.start, shard.count] for shard in corpus.train_sources.values()] * bool(
-            corpus.shares), "--optimizer": cfg.optim.optimizer, "sequences in a step": global_batch_size,
+        "--optimizer": cfg.optim.optimizer, "sequences in a step": global_batch_size, "--train-weights": corpus.shares,
+        "the mixture": [[shard.start, shard.count] for shard in corpus.train_sources.values() if corpus.shares],
         "the tokenizer": corpus.meta["tokenizer_hash"][:16],
         "the training data": corpus.fingerprint["train"], "the validation data": corpus.fingerprint["val"]}
 

@@ -167,11 +167,11 @@ class Corpus:
         firsts = np.empty(n, dtype=np.int64)
         cycle, place = np.divmod(first + np.arange(n), len(self.turns))
         for source, shard in enumerate(self.train_sources.values()):
-            (mine,), before = np.nonzero(self.turns[place] == source), np.cumsum(self.turns == source)
-            epoch, index = np.divmod(cycle[mine] * before[-1] + before[place[mine]] - 1, shard.windows(self.seq_len))
+            mine, n_windows = np.flatnonzero(self.turns[place] == source), shard.windows(self.seq_len)
+            turns = np.cumsum(self.turns == source)  # that it has had at each place of a cycle
+            epoch, index = np.divmod(cycle[mine] * turns[-1] + turns[place[mine]] - 1, n_windows)
             for one in np.unique(epoch):
-                key = self.seed * 1_000_003 + int(one) + (source << 40)
-                order = permute(index[epoch == one], shard.windows(self.seq_len), key)
+                order = permute(index[epoch == one], n_windows, self.seed * 1_000_003 + int(one) + (source << 40))
                 firsts[mine[epoch == one]] = shard.start + order * self.seq_len
         return firsts
 

@@ -104,7 +104,7 @@ def _key(cfg, vocab_size, tokenizer, sources, val_sources):
                 vocab_size if cfg.tokenizer_name == "bpe" else 0,
                 tokenizer and end_of_text(tokenizer, cfg.tokenizer_name),
                 *source_names(cfg.val_data), *(source.argument for source in val_sources if source.argument),
-                *([cfg.train_data, [source.argument for source in sources]] if cfg.train_weights else [])]
+                *([source_names(cfg.train_data), [source.argument for source in sources]] if cfg.train_weights else [])]
     key.update(json.dumps(settings).encode())
     n_bytes = sum(source.size for source in [*sources, *val_sources])
     for source in [*sources, None, *val_sources]:
