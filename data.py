@@ -113,17 +113,16 @@ class Corpus:
             self.val.verify(self.meta, "val")
         self.vocab_size, self.eos, self.fingerprint = self.train.vocab_size, self.train.eos, self.meta["fingerprint"]
         self.start = self._start()
-        self.train_sources, self.val_sources = (
-            {name: Shard(whole.path, *span) for name, span in self.meta[f"{split}_sources"].items()}
-            for split, whole in (("train", self.train), ("val", self.val)))
-        if cfg.train_weights and len(cfg.train_weights) != len(self.train_sources):
-            raise UserError(f"--train-weights {' '.join(map(str, cfg.train_weights))}: {self.folder} has "
-                            f"{len(self.train_sources)} sources; give one for each, or prepare them again")
+        self.val_sources = {name: Shard(self.val.path, *span) for name, span in self.meta["val_sources"].items()}
+        spans = self.meta["train_sources"]
+        if cfg.train_weights and len(cfg.train_weights) != len(spans):
+            raise UserError(f"--train-weights {' '.join(map(str, cfg.train_weights))}: {self.folder} has {len(spans)} "
+                            f"sources; give one for each, or prepare them again")
         self.turns, self.shares = take_turns(cfg.train_weights or [1.0]), []  # shares: of the samples, by source
+        self.train_sources = {"": self.train}  # whole, with windows that span two sources; there may be thousands
         if len(cfg.train_weights) > 1:
+            self.train_sources = {name: Shard(self.train.path, *span) for name, span in spans.items()}
             self.shares = (np.bincount(self.turns) / len(self.turns)).tolist()
-        else:  # windows may span two sources
-            self.train_sources = {"": self.train}
         self.n_windows, self.n_val_windows = (sum(shard.windows(self.seq_len) for shard in sources.values())
                                               for sources in (self.train_sources, self.val_sources))
         for name, shard in [*self.train_sources.items(), *self.val_sources.items()]:
@@ -197,8 +196,8 @@ class Corpus:
 
 
 def take_turns(weights, most=1000):
-    """Whose turn it is, over and over: indices of `weights`, evenly spread, each as often as its weight says, to a
-    thousandth. Raises UserError for a weight below that."""
+    """Whose turn it is, over and over: indices of `weights`, (most,), or (1,) of a single one, evenly spread, each as
+    often as its weight says, to a thousandth. Raises UserError for a weight below that."""
     shares = np.array(weights) / max(weights)
     shares, had, turns = shares / shares.sum(), np.zeros(len(weights)), []
     if shares.min() < 1 / most:

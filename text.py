@@ -173,14 +173,14 @@ def source_names(paths):
     """Names for two or more of the paths that `find_sources` takes, unique and usable in metric names: a file's stem,
     the last part of a folder or dataset name, a pattern's last part without its wildcards or, if nothing is left, its
     folder. A single path needs none: []."""
-    names = []
+    names = {}  # in order
     for path in paths if len(paths) > 1 else []:
         whole = Path(os.path.abspath(path))
         stem = Path(whole.stem).stem if _packed(path) else whole.stem
         parts = [stem if os.path.isfile(path) or is_pattern(path) else whole.name, *reversed(whole.parts[:-1])]
         name = next(filter(None, (re.sub(r"[^\w.-]", "-", part).strip("-") for part in parts)), "val")
-        names.append(next(free for free in chain([name], (f"{name}-{n}" for n in count(2))) if free not in names))
-    return names
+        names[next(free for free in chain([name], (f"{name}-{n}" for n in count(2))) if free not in names)] = path
+    return list(names)
 
 
 def builtin_sources():

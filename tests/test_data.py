@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import socket
 import subprocess
@@ -95,6 +96,20 @@ def test_samples_come_from_each_source_as_often_as_its_weight_says(tmp_path):
         Corpus(config(None, tmp_path / "cache", train_data=[str(corpus.folder)], train_weights=[1.0], seq_len=16))
     plain = Corpus(config(None, tmp_path / "cache", train_data=paths, seq_len=16))
     assert plain.n_windows >= corpus.n_windows and plain.shares == [] and corpus.shares == [0.8, 0.2]
+
+
+def test_as_many_paths_as_a_shell_gives_take_no_file_each(tmp_path):
+    paths = [tmp_path / str(i) / "a.txt" for i in range(1200)]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text("the king sings ")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 60, before[1]))
+    try:
+        corpus = Corpus(config(None, tmp_path / "cache", train_data=list(map(str, paths))))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert len(corpus.meta["train_sources"]) == 1200 and corpus.n_windows > 400
 
 
 def test_micro_batches_on_one_rank_are_the_same_samples_as_ranks(text, cache):
