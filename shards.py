@@ -22,14 +22,27 @@ LLM_C_DTYPES = {(20240520, 1): np.uint16, (20240801, 7): np.uint32}  # GPT-2's t
 
 class ShardWriter:
     """Writes a header (magic, version, bytes per id, count, vocabulary size, end-of-text id, tokenizer hash), then the
-    ids, as uint16 if the vocabulary fits, else as uint32. Every id is checked against the vocabulary."""
+    ids, as uint16 if the vocabulary fits, else as uint32. Every id is checked against the vocabulary.
 
-    def __init__(self, path, vocab_size, eos, tokenizer_hash, limit=0):
+    With a `count`, goes on behind the first `count` ids of a file that was not completed. Raises UserError if it has
+    fewer.
+    """
+
+    def __init__(self, path, vocab_size, eos, tokenizer_hash, limit=0, count=0):
         self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
         self.vocab_size, self.hash, self.limit = vocab_size, tokenizer_hash, limit
         self.eos = -1 if eos is None else eos
-        self.count, self.digest, self.file = 0, hashlib.blake2b(digest_size=16), open(path, "wb")
-        self.file.write(bytes(HEADER.size))
+        self.count, self.digest = count, hashlib.blake2b(digest_size=16)
+        size = HEADER.size + count * self.dtype.itemsize
+        if count and not (os.path.exists(path) and os.path.getsize(path) >= size):
+            raise UserError(f"{path} has lost tokens since it was written; start again, from the first one")
+        self.file = open(path, "r+b" if count else "wb")
+        if count:
+            self.file.truncate(size)
+            self.file.seek(HEADER.size)
+            hashlib.file_digest(self.file, lambda: self.digest)  # leaves the file at its end
+        else:
+            self.file.write(bytes(HEADER.size))
 
     @property
     def full(self):
@@ -51,12 +64,16 @@ class ShardWriter:
         self.count += len(ids)
         return len(ids)
 
+    def flush(self):
+        """To the disk: after a power cut, too, the file has what was written."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
     def close(self):
         self.file.seek(0)
         self.file.write(HEADER.pack(MAGIC, FORMAT, self.dtype.itemsize, self.count, self.vocab_size, self.eos,
                                     self.hash))
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        self.flush()
         self.file.close()
 
 

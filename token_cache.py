@@ -9,17 +9,19 @@ import logging
 import os
 import shutil
 import time
-from collections import Counter
-from itertools import chain
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate, chain, islice
 from pathlib import Path
 
 from tqdm import tqdm
 
 import toy
 from config import UserError
+from files import read_json, write_whole
 from processes import try_lock
 from shards import FORMAT, ShardWriter, read_meta
 from text import (
+    PIECE,
     Piece,
     builtin_sources,
     find_sources,
@@ -41,8 +43,10 @@ from tokenizer import (
     train_tokenizer,
 )
 
-CODE_VERSION = 3  # bump it when the same text would give different tokens: old caches are then not reused
+CODE_VERSION = 3  # bump it when the same text would give other tokens: old caches are then not used
 BATCH = 1 << 21  # characters, or ids of token files, per parallel batch: bounds the memory use of tokenization
+PROGRESS = "progress.json"  # in a draft: how far it has come
+SAVE_SECONDS = 30  # between two of its versions: what a kill costs at most
 BPE_SAMPLE = 1 << 25  # maximum number of characters that a bpe tokenizer is trained on
 PREPARE_PATIENCE = 900  # seconds without progress after which a process stops waiting for another to tokenize
 
@@ -52,8 +56,9 @@ log = logging.getLogger("mini_llm")
 def prepare(cfg, vocab_size=0, writes=True, scratch=None):
     """The folder of token shards that `cfg` describes, created if it does not exist. Safe against concurrent processes
     and against being killed: one process writes, under a lock that is released when it dies, into a draft folder that
-    is renamed only when complete. Without `writes`, waits for another process to write it. With `scratch`, a folder
-    provided by the caller, shards that are not in the cache are created there.
+    is renamed only when complete; the next one goes on from its last `Progress`. Without `writes`, waits for another
+    process to write it. With `scratch`, a folder provided by the caller, shards that are not in the cache are created
+    there.
 
     Raises UserError for unusable text, and then leaves nothing behind.
     """
@@ -114,8 +119,9 @@ def _key(cfg, vocab_size, tokenizer, sources, val_sources):
 
 @contextlib.contextmanager
 def _locked_draft(folder):
-    """Yields an empty folder that this process alone writes, to be renamed to `folder` when complete; None if another
-    process has just created `folder`. The lock is in the draft itself, so a killed writer leaves an unlocked draft."""
+    """Yields a folder that this process alone writes, to be renamed to `folder` when complete; None if another process
+    has just created `folder`. It is empty, or has the Progress of a killed writer and its tokens. The lock is in the
+    draft itself, so a killed writer leaves an unlocked draft."""
     draft = folder.with_name(folder.name + ".draft")
     try:
         draft.mkdir(parents=True, exist_ok=True)
@@ -139,18 +145,23 @@ def _locked_draft(folder):
             shutil.rmtree(draft)
             yield None
             return
+        kept = {".lock", PROGRESS, "train.bin", "val.bin"} if (draft / PROGRESS).exists() else {".lock"}
         for leftover in draft.iterdir():
-            if leftover.name != ".lock":
+            if leftover.name not in kept:
                 shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
         try:
             yield draft
         except BaseException as error:
-            shutil.rmtree(draft, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                folder.parent.rmdir()
+            kept = (draft / PROGRESS).exists() and not isinstance(error, UserError)
+            if not kept:
+                shutil.rmtree(draft, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    folder.parent.rmdir()
             if isinstance(error, OSError):  # a full disk, or a text file that has vanished
-                raise UserError(f"{error.filename or f'--cache-dir {folder.parent}'}: {error.strerror or error}; make "
-                                f"room, or give another --cache-dir") from None
+                advice = ("make room and start again: it goes on from there" if kept else
+                          "make room, or give another --cache-dir")
+                raise UserError(f"{error.filename or f'--cache-dir {folder.parent}'}: {error.strerror or error}; "
+                                f"{advice}") from None
             raise
     finally:
         os.close(fd)
@@ -174,6 +185,34 @@ def _wait(blocked, draft):
         time.sleep(0.1)
 
 
+@dataclass
+class Progress:
+    """How far the tokenization in a draft has come."""
+
+    identity: list  # what the tokens and the batches depend on
+    tokens: dict  # split → tokens written, a list by index of the given path
+    bytes: dict = field(default_factory=lambda: dict(train=0, val=0))  # split → bytes of the text written
+    batches: int = 0  # read and written
+    left_out: int = 0  # characters that have no token
+    gives_back: bool = True  # whether tokens of the first batch decode to their text
+    seconds: float = 0.0
+
+    @classmethod
+    def of_draft(cls, draft, new):
+        """The one in the draft, if it has the identity of `new`, else `new`."""
+        with contextlib.suppress(ValueError, TypeError):
+            found = cls(**read_json(draft / PROGRESS))
+            if found.identity == new.identity:
+                log.info("going on with the tokenization that stopped after %.1f MB", sum(found.bytes.values()) / 1e6)
+                return found
+        return new
+
+    def save(self, draft, writers):
+        for writer in writers.values():
+            writer.flush()
+        write_whole(draft / PROGRESS, json.dumps(asdict(self)).encode())
+
+
 def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
     def stream():
         if cfg.use_toy_data:
@@ -194,58 +233,76 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
     limits = dict(train=cfg.max_tokens, val=0)
     if cfg.max_tokens and not val_sources:
         limits["val"] = max(1, int(cfg.max_tokens * cfg.val_ratio))
-    writers = {split: ShardWriter(draft / f"{split}.bin", size, eos, digest, limit)
+    paths = dict(train=cfg.train_data, val=cfg.val_data)
+    n_paths = max(1, *map(len, paths.values()))  # without --val-data, those of --train-data are in both splits
+    new = Progress([digest.hex(), BATCH, PIECE], {split: [0] * n_paths for split in paths})
+    done = Progress.of_draft(draft, new)
+    writers = {split: ShardWriter(draft / f"{split}.bin", size, eos, digest, limit, sum(done.tokens[split]))
                for split, limit in limits.items()}
-    total, started = sum(source.size for source in [*sources, *val_sources]), time.perf_counter()
+    total = sum(source.size for source in [*sources, *val_sources])
     with tqdm(total=total or None, unit="B", unit_scale=True, desc="tokenizing", leave=False, disable=None) as bar:
         # --val-data comes first and is read in full.
-        n_bytes, n_tokens = _tokenize(stream(), tokenizer, eos, writers, bool(val_sources), cfg.tokenizer_name, bar)
-    parts = [n_tokens["val", argument] for argument in range(len(cfg.val_data))]
-    own = [n_tokens["train", argument] for argument in range(len(cfg.train_data))]
-    _require_a_sequence(cfg, writers["train"].count, writers["val"].count, parts)
-    seconds = time.perf_counter() - started
-    tokens = sum(writer.count for writer in writers.values())
-    log.info("tokenized %.1f MB into %s tokens in %.1f s (%.1f MB/s)", sum(n_bytes.values()) / 1e6, f"{tokens:,}",
-             seconds, sum(n_bytes.values()) / 1e6 / max(seconds, 1e-9))
-    meta = dict(tokens={split: writer.count for split, writer in writers.items()}, bytes=n_bytes, vocab_size=size,
+        _tokenize(stream(), tokenizer, eos, writers, bool(val_sources), cfg.tokenizer_name, bar, done, draft)
+    _require_a_sequence(cfg, writers["train"].count, writers["val"].count, done.tokens["val"])
+    mb = sum(done.bytes.values()) / 1e6
+    log.info("tokenized %.1f MB into %s tokens in %.1f s (%.1f MB/s)", mb,
+             f"{sum(writer.count for writer in writers.values()):,}", done.seconds, mb / max(done.seconds, 1e-9))
+
+    def spans(split):
+        """name → [first token, number of tokens] of each path, where there are several"""
+        ends = [0, *accumulate(done.tokens[split])]
+        return {name: [ends[i], done.tokens[split][i]] for i, name in enumerate(source_names(paths[split]))}
+
+    meta = dict(tokens={split: writer.count for split, writer in writers.items()}, bytes=done.bytes, vocab_size=size,
                 eos=eos, tokenizer=cfg.tokenizer_name if not cfg.use_toy_data else "char",
                 tokenizer_hash=digest.hex(), entropy_rate=entropy,
-                train_sources={name: [sum(own[:i]), own[i]] for i, name in enumerate(source_names(cfg.train_data))},
-                val_sources={name: [sum(parts[:i]), parts[i]] for i, name in enumerate(source_names(cfg.val_data))},
+                train_sources=spans("train"), val_sources=spans("val"),
                 fingerprint={split: writer.digest.hexdigest() for split, writer in writers.items()})
     with open(draft / "meta.json", "w") as file:
         file.write(json.dumps(meta, indent=1))
         file.flush()
         os.fsync(file.fileno())
+    (draft / PROGRESS).unlink(missing_ok=True)
 
 
-def _tokenize(stream, tokenizer, eos, writers, whole_val, name, bar):
-    """Write the stream's tokens until the writers are full (`whole_val`: that of train) → bytes of the text written, by
-    split, and its tokens, by split and argument."""
-    n_bytes, n_tokens, left_out, whole = dict(train=0, val=0), Counter(), 0, True
-    while not (writers["train"].full and (whole_val or writers["val"].full)) and (batch := take(stream, BATCH)):
-        if not n_tokens and known_characters(tokenizer) is None:  # a few pieces of the first batch
+def _tokenize(stream, tokenizer, eos, writers, whole_val, name, bar, done, draft):
+    """Write the stream's tokens until the writers are full (`whole_val`: that of train), and count them in `done`. What
+    it counts already is only read."""
+    def batches():
+        while batch := take(stream, BATCH):
+            yield batch
+            bar.update(sum(getattr(piece.content, "nbytes", len(piece.content)) for piece in batch))
+
+    unread = batches()
+    for _ in islice(unread, done.batches):
+        os.utime(draft)  # for those who wait: this process is alive
+    saved = time.perf_counter()
+    while not (writers["train"].full and (whole_val or writers["val"].full)) and (batch := next(unread, None)):
+        if not done.batches and known_characters(tokenizer) is None:  # a few pieces of the first batch
             texts = [piece.content for piece in batch if isinstance(piece.content, str)]
-            whole = all(gives_back(tokenizer, text) for text in texts[::max(1, len(texts) // 8)])
+            done.gives_back = all(gives_back(tokenizer, text) for text in texts[::max(1, len(texts) // 8)])
         wanted = [piece for piece in batch if not writers[piece.split].full]
         for piece, ids, encoded, lost in encode_pieces(tokenizer, wanted, eos):
             written = writers[piece.split].write(ids)
-            n_bytes[piece.split] += round(encoded * written / max(1, len(ids)))
-            n_tokens[piece.split, piece.argument] += written
-            left_out += lost
-        bar.update(sum(getattr(piece.content, "nbytes", len(piece.content)) for piece in batch))
+            done.bytes[piece.split] += round(encoded * written / max(1, len(ids)))
+            done.tokens[piece.split][piece.argument] += written
+            done.left_out += lost
+        done.batches += 1
+        if (now := time.perf_counter()) - saved > SAVE_SECONDS:
+            done.seconds, saved = done.seconds + now - saved, now
+            done.save(draft, writers)
+    done.seconds += time.perf_counter() - saved
     for writer in writers.values():
         writer.close()
-    if left_out:
-        log.warning("%s characters are left out: the tokenizer %s has no token for them", f"{left_out:,}", name)
-    if not whole:
+    if done.left_out:
+        log.warning("%s characters are left out: the tokenizer %s has no token for them", f"{done.left_out:,}", name)
+    if not done.gives_back:
         log.warning("the tokenizer %s changes the text: its tokens do not decode to what they were made from", name)
-    return n_bytes, n_tokens
 
 
 def _require_a_sequence(cfg, train, val, parts):
     """Raises UserError if there are too few tokens. `parts`: how many of those of `val` each --val-data has."""
-    named = [(f"--val-data {path}", "val", count) for path, count in zip(cfg.val_data, parts, strict=True)]
+    named = [(f"--val-data {path}", "val", count) for path, count in zip(cfg.val_data, parts, strict=False)]
     for where, split, count in [("--train-data", "train", train), *(named or [("--train-data", "val", val)])]:
         if count < cfg.seq_len + 1:
             more = ", or a larger --max-tokens" if cfg.max_tokens else ""

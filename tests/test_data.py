@@ -1,4 +1,6 @@
+import dataclasses
 import errno
+import filecmp
 import gzip
 import json
 import multiprocessing
@@ -25,7 +27,7 @@ import token_cache
 import tokenizer as tokenizer_module
 from config import UserError
 from data import Corpus, DataConfig, permute, prepare, take_turns
-from shards import HEADER, Shard, ShardWriter
+from shards import HEADER, Shard, ShardWriter, read_meta
 from text import Source, cut_text, find_sources, is_validation, pieces, source_names, tail_start, text_pieces
 from tokenizer import END_OF_TEXT, hub_reachable, known_characters, load_tokenizer, open_tokenizer, train_tokenizer
 
@@ -693,6 +695,64 @@ def test_text_that_cannot_be_used_leaves_no_cache(tmp_path):
     with pytest.raises(UserError, match="fewer than one sequence"):
         prepare(config(tmp_path / "short.txt", tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("ended", [KeyboardInterrupt, SystemExit, OSError])
+def test_a_tokenization_goes_on_where_it_ended(text, tmp_path, monkeypatch, caplog, ended):
+    """With the tokens and counts of one that was not interrupted, and without making most of them again."""
+    (tmp_path / "b.txt").write_text(text.read_text()[::-1] + "\u20ac" * 2000)
+    paths, calls, fails, fast = [str(text), str(tmp_path / "b.txt")], [], [], token_cache.encode_pieces
+
+    def made(name):
+        return prepare(DataConfig(train_data=paths, train_weights=[1, 2], tokenizer_name="byte", max_tokens=200_000,
+                                  cache_dir=str(tmp_path / name)))
+
+    def encode_pieces(*args):
+        calls.append(args)
+        if len(calls) in fails:
+            raise ended("as a kill")
+        return fast(*args)
+
+    caplog.set_level("INFO", "mini_llm")
+    monkeypatch.setattr(token_cache, "BATCH", 1 << 13)
+    monkeypatch.setattr(token_cache, "SAVE_SECONDS", 0)
+    n_batches = 0
+    monkeypatch.setattr(token_cache, "encode_pieces", encode_pieces)
+    whole, n_batches = made("whole"), len(calls)
+    fails.append(n_batches + 5)
+    with pytest.raises((UserError, ended), match="start again: it goes on" if ended is OSError else "as a kill"):
+        made("cut")
+    draft, = (tmp_path / "cut").iterdir()
+    with open(draft / "train.bin", "ab") as file:
+        file.write(b"what came after the last save")
+    again = made("cut")
+    assert "going on with the tokenization that stopped after" in caplog.text
+    assert n_batches > 6 and len(calls) == 2 * n_batches + 1  # the one that raised was made again
+    names = sorted(str(file.relative_to(whole)) for file in whole.rglob("*") if file.is_file())
+    assert names == sorted(str(file.relative_to(again)) for file in again.rglob("*") if file.is_file())
+    assert filecmp.cmpfiles(whole, again, names, shallow=False) == (names, [], [])
+
+
+def test_a_draft_that_lost_tokens_or_is_of_another_tokenizer_is_begun_anew(text, tmp_path, monkeypatch):
+    whole = prepare(config(text, tmp_path / "whole"))
+    draft = tmp_path / "cut" / f"{whole.name}.draft"
+    identity = [read_meta(whole)["tokenizer_hash"], token_cache.BATCH, text_module.PIECE]
+
+    def left(*identity):
+        progress = token_cache.Progress(identity, dict(train=[9], val=[9]), batches=1)
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        (draft / "progress.json").write_text(json.dumps(dataclasses.asdict(progress)))
+
+    left(*identity)
+    with pytest.raises(UserError, match="train.bin has lost tokens"):
+        prepare(config(text, tmp_path / "cut"))
+    assert not draft.exists()
+    for i in range(3):
+        left(*identity[:i], "another", *identity[i + 1:])
+        again = prepare(config(text, tmp_path / "cut"))
+        assert (again / "meta.json").read_bytes() == (whole / "meta.json").read_bytes()
+        shutil.rmtree(again)
 
 
 def test_a_waiting_process_gives_up_on_one_that_hangs(tmp_path, text, monkeypatch):

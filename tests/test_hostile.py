@@ -26,6 +26,7 @@ import checkpoint
 import evaluate
 import export
 import generate
+import token_cache
 import train
 from config import UserError, parse
 from data import Corpus, DataConfig, prepare
@@ -482,11 +483,14 @@ def test_a_full_disk_while_tokenizing_is_one_line_and_no_cache(tmp_path, text, l
     assert Corpus(cfg).train.count > 0
 
 
-PREPARE = ("import sys; sys.path.insert(0, {root!r}); from data import *; "
+PREPARE = ("import sys; sys.path.insert(0, {root!r}); import token_cache; from data import *; "
+           "token_cache.SAVE_SECONDS, token_cache.BATCH = 0, 1 << 18; "
            "prepare(DataConfig(train_data=[{text!r}], cache_dir={cache!r}, tokenizer_name='byte'))")
 
 
-def test_a_preparation_killed_at_any_moment_leaves_nothing_that_is_used(tmp_path, text):
+def test_a_preparation_killed_at_any_moment_leaves_nothing_that_is_used(tmp_path, text, monkeypatch):
+    """Nor what the next one, which goes on from it, makes otherwise than one that was never killed."""
+    monkeypatch.setattr(token_cache, "BATCH", 1 << 18)  # that of the killed ones
     rng, big, cache = random.Random(5), tmp_path / "big.txt", tmp_path / "cache"
     big.write_text(text.read_text() * 60)
     began = time.monotonic()
