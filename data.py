@@ -66,13 +66,15 @@ class BatchConfig:
     """Batch"""
 
     batch_size: int = arg(8, "sequences in one micro-batch of one rank", ge=1, le=10**7)
-    grad_accum_steps: int = arg(1, "micro-batches in one optimizer step", ge=1, le=10**6)
+    grad_accum_steps: int | None = arg(None, "micro-batches in one optimizer step; nothing: 1, or as many as "
+                                             "--global-batch-tokens takes", ge=1, le=10**6)
     global_batch_tokens: int = arg(0, "tokens in one step of all ranks, from which --grad-accum-steps follows", ge=0)
     dry_run: bool = arg(False, "print the model's size and what a step costs, take one step, write nothing")
 
     def validate(self):
-        if self.global_batch_tokens and self.grad_accum_steps > 1:
-            raise UserError("--global-batch-tokens decides --grad-accum-steps: give one of them")
+        if self.global_batch_tokens and self.grad_accum_steps:
+            raise UserError(f"--global-batch-tokens {self.global_batch_tokens} decides --grad-accum-steps: give one of "
+                            f"them, or --global-batch-tokens 0 if it is the recipe's")
 
     def accum_steps(self, world_size, seq_len):
         """Micro-batches per rank in one optimizer step. Raises UserError if the global batch does not divide evenly."""
@@ -81,7 +83,7 @@ class BatchConfig:
             nearest = max(1, round(self.global_batch_tokens / micro)) * micro
             raise UserError(f"--global-batch-tokens {self.global_batch_tokens} is not a multiple of --batch-size "
                             f"{self.batch_size} x {world_size} ranks x --seq-len {seq_len} = {micro}; try {nearest}")
-        accum = self.global_batch_tokens // micro or self.grad_accum_steps
+        accum = self.global_batch_tokens // micro or self.grad_accum_steps or 1
         if accum > 10**6:
             raise UserError(f"--global-batch-tokens {self.global_batch_tokens}: {accum:,} micro-batches in a step; "
                             f"lower it, or raise --batch-size")

@@ -22,7 +22,7 @@ ALLOWED = {
     "tokenizer": {"config", "files"},
     "text": {"config", "shards", "tokenizer"},
     "shards": {"config", "files"},
-    "token_cache": {"config", "processes", "shards", "text", "tokenizer", "toy"},
+    "token_cache": {"config", "files", "processes", "shards", "text", "tokenizer", "toy"},
     "data": {"config", "files", "shards", "token_cache", "tokenizer"},
     "generate": {"config", "hardware", "model", "pretrained", "tokenizer"},
     "evaluate": {"config", "files", "hardware", "model", "pretrained", "shards", "text", "token_cache", "tokenizer"},

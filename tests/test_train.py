@@ -448,7 +448,7 @@ WRONG = {
     "truncated checkpoint": (["--resume", "truncated.pt"], ["truncated.pt", "cut short", "--overwrite"]),
     "batch that does not divide": (["--global-batch-tokens", "1000", "--cache-dir", "not yet"],
                                    ["--global-batch-tokens 1000", "try 1024"]),
-    "two ways to say the batch": (["--global-batch-tokens", "1024", "--grad-accum-steps", "2"], ["give one of them"]),
+    "two ways to say the batch": (["--global-batch-tokens", "1024", "--grad-accum-steps", "1"], ["give one of them"]),
     "negative learning rate": (["--lr", "-1"], ["--lr -1", "greater than 0"]),
     "learning rate that is no number": (["--lr", "nan"], ["--lr nan", "finite"]),
     "negative steps": (["--num-steps", "-5"], ["--num-steps -5", "at least 1"]),
