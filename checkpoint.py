@@ -1,4 +1,4 @@
-"""A run's checkpoints: which file it resumes from, what it saves when, and the previous one kept as a fallback.
+"""A run's checkpoints: where they are, which one it resumes from, and whether that is its own.
 
 `--checkpoint-path checkpoints/minigpt.pt` names the newest. Beside it, with the same stem, are `.prev.pt` (the one
 before), `.best.pt` (lowest validation loss), `.step-N.pt` (with `--keep-last`), and the run's log and metrics.
@@ -12,16 +12,12 @@ import os
 import re
 import shutil
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
-
 import hardware
-from archive import DamagedCheckpoint, link, load, peek, save
-from config import RunFailed, UserError, arg, flag, is_launch_flag
+from archive import DamagedCheckpoint, link, load, peek
+from config import UserError, arg, flag, is_launch_flag
 from files import beside_run, exists, matching_files
 from processes import lock_until_exit
 
@@ -99,14 +95,6 @@ class State:
     best_val: float = math.inf
     val_loss: float | None = None  # the latest
     wandb_run_id: str = ""
-
-
-class NonFinite(RunFailed):
-    """The loss or gradient was NaN or infinite for --max-bad-steps steps in a row."""
-
-
-class NotSaved(RunFailed):
-    """The last checkpoint of a run could not be written."""
 
 
 def plan(cfg, locks=True):
@@ -276,7 +264,7 @@ def begin(cfg, resume_from, state, eval_tokens):
     if cfg.overwrite and goes_on:
         link(Path(resume_from), path)
         stale += [file for file in cfg.numbered() if int(file.stem.rpartition("-")[2]) > state.step]
-        stale += [best] * (_saved(best)["state"].get("step", 0) > state.step)
+        stale += [best] * (saved(best)["state"].get("step", 0) > state.step)
     elif not goes_on:  # any such files belong to another run, even if that one never saved a checkpoint
         shutil.rmtree(cfg.beside(".tensorboard"), ignore_errors=True)
         stale += [cfg.beside(".metrics.jsonl"), cfg.beside(".log")]
@@ -293,20 +281,20 @@ def begin(cfg, resume_from, state, eval_tokens):
 def _loss_to_beat(cfg, state, eval_tokens):
     """The loss of `.best.pt`, which may be newer than the checkpoint resumed from; infinity if there is none or it was
     measured with another `eval_tokens`."""
-    saved = _saved(best := cfg.beside(".best.pt"))
-    if not saved["state"]:  # missing, or not readable: the next evaluation writes one
+    found = saved(best := cfg.beside(".best.pt"))
+    if not found["state"]:  # missing, or not readable: the next evaluation writes one
         return math.inf
-    if (of := saved["config"].get("eval_tokens", eval_tokens)) != eval_tokens:
+    if (of := found["config"].get("eval_tokens", eval_tokens)) != eval_tokens:
         link(best, kept := cfg.beside(f".best-of-{of}.pt"))
         log.info("the best loss so far is over --eval-tokens %d: not comparable; its weights stay in %s", of, kept)
         return math.inf
-    return saved["state"].get("best_val", state.best_val)
+    return found["state"].get("best_val", state.best_val)
 
 
-def _saved(file):
+def saved(file):
     """Configuration and state of a checkpoint; both {} if it cannot be read."""
-    saved = peek(file)
-    return saved if is_of_a_run(saved) else {"config": {}, "state": {}}
+    found = peek(file)
+    return found if is_of_a_run(found) else {"config": {}, "state": {}}
 
 
 def require_space(cfg, n_bytes, n_steps, uploads=0):
@@ -321,20 +309,6 @@ def require_space(cfg, n_bytes, n_steps, uploads=0):
     if missing > 0:
         raise UserError(f"--checkpoint-path {cfg.checkpoint_path}: {wanted} checkpoints of {n_bytes / 1e9:.2g} GB need "
                         f"{missing / 1e9:.2g} GB more than is free; make room, or name a path on another disk")
-
-
-def save_nonfinite(cfg, payload, saving):
-    """Save what a run halted with → a message that says where it is and how to continue. `saving`: World.saving."""
-    path = cfg.beside(".nonfinite.pt")
-    try:
-        with saving:
-            save(path, payload)
-        kept = f"the weights, which these steps left unchanged, are in {path}"
-    except OSError as error:
-        kept = f"the weights could not be saved ({error.strerror})"
-    if not any(cfg.beside(suffix).exists() for suffix in (".pt", ".prev.pt", ".best.pt")):
-        return f"{kept}, and there is no checkpoint yet: start again with a lower --lr"
-    return f"{kept}, and --resume with a lower --lr goes on from the last checkpoint"
 
 
 def load_latest(path, cfg):
@@ -361,86 +335,3 @@ def _way_back(cfg):
             load(file)
             return f"--resume {file} --overwrite goes back to that one, which is whole"
     return f"no other checkpoint beside {cfg.checkpoint_path} is whole; --overwrite starts over"
-
-
-def save_run(cfg, payload, step, latest, best):
-    """Save at the checkpoint path (`latest`), as `.best.pt` (`best`), or both with one write. Returns the file's path.
-
-    The previous checkpoint stays as `.prev.pt`, and with --keep-last the new one also gets a name with its step. These
-    are hard links, which cost no writing and ensure that an intact checkpoint has some name at every moment. The best
-    is named before the newest: a run killed in between goes on from the one before, and finds the best again.
-    """
-    path, best_path, newest = Path(cfg.checkpoint_path), cfg.beside(".best.pt"), cfg.beside(f".step-{step:08d}.pt")
-    if not latest:
-        save(best_path, payload)
-        return best_path
-    save(path, payload, cfg.beside(".prev.pt"), [best_path] * best + [newest] * (cfg.keep_last > 0))
-    if cfg.keep_last:
-        # Not those of later steps, left from before the run fell back: they would outlive the new ones.
-        for old in [file for file in cfg.numbered() if file <= newest][:-cfg.keep_last]:
-            old.unlink(missing_ok=True)
-    return path
-
-
-class Saver:
-    """Saves a run's checkpoints, on the main rank; with --async-save, from a copy on a thread while training continues.
-    Its methods are collective: all ranks learn of a failed save together."""
-
-    def __init__(self, cfg, world, state, written):
-        """`state` is the run's own; `written(path, state, best)` is called on the main rank for each file saved."""
-        self.cfg, self.world, self.state, self.written = cfg, world, state, written
-        self.pool, self.copies = ThreadPoolExecutor(1, "save"), []
-        self.future = self.under_way = None  # under_way, on every rank: (step, best_val before) of the save in progress
-
-    def save(self, payload, latest, best, last):
-        """Save what `payload()` returns; `best`: its validation loss is the lowest so far. A failed save is logged, and
-        the next save tries again; if the `last` one fails, NotSaved is raised."""
-        self.conclude()
-        before = self.state.best_val
-        if best:
-            self.state.best_val = self.state.val_loss
-        now, self.under_way = payload(), (self.state.step, before)
-        self.world.from_main(lambda: self._begin(now, latest, best))
-        if last or not self.cfg.async_save:
-            self.conclude(last=last)
-
-    def conclude(self, wait=True, last=False):
-        """Finish the save in progress, if it is done or after waiting if `wait`: report its file or its failure."""
-        if not self.under_way:
-            return
-        try:
-            if not self.world.from_main(lambda: self._ended(wait)):
-                return
-        except OSError as error:
-            step, self.state.best_val = self.under_way
-            if last:
-                raise NotSaved(f"step {step} could not be saved: {error}") from None
-            log.error("step %d could not be saved, and training goes on to the next try: %s", step, error)
-        self.under_way = None
-
-    def _ended(self, wait):
-        if not wait and not self.future.done():
-            return False
-        self.written(*self.future.result())
-        return True
-
-    def _begin(self, payload, latest, best):
-        if self.cfg.async_save:
-            payload = self._copied(payload)
-        self.future = self.pool.submit(self._write, payload, dataclasses.replace(self.state), latest, best)
-
-    def _write(self, payload, state, latest, best):
-        with self.world.saving:
-            return save_run(self.cfg, payload, state.step, latest, best), state, best
-
-    def _copied(self, payload):
-        """Copy to the CPU, into the buffers of the previous copy, which the last save no longer needs."""
-        values, shape = tree_flatten(payload)
-        tensors = [value for value in values if isinstance(value, torch.Tensor)]
-        if [tensor.shape for tensor in tensors] != [copy.shape for copy in self.copies]:
-            self.copies = [torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda) for tensor in tensors]
-        for copy, tensor in zip(self.copies, tensors, strict=True):
-            copy.copy_(tensor, non_blocking=True)
-        hardware.synchronize(self.world.device)
-        copies = iter(self.copies)
-        return tree_unflatten([next(copies) if isinstance(value, torch.Tensor) else value for value in values], shape)

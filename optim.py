@@ -103,7 +103,8 @@ class StepGuard:
         self.norms = torch.full((self.WINDOW,), math.nan, device=device)
 
     def step(self, grad_norm, step):
-        """Take step number `step`, or skip it → whether it was taken, a bool tensor on the device."""
+        """Take step number `step`, or skip it → whether it was taken, a bool tensor on the device; None if fp16 has
+        overflowed, and nothing has changed but the scale: the step is then to be repeated."""
         taken = torch.isfinite(grad_norm)
         if self.deviations:
             taken &= grad_norm <= self._limit()
@@ -111,7 +112,13 @@ class StepGuard:
             last = self.norms[step % self.WINDOW]
             last.copy_(torch.where(torch.isfinite(grad_norm), grad_norm, last))
         if self.scaler.is_enabled():
+            scale = self.scaler.get_scale()
             self.scaler.step(self.optimizer)
+            self.scaler.update()
+            if self.scaler.get_scale() < scale:
+                if scale >= 1:
+                    return None
+                self.scaler.update(2.0**16)  # not finite at any scale: skip the batch, as in bf16 and fp32
         elif getattr(self.optimizer, "_step_supports_amp_scaling", False):
             self.optimizer.found_inf = (~taken).float()
             self.optimizer.step()

@@ -10,7 +10,7 @@ import torch
 
 import checkpoint
 import hardware
-from checkpoint import CheckpointConfig, NonFinite, Saver, State
+from checkpoint import CheckpointConfig, State
 from config import RunFailed, UserError, flag, flatten, leave_on_sigterm, needed_packages, parse
 from data import BatchConfig, Corpus, DataConfig
 from evaluate import evaluate
@@ -21,6 +21,7 @@ from model import GPT, GPTConfig
 from optim import OptimConfig, StepGuard, lr_at, make_optimizer, set_lr, state_sizes
 from pretrained import InitConfig, load_initial, resolve_init, resolve_vocab_size
 from processes import RanksConfig, StopSignal, stop_when_orphaned
+from saver import Saver, raise_nonfinite
 from tracking import ReportConfig, Tracker, TrackingConfig, log_facts, make_profiler, setup_logging
 from wandb_runs import WandbConfig, sweep_trial
 from watchdog import Watchdog
@@ -171,15 +172,9 @@ def train(cfg, world):
         scaler.unscale_(optimizer)
         meter.watch(raw, due=due(cfg.report.log_steps, ahead=1))
         norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.optim.grad_clip_norm or float("inf"))
-        scale = scaler.get_scale()
         taken = guard.step(norm, state.step)
-        scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        if scaler.get_scale() < scale:
-            if scale >= 1:  # fp16 overflow: nothing but the scale has changed
-                return train_step()
-            scaler.update(2.0**16)  # not finite at any scale: skip the batch, as in bf16 and fp32
-        return torch.stack(losses), norm, taken
+        return train_step() if taken is None else (torch.stack(losses), norm, taken)
 
     def payload():
         """Everything a run needs to resume, identical on every rank. Collective."""
@@ -191,10 +186,8 @@ def train(cfg, world):
     def halt():
         """Saves the weights and raises NonFinite, naming the samples of the last step. Collective."""
         last = payload()
-        kept = world.from_main(lambda: checkpoint.save_nonfinite(cfg.checkpoint, last, world.saving))
         samples = corpus.samples((state.step - 1) * global_batch_size, min(global_batch_size, 64)).tolist()
-        raise NonFinite(f"loss or gradient was not finite in {meter.skipped_in_row} steps in a row, the last at step "
-                        f"{state.step}, which read the training tokens from {samples} on; {kept}")
+        world.from_main(lambda: raise_nonfinite(cfg.checkpoint, last, world.saving, samples))
 
     def evaluate_now():
         with meter.excluded("eval"):
@@ -229,7 +222,7 @@ def train(cfg, world):
     with (Tracker(cfg, world, state, global_batch_size / corpus.n_windows, precision.name, facts) as track,
           make_profiler(cfg.tracking.use_profiler and world.is_main, cfg.checkpoint.beside(".trace.json")) as profiler,
           stop, Watchdog(meter, state, cfg, world.rank)):
-        saver = Saver(cfg.checkpoint, world, state, track.saved)
+        saver, wanted, latest = Saver(cfg.checkpoint, world, state, track.saved), False, False
         if state.step == 0:
             track.report(evaluate_now())
         while state.step < num_steps:
@@ -260,12 +253,16 @@ def train(cfg, world):
                 with meter.excluded("sample"), precision.autocast():
                     world.from_main(lambda: track.sample(
                         lambda: sample_text(raw, cfg.checkpoint.beside(".tokenizer"), corpus)))
-            latest = due(cfg.checkpoint.save_steps) or signal_number or save_now
+            wanted = due(cfg.checkpoint.save_steps) or signal_number or save_now or (wanted and not latest)
+            # Not while steps are not finite: if the weights are why, only checkpoints from before are of use.
+            latest = wanted and (state.step == num_steps or not meter.skipped_in_row)
             if latest or best:
                 with meter.excluded("checkpoint"):  # all ranks wait here: saving is not training time
                     saver.save(payload, latest, best, signal_number or state.step == num_steps)
             if signal_number and state.step < num_steps:
-                log.info("stopped by %s at step %d, saved; go on with --resume", stop.cause(signal_number), state.step)
+                saver.conclude()
+                log.info("stopped by %s at step %d, %s; go on with --resume", stop.cause(signal_number), state.step,
+                         "saved" if latest else "whose gradient is not finite: not saved")
                 track.exit_code = 128 + signal_number
                 break
         else:

@@ -14,8 +14,11 @@ from conftest import ROOT
 
 import archive
 import checkpoint
-from checkpoint import CheckpointConfig, DamagedCheckpoint, State, load, load_latest, plan, save, save_run
+import saver
+from archive import DamagedCheckpoint, load, save
+from checkpoint import CheckpointConfig, State, load_latest, plan
 from config import UserError
+from saver import save_run
 from train import Config
 
 PAYLOAD = {"model": {"w": torch.arange(1000.0), "b": torch.zeros(3, dtype=torch.bfloat16)}, "step": 7, "name": "x"}
@@ -268,7 +271,7 @@ def test_a_fallback_mends_the_newest_so_that_a_kill_in_the_next_save_loses_nothi
     def killed(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "save", killed)
+    monkeypatch.setattr(saver, "save", killed)
     with pytest.raises(KeyboardInterrupt):
         save_run(cfg, whole(3), 3, latest=True, best=False)
     assert load_latest(tmp_path / "c.pt", cfg)[0]["step"] == 1

@@ -211,9 +211,9 @@ def test_a_slow_save_is_not_training_time_on_any_rank(trainer, text, tmp_path):
     script = tmp_path / "slow.py"
     script.write_text(
         "import sys, time; sys.path.insert(0, sys.argv.pop(1))\n"
-        "import checkpoint; from train_ddp import DDPWorld; from train import main\n"
-        "quick = checkpoint.save\n"
-        "checkpoint.save = lambda *args, **options: (time.sleep(3), quick(*args, **options))\n"
+        "import saver; from train_ddp import DDPWorld; from train import main\n"
+        "quick = saver.save\n"
+        "saver.save = lambda *args, **options: (time.sleep(3), quick(*args, **options))\n"
         "main(DDPWorld)\n")
     zygote.run([*command(script, ranks=2), ROOT, *TINY, "--train-data", text, "--num-steps", 20, "--log-steps", 10,
                 "--save-steps", 8, "--eval-steps", 0], tmp_path, environment()).check_returncode()

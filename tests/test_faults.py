@@ -19,10 +19,11 @@ from conftest import ROOT, TINY, Run, command, environment, eventually, interrup
 from test_train import same
 
 import checkpoint
-from checkpoint import CheckpointConfig, NotSaved, Saver, State
+from checkpoint import CheckpointConfig, State
 from config import UserError
 from meter import Meter
 from optim import OptimConfig, StepGuard, make_optimizer
+from saver import NotSaved, Saver
 from tracking import JsonlSink
 from train import World
 
@@ -235,7 +236,7 @@ def test_too_many_bad_steps_in_a_row_halt_and_name_the_samples(trainer):
     assert re.search(r"not finite in 4 steps in a row, the last at step 4, which read the training tokens from "
                      r"\[\d+(, \d+){3}\] on", run.stderr)
     assert (trainer.folder / "c.nonfinite.pt").exists()
-    assert "there is no checkpoint yet: start again with a lower --lr" in run.stderr
+    assert "no checkpoint is from before step 0: start again, with --overwrite and a lower --lr" in run.stderr
     run = subprocess.run([sys.executable, "-c", SMALL_FILES.format(root=str(ROOT)), "planted.py", *rest,
                           "--checkpoint-path", "full.pt"],
                          cwd=trainer.folder, env=environment(), capture_output=True, text=True)

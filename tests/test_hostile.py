@@ -22,6 +22,7 @@ import torch
 import zygote
 from conftest import PEAK_MB, PUT, ROOT, SHARED, TINY, environment
 
+import archive
 import checkpoint
 import evaluate
 import export
@@ -107,7 +108,7 @@ def evil(kind, file, marker):
     if kind == "pickle":
         file.write_bytes(pickle.dumps(thing))
     elif kind == "signed":
-        checkpoint.save(file, thing)
+        archive.save(file, thing)
     else:
         torch.save(thing, file, _use_new_zipfile_serialization=kind == "zip")
 
@@ -188,10 +189,10 @@ def test_the_one_before_of_another_run_is_refused_by_its_name(run, again):
     folder, flags = again
     saved = torch.load(folder / "c.prev.pt", weights_only=True)
     saved["identity"]["the training data"] = "another's"
-    checkpoint.save(folder / "c.prev.pt", saved)
+    archive.save(folder / "c.prev.pt", saved)
     (folder / "c.pt").unlink()
     refused(run(train, *flags, "--resume"), "c.prev.pt is of another run", "the training data is another")
-    checkpoint.save(folder / "c.prev.pt", [1, 2])
+    archive.save(folder / "c.prev.pt", [1, 2])
     refused(run(train, *flags, "--resume"), "c.prev.pt is not a checkpoint")
 
 
@@ -202,7 +203,7 @@ def test_the_one_before_of_another_run_is_refused_by_its_name(run, again):
 def test_a_signed_checkpoint_of_other_parts_is_refused_in_one_line(run, again, change):
     folder, flags = again
     saved = torch.load(folder / "c.pt", weights_only=True)
-    checkpoint.save(folder / "c.pt", saved | {name: part if part in ({}, []) or name == "model" else saved[name] | part
+    archive.save(folder / "c.pt", saved | {name: part if part in ({}, []) or name == "model" else saved[name] | part
                                               for name, part in change.items()})
     needed = {train: {"model", "identity", "state", "optimizer", "meter"}, generate: {"model", "identity", "config"},
               export: {"model", "identity", "config"}}
@@ -220,11 +221,11 @@ def test_paths_that_a_checkpoint_names_are_neither_read_nor_written(run, finishe
     saved = torch.load(folder / "c.prev.pt", weights_only=True)
     names = dict.fromkeys(("checkpoint_path", "cache_dir", "wandb_dir", "resume"), str(folder / "outside" / "c.pt"))
     saved["config"] |= names | {name: [str(folder / "outside" / "pipe.txt")] for name in ("train_data", "val_data")}
-    checkpoint.save(folder / "c.pt", saved)
+    archive.save(folder / "c.pt", saved)
     code, err, out = run(train, *flags, "--resume")
     assert code == 0 and "Resumed at step 8" in out, out + err
     assert equal(weights(folder / "c.pt"), weights(finished[0] / "c.pt"))
-    checkpoint.save(folder / "c.pt", saved)
+    archive.save(folder / "c.pt", saved)
     refused(run(evaluate, "--checkpoint-path", folder / "c.pt"), "--data is missing")
     assert run(generate, "--checkpoint-path", folder / "c.pt", "--max-new-tokens", 1)[0] == 0
     assert run(export, "--checkpoint-path", folder / "c.pt", "--output", folder / "out")[0] == 0
@@ -235,7 +236,7 @@ def test_shards_of_others_beside_the_runs_own_are_passed_over(run, again, tmp_pa
     folder, _ = again
     saved = torch.load(folder / "c.pt", weights_only=True)
     saved["config"]["cache_dir"] = str(folder / "cache")
-    checkpoint.save(folder / "c.pt", saved)
+    archive.save(folder / "c.pt", saved)
     for name, content in (("a", "[]"), ("b", ""), ("c", '{"fingerprint": 1}')):
         (folder / "cache" / name).mkdir(parents=True)
         (folder / "cache" / name / "meta.json").write_text(content)

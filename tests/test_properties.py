@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_config import Car
 
-import checkpoint
+import archive as archive_module
 import evaluate
 import generate
 import train
@@ -297,7 +297,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path, shards, name, put):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     file = tmp_path_factory.mktemp("saved") / "c.pt"
-    checkpoint.save(file, {"format": 1, "w": torch.arange(50.0), "n": 7, "name": "x", "config": {"a": [1]}})
+    archive_module.save(file, {"format": 1, "w": torch.arange(50.0), "n": 7, "name": "x", "config": {"a": [1]}})
     return file.read_bytes()
 
 
@@ -320,7 +320,7 @@ def test_a_damaged_checkpoint_is_refused_in_a_line_or_gives_the_same(tmp_path_fa
     file = tmp_path_factory.getbasetemp() / "damaged.pt"
     file.write_bytes(damaged(saved, damage))
     try:
-        found = checkpoint.load(file)
+        found = archive_module.load(file)
     except DamagedCheckpoint as error:
         assert str(file) in str(error) and "\n" not in str(error)
         return
@@ -331,11 +331,11 @@ def test_every_length_short_of_the_whole_is_refused(tmp_path, saved):
     for length in range(0, len(saved), 7):
         (tmp_path / "c.pt").write_bytes(saved[:length])
         with pytest.raises(DamagedCheckpoint):
-            checkpoint.load(tmp_path / "c.pt")
+            archive_module.load(tmp_path / "c.pt")
 
 
 @pytest.mark.parametrize("put", PUT)
 def test_a_checkpoint_that_is_no_file_is_not_waited_for(tmp_path, put):
     PUT[put](tmp_path / "c.pt")
     with pytest.raises(DamagedCheckpoint):
-        checkpoint.load(tmp_path / "c.pt")
+        archive_module.load(tmp_path / "c.pt")

@@ -316,15 +316,44 @@ def test_without_a_compiler_one_line_says_how_to_do_without(trainer):
     assert "torch.compile failed" in run.err and "compiler" in run.err and "--no-compile" in run.err
 
 
-def test_non_finite_loss_halts_with_the_last_good_checkpoint_kept(trainer):
+def test_no_checkpoint_is_replaced_by_weights_that_give_no_finite_loss(trainer):
+    """After step 22 the weights become useless. Neither the saves of the steps that follow, nor SIGUSR1, nor a SIGTERM
+    puts them in place of the checkpoint from before, from which the run goes on."""
+    def steps():
+        return [torch.load(trainer.folder / name, weights_only=True)["state"]["step"] for name in ("c.pt", "c.prev.pt")]
+
+    flags = ["--save-steps", 10, "--log-steps", 100, "--eval-steps", 0, "--no-amp", "--warmup-steps", 0]
+    assert trainer(*flags, "--num-steps", 22).code == 0
+    endless = ["--num-steps", 10**6, "--max-bad-steps", 10**6, "--resume", "--lr", 1e30]
+    stopped = subprocess.Popen(trainer.arguments([*flags, *endless]), cwd=trainer.folder, text=True,
+                               env=environment(), stdout=subprocess.PIPE)
+    try:
+        next(line for line in stopped.stdout if "steps skipped" in line)
+        stopped.send_signal(signal.SIGUSR1)
+        next(line for line in stopped.stdout if "steps skipped" in line)
+        stopped.terminate()
+        assert "whose gradient is not finite: not saved" in stopped.communicate(timeout=30)[0]
+        assert stopped.returncode == 143 and steps() == [22, 20]
+    finally:
+        stopped.kill()
+    broken = trainer(*flags, "--num-steps", 60, "--resume", "--lr", 1e30, "--max-bad-steps", 100)
+    assert broken.code == 0 and broken.rows[60]["train/skipped_steps"] == 37
+    halted = trainer(*flags, "--num-steps", 100, "--resume", "--log-steps", 10)
+    assert steps() == [60, 22], "the last step's is saved, whatever it is"
+    assert halted.code == 1 and "--resume c.prev.pt --overwrite with a lower --lr goes on from step 22" in halted.err
+    again = trainer(*flags, "--num-steps", 40, "--resume", "c.prev.pt", "--overwrite")
+    assert again.code == 0 and again.rows[40]["train/skipped_steps"] == 0
+
+
+def test_a_run_that_is_not_finite_from_its_first_step_saves_no_checkpoint(trainer):
     run = trainer("--num-steps", 40, "--save-steps", 2, "--log-steps", 2, "--lr", 1e30, "--grad-clip-norm", 0,
                   "--warmup-steps", 0, "--no-amp", "--eval-steps", 0)
-    assert run.code == 1 and "not finite" in run.err and "--resume" in run.err and "Traceback" not in run.err
+    assert run.code == 1 and run.err.count("\n") == 1
+    assert "not finite in 11 steps in a row" in run.err and "no checkpoint is from before step 1" in run.err
     assert (trainer.folder / "c.nonfinite.pt").exists()
     halted = run.rows[int(re.search(r"at step (\d+)", run.err)[1])]
     assert halted["train/skipped_steps"] >= 10 and math.isfinite(halted["lr"]), "its own report is there"
-    if run.checkpoint.exists():
-        assert all(torch.isfinite(tensor).all() for tensor in run.weights().values())
+    assert not run.checkpoint.exists()
 
 
 @pytest.mark.slow

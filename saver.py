@@ -1,0 +1,132 @@
+"""What a run saves: the newest checkpoint, with the one before it, the best, and the state that it halted with."""
+
+import dataclasses
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+import hardware
+from archive import save
+from checkpoint import saved
+from config import RunFailed
+
+log = logging.getLogger("mini_llm")
+
+
+class NonFinite(RunFailed):
+    """The loss or gradient was NaN or infinite for --max-bad-steps steps in a row."""
+
+
+class NotSaved(RunFailed):
+    """The last checkpoint of a run could not be written."""
+
+
+def save_run(cfg, payload, step, latest, best):
+    """Save at the checkpoint path (`latest`), as `.best.pt` (`best`), or both with one write. Returns the file's path.
+
+    The previous checkpoint stays as `.prev.pt`, and with --keep-last the new one also gets a name with its step. These
+    are hard links, which cost no writing and ensure that an intact checkpoint has some name at every moment. The best
+    is named before the newest: a run killed in between goes on from the one before, and finds the best again.
+    """
+    path, best_path, newest = Path(cfg.checkpoint_path), cfg.beside(".best.pt"), cfg.beside(f".step-{step:08d}.pt")
+    if not latest:
+        save(best_path, payload)
+        return best_path
+    save(path, payload, cfg.beside(".prev.pt"), [best_path] * best + [newest] * (cfg.keep_last > 0))
+    if cfg.keep_last:
+        # Not those of later steps, left from before the run fell back: they would outlive the new ones.
+        for old in [file for file in cfg.numbered() if file <= newest][:-cfg.keep_last]:
+            old.unlink(missing_ok=True)
+    return path
+
+
+class Saver:
+    """Saves a run's checkpoints, on the main rank; with --async-save, from a copy on a thread while training continues.
+    Its methods are collective: all ranks learn of a failed save together."""
+
+    def __init__(self, cfg, world, state, written):
+        """`state` is the run's own; `written(path, state, best)` is called on the main rank for each file saved."""
+        self.cfg, self.world, self.state, self.written = cfg, world, state, written
+        self.pool, self.copies = ThreadPoolExecutor(1, "save"), []
+        self.future = self.under_way = None  # under_way, on every rank: (step, best_val before) of the save in progress
+
+    def save(self, payload, latest, best, last):
+        """Save what `payload()` returns; `best`: its validation loss is the lowest so far. A failed save is logged, and
+        the next save tries again; if the `last` one fails, NotSaved is raised."""
+        self.conclude()
+        before = self.state.best_val
+        if best:
+            self.state.best_val = self.state.val_loss
+        now, self.under_way = payload(), (self.state.step, before)
+        self.world.from_main(lambda: self._begin(now, latest, best))
+        if last or not self.cfg.async_save:
+            self.conclude(last=last)
+
+    def conclude(self, wait=True, last=False):
+        """Finish the save in progress, if it is done or after waiting if `wait`: report its file or its failure."""
+        if not self.under_way:
+            return
+        try:
+            if not self.world.from_main(lambda: self._ended(wait)):
+                return
+        except OSError as error:
+            step, self.state.best_val = self.under_way
+            if last:
+                raise NotSaved(f"step {step} could not be saved: {error}") from None
+            log.error("step %d could not be saved, and training goes on to the next try: %s", step, error)
+        self.under_way = None
+
+    def _ended(self, wait):
+        if not wait and not self.future.done():
+            return False
+        self.written(*self.future.result())
+        return True
+
+    def _begin(self, payload, latest, best):
+        if self.cfg.async_save:
+            payload = self._copied(payload)
+        self.future = self.pool.submit(self._write, payload, dataclasses.replace(self.state), latest, best)
+
+    def _write(self, payload, state, latest, best):
+        with self.world.saving:
+            return save_run(self.cfg, payload, state.step, latest, best), state, best
+
+    def _copied(self, payload):
+        """Copy to the CPU, into the buffers of the previous copy, which the last save no longer needs."""
+        values, shape = tree_flatten(payload)
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        if [tensor.shape for tensor in tensors] != [copy.shape for copy in self.copies]:
+            self.copies = [torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda) for tensor in tensors]
+        for copy, tensor in zip(self.copies, tensors, strict=True):
+            copy.copy_(tensor, non_blocking=True)
+        hardware.synchronize(self.world.device)
+        copies = iter(self.copies)
+        return tree_unflatten([next(copies) if isinstance(value, torch.Tensor) else value for value in values], shape)
+
+
+def raise_nonfinite(cfg, payload, saving, samples):
+    """Save what a run halts with, and raise NonFinite with the first tokens of the last step's `samples` and how to
+    continue. `saving`: World.saving."""
+    path, step, in_row = cfg.beside(".nonfinite.pt"), payload["state"]["step"], payload["meter"]["skipped"][1]
+    try:
+        with saving:
+            save(path, payload)
+        kept = f"the weights, which these steps left unchanged, are in {path}"
+    except OSError as error:
+        kept = f"the weights could not be saved ({error.strerror})"
+    raise NonFinite(f"loss or gradient was not finite in {in_row} steps in a row, the last at step {step}, which read "
+                    f"the training tokens from {samples} on; {kept}; {_way_on(cfg, payload, step - in_row)}")
+
+
+def _way_on(cfg, payload, step):
+    """Advice for a run whose weights, those of `step`, give no finite loss."""
+    rate = "a lower --lr" + " and --muon-lr" * (payload["config"]["optimizer"] == "muon")
+    newest = Path(cfg.checkpoint_path)
+    for file in (newest, cfg.beside(".prev.pt"), *reversed(cfg.numbered()), cfg.beside(".best.pt")):
+        if 0 < (before := saved(file)["state"].get("step", 0)) < step:
+            resume = "--resume" if file == newest else f"--resume {file} --overwrite"
+            return f"{resume} with {rate} goes on from step {before}"
+    return f"no checkpoint is from before step {step}: start again, with --overwrite and {rate}"
