@@ -22,7 +22,8 @@ from files import beside_run, exists, matching_files
 from processes import lock_until_exit
 
 FORMAT = 1
-DATA_FLAGS = ("tokenizer_name", "train_data", "val_data", "val_ratio", "max_tokens", "text_column", "use_toy_data")
+DATA_FLAGS = ("tokenizer_name", "train_data", "val_data", "val_ratio", "max_tokens", "text_column", "use_toy_data",
+              "train_weights", "data_seed", "vocab_size")  # those that decide what the tokens are
 SUFFIXES = (".prev.pt", ".best.pt", ".nonfinite.pt", ".log", ".metrics.jsonl", ".config.toml", ".tokenizer",
             ".tensorboard", ".trace.json", ".wandb.json")
 PATIENCE = 180  # seconds --resume waits for the previous run's lock: it may still be saving, or its node may be gone
@@ -187,6 +188,16 @@ def run_identity(cfg, corpus, vocab_size, global_batch_size):
         "the mixture": [[shard.start, shard.count] for shard in corpus.train_sources.values() if corpus.shares],
         "the tokenizer": corpus.meta["tokenizer_hash"][:16],
         "the training data": corpus.fingerprint["train"], "the validation data": corpus.fingerprint["val"]}
+
+
+def tokens_before(path, config):
+    """The folder of token shards that the run at `path` had, if its flags for the data are those of `config` and it is
+    still there; else None."""
+    if path and is_of_a_run(found := peek(path)):
+        folder, flags = found.get("tokens", ""), found["config"]
+        if all(flags.get(name) == config.get(name) for name in DATA_FLAGS) and os.path.isdir(folder):
+            return folder
+    return None
 
 
 def load_for_resume(path, cfg, identity, config, mends=True):

@@ -45,6 +45,7 @@ ELSEWHERE = {"learning_rate": "lr", "max_iters": "num_steps", "max_steps": "num_
              "lr_decay_iters": "num_steps", "lr_scheduler_type": "lr_scheduler", "resume_from_step": "resume"}
 # How a process is launched and where it writes, not what it trains; so are W&B's flags, wandb_…
 LAUNCH_FLAGS = {"resume", "overwrite", "dry_run", "checkpoint_path", "cache_dir", "heartbeat_file"}
+RUN_CONFIG = ".config.toml"  # a run keeps its flags under its checkpoint's name with this suffix
 BOUNDS = {"gt": (operator.gt, "greater than"), "ge": (operator.ge, "at least"),
           "lt": (operator.lt, "less than"), "le": (operator.le, "at most")}
 
@@ -154,6 +155,8 @@ def parse(cls, argv=None):
 
     path = given.pop("config", None)
     values = {} if path is None else _read_toml(path, cls, fields)
+    if path and path.endswith(RUN_CONFIG) and "checkpoint_path" in fields:  # of that run, wherever it has been moved
+        values.setdefault("checkpoint_path", path.removesuffix(RUN_CONFIG) + ".pt")
     values |= {name: coerce(flag(name), fields[name], value) for name, value in given.items()}
 
     groups = {}

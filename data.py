@@ -93,14 +93,15 @@ class BatchConfig:
 class Corpus:
     """Token shards with disjoint training and validation documents, and the order in which training reads them."""
 
-    def __init__(self, cfg, vocab_size=0, writes=True, scratch=False):
+    def __init__(self, cfg, vocab_size=0, writes=True, scratch=False, before=None):
         """`scratch`: leave nothing behind. Shards that are not in the cache are created in a temporary folder, which is
-        deleted once they are open."""
+        deleted once they are open. `before`: the folder of shards that a resumed run had with these flags."""
         if scratch:
             with tempfile.TemporaryDirectory(prefix="mini-llm-", ignore_cleanup_errors=True) as folder:
-                self._open(cfg, prepare(cfg, vocab_size, scratch=folder), checks=True)
+                self._open(cfg, prepare(cfg, vocab_size, scratch=folder, before=before), checks=True)
         else:
-            self._open(cfg, prepare(cfg, vocab_size, writes), checks=writes)  # once per node: a failure ends all ranks
+            folder = prepare(cfg, vocab_size, writes, before=before)
+            self._open(cfg, folder, checks=writes)  # once per node: a failure ends all ranks
 
     def _open(self, cfg, folder, checks):
         self.seq_len, self.seed, self.folder = cfg.seq_len, cfg.data_seed, folder

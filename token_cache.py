@@ -53,12 +53,12 @@ PREPARE_PATIENCE = 900  # seconds without progress after which a process stops w
 log = logging.getLogger("mini_llm")
 
 
-def prepare(cfg, vocab_size=0, writes=True, scratch=None):
+def prepare(cfg, vocab_size=0, writes=True, scratch=None, before=None):
     """The folder of token shards that `cfg` describes, created if it does not exist. Safe against concurrent processes
     and against being killed: one process writes, under a lock that is released when it dies, into a draft folder that
     is renamed only when complete; the next one goes on from its last `Progress`. Without `writes`, waits for another
     process to write it. With `scratch`, a folder provided by the caller, shards that are not in the cache are created
-    there.
+    there. `before`: the folder that a resumed run had with these flags; if the text has changed since, it keeps it.
 
     Raises UserError for unusable text, and then leaves nothing behind.
     """
@@ -68,10 +68,20 @@ def prepare(cfg, vocab_size=0, writes=True, scratch=None):
             raise UserError(f"--train-data {cfg.train_data[0]}: token shards are trained on as they are; leave out "
                             f"--val-data, --max-tokens and --tokenizer-name")
         return Path(cfg.train_data[0])
-    sources, val_sources = _sources(cfg)
-    require_own_tokenizer(sources, val_sources, cfg.tokenizer_name)
-    tokenizer = load_tokenizer(cfg.tokenizer_name)
-    folder = Path(cfg.cache_dir) / _key(cfg, vocab_size, tokenizer, sources, val_sources)
+    try:
+        sources, val_sources = _sources(cfg)
+        require_own_tokenizer(sources, val_sources, cfg.tokenizer_name)
+        tokenizer = load_tokenizer(cfg.tokenizer_name)
+        folder = Path(cfg.cache_dir) / _key(cfg, vocab_size, tokenizer, sources, val_sources)
+    except UserError as error:
+        if not before:
+            raise
+        folder, changed = None, str(error)
+    else:
+        changed = before and folder.name != Path(before).name and "the text is not what it was"
+    if changed:
+        log.warning("%s: this run goes on with the tokens that it began with, %s", changed, before)
+        return Path(before)
     if scratch and not os.path.exists(folder):  # unlike Path.exists, not an error where access is denied
         folder, writes = Path(scratch) / folder.name, True
     if writes and not os.path.exists(folder):

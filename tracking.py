@@ -19,7 +19,7 @@ from logging.handlers import MemoryHandler
 import torch
 from tqdm import tqdm
 
-from config import RunFailed, UserError, arg, flatten, to_toml, visible
+from config import RUN_CONFIG, RunFailed, UserError, arg, flatten, to_toml, visible
 from files import replacing, without_infinity, write_whole
 from hardware import device_name, should_compile
 from wandb_runs import (
@@ -32,6 +32,9 @@ from wandb_runs import (
     sweep_trial,
     with_environment,
 )
+
+# Flags that .config.toml is without: the next start has its own, and may find the run in another folder.
+NOT_KEPT = ("resume", "overwrite", "dry_run", "wandb_run_id", "checkpoint_path")
 
 log = logging.getLogger("mini_llm")
 
@@ -104,7 +107,7 @@ def activation_bytes(model, tokens, half, compiled):
     return tokens * (per_channel * size.d_model + per_logit * size.vocab_size) * (1 if half else 2)
 
 
-def log_facts(cfg, world, corpus, raw, optimizer_bytes, precision, accum, state):
+def log_facts(cfg, world, corpus, raw, optimizer_bytes, precision, accum, state, resume_from):
     """Log what is about to be trained, and on which device and data."""
     tokens, n_params, size = corpus.meta["tokens"], raw.num_params(), raw.cfg
     micro = cfg.batch.batch_size * corpus.seq_len
@@ -135,7 +138,8 @@ def log_facts(cfg, world, corpus, raw, optimizer_bytes, precision, accum, state)
              f"{accum} x ranks {world.size}; amp {precision.name} ({precision.reason})"
              + ("; torch.compile, before the first step" if compiled else ""))
     log.info(f"run: {cfg.optim.num_steps:,} steps, {run_tokens:,} tokens: {run_tokens / epoch_tokens:.3g} epochs, "
-             f"{run_tokens / n_params:.3g} tokens per parameter")
+             f"{run_tokens / n_params:.3g} tokens per parameter; evaluated every "
+             f"{cfg.report.eval_every(cfg.optim.num_steps) or cfg.optim.num_steps:,} steps")
     if world.device.type == "mps" and max(micro, size.vocab_size) >= 32767 and torch.__version__ < (2, 14):
         log.warning(f"PyTorch {torch.__version__} gets products over 32,767 and more elements wrong on M1 and M2, and "
                     f"this model has some (pytorch #193487): take PyTorch 2.14 or newer, or --device cpu")
@@ -143,7 +147,8 @@ def log_facts(cfg, world, corpus, raw, optimizer_bytes, precision, accum, state)
         log.warning("not tracked by W&B: its other flags count with --use-wandb only")
     if cfg.optim.warmup_steps >= cfg.optim.num_steps:
         log.warning(f"--warmup-steps {cfg.optim.warmup_steps} is not below --num-steps: the run ends in the warm-up")
-    log.info(f"Resumed at step {state.step}" if state.step else f"Starting from {cfg.init.init_from or 'scratch'}")
+    log.info(f"Resumed at step {state.step} from {resume_from}" if resume_from else
+             f"Starting from {cfg.init.init_from or 'scratch'}")
 
 
 class Tracker:
@@ -198,7 +203,7 @@ class Tracker:
     def _open(self, cfg, step, wandb, config, tag):
         """Open this rank's files; on ranks other than the main one, their names contain `tag`."""
         self.beside(".log").parent.mkdir(parents=True, exist_ok=True)
-        console, toml = None, to_toml(cfg, without=("resume", "overwrite", "dry_run", "wandb_run_id"))
+        console, toml = None, to_toml(cfg, without=NOT_KEPT)
         if self.is_main:
             self.file = _LogFile(self.beside(".log"), mode="a" if step else "w", encoding="utf-8")
             self.file.setFormatter(FORMATTER)
@@ -208,7 +213,7 @@ class Tracker:
                 early.flush()
                 log.removeHandler(early)
             log.addHandler(self.file)
-            write_whole(self.beside(".config.toml"), toml.encode())
+            write_whole(self.beside(RUN_CONFIG), toml.encode())
         rows = JsonlSink(self.beside(f"{tag}.metrics.jsonl"), step)
         self.sinks.append(rows)
         if cfg.tracking.use_tensorboard and self.is_main:

@@ -119,7 +119,8 @@ def train(cfg, world):
     resume_from = checkpoint.plan_together(cfg.checkpoint, world, dry_run)
     cfg.model, cfg.init = world.from_main(lambda: resolve_init(cfg, resume_from))
     accum, config = cfg.batch.accum_steps(world.size, cfg.data.seq_len), flatten(cfg)
-    corpus = Corpus(cfg.data, cfg.model.vocab_size, writes=world.local_rank == 0, scratch=dry_run)
+    tokens = world.from_main(lambda: checkpoint.tokens_before(resume_from, config))
+    corpus = Corpus(cfg.data, cfg.model.vocab_size, writes=world.local_rank == 0, scratch=dry_run, before=tokens)
     global_batch_size = batch_size * accum * world.size
     vocab_size = resolve_vocab_size(cfg.model, cfg.init, corpus.vocab_size, cfg.data.tokenizer_name)
     identity = checkpoint.run_identity(cfg, corpus, vocab_size, global_batch_size)
@@ -148,7 +149,7 @@ def train(cfg, world):
     model = world.wrap(fast)  # `model` takes the training steps, `fast` evaluates, `raw` is saved
     num_steps, eval_steps = cfg.optim.num_steps, cfg.report.eval_every(cfg.optim.num_steps)
     moments = state_sizes(optimizer)  # bytes of each
-    log_facts(cfg, world, corpus, raw, sum(moments), precision, accum, state)
+    log_facts(cfg, world, corpus, raw, sum(moments), precision, accum, state, resume_from)
 
     def due(every, ahead=0):
         return state.step + ahead == num_steps or (every and (state.step + ahead) % every == 0)
@@ -180,8 +181,8 @@ def train(cfg, world):
         """Everything a run needs to resume, identical on every rank. Collective."""
         world.require_replicas(raw, optimizer)
         return {name: part.state_dict() for name, part in parts.items()} | dict(
-            format=checkpoint.FORMAT, state=asdict(state), identity=identity, config=config,
-            start=corpus.start, torch=str(torch.__version__))
+            format=checkpoint.FORMAT, state=asdict(state), identity=identity, config=config, start=corpus.start,
+            tokens=str(corpus.folder), torch=str(torch.__version__))
 
     def halt():
         """Saves the weights and raises NonFinite, naming the samples of the last step. Collective."""

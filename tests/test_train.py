@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import sys
 import pytest
 import torch
 import zygote
-from conftest import ROOT, Run, environment, eventually, interrupt_after
+from conftest import ROOT, Run, command, environment, eventually, interrupt_after
 
 from optim import OptimConfig, lr_at
 from tracking import ReportConfig
@@ -137,6 +138,40 @@ def test_a_run_stopped_by_sigterm_and_resumed_is_the_uninterrupted_run(trainer):
     assert f"Resumed at step {step}" in resumed.out
     assert same(resumed, straight)
     assert list(resumed.rows) == list(straight.rows)
+
+
+@pytest.mark.parametrize("change", ["appended to", "removed"])
+def test_a_run_keeps_its_tokens_if_its_text_changes(trainer, text, change):
+    own = trainer.folder / "own.txt"
+    shutil.copy(text, own)
+    flags = ["--train-data", "own.txt", "--log-steps", 5]
+    straight = trainer(*flags, "--num-steps", 20, checkpoint="straight.pt")
+    trainer(*flags, "--num-steps", 10)
+    own.write_text(own.read_text() + "More of it.") if change == "appended to" else own.unlink()
+    tried = trainer(*flags, "--num-steps", 20, "--resume", "--dry-run")
+    resumed = trainer(*flags, "--num-steps", 20, "--resume")
+    assert resumed.code == tried.code == 0 and same(resumed, straight), resumed.err + tried.err
+    told = "the text is not what it was" if change == "appended to" else "--train-data own.txt: no such file or folder"
+    assert f"{told}: this run goes on with the tokens that it began with" in resumed.out
+    assert "tokenized" not in resumed.out
+    other = trainer(*flags, "--max-tokens", 9000, "--num-steps", 20, "--resume", checkpoint="straight.pt")
+    assert other.code == 2, "with other flags it is another text that is wanted"
+
+
+def test_a_runs_own_config_goes_with_it(trainer, text, cache):
+    """A copied or moved run is the one that is resumed, not what is where it was."""
+    (trainer.folder / "runs").mkdir()
+    assert trainer("--num-steps", 5, checkpoint="runs/a.pt").code == 0
+    shutil.copytree(trainer.folder / "runs", trainer.folder / "moved")
+    before = (trainer.folder / "runs" / "a.pt").read_bytes()
+    for more in (["--resume", "--num-steps", "7"], ["--resume", "auto", "--num-steps", "9"]):
+        run = zygote.run([*command("train.py"), "--config", "moved/a.config.toml", *more], trainer.folder,
+                         environment())
+        assert run.returncode == 0 and " from moved/a.pt" in run.stdout, run.stdout + run.stderr
+    assert (trainer.folder / "runs" / "a.pt").read_bytes() == before
+    assert torch.load(trainer.folder / "moved" / "a.pt", weights_only=True)["state"]["step"] == 9
+    again = trainer("--config", "moved/a.config.toml", "--num-steps", 3, checkpoint="new.pt")
+    assert again.code == 0 and again.checkpoint.exists(), "a flag wins"
 
 
 def test_a_run_killed_outright_goes_on_from_its_last_checkpoint(trainer):
@@ -278,7 +313,7 @@ def test_two_runs_never_write_to_one_path(trainer):
         first.send_signal(signal.SIGTERM)
         stopped = re.search(r"stopped by SIGTERM at step (\d+)", first.communicate(timeout=30)[0])[1]
         resumed = next(line for line in second.stdout if "Resumed at step" in line)
-        assert resumed.endswith(f"Resumed at step {stopped}\n"), (resumed, stopped)
+        assert resumed.endswith(f"Resumed at step {stopped} from c.pt\n"), (resumed, stopped)
     finally:
         for run in (first, second):
             run.kill()
