@@ -18,10 +18,13 @@ from config import UserError, arg, first_line
 # Dense bf16 peak in FLOP/s, from the vendors' data sheets (without sparsity), keyed by the full device name: NVL, PCIe,
 # Ti and Laptop variants are different devices.
 PEAK_FLOPS = {r"H100( SXM5)? \d+GB HBM3": 989e12, r"H100 PCIe": 756e12, r"H100 NVL": 835e12, r"H200": 989e12,
-              r"GH200 \d+GB": 989e12, r"B200": 2250e12, r"A100-(SXM4|SXM|PCIE)-\d+GB|A100 \d+GB PCIe": 312e12,
-              r"A10G": 70e12, r"L40S": 362e12, r"L40": 181e12, r"L4": 121e12,
+              r"H200 NVL": 835e12, r"GH200 \d+GB": 989e12, r"B200": 2250e12, r"GB200": 2500e12, r"H20": 148e12,
+              r"A100-(SXM4|SXM|PCIE)-\d+GB|A100 \d+GB PCIe": 312e12,
+              r"A10": 125e12, r"A10G": 70e12, r"L40S": 362e12, r"L40": 181e12, r"L4": 121e12,
               r"GeForce RTX 4090": 165e12, r"GeForce RTX 3090": 71e12,
               r"AMD Instinct MI250X": 191.5e12, r"AMD Instinct MI300X": 1307e12}  # an MI250X shows as two devices
+
+NVIDIA_DRIVER = "/dev/nvidiactl"  # there where a machine has an NVIDIA GPU, whether PyTorch can use it or not
 
 
 @dataclass
@@ -70,6 +73,11 @@ def choose_device(name, local_rank=0, alone=True):
     has_mps = torch.backends.mps.is_available()
     if name == "auto":  # Metal has no collectives
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps and alone else "cpu"
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
+        if name == "cpu" and torch.version.cuda and os.path.exists(NVIDIA_DRIVER) and not hidden:
+            raise UserError(f"--device auto: this machine has an NVIDIA GPU, which this PyTorch cannot use: its driver "
+                            f"is too old for CUDA {torch.version.cuda}, or does not work (see nvidia-smi); update it, "
+                            f"take a PyTorch for its CUDA, or say --device cpu")
     if name == "cuda":
         if not torch.cuda.is_available():
             raise UserError("--device cuda: this PyTorch sees no CUDA device; use --device cpu, or check nvidia-smi "

@@ -132,7 +132,7 @@ class Pulse(NoPulse):
                     heard = 0
                 elif gone:
                     self.fail(f"{peer['name']} is gone {self._where()}: it was killed, perhaps for want of memory "
-                             f"(see dmesg), or crashed; {RESUME}")
+                             f"(see dmesg), or crashed, or NCCL has aborted it, as it says above; {RESUME}")
                 elif heard >= self.silent:
                     self.fail(self._stopped([peer], heard), frozen=peer)
                 if moved and moved % self.timeout == 0:

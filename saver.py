@@ -99,12 +99,21 @@ class Saver:
         values, shape = tree_flatten(payload)
         tensors = [value for value in values if isinstance(value, torch.Tensor)]
         if [tensor.shape for tensor in tensors] != [copy.shape for copy in self.copies]:
-            self.copies = [torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda) for tensor in tensors]
+            self.copies = _buffers(tensors)
         for copy, tensor in zip(self.copies, tensors, strict=True):
             copy.copy_(tensor, non_blocking=True)
         hardware.synchronize(self.world.device)
         copies = iter(self.copies)
         return tree_unflatten([next(copies) if isinstance(value, torch.Tensor) else value for value in values], shape)
+
+
+def _buffers(tensors):
+    """Uninitialized tensors like these on the CPU, all in one allocation: pinned ones are each rounded up to a power of
+    two bytes."""
+    sizes = [-(-tensor.nbytes // 16) * 16 for tensor in tensors]
+    block = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=any(tensor.is_cuda for tensor in tensors))
+    return [part[:tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            for part, tensor in zip(block.split(sizes), tensors, strict=True)]
 
 
 def raise_nonfinite(cfg, payload, saving, samples):

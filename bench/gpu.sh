@@ -10,12 +10,16 @@
 #   bench/gpu.sh step 1.5b                     ours alone, without a checkpoint: where a step goes; also 124m, 350m
 #   bench/gpu.sh loss PATH/TO/nanoGPT          time to the validation loss that nanoGPT reaches in five minutes;
 #                                              ours has two thirds of that
+#   bench/gpu.sh ddp 124m 8                    8 GPUs against one, the same global batch; also 350m
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1  # what was printed before a time limit is not lost
-export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}  # of several the Trainer would take all
 python=${PYTHON:-python3}
-what=${1:?check, speed, trainer, step or loss}
+what=${1:?check, speed, trainer, step, loss or ddp}
+case $what in
+check|ddp) ;;  # with all GPUs
+*) export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} ;;  # of several the Trainer would take all
+esac
 case $what in
 check) TORCHINDUCTOR_COMPILE_THREADS=4 $python -m pytest -o addopts= -n 4 -v --durations=0 tests/test_gpu.py ;;
 speed)
@@ -23,7 +27,8 @@ speed)
     ${4:+--batch "$4"} --rounds 3 --limit 500 ;;
 trainer) $python bench/speed.py --device cuda --size "${2:?a size}" --rounds 3 --limit 500 ;;
 step) $python bench/step.py --device cuda --size "${2:?a size}" ;;
-loss) $python bench/loss.py --device cuda --nanogpt "${2:?a checkout of nanoGPT}" --seconds 300 \
+loss) $python bench/loss.py --device cuda --nanogpt "${2:?a checkout of nanoGPT}" --seconds 280 \
   --recipe configs/speedrun-gpu.toml ;;
-*) echo "check, speed, trainer, step or loss" >&2; exit 2 ;;
+ddp) $python bench/ddp.py --device cuda --size "${2:?a size}" --ranks "${3:?a number of GPUs}" ;;
+*) echo "check, speed, trainer, step, loss or ddp" >&2; exit 2 ;;
 esac

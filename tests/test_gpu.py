@@ -46,6 +46,25 @@ def test_nccl_with_one_rank_is_train_py(trainer, how):
         assert launched.losses()[key] == pytest.approx(value, abs=1e-3 if "--no-amp" in how else 3e-3)
 
 
+two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@two
+@pytest.mark.parametrize("how", [
+    ["--no-amp", "--no-compile"], ["--compile", "--grad-accum-steps", 2], ["--optimizer", "muon", "--d-model", 256],
+    ["--amp-dtype", "fp16", "--use-activation-checkpoint"]], ids=str)
+def test_replicas_on_two_gpus_stay_equal_and_train_as_one(trainer, how):
+    flags = [*CUDA, "--num-steps", 10, "--global-batch-tokens", 512 if "--grad-accum-steps" in how else 256]
+    flags += [flag for flag in how if flag not in ("--grad-accum-steps", 2)]
+    alone = trainer(*flags, checkpoint="a.pt")
+    both = trainer(*flags, "--check-replicas", 1, ranks=2, checkpoint="b.pt")
+    assert alone.code == both.code == 0, alone.err + both.err
+    for key, value in alone.losses().items():
+        assert both.losses()[key] == pytest.approx(value, abs=1e-3 if "--no-amp" in how else 5e-3)
+    on = trainer(*flags, "--num-steps", 14, "--resume", checkpoint="b.pt")
+    assert on.code == 0 and "Resumed at step 10" in on.out, on.err
+
+
 @pytest.mark.parametrize("arch", ["gpt2", "qwen3", "nanochat"])
 def test_forward_and_loss_are_one_graph(arch):
     from model import GPT, GPTConfig

@@ -14,12 +14,27 @@ from hardware import Stopwatch, memory_metrics, peak_of
 @pytest.mark.parametrize("name, peak", [
     ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12),
     ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA A100 80GB PCIe", 312e12), ("NVIDIA L40", 181e12), ("NVIDIA L4", 121e12),
-    ("NVIDIA GeForce RTX 4090", 165e12), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA H200 NVL", None),
+    ("NVIDIA GeForce RTX 4090", 165e12), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA H200 NVL", 835e12),
     ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("NVIDIA GeForce RTX 3090 Ti", None), ("AMD Instinct MI250X", 191.5e12),
     ("AMD Instinct MI250X / MI250", None), ("Some Other GPU", None),
 ])
 def test_a_peak_is_that_of_the_very_device_or_unknown(name, peak):
     assert peak_of(name) == peak
+
+
+def test_a_gpu_that_this_pytorch_cannot_use_is_no_reason_to_train_on_the_cpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(hardware, "NVIDIA_DRIVER", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(UserError, match="too old for CUDA 13.0"):
+        hardware.choose_device("auto")
+    assert hardware.choose_device("cpu").type == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
+    assert hardware.choose_device("auto").type == "cpu"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(hardware, "NVIDIA_DRIVER", str(tmp_path / "none"))
+    assert hardware.choose_device("auto").type == "cpu"
 
 
 def test_metal_is_chosen_for_one_process_only(monkeypatch):
