@@ -43,6 +43,7 @@ class CheckpointConfig:
     save_steps: int = arg(250, "steps between checkpoints; 0: only the last step's", ge=0)
     save_best: bool = arg(True, "save a checkpoint at each new lowest validation loss, too, as FILE.best.pt")
     keep_last: int = arg(0, "how many of the newest checkpoints to keep as FILE.step-N.pt, too; 0: none", ge=0)
+    keep_every: int = arg(0, "keep the checkpoint of every N-th step as FILE.step-N.pt for good; 0: none", ge=0)
     async_save: bool = arg(False, "write checkpoints from a copy in the CPU's memory while training goes on")
     time_limit: float = arg(0.0, "minutes after which the run saves and exits, with exit code 142; 0: none", ge=0,
                             le=10**7)
@@ -50,6 +51,8 @@ class CheckpointConfig:
     def validate(self):
         if self.overwrite and self.resume in ("latest", "auto"):
             raise UserError("--resume continues the checkpoint that --overwrite discards: give only one of them")
+        if self.keep_every and (not self.save_steps or self.keep_every % self.save_steps):
+            raise UserError(f"--keep-every {self.keep_every}: not a multiple of --save-steps {self.save_steps}")
         if os.path.isdir(self.checkpoint_path) or not Path(self.checkpoint_path).stem:
             raise UserError(f"--checkpoint-path {self.checkpoint_path}: is a folder; name a file in it, "
                             f"such as {os.path.join(self.checkpoint_path, 'minigpt.pt')}")
@@ -77,8 +80,12 @@ class CheckpointConfig:
         return self.matching(r"(\.(prev|best|best-of-\d+|nonfinite|step-\d+))?\.pt\.tmp")
 
     def numbered(self):
-        """The checkpoints kept by --keep-last, oldest first."""
+        """The checkpoints kept by --keep-last and --keep-every, oldest first."""
         return self.matching(r"\.step-\d+\.pt")
+
+    def is_milestone(self, step):
+        """Whether --keep-every keeps the checkpoint of that step."""
+        return self.keep_every > 0 and step % self.keep_every == 0
 
     def continues(self, resume_from):
         """Whether resuming from that file continues the run at the checkpoint path (the file is one of that run's)
@@ -275,7 +282,7 @@ def begin(cfg, resume_from, state, eval_tokens):
     stale = cfg.drafts() + ([cfg.beside(".prev.pt"), cfg.beside(".nonfinite.pt")] if cfg.overwrite else [])
     if cfg.overwrite and goes_on:
         link(Path(resume_from), path)
-        stale += [file for file in cfg.numbered() if int(file.stem.rpartition("-")[2]) > state.step]
+        stale += [file for file in cfg.numbered() if step_of(file) > state.step]
         stale += [best] * (saved(best)["state"].get("step", 0) > state.step)
     elif not goes_on:  # any such files belong to another run, even if that one never saved a checkpoint
         shutil.rmtree(cfg.beside(".tensorboard"), ignore_errors=True)
@@ -303,6 +310,11 @@ def _loss_to_beat(cfg, state, eval_tokens):
     return found["state"].get("best_val", state.best_val)
 
 
+def step_of(file):
+    """The step in the name of a checkpoint that --keep-last or --keep-every keeps."""
+    return int(Path(file).stem.rpartition("-")[2])
+
+
 def saved(file):
     """Configuration and state of a checkpoint; both {} if it cannot be read."""
     found = peek(file)
@@ -311,12 +323,14 @@ def saved(file):
 
 def require_space(cfg, n_bytes, n_steps, uploads=0):
     """Raises UserError if the disk cannot hold the checkpoints of `n_steps` steps, about `n_bytes` each: the newest and
-    the one before (which count toward --keep-last), the best, the one being written, and those kept for uploads."""
+    the one before (which count toward --keep-last), the best, the one being written, and those kept for uploads and
+    for good."""
     files = [file for file in map(Path, cfg.files()) if file.suffix == ".pt"]
     files += cfg.drafts()
     ours = {file.stat().st_ino: file.stat().st_size for file in files}
     saves = math.ceil(n_steps / cfg.save_steps) if cfg.save_steps else 1
     wanted = 1 + cfg.save_best + uploads + min(max(2, cfg.keep_last), saves + len(ours))
+    wanted += n_steps // cfg.keep_every if cfg.keep_every else 0
     missing = wanted * n_bytes - sum(ours.values()) - shutil.disk_usage(_nearest_folder(cfg.checkpoint_path)).free
     if missing > 0:
         raise UserError(f"--checkpoint-path {cfg.checkpoint_path}: {wanted} checkpoints of {n_bytes / 1e9:.2g} GB need "

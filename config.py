@@ -42,6 +42,10 @@ ELSEWHERE = {"learning_rate": "lr", "max_iters": "num_steps", "max_steps": "num_
              "matrix_lr": "muon_lr", "embedding_lr": "lr", "report_to": "use_wandb", "enable_wandb": "use_wandb",
              "run_name": "wandb_run_name", "run": "wandb_run_name", "save_every": "save_steps",
              "eval_every": "eval_steps", "logging_steps": "log_steps", "warmup_iters": "warmup_steps",
+             # torchtitan's and torchtune's tables, Flyte's words. "": there is nothing like it here.
+             "metrics": "wandb", "metric_logger": "wandb", "run_mode": "wandb_run_mode", "project": "wandb_project",
+             "rank_scope": "wandb_rank_scope", "use_tensor_parallel": "", "tp": "", "fsdp": "", "moe": "",
+             "download_logs": "",
              "lr_decay_iters": "num_steps", "lr_scheduler_type": "lr_scheduler", "resume_from_step": "resume"}
 # How a process is launched and where it writes, not what it trains; so are W&B's flags, wandb_…
 LAUNCH_FLAGS = {"resume", "overwrite", "dry_run", "checkpoint_path", "cache_dir", "heartbeat_file"}
@@ -350,8 +354,10 @@ def _nearest(word, known):
     def plain(name):
         return name.lstrip("-").replace("-", "_")
 
-    close = ([name for name in known if plain(name) == ELSEWHERE.get(plain(word))]
-             or difflib.get_close_matches(word, known, n=1, cutoff=0.6))
+    meant = ELSEWHERE.get(plain(word))
+    close = [name for name in known if plain(name) == meant]
+    if not close and meant != "":
+        close = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
     return f"; did you mean {close[0]}?" if close else ""
 
 

@@ -117,6 +117,8 @@ class Corpus:
         self.vocab_size, self.eos, self.fingerprint = self.train.vocab_size, self.train.eos, self.meta["fingerprint"]
         self.start = self._start()
         self.val_sources = {name: Shard(self.val.path, *span) for name, span in self.meta["val_sources"].items()}
+        if not cfg.val_data and not all(shard.windows(self.seq_len) for shard in self.val_sources.values()):
+            self.val_sources = {"": self.val}  # held out of the training text: not enough for a loss of each source
         spans = self.meta["train_sources"]
         if cfg.train_weights and len(cfg.train_weights) != len(spans):
             raise UserError(f"--train-weights {' '.join(map(str, cfg.train_weights))}: {self.folder} has {len(spans)} "

@@ -79,6 +79,20 @@ def matching_files(prefix, pattern):
                   if re.fullmatch(pattern, file.name.removeprefix(prefix.name)))
 
 
+def lines_backwards(file, block=1 << 20):
+    """Yields (offset, line with its newline) of a file opened in binary mode, the last one first."""
+    end, unread = file.seek(0, os.SEEK_END), b""
+    while end or unread:
+        cut = unread.rfind(b"\n", 0, -1) + 1
+        if not cut and end:
+            end -= (size := min(block, end))
+            file.seek(end)
+            unread = file.read(size) + unread
+            continue
+        yield end + cut, unread[cut:]
+        unread = unread[:cut]
+
+
 def read_records(path):
     """The records of a metrics.jsonl, in order. Skipped are torn lines, left by a killed run or one still writing, and
     lines that no run writes."""

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import hardware
 from archive import save
-from checkpoint import saved
+from checkpoint import saved, step_of
 from config import RunFailed
 
 log = logging.getLogger("mini_llm")
@@ -27,19 +27,22 @@ class NotSaved(RunFailed):
 def save_run(cfg, payload, step, latest, best):
     """Save at the checkpoint path (`latest`), as `.best.pt` (`best`), or both with one write. Returns the file's path.
 
-    The previous checkpoint stays as `.prev.pt`, and with --keep-last the new one also gets a name with its step. These
-    are hard links, which cost no writing and ensure that an intact checkpoint has some name at every moment. The best
-    is named before the newest: a run killed in between goes on from the one before, and finds the best again.
+    The previous checkpoint stays as `.prev.pt`; the new one also gets a name with its step, with --keep-last for a
+    while, with --keep-every for good. These are hard links, which cost no writing and ensure that an intact checkpoint
+    has some name at every moment. The best is named before the newest: a run killed in between goes on from the one
+    before, and finds the best again.
     """
     path, best_path, newest = Path(cfg.checkpoint_path), cfg.beside(".best.pt"), cfg.beside(f".step-{step:08d}.pt")
     if not latest:
         save(best_path, payload)
         return best_path
-    save(path, payload, cfg.beside(".prev.pt"), [best_path] * best + [newest] * (cfg.keep_last > 0))
+    named = cfg.keep_last > 0 or cfg.is_milestone(step)
+    save(path, payload, cfg.beside(".prev.pt"), [best_path] * best + [newest] * named)
     if cfg.keep_last:
         # Not those of later steps, left from before the run fell back: they would outlive the new ones.
         for old in [file for file in cfg.numbered() if file <= newest][:-cfg.keep_last]:
-            old.unlink(missing_ok=True)
+            if not cfg.is_milestone(step_of(old)):
+                old.unlink(missing_ok=True)
     return path
 
 
@@ -47,9 +50,9 @@ class Saver:
     """Saves a run's checkpoints, on the main rank; with --async-save, from a copy on a thread while training continues.
     Its methods are collective: all ranks learn of a failed save together."""
 
-    def __init__(self, cfg, world, state, written):
-        """`state` is the run's own; `written(path, state, best)` is called on the main rank for each file saved."""
-        self.cfg, self.world, self.state, self.written = cfg, world, state, written
+    def __init__(self, cfg, world, state, track):
+        """`state` is the run's own; the Tracker `track` is told of each file saved, and of the first failure."""
+        self.cfg, self.world, self.state, self.track, self.failing = cfg, world, state, track, False
         self.pool, self.copies = ThreadPoolExecutor(1, "save"), []
         self.future = self.under_way = None  # under_way, on every rank: (step, best_val before) of the save in progress
 
@@ -77,12 +80,17 @@ class Saver:
             if last:
                 raise NotSaved(f"step {step} could not be saved: {error}") from None
             log.error("step %d could not be saved, and training goes on to the next try: %s", step, error)
+            if not self.failing:
+                self.track.alert("not saved", f"step {step} could not be saved: {error}")
+            self.failing = True
+        else:
+            self.failing = False
         self.under_way = None
 
     def _ended(self, wait):
         if not wait and not self.future.done():
             return False
-        self.written(*self.future.result())
+        self.track.saved(*self.future.result())
         return True
 
     def _begin(self, payload, latest, best):

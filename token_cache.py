@@ -119,7 +119,8 @@ def _key(cfg, vocab_size, tokenizer, sources, val_sources):
                 vocab_size if cfg.tokenizer_name == "bpe" else 0,
                 tokenizer and end_of_text(tokenizer, cfg.tokenizer_name),
                 *source_names(cfg.val_data), *(source.argument for source in val_sources if source.argument),
-                *([source_names(cfg.train_data), [source.argument for source in sources]] if cfg.train_weights else [])]
+                *([source_names(cfg.train_data), [source.argument for source in sources], "in both splits"]
+                  if cfg.train_weights else [])]
     key.update(json.dumps(settings).encode())
     n_bytes = sum(source.size for source in [*sources, *val_sources])
     for source in [*sources, None, *val_sources]:
@@ -243,8 +244,9 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
     limits = dict(train=cfg.max_tokens, val=0)
     if cfg.max_tokens and not val_sources:
         limits["val"] = max(1, int(cfg.max_tokens * cfg.val_ratio))
-    paths = dict(train=cfg.train_data, val=cfg.val_data)
-    n_paths = max(1, *map(len, paths.values()))  # without --val-data, those of --train-data are in both splits
+    # Without --val-data, each source of a mixture has its part of the validation text, and so a loss of its own.
+    paths = dict(train=cfg.train_data, val=cfg.val_data or cfg.train_data * bool(cfg.train_weights))
+    n_paths = max(1, len(cfg.train_data), len(cfg.val_data))
     new = Progress([digest.hex(), BATCH, PIECE], {split: [0] * n_paths for split in paths})
     done = Progress.of_draft(draft, new)
     writers = {split: ShardWriter(draft / f"{split}.bin", size, eos, digest, limit, sum(done.tokens[split]))

@@ -1,18 +1,17 @@
-"""Where reports go: console, log file, metrics.jsonl, TensorBoard, W&B."""
+"""Where reports go: to the console, the log file, and the sinks: metrics.jsonl, TensorBoard, W&B."""
 
 import contextlib
 import datetime
 import importlib.util
-import json
 import logging
 import math
 import os
-import re
 import shlex
 import sys
 import time
 import traceback
 import types
+from collections import deque
 from dataclasses import dataclass
 from logging.handlers import MemoryHandler
 
@@ -20,8 +19,9 @@ import torch
 from tqdm import tqdm
 
 from config import RUN_CONFIG, RunFailed, UserError, arg, flatten, to_toml, visible
-from files import replacing, without_infinity, write_whole
+from files import write_whole
 from hardware import device_name, should_compile
+from sinks import JsonlSink, TensorboardSink
 from wandb_runs import (
     WandbConfig,
     distributed_info,
@@ -161,7 +161,7 @@ class Tracker:
         self.state, self.epochs_per_step, self.amp = state, epochs_per_step, amp
         self.num_steps, self.exit_code = cfg.optim.num_steps, 0
         self.beside, self.is_main, self.sinks, self.file = cfg.checkpoint.beside, world.is_main, [], None
-        self.wandb, self.since = None, (time.perf_counter(), state.step)
+        self.wandb, self.lately = None, deque([(time.perf_counter(), state.step)], 100)  # when each report was
         wandb, self.plan = self._plan_wandb(cfg, world, state)
         if world.is_main or self.plan:
             self._open(cfg, state.step, wandb, config | distributed_info(world) | dict(
@@ -239,9 +239,7 @@ class Tracker:
                     traceback.print_exception(error, file=self.file.stream)
             if known := [file for file in map(self.beside, (".pt", ".best.pt")) if file.exists()]:
                 log.error("the last checkpoint is %s: --resume goes on from it", known[0])
-            if self.is_main:
-                self._record(self.state.step, event="alert", title=f"stopped by {kind.__name__}", text=str(error),
-                             level="ERROR")
+            self.alert(f"stopped by {kind.__name__}", str(error))
         self._record(self.state.step, event="exit", code=self.exit_code)
         for sink in self.sinks:
             sink.close(self.exit_code)
@@ -262,11 +260,12 @@ class Tracker:
         step = self.state.step
         metrics |= {"train/tokens": self.state.tokens, "train/epoch": step * self.epochs_per_step,
                     "amp": float(self.amp != "off")}
-        began, first = self.since
+        began, first = self.lately[0]
         per_step = (time.perf_counter() - began) / max(1, step - first)  # evaluations and saves included
         log.info("%s", console_line(step, self.num_steps, metrics, per_step, self.amp))
         if step == first:  # exclude the one-time evaluation before the first step
-            self.since = time.perf_counter(), first
+            self.lately.clear()
+        self.lately.append((time.perf_counter(), step))
         own = {name: metrics.pop(name) for name in list(metrics) if name.startswith("rank/")}
         row = metrics if self.is_main or self.plan and self.plan.primary else {}
         if self.plan and self.plan.suffix is not None:
@@ -283,11 +282,16 @@ class Tracker:
         log.info("sample at step %d:\n%s", self.state.step, visible(text))
         self._record(self.state.step, event="sample", text=text)
 
+    def alert(self, title, text):
+        """Tell whoever is not watching: by an alert of W&B, and in report.py. Does nothing on other ranks."""
+        if self.is_main:
+            self._record(self.state.step, event="alert", title=title, text=text, level="ERROR")
+
     def saved(self, path, state, best):
         """Called after the main rank has written a checkpoint: upload it to W&B if wanted."""
         if self.wandb and (link := self.wandb.checkpoint_to_upload(path, state.step, best)):
             self._record(state.step, event="checkpoint", path=link, best=best, tokens=state.tokens,
-                         val_loss=state.val_loss)
+                         epoch=state.step * self.epochs_per_step, num_steps=self.num_steps, val_loss=state.val_loss)
 
     def finished(self, files):
         log.info("Training finished. Written: %s", ", ".join(files))
@@ -320,79 +324,6 @@ def console_line(step, num_steps, m, seconds_per_step, amp):
     if "lr" in m:  # steps were taken
         parts.append(f"eta {datetime.timedelta(seconds=round((num_steps - step) * seconds_per_step))}")
     return " | ".join([*parts, f"amp {amp}"])
-
-
-class JsonlSink:
-    """One JSON object per line: a report, or an `event`: the configuration at the start, a sample, the exit … On
-    resume, lines after the checkpoint's step are removed, except for alerts: the run will write them again."""
-
-    def __init__(self, path, start_step):
-        old = path if start_step and path.exists() else os.devnull
-        with replacing(path) as draft, open(draft, "wb") as file, open(old, "rb") as before:
-            for line in before:  # not parsed: histograms take megabytes
-                found = re.match(rb'\{"step": (\d+), "time": [^,]+, ("event": "alert")?', line)
-                if found and (found[2] or int(found[1]) <= start_step) and line.endswith(b"}\n"):
-                    file.write(line)
-        self.path, self.file = path, open(path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
-        self.unwritten, self.failed = b"", False
-
-    def place(self):
-        """The file's path, and the byte offset of the next record."""
-        return str(self.path), self.path.stat().st_size
-
-    def log(self, step, record):
-        row = {"step": step, "time": time.time(), **without_infinity(record)}
-        self.unwritten += json.dumps(row).encode() + b"\n"
-        self._write()
-
-    def _write(self):
-        """Append all pending records. If that fails (disk full), undo it and retry with the next record."""
-        whole = os.fstat(self.file.fileno()).st_size
-        try:
-            left = memoryview(self.unwritten)
-            while left:
-                left = left[self.file.write(left):]
-            self.unwritten, self.failed = b"", False
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self.file.fileno(), whole)
-            if not self.failed:
-                log.warning("%s cannot be written (%s); its rows are kept and written when it can be", self.path,
-                            error.strerror)
-            self.failed = True
-
-    def close(self, exit_code):
-        if self.unwritten:
-            self._write()
-        if self.unwritten:
-            log.error("%s lacks its last %d rows", self.path, self.unwritten.count(b"\n"))
-        self.file.close()
-
-
-class TensorboardSink:
-    def __init__(self, folder, start_step):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer, self.broken = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else 0), False
-
-    def log(self, step, record):
-        if record.get("event") == "sample":
-            self._unless_broken(self.writer.add_text, "samples", record["text"], step)
-        elif "event" not in record:
-            for name, value in record.items():
-                if isinstance(value, (int, float)):
-                    self._unless_broken(self.writer.add_scalar, name, value, step)
-
-    def close(self, exit_code):
-        self._unless_broken(self.writer.close)
-
-    def _unless_broken(self, write, *args):
-        try:
-            if not self.broken:
-                write(*args)
-        except Exception as error:  # an error of its writer thread, such as a full disk
-            log.warning("TensorBoard's events are no longer written: %s", error)
-            self.broken = True
 
 
 def make_profiler(enabled, path):

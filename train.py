@@ -223,7 +223,7 @@ def train(cfg, world):
     with (Tracker(cfg, world, state, global_batch_size / corpus.n_windows, precision.name, facts) as track,
           make_profiler(cfg.tracking.use_profiler and world.is_main, cfg.checkpoint.beside(".trace.json")) as profiler,
           stop, Watchdog(meter, state, cfg, world.rank)):
-        saver, wanted, latest = Saver(cfg.checkpoint, world, state, track.saved), False, False
+        saver, wanted, latest = Saver(cfg.checkpoint, world, state, track), False, False
         if state.step == 0:
             track.report(evaluate_now())
         while state.step < num_steps:

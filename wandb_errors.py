@@ -42,7 +42,8 @@ def explained(error):
 class Relay:
     """Replaces stderr: relays each of the SDK's warnings and errors once, ten at most, and drops everything else."""
 
-    KNOWN = re.compile("is experimental|Fatal error while uploading")  # Delivery reports the latter better
+    # Not worth telling, or told better by Delivery.
+    KNOWN = re.compile("is experimental|already exists with the same content|Fatal error while uploading")
 
     def __init__(self, say):
         self.say, self.told, self.buffer = say, set(), ""

@@ -92,13 +92,15 @@ class Follower:
                 self.say("INFO", f"finished: {run.url}")
 
     def _unsent(self, run):
-        """Reports of earlier starts that did not reach the server: those later than the last that it has."""
-        last = run.summary.get("_timestamp", 0)
-        if run.offline or self.job.shared or not isinstance(last, int | float):  # a shared run's are not known apart
+        """Reports of earlier starts that did not reach the server: those later than the last that it has, or of a
+        later step, if the clock has been set back since."""
+        last, step = run.summary.get("_timestamp", 0), run.summary.get("step", 0)
+        # A shared run's are not known apart.
+        if run.offline or self.job.shared or not all(isinstance(value, int | float) for value in (last, step)):
             return []
-        unsent = reports_before(*self.job.rows, after=last)
+        unsent = reports_before(*self.job.rows, last, step)
         if unsent:
-            self.say("INFO", f"{len(unsent)} rows of earlier starts were not there, and are sent now; wandb sync of "
+            self.say("INFO", f"rows of earlier starts that were not there: {len(unsent)}, sent now; wandb sync of "
                              f"their offline folders would send them twice")
         return unsent
 
@@ -259,12 +261,13 @@ def samples_before(path, offset):
     return [record for record in found if record.get("event") == "sample"]
 
 
-def reports_before(path, offset, after):
-    """The reports later than `after`, seconds since the epoch, in the first `offset` bytes of a metrics.jsonl: JSON."""
+def reports_before(path, offset, after, step):
+    """The reports later than `after`, seconds since the epoch, or than `step`, in the first `offset` bytes of a
+    metrics.jsonl: JSON."""
     found = []
     for line in lines_before(path, offset):
-        report = re.match(rb'\{"step": \d+, "time": ([^,]+), (?!"event")', line)
-        if report and float(report[1]) > after + 0.01:  # the server's time may be rounded
+        report = re.match(rb'\{"step": (\d+), "time": ([^,]+), (?!"event")', line)
+        if report and (float(report[2]) > after + 0.01 or int(report[1]) > step):  # the server's time may be rounded
             found.append(line.decode())
     return found
 
@@ -354,7 +357,7 @@ class Publisher:
         try:
             tokenizer = Path(self.job.tokenizer)
             if self.run.offline:
-                kept = Path(offline_folder(self.run)) / "checkpoints"
+                kept = Path(offline_folder(self.run)).resolve() / "checkpoints"  # `wandb sync` may run elsewhere
                 kept.mkdir(exist_ok=True)
                 path = Path(shutil.move(path, kept / path.name))
                 tokenizer = Path(shutil.copytree(tokenizer, kept / "model.tokenizer", dirs_exist_ok=True))

@@ -105,14 +105,7 @@ def sync(args):
     """Send the rows of a run that the server lacks, from the files beside its checkpoint."""
     forget_environment()
     path = Path(args.run)
-    memories = matching_files(beside_run(path, ""), r"(\.rank\d+)?\.wandb\.json")
-    if not memories:
-        raise UserError(f"{path}: no {beside_run(path, '.wandb.json').name} beside it: not a run that was started with "
-                        f"--use-wandb")
-    # Shortest name first: rank 0, whose files have no tag, opens the run that other ranks may share.
-    for memory in sorted(memories, key=lambda memory: (len(memory.name), memory.name)):
-        if not (facts := recalled(memory)):
-            raise UserError(f"{memory}: damaged; restore it, or resume the run with --wandb-project and --wandb-run-id")
+    for memory, facts in memories(path):
         with only_one(memory.with_suffix(".lock")) as alone, only_one(beside_run(path, ".lock")) as ended:
             if not alone or not ended:
                 raise UserError(f"{memory}: this run is still {'training' if alone else 'being sent'}; wait for it to "
@@ -120,6 +113,26 @@ def sync(args):
             rows = memory.with_name(memory.name.replace(".wandb.json", ".metrics.jsonl"))
             print(f"{rows}: {send(facts, rows)}", flush=True)
     return 0
+
+
+def memories(path):
+    """[(file, what it has)] of what the ranks of the run at that checkpoint path know of their W&B runs. Raises
+    UserError."""
+    files = matching_files(beside_run(path, ""), r"(\.rank\d+)?\.wandb\.json")
+    if not files:
+        raise UserError(f"{path}: no {beside_run(path, '.wandb.json').name} beside it: not a run that was started with "
+                        f"--use-wandb")
+    # Shortest name first: rank 0, whose files have no tag, opens the run that other ranks may share.
+    found = [(file, recalled(file)) for file in sorted(files, key=lambda file: (len(file.name), file.name))]
+    for file, facts in found:
+        if not facts:
+            raise UserError(f"{file}: damaged; restore it, or resume the run with --wandb-project and --wandb-run-id")
+    return found
+
+
+def target_of(facts, api):
+    """ENTITY/PROJECT/ID of the W&B run that a memory is of."""
+    return "/".join([facts["init"]["entity"] or api.default_entity, facts["init"]["project"], facts["init"]["id"]])
 
 
 def send(facts, path):
@@ -130,7 +143,7 @@ def send(facts, path):
     # If the run was resumed and then killed, its last exit event is that of an earlier start.
     last = next((record for record in reversed(records) if record.get("event") in ("config", "exit")), {})
     api = wandb.Api(timeout=TIMEOUT)
-    target = "/".join([facts["init"]["entity"] or api.default_entity, facts["init"]["project"], facts["init"]["id"]])
+    target = target_of(facts, api)
     stored, whole = rows_of(api, target), ""
     new = stored is None or not stored and facts.get("sweep")  # a server makes a trial's run before it begins
     if new and (folders := offline_folders(facts["init"], path)):  # else their rows would be there twice
@@ -142,7 +155,7 @@ def send(facts, path):
         elif late := lacking(records, stored):  # on their way, or never written to those folders, as before a kill
             raise RuntimeError(f"{len(late)} rows cannot be read back from {target} {ARRIVAL} s after wandb sync")
         else:
-            whole = ", with its files and checkpoints"
+            whole = ", with its files" + _checkpoints_sent(api.run(target), folders)
     init = facts["init"] | dict(dir=None)
     if stored is not None:  # keep the name, tags and notes that it has been given since
         init = {name: init[name] for name in ("project", "entity", "id")}
@@ -165,6 +178,15 @@ def send(facts, path):
         raise RuntimeError(f"{len(lost)} of {len(missing)} rows cannot be read back from {target} after "
                            f"{ARRIVAL} s")
     return f"{len(missing)} rows sent to {target}" if missing else f"{target} has every row, and is ended now"
+
+
+def _checkpoints_sent(run, folders):
+    """What to say of the checkpoints in the folders that `wandb sync` has sent, which is silent about them."""
+    if not (kept := [folder for folder in folders if list(Path(folder, "checkpoints").glob("*.pt"))]):
+        return ""
+    if awaited(lambda: [one for one in run.logged_artifacts() if one.type == "model"], bool, ARRIVAL):
+        return " and checkpoints"
+    return f"; the checkpoints in {shlex.join(kept)} did not arrive: was it moved after it was recorded?"
 
 
 def offline_folders(init, path):
@@ -193,9 +215,13 @@ def lacking(records, stored):
 
 
 def download(args):
-    """Download config, summary, history, files and artifacts of a run, or of a sweep's runs, to a folder per run."""
+    """Download config, summary, history, files and artifacts of a run, of those of all ranks of the run at a checkpoint
+    path, or of a sweep's runs, to a folder per run."""
     wandb = import_wandb()
     api = wandb.Api(timeout=TIMEOUT)
+    if args.run.endswith(".pt"):
+        targets = dict.fromkeys(target_of(facts, api) for _, facts in memories(Path(args.run)))  # ranks may share one
+        return fetch(map(api.run, targets), args.folder)
     path = re.sub(r"^\w+://[^/]*|[?#].*", "", args.run)  # of a URL: https://wandb.ai/ENTITY/PROJECT/runs/ID
     parts = [part for part in path.split("/") if part]
     kind = "sweeps" if "sweeps" in parts else "runs"
@@ -204,12 +230,18 @@ def download(args):
     *where, name = parts
     settings = with_environment(WandbConfig())
     project = where[-1] if where else settings.wandb_project
-    target, code = "/".join([*(where[:-1] or [settings.wandb_entity or api.default_entity]), project, name]), 0
+    target = "/".join([*(where[:-1] or [settings.wandb_entity or api.default_entity]), project, name])
     runs = list(api.sweep(target).runs) if kind == "sweeps" else [api.run(target)]
     if not runs:
         print(f"{target}: no runs yet")
+    return fetch(runs, args.folder)
+
+
+def fetch(runs, where):
+    """Download the runs to folders of their ids in `where` → exit code."""
+    code = 0
     for run in runs:
-        folder = Path(args.folder or ".") / run.id
+        folder = Path(where or ".") / run.id
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(run.config, indent=1))
         (folder / "summary.json").write_text(json.dumps(dict(run.summary), indent=1, default=dict))
@@ -268,7 +300,8 @@ def main():
     command.add_argument("run", metavar="RUN", help="the run's checkpoint path")
     command.set_defaults(run_command=sync)
     command = commands.add_parser("download", help="fetch a run, or the runs of a sweep")
-    command.add_argument("run", metavar="RUN", help="[[ENTITY/]PROJECT/]RUN_ID, …/sweeps/SWEEP_ID, or a link")
+    command.add_argument("run", metavar="RUN", help="a run's checkpoint path, "
+                         "[[ENTITY/]PROJECT/]RUN_ID, …/sweeps/SWEEP_ID, or a link")
     command.add_argument("folder", metavar="DIR", nargs="?", help="where to; a folder of the run's id is made there")
     command.set_defaults(run_command=download)
     os.environ |= dict(WANDB_MODE="online", WANDB_SILENT="true")  # what matters is printed by this program

@@ -39,7 +39,7 @@ def train(bench, flags):
 
 def report_cost(folder):
     """Microseconds that the training thread spends on one report of 30 figures: median and 99th percentile."""
-    from tracking import JsonlSink
+    from sinks import JsonlSink
     from wandb_runs import RunPlan, WandbConfig, with_environment
     from wandb_sink import WandbSink
 

@@ -499,6 +499,20 @@ def test_only_what_a_run_writes_is_listed(tmp_path):
     assert [os.path.basename(file) for file in cfg.files()] == ["c.pt", "c.best.pt"]
 
 
+def test_milestones_are_kept_for_good_beside_the_newest_few(tmp_path):
+    cfg = config(tmp_path, keep_last=2, keep_every=30, save_steps=10)
+    for step in range(10, 80, 10):
+        save_run(cfg, payload(step), step, latest=True, best=False)
+    assert [int(file.stem[-8:]) for file in cfg.numbered()] == [30, 60, 70]
+    cfg = config(tmp_path / "only", keep_every=30, save_steps=10)
+    for step in range(10, 80, 10):
+        save_run(cfg, payload(step), step, latest=True, best=False)
+    assert [int(file.stem[-8:]) for file in cfg.numbered()] == [30, 60]
+    for save_steps in (0, 7):
+        with pytest.raises(UserError, match="--keep-every 30: not a multiple of --save-steps"):
+            config(tmp_path, keep_every=30, save_steps=save_steps).validate()
+
+
 def test_saving_again_leaves_no_draft_behind(tmp_path):
     cfg = config(tmp_path)
     for _ in range(3):

@@ -173,6 +173,18 @@ def test_a_package_that_is_missing_is_named_with_what_installs_it(capsys):
                                        "a_package_that_nobody_has\n")
 
 
+@pytest.mark.parametrize("name", ["use-tensor-parallel", "tp", "fsdp", "download-logs", "n-experts"])
+def test_what_is_not_here_is_answered_with_nothing(name):
+    with pytest.raises(UserError, match=f"--{name} is not known \\(see --help\\)"):
+        parse(Config, [f"--{name}", "1"])
+
+
+def test_a_table_of_another_trainer_is_answered_with_ours(tmp_path):
+    (tmp_path / "c.toml").write_text("[metrics]\nenable_wandb = true\n")
+    with pytest.raises(UserError, match="section metrics is not known; did you mean wandb?"):
+        parse(Config, ["--config", str(tmp_path / "c.toml")])
+
+
 def test_the_flags_of_other_trainers_are_answered_with_ours():
     """Those of the table in docs/coming-from.md."""
     rows = [row.split("|")[1:-1] for row in (ROOT / "docs" / "coming-from.md").read_text().splitlines()

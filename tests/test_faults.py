@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from config import UserError
 from meter import Meter
 from optim import OptimConfig, StepGuard, make_optimizer
 from saver import NotSaved, Saver
-from tracking import JsonlSink
+from sinks import JsonlSink
 from train import World
 
 SMALL_FILES = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1)); " \
@@ -94,6 +95,9 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path, monkeypatc
     checkpoint.require_space(cfg, 1_000, n_steps=1_000)  # what is there already counts
     every = dataclasses.replace(cfg, checkpoint_path=str(tmp_path / "other.pt"), keep_last=10**6)
     checkpoint.require_space(every, 1_000, n_steps=250)  # one save in all
+    milestones = dataclasses.replace(every, keep_last=0, save_steps=10, keep_every=50)
+    with pytest.raises(UserError, match="9 checkpoints"):  # five of them for good
+        checkpoint.require_space(milestones, 1_000, n_steps=250)
     with pytest.raises(UserError, match="5 checkpoints"):  # those that wait for their upload
         checkpoint.require_space(every, 1_000, n_steps=250, uploads=2)
 
@@ -359,9 +363,10 @@ def test_saving_on_a_thread_changes_no_bit_of_any_checkpoint(trainer, ranks):
 
 
 def test_what_a_thread_fails_to_save_is_told_undone_and_tried_again(tmp_path, caplog):
-    state, written = State(step=1, val_loss=3.0), []
+    state, written, alerts = State(step=1, val_loss=3.0), [], []
     saver = Saver(CheckpointConfig(checkpoint_path=str(tmp_path / "c.pt"), async_save=True), Alone(), state,
-                  lambda path, at, best: written.append((path.name, at.step, best)))
+                  SimpleNamespace(saved=lambda path, at, best: written.append((path.name, at.step, best)),
+                                  alert=lambda *words: alerts.append(words)))
     save_all = partial(saver.save, lambda: {"state": torch.tensor(state.step)}, latest=True)
     save_all(best=True, last=False)
     saver.conclude()
@@ -373,6 +378,7 @@ def test_what_a_thread_fails_to_save_is_told_undone_and_tried_again(tmp_path, ca
     assert "step 2 could not be saved" in caplog.text and state.best_val == 1.5
     saver.conclude()
     assert "step 3 could not be saved" in caplog.text and state.best_val == 3.0, "that of the file"
+    assert [text[:24] for _, text in alerts] == ["step 2 could not be save"], "one alert, not one at each try"
     with pytest.raises(NotSaved, match="step 3"):
         save_all(best=False, last=True)
     (tmp_path / "c.pt.tmp").rmdir()

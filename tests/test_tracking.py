@@ -1,7 +1,9 @@
+import io
 import json
 import math
 import re
 import time
+from collections import deque
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,8 +16,10 @@ import meter as meter_module
 import tracking
 from checkpoint import State
 from config import visible
+from files import lines_backwards
 from meter import Meter, histograms
-from tracking import JsonlSink, TensorboardSink, Tracker, console_line
+from sinks import JsonlSink, TensorboardSink
+from tracking import Tracker, console_line
 from train import World
 
 
@@ -52,7 +56,7 @@ def test_the_time_left_is_of_all_that_comes_between_steps_but_not_of_the_first_e
     tracker = Tracker.__new__(Tracker)
     tracker.num_steps, tracker.amp, tracker.is_main, tracker.plan, tracker.sinks = 100, "off", True, None, []
     tracker.epochs_per_step = 0.1
-    tracker.since = clock.now, 0
+    tracker.lately = deque([(clock.now, 0)], 100)
     lines = []
     monkeypatch.setattr(tracking.log, "info", lambda form, line: lines.append(line))
     for step, seconds in ((0, 50), (10, 10), (20, 30)):  # an evaluation, steps, steps with an evaluation
@@ -67,7 +71,8 @@ def test_a_metric_may_be_a_tensor_in_every_sink(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     tracker = Tracker.__new__(Tracker)
-    tracker.num_steps, tracker.amp, tracker.is_main, tracker.plan, tracker.since = 9, "off", True, None, (0, 0)
+    tracker.num_steps, tracker.amp, tracker.is_main, tracker.plan = 9, "off", True, None
+    tracker.lately = deque([(0, 0)])
     tracker.sinks = [JsonlSink(tmp_path / "m.jsonl", 0), TensorboardSink(tmp_path / "events", 0)]
     metrics = {"mine": torch.tensor(0.5), "theirs": np.float32(2), "none": torch.tensor(math.nan)}
     tracker.state, tracker.epochs_per_step = State(step=1), 0.1
@@ -207,6 +212,9 @@ def test_a_resume_cuts_metrics_back_to_the_checkpoint(tmp_path):
     sink.log(30, {"x": 1})
     sink.close(0)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 10, 20, 30]
+    before = path.stat()
+    JsonlSink(path, 30).close(0)
+    assert path.stat() == before, "where nothing is to go, nothing is written: the disk may be full"
     JsonlSink(path, 0).close(0)
     assert path.read_text() == ""
 
@@ -219,6 +227,14 @@ def test_a_resumed_run_drops_what_it_writes_again_and_keeps_why_it_ended(tmp_pat
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     JsonlSink(path, 20).close(0)
     assert [json.loads(line) for line in path.read_text().splitlines()] == [rows[0], rows[2]]
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 1000])
+@pytest.mark.parametrize("content", [b"", b"\n", b"a", b"a\n", b"\n\na", b"ab\ncdefgh\n\r\ni" * 9], ids=repr)
+def test_lines_are_read_backwards_whatever_the_block(block, content):
+    found = list(lines_backwards(io.BytesIO(content), block))
+    assert [line for _, line in reversed(found)] == [*io.BytesIO(content)]
+    assert all(content[start:start + len(line)] == line for start, line in found)
 
 
 def test_tensorboard_has_the_same_names_values_and_steps(tmp_path):

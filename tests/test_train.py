@@ -106,6 +106,25 @@ def test_several_validation_sources_have_a_loss_each(trainer, text):
     assert abs(both.rows[4]["val/loss/a"] - both.rows[4]["val/loss/b"]) > 0.01, "equal sources would show nothing"
 
 
+def test_each_source_of_a_mixture_has_a_loss_of_its_own(trainer, text):
+    """On what is held out of it, if that is a sequence or more."""
+    whole = text.read_text()
+    for name, content in {"a": whole[:9_000].upper(), "b": whole[:3_000], "c": whole[:300]}.items():
+        (trainer.folder / f"{name}.txt").write_text(content)
+    flags = ["--num-steps", 2, "--log-steps", 1, "--eval-tokens", 0, "--no-amp", "--train-data", "a.txt", "b.txt"]
+    plain = trainer(*flags, checkpoint="plain.pt")
+    mixed = trainer(*flags, "--train-weights", 1, 1, checkpoint="mixed.pt")
+    assert plain.code == mixed.code == 0, mixed.err
+    assert not any(key.startswith("val/loss/") for key in plain.rows[0])
+    folder = next(record["config"]["corpus"] for record in mixed.records if record.get("event") == "config")
+    spans = json.loads((trainer.folder / folder / "meta.json").read_text())["val_sources"]
+    row, windows = mixed.rows[0], {name: (count - 1) // 32 for name, (_, count) in spans.items()}
+    mean = sum(row[f"val/loss/{name}"] * count for name, count in windows.items()) / sum(windows.values())
+    assert row["val/loss"] == pytest.approx(mean, abs=1e-6) and row["val/loss/a"] != row["val/loss/b"]
+    short = trainer(*flags, "c.txt", "--train-weights", 1, 1, 1, checkpoint="short.pt")
+    assert short.code == 0 and not any(key.startswith("val/loss/") for key in short.rows[0]), short.err
+
+
 # The runs of the next test cross an epoch boundary (99 windows, 8 a step) and stop at a multiple of no interval.
 RESUMED = ["--max-tokens", 3200, "--batch-size", 4, "--grad-accum-steps", 2, "--dropout", 0.2, "--log-steps", 5,
            "--eval-steps", 4, "--save-steps", 6, "--warmup-steps", 5, "--lr-scheduler", "none"]

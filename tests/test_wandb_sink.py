@@ -123,12 +123,13 @@ def test_which_run_it_is_is_kept_before_anything_starts(sink, tmp_path):
     assert facts["init"]["name"] == "n" * 121 + "-rank-1", "no longer than the server takes"
 
 
-def test_what_the_server_lacks_is_what_is_later_whatever_its_step(tmp_path):
+def test_what_the_server_lacks_is_what_is_later_or_of_a_later_step(tmp_path):
     """After a rollback steps come again: 10 and 20, rolled back to 10, 20 again. The last is of this start."""
     rows = [dict(step=step, time=at, loss=1.0) for step, at in ((10, 1.5), (20, 2.5), (20, 3.5), (30, 4.5))]
     lines = [json.dumps(row) + "\n" for row in rows]
     lines.insert(3, json.dumps(dict(step=20, time=3.6, event="sample", text="a")) + "\n")
     (tmp_path / "m.jsonl").write_text("".join(lines))
     before = sum(map(len, lines[:-1]))
-    assert reports_before(tmp_path / "m.jsonl", before, after=2.504) == lines[2:3]
-    assert reports_before(tmp_path / "m.jsonl", before, after=0) == lines[:3]
+    assert reports_before(tmp_path / "m.jsonl", before, after=2.504, step=20) == lines[2:3]
+    assert reports_before(tmp_path / "m.jsonl", before, after=0, step=20) == lines[:3]
+    assert reports_before(tmp_path / "m.jsonl", before, after=1e9, step=10) == lines[1:3], "the clock has been set back"

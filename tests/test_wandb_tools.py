@@ -165,13 +165,16 @@ def test_a_row_that_is_sent_late_leaves_the_summary_to_the_last(server, tool, tm
     assert [summary[name] for name in ("step", "loss", "val/loss", "_timestamp")] == [2, 1.0, 4.0, 1.8e9 + 2]
 
 
-@pytest.mark.parametrize("folders", ["there", "gone", "of a trial"])
+@pytest.mark.parametrize("folders", ["there", "gone", "of a trial", pytest.param("moved", marks=pytest.mark.full)])
 def test_sync_sends_a_run_that_was_offline_twice(server, trainer, tool, folders):
     flags = ["--log-steps", 5, "--use-wandb", "--wandb-mode", "offline", "--wandb-log-checkpoints", "last"]
     assert trainer("--num-steps", 10, *flags).code == trainer("--num-steps", 20, *flags, "--resume").code == 0
     assert not server.runs
     if folders == "gone":
         shutil.rmtree(trainer.folder / "wandb")
+    if folders == "moved":  # but for its name, which begins otherwise: it stores the checkpoints' paths
+        for folder in (trainer.folder / "wandb").glob("offline-run-*"):
+            folder.rename(folder.with_name("offline-run-20200101_0000" + folder.name[25:]))
     if folders == "of a trial":  # whose run the server makes before it begins
         facts = json.loads((trainer.folder / "c.wandb.json").read_text())
         (trainer.folder / "c.wandb.json").write_text(json.dumps(facts | dict(sweep="s")))
@@ -184,7 +187,9 @@ def test_sync_sends_a_run_that_was_offline_twice(server, trainer, tool, folders)
     whole = folders != "gone"
     assert ({"c.config.toml", "output.log"} <= stored.files.keys()) == whole
     models = [one for one in server.artifacts if one.type == "model"]
-    assert [sorted({"step-10", "step-20"} & set(one.aliases)) for one in models] == [["step-10"], ["step-20"]] * whole
+    assert [sorted({"step-10", "step-20"} & set(one.aliases)) for one in models] == (
+        [["step-10"], ["step-20"]] * (whole and folders != "moved"))
+    assert ("did not arrive: was it moved" in out) == (folders == "moved"), out
     code, out, err = tool("sync", "c.pt")
     assert (code, err) == (0, "") and "wandb sync" not in out
     assert_same_rows(stored, reports(trainer.folder / "c.metrics.jsonl"))
@@ -304,7 +309,7 @@ def test_download_brings_all_of_a_run(server, trainer, tool):
     stored = only_run(server)
     stored.sweep, server.sweeps["s"] = "s", ServerSweep("s", "loopback", "mini-llm")
     link = f"{server.url}/loopback/mini-llm/runs/{stored.run_id}"
-    names = [stored.run_id, f"mini-llm/{stored.run_id}", f"{link}/workspace?nw=x", "mini-llm/sweeps/s"]
+    names = ["c.pt", stored.run_id, f"mini-llm/{stored.run_id}", f"{link}/workspace?nw=x", "mini-llm/sweeps/s"]
     for number, name in enumerate(names):
         code, out, err = tool("download", name, f"to{number}")
         assert (code, err) == (0, ""), (name, err)
@@ -323,6 +328,17 @@ def test_download_brings_all_of_a_run(server, trainer, tool):
     made = zygote.run([*command("generate.py"), "--checkpoint-path", model, "--max-new-tokens", 5], trainer.folder,
                       environment())
     assert made.returncode == 0 and "5 tokens" in made.stderr, made.stderr  # its tokenizer came along
+
+
+def test_download_takes_the_runs_of_all_ranks(server, trainer, tool):
+    run = trainer("--num-steps", 10, "--log-steps", 5, "--use-wandb", "--wandb-run-mode", "new", ranks=2,
+                  env=server.environment | QUICK)
+    assert run.code == 0, run.out
+    code, out, err = tool("download", "c.pt", "to")
+    assert (code, err) == (0, "") and out.count(" rows, ") == 2, out
+    assert sorted(path.name[-7:] for path in (trainer.folder / "to").iterdir()) == ["-rank-0", "-rank-1"]
+    code, out, err = tool("download", "none.pt", "to")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "no none.wandb.json beside it" in err
 
 
 def test_download_of_a_missing_run_is_one_line(tool):

@@ -1,0 +1,100 @@
+"""Where reports are written on this machine: metrics.jsonl and TensorBoard's files. (W&B's is in wandb_sink.py.)"""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import time
+
+from files import lines_backwards, without_infinity, write_whole
+
+log = logging.getLogger("mini_llm")
+
+
+class JsonlSink:
+    """One JSON object per line: a report, or an `event`: the configuration at the start, a sample, the exit … On
+    resume, lines after the checkpoint's step are removed, except for alerts: the run will write them again."""
+
+    def __init__(self, path, start_step):
+        if start_step and path.exists():
+            self._rewind(path, start_step)
+        else:
+            write_whole(path, b"")
+        self.path, self.file = path, open(path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
+        self.unwritten, self.failed = b"", False
+
+    @staticmethod
+    def _rewind(path, step):
+        """Remove what comes after the last report of `step` or before: read from the end, and changed in place, since
+        the file may be large and the disk full."""
+        with open(path, "r+b") as file:
+            end, kept = file.seek(0, os.SEEK_END), []
+            for start, line in lines_backwards(file):  # not parsed: histograms take megabytes
+                found = re.match(rb'\{"step": (\d+), "time": [^,]+, ("event": "alert")?', line)
+                found = line.endswith(b"}\n") and found
+                if found and not found[2] and int(found[1]) <= step:
+                    break
+                kept += [line] * bool(found and found[2])
+                end = start
+            file.seek(end)
+            file.writelines(reversed(kept))  # before what follows is cut off: a kill in between loses none
+            file.truncate()
+
+    def place(self):
+        """The file's path, and the byte offset of the next record."""
+        return str(self.path), self.path.stat().st_size
+
+    def log(self, step, record):
+        row = {"step": step, "time": time.time(), **without_infinity(record)}
+        self.unwritten += json.dumps(row).encode() + b"\n"
+        self._write()
+
+    def _write(self):
+        """Append all pending records. If that fails (disk full), undo it and retry with the next record."""
+        whole = os.fstat(self.file.fileno()).st_size
+        try:
+            left = memoryview(self.unwritten)
+            while left:
+                left = left[self.file.write(left):]
+            self.unwritten, self.failed = b"", False
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self.file.fileno(), whole)
+            if not self.failed:
+                log.warning("%s cannot be written (%s); its rows are kept and written when it can be", self.path,
+                            error.strerror)
+            self.failed = True
+
+    def close(self, exit_code):
+        if self.unwritten:
+            self._write()
+        if self.unwritten:
+            log.error("%s lacks its last %d rows", self.path, self.unwritten.count(b"\n"))
+        self.file.close()
+
+
+class TensorboardSink:
+    def __init__(self, folder, start_step):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer, self.broken = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else 0), False
+
+    def log(self, step, record):
+        if record.get("event") == "sample":
+            self._unless_broken(self.writer.add_text, "samples", record["text"], step)
+        elif "event" not in record:
+            for name, value in record.items():
+                if isinstance(value, (int, float)):
+                    self._unless_broken(self.writer.add_scalar, name, value, step)
+
+    def close(self, exit_code):
+        self._unless_broken(self.writer.close)
+
+    def _unless_broken(self, write, *args):
+        try:
+            if not self.broken:
+                write(*args)
+        except Exception as error:  # an error of its writer thread, such as a full disk
+            log.warning("TensorBoard's events are no longer written: %s", error)
+            self.broken = True
