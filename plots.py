@@ -51,6 +51,15 @@ PANELS = [
 ]
 
 
+def sparkline(values, width=40):
+    """Finite numbers, at least one → up to `width` characters: a row of bars from their minimum to their maximum, each
+    the mean of its share of them."""
+    n = min(width, len(values))
+    means = [statistics.fmean(values[i * len(values) // n:(i + 1) * len(values) // n]) for i in range(n)]
+    low, high = min(means), max(means)
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * (mean - low) / (high - low)) if high > low else 0] for mean in means)
+
+
 def panels(runs, x="step"):
     """The panels for which any run has values over `x`. Each validation source has its own; bits per byte are one only
     if losses per token are not comparable: else it is the same curve."""

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from config import RUN_CONFIG, RunFailed, UserError, arg, flatten, to_toml, visible
 from files import write_whole
 from hardware import device_name, should_compile
+from plots import sparkline
 from sinks import JsonlSink, TensorboardSink
 from wandb_runs import (
     WandbConfig,
@@ -33,6 +34,9 @@ from wandb_runs import (
     with_environment,
 )
 
+# What a finished run draws on the console: title → metric.
+DRAWN = {"train loss": "train/loss", "val loss": "val/loss", "grad norm": "train/grad_norm", "lr": "lr",
+         "tok/s": "global_tokens_per_sec"}
 # Flags that .config.toml is without: the next start has its own, and may find the run in another folder.
 NOT_KEPT = ("resume", "overwrite", "dry_run", "wandb_run_id", "checkpoint_path")
 
@@ -161,6 +165,7 @@ class Tracker:
         self.state, self.epochs_per_step, self.amp = state, epochs_per_step, amp
         self.num_steps, self.exit_code = cfg.optim.num_steps, 0
         self.beside, self.is_main, self.sinks, self.file = cfg.checkpoint.beside, world.is_main, [], None
+        self.drawn = {title: [] for title in DRAWN}
         self.wandb, self.lately = None, deque([(time.perf_counter(), state.step)], 100)  # when each report was
         wandb, self.plan = self._plan_wandb(cfg, world, state)
         if world.is_main or self.plan:
@@ -266,6 +271,9 @@ class Tracker:
         if step == first:  # exclude the one-time evaluation before the first step
             self.lately.clear()
         self.lately.append((time.perf_counter(), step))
+        for title, name in DRAWN.items():
+            if math.isfinite(metrics.get(name, math.nan)):
+                self.drawn[title].append(metrics[name])
         own = {name: metrics.pop(name) for name in list(metrics) if name.startswith("rank/")}
         row = metrics if self.is_main or self.plan and self.plan.primary else {}
         if self.plan and self.plan.suffix is not None:
@@ -294,7 +302,10 @@ class Tracker:
                          epoch=state.step * self.epochs_per_step, num_steps=self.num_steps, val_loss=state.val_loss)
 
     def finished(self, files):
-        log.info("Training finished. Written: %s", ", ".join(files))
+        rows = [f"{title:10} {sparkline(values):40} {values[0]:.4g} → {values[-1]:.4g}"
+                for title, values in self.drawn.items() if len(values) > 1]
+        log.info("%s", "\n".join(["Training finished.", *rows]))
+        log.info("Written: %s", ", ".join(files))
         log.info("curves: python report.py %s --terminal", shlex.quote(str(self.beside(".pt"))))
 
 

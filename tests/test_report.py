@@ -12,7 +12,7 @@ from conftest import ROOT, environment
 
 import report
 from files import read_records
-from plots import PANELS, figure, panels, short, smoothed, ticks
+from plots import PANELS, figure, panels, short, smoothed, sparkline, ticks
 
 NASTY = "Once <script>alert('x')</script> & <img src=http://example.com/x.png>\n\x1b[31m```red \ud83d"
 
@@ -256,3 +256,9 @@ def test_validation_sets_of_like_names_have_panels_of_their_own():
             return ([1], [2.0]) if metric.startswith("val/loss/") else ([], [])
 
     assert [panel.name for panel in panels([Run()])] == ["val_a_b_txt_0", "val_a_b_txt_1", "val_c"]
+
+
+def test_a_sparkline_is_from_the_least_to_the_greatest():
+    assert sparkline(range(8)) == "▁▂▃▄▅▆▇█" and sparkline([2.0]) == sparkline([5, 5])[:1] == "▁"
+    long = sparkline([math.sin(i / 1000) for i in range(6283)], 9)
+    assert len(long) == 9 and long[4] in "▃▄▅" and long[2] == "█" and long[6] == "▁"

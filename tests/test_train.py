@@ -29,6 +29,8 @@ def same(a, b):
 def test_a_run_reports_what_is_documented_and_writes_what_it_says(trainer):
     run = trainer("--num-steps", 20, "--log-steps", 5, "--save-steps", 10, "--use-tensorboard")
     assert run.code == 0, run.err
+    losses = [row["train/loss"] for step, row in sorted(run.rows.items()) if step]
+    assert re.search(rf"\ntrain loss [▁-█]{{4}} +{losses[0]:.4g} → {losses[-1]:.4g}\n", run.out), run.out
     assert sorted(run.rows) == [0, 5, 10, 15, 20]
     assert run.rows[0]["val/loss"] == pytest.approx(math.log(257), rel=0.02)
     assert run.rows[20]["val/loss"] < run.rows[0]["val/loss"]
