@@ -116,6 +116,7 @@ class Corpus:
             self.val.verify(self.meta, "val")
         self.vocab_size, self.eos, self.fingerprint = self.train.vocab_size, self.train.eos, self.meta["fingerprint"]
         self.start = self._start()
+        self.next = None, None  # the batch expected next: (its first sample, their number), their first tokens
         self.val_sources = {name: Shard(self.val.path, *span) for name, span in self.meta["val_sources"].items()}
         if not cfg.val_data and not all(shard.windows(self.seq_len) for shard in self.val_sources.values()):
             self.val_sources = {"": self.val}  # held out of the training text: not enough for a loss of each source
@@ -186,7 +187,15 @@ class Corpus:
         the same step as one on each of two ranks.
         """
         first = ((step * accum + micro) * size + rank) * batch_size
-        return read_windows(self.train, self.samples(first, batch_size), self.seq_len)
+        expected, firsts = self.next
+        if expected != (first, batch_size):
+            firsts = self.samples(first, batch_size)
+        windows = read_windows(self.train, firsts, self.seq_len)
+        first += size * batch_size  # of this rank's next micro-batch
+        self.next = (first, batch_size), self.samples(first, batch_size)
+        for at in self.next[1]:
+            self.train.expect(int(at), self.seq_len + 1)
+        return windows
 
     def val_batches(self, max_tokens, batch_size, rank=0, size=1):
         """Yields this rank's share of the validation windows as (source, inputs, targets, number of real rows), with

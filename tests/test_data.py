@@ -62,6 +62,24 @@ def test_an_epoch_shows_every_window_once_and_the_next_in_another_order(text, ca
     assert not np.array_equal(seen[:n], seen[n:2 * n])
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no such advice")
+def test_what_is_read_next_is_announced(text, cache, monkeypatch):
+    """In the order of training, and batches are the same in any other."""
+    corpus, announced, found = Corpus(config(text, cache)), [], {}
+    monkeypatch.setattr(os, "posix_fadvise", lambda *range_, advice=0: announced.append(range_[:3]))
+    for step, micro in [(5, 0), (5, 1), (6, 0), (6, 1), (5, 0), (2, 1), (3, 0)]:
+        read, pread = [], os.pread
+        with monkeypatch.context() as watch:
+            watch.setattr(os, "pread", lambda fd, n, at: read.append((fd, at, n)) or pread(fd, n, at))  # noqa: B023
+            batch = corpus.batch(step, 4, micro, accum=2, rank=1, size=3)
+        if (step, micro) in [(5, 1), (6, 0), (6, 1), (3, 0)]:
+            assert read == [one for one in announced if one[0] == corpus.train.fd][-8:-4]
+        other = found.setdefault((step, micro), batch)
+        assert all(np.array_equal(a, b) for a, b in zip(batch, other, strict=True))
+        alone = Corpus(config(text, cache)).batch(step, 4, micro, accum=2, rank=1, size=3)
+        assert all(np.array_equal(a, b) for a, b in zip(batch, alone, strict=True))
+
+
 def test_sources_take_turns_by_their_weights():
     assert take_turns([5]).tolist() == [0]
     turns = take_turns([2.0, 1.0, 0.004])
