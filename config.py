@@ -44,7 +44,7 @@ ELSEWHERE = {"learning_rate": "lr", "max_iters": "num_steps", "max_steps": "num_
              "eval_every": "eval_steps", "logging_steps": "log_steps", "warmup_iters": "warmup_steps",
              # torchtitan's and torchtune's tables, Flyte's words. "": there is nothing like it here.
              "metrics": "wandb", "metric_logger": "wandb", "run_mode": "wandb_run_mode", "project": "wandb_project",
-             "rank_scope": "wandb_rank_scope", "use_tensor_parallel": "", "tp": "", "fsdp": "", "moe": "",
+             "rank_scope": "wandb_rank_scope", "use_tensor_parallel": "", "tp": "", "fsdp": "", "moe": "", "n_experts": "",
              "download_logs": "",
              "lr_decay_iters": "num_steps", "lr_scheduler_type": "lr_scheduler", "resume_from_step": "resume"}
 # How a process is launched and where it writes, not what it trains; so are W&B's flags, wandb_…
@@ -357,7 +357,7 @@ def _nearest(word, known):
     meant = ELSEWHERE.get(plain(word))
     close = [name for name in known if plain(name) == meant]
     if not close and meant != "":
-        close = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
+        close = difflib.get_close_matches(word, known, n=1, cutoff=0.66)
     return f"; did you mean {close[0]}?" if close else ""
 
 
