@@ -1,7 +1,8 @@
 """A run's checkpoints: where they are, which one it resumes from, and whether that is its own.
 
 `--checkpoint-path checkpoints/minigpt.pt` names the newest. Beside it, with the same stem, are `.prev.pt` (the one
-before), `.best.pt` (lowest validation loss), `.step-N.pt` (with `--keep-last`), and the run's log and metrics.
+before), `.best.pt` (lowest validation loss), `.step-N.pt` and `.kept-N.pt` (with `--keep-last`, `--keep-every`), and
+the run's log and metrics.
 """
 
 import contextlib
@@ -43,7 +44,7 @@ class CheckpointConfig:
     save_steps: int = arg(250, "steps between checkpoints; 0: only the last step's", ge=0)
     save_best: bool = arg(True, "save a checkpoint at each new lowest validation loss, too, as FILE.best.pt")
     keep_last: int = arg(0, "how many of the newest checkpoints to keep as FILE.step-N.pt, too; 0: none", ge=0)
-    keep_every: int = arg(0, "keep the checkpoint of every N-th step as FILE.step-N.pt for good; 0: none", ge=0)
+    keep_every: int = arg(0, "keep the first checkpoint of every N steps as FILE.kept-N.pt, for good; 0: none", ge=0)
     async_save: bool = arg(False, "write checkpoints from a copy in the CPU's memory while training goes on")
     time_limit: float = arg(0.0, "minutes after which the run saves and exits, with exit code 142; 0: none", ge=0,
                             le=10**7)
@@ -51,16 +52,15 @@ class CheckpointConfig:
     def validate(self):
         if self.overwrite and self.resume in ("latest", "auto"):
             raise UserError("--resume continues the checkpoint that --overwrite discards: give only one of them")
-        if self.keep_every and (not self.save_steps or self.keep_every % self.save_steps):
-            raise UserError(f"--keep-every {self.keep_every}: not a multiple of --save-steps {self.save_steps}")
         if os.path.isdir(self.checkpoint_path) or not Path(self.checkpoint_path).stem:
             raise UserError(f"--checkpoint-path {self.checkpoint_path}: is a folder; name a file in it, "
                             f"such as {os.path.join(self.checkpoint_path, 'minigpt.pt')}")
         name = Path(self.checkpoint_path).name
-        if not re.fullmatch(r"(?s)(?!.*\.(prev|best|nonfinite|rank\d+|(step|upload|best-of)-[^.]*)\.pt$).+\.pt", name):
+        taken = r"\.(prev|best|nonfinite|rank\d+|(step|kept|upload|best-of)-[^.]*)\.pt$"
+        if not re.fullmatch(rf"(?s)(?!.*{taken}).+\.pt", name):
             raise UserError(f"--checkpoint-path {self.checkpoint_path}: name a file NAME.pt, and not .best.pt, "
-                            f".prev.pt, .nonfinite.pt, .step-N.pt, .rankN.pt or .upload-N.pt, which are names of a "
-                            f"run's other files")
+                            f".prev.pt, .nonfinite.pt, .step-N.pt, .kept-N.pt, .rankN.pt or .upload-N.pt, which are "
+                            f"names of a run's other files")
 
     def beside(self, suffix):
         """checkpoints/minigpt.pt, `.best.pt` → checkpoints/minigpt.best.pt"""
@@ -77,15 +77,11 @@ class CheckpointConfig:
 
     def drafts(self):
         """Temporary files left by killed saves."""
-        return self.matching(r"(\.(prev|best|best-of-\d+|nonfinite|step-\d+))?\.pt\.tmp")
+        return self.matching(r"(\.(prev|best|best-of-\d+|nonfinite|(step|kept)-\d+))?\.pt\.tmp")
 
     def numbered(self):
         """The checkpoints kept by --keep-last and --keep-every, oldest first."""
-        return self.matching(r"\.step-\d+\.pt")
-
-    def is_milestone(self, step):
-        """Whether --keep-every keeps the checkpoint of that step."""
-        return self.keep_every > 0 and step % self.keep_every == 0
+        return sorted(self.matching(r"\.(step|kept)-\d+\.pt"), key=step_of)
 
     def continues(self, resume_from):
         """Whether resuming from that file continues the run at the checkpoint path (the file is one of that run's)
@@ -198,13 +194,13 @@ def run_identity(cfg, corpus, vocab_size, global_batch_size):
         "the training data": corpus.fingerprint["train"], "the validation data": corpus.fingerprint["val"]}
 
 
-def tokens_before(path, config):
+def tokens_before(path, cfg, config):
     """The folder of token shards that the run at `path` had, if its flags for the data are those of `config` and it is
     still there; else None."""
-    if path and is_of_a_run(found := peek(path)):
-        folder, flags = found.get("tokens", ""), found["config"]
-        if all(flags.get(name) == config.get(name) for name in DATA_FLAGS) and os.path.isdir(folder):
-            return folder
+    for file in (path, cfg.beside(".prev.pt")) if path else ():
+        if is_of_a_run(found := peek(file)):  # else damaged
+            same = all(found["config"].get(name) == config.get(name) for name in DATA_FLAGS)
+            return found["tokens"] if same and os.path.isdir(found.get("tokens", "")) else None
     return None
 
 
@@ -324,14 +320,16 @@ def saved(file):
 def require_space(cfg, n_bytes, n_steps, uploads=0):
     """Raises UserError if the disk cannot hold the checkpoints of `n_steps` steps, about `n_bytes` each: the newest and
     the one before (which count toward --keep-last), the best, the one being written, and those kept for uploads and
-    for good."""
-    files = [file for file in map(Path, cfg.files()) if file.suffix == ".pt"]
+    for good; and a copy of the metrics, from which a resume removes what came after the checkpoint."""
+    files = [file for file in map(Path, cfg.files()) if file.suffix == ".pt" and ".kept-" not in file.name]
     files += cfg.drafts()
     ours = {file.stat().st_ino: file.stat().st_size for file in files}
     saves = math.ceil(n_steps / cfg.save_steps) if cfg.save_steps else 1
     wanted = 1 + cfg.save_best + uploads + min(max(2, cfg.keep_last), saves + len(ours))
     wanted += n_steps // cfg.keep_every if cfg.keep_every else 0
-    missing = wanted * n_bytes - sum(ours.values()) - shutil.disk_usage(_nearest_folder(cfg.checkpoint_path)).free
+    metrics = cfg.beside(".metrics.jsonl")
+    needed = wanted * n_bytes + (metrics.stat().st_size if metrics.exists() else 0)
+    missing = needed - sum(ours.values()) - shutil.disk_usage(_nearest_folder(cfg.checkpoint_path)).free
     if missing > 0:
         raise UserError(f"--checkpoint-path {cfg.checkpoint_path}: {wanted} checkpoints of {n_bytes / 1e9:.2g} GB need "
                         f"{missing / 1e9:.2g} GB more than is free; make room, or name a path on another disk")

@@ -44,8 +44,8 @@ ELSEWHERE = {"learning_rate": "lr", "max_iters": "num_steps", "max_steps": "num_
              "eval_every": "eval_steps", "logging_steps": "log_steps", "warmup_iters": "warmup_steps",
              # torchtitan's and torchtune's tables, Flyte's words. "": there is nothing like it here.
              "metrics": "wandb", "metric_logger": "wandb", "run_mode": "wandb_run_mode", "project": "wandb_project",
-             "rank_scope": "wandb_rank_scope", "use_tensor_parallel": "", "tp": "", "fsdp": "", "moe": "", "n_experts": "",
-             "download_logs": "",
+             "rank_scope": "wandb_rank_scope", "use_tensor_parallel": "", "tp": "", "fsdp": "", "moe": "",
+             "n_experts": "", "download_logs": "", "log_every": "log_steps",
              "lr_decay_iters": "num_steps", "lr_scheduler_type": "lr_scheduler", "resume_from_step": "resume"}
 # How a process is launched and where it writes, not what it trains; so are W&B's flags, wandb_…
 LAUNCH_FLAGS = {"resume", "overwrite", "dry_run", "checkpoint_path", "cache_dir", "heartbeat_file"}
@@ -161,6 +161,8 @@ def parse(cls, argv=None):
     values = {} if path is None else _read_toml(path, cls, fields)
     if path and path.endswith(RUN_CONFIG) and "checkpoint_path" in fields:  # of that run, wherever it has been moved
         values.setdefault("checkpoint_path", path.removesuffix(RUN_CONFIG) + ".pt")
+        if values.get("global_batch_tokens"):  # older files have both
+            values.pop("grad_accum_steps", None)
     values |= {name: coerce(flag(name), fields[name], value) for name, value in given.items()}
 
     groups = {}
@@ -357,7 +359,7 @@ def _nearest(word, known):
     meant = ELSEWHERE.get(plain(word))
     close = [name for name in known if plain(name) == meant]
     if not close and meant != "":
-        close = difflib.get_close_matches(word, known, n=1, cutoff=0.66)
+        close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
 
 

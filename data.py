@@ -14,7 +14,7 @@ import numpy as np
 
 from config import UserError, arg
 from files import write_whole
-from shards import Shard, read_meta, read_windows, spread_windows
+from shards import Shard, part_shards, read_meta, read_windows, spread_windows
 from token_cache import prepare
 from tokenizer import encode, open_tokenizer, tokenizer_hash
 
@@ -118,8 +118,8 @@ class Corpus:
         self.start = self._start()
         self.next = None, None  # the batch expected next: (its first sample, their number), their first tokens
         self.val_sources = {name: Shard(self.val.path, *span) for name, span in self.meta["val_sources"].items()}
-        if not cfg.val_data and not all(shard.windows(self.seq_len) for shard in self.val_sources.values()):
-            self.val_sources = {"": self.val}  # held out of the training text: not enough for a loss of each source
+        if not cfg.val_data:  # held out of the training text, maybe too little for a loss of each source
+            self.val_sources = part_shards(self.val.path, self.meta["val_sources"], self.seq_len)
         spans = self.meta["train_sources"]
         if cfg.train_weights and len(cfg.train_weights) != len(spans):
             raise UserError(f"--train-weights {' '.join(map(str, cfg.train_weights))}: {self.folder} has {len(spans)} "

@@ -21,7 +21,7 @@ from config import UserError, arg, one_line_errors, parse
 from files import without_infinity
 from model import IGNORE
 from pretrained import load_run
-from shards import Shard, ShardWriter, read_meta, read_windows, spread_windows
+from shards import Shard, ShardWriter, part_shards, read_meta, read_windows, spread_windows
 from text import find_sources, foreign_tokens, pieces, require_hub, source_names, take
 from token_cache import BATCH
 from tokenizer import encode_pieces, id_count
@@ -100,7 +100,8 @@ def own_validation_set(saved):
     config = saved["config"]
     if "train_data" not in config:
         raise UserError("--data is missing: a Hugging Face folder has no validation set; name text to evaluate on")
-    given = (Path(path) / "meta.json" for path in config["train_data"])  # may be a folder of token shards
+    # Of the folders in --train-data one may be of token shards.
+    given = (Path(path) / "meta.json" for path in (saved.get("tokens", ""), *config["train_data"]))
     for file in (*given, *Path(config["cache_dir"]).glob("*/meta.json")):
         with contextlib.suppress(UserError):  # missing, or another corpus's and damaged
             if read_meta(file.parent)["fingerprint"]["val"] == saved["identity"]["the validation data"]:
@@ -111,7 +112,7 @@ def own_validation_set(saved):
                     f"text to evaluate on{named}")
 
 
-def open_data(paths, text_column, tokenizer, eos, saved, folder):
+def open_data(paths, text_column, seq_len, tokenizer, eos, saved, folder):
     """{name: Shard} of the data, and the bytes of text per token. Text is tokenized into `folder`. Raises UserError."""
     prepared = Path(paths[0])
     if len(paths) == 1 and (prepared / "val.bin").is_file():
@@ -120,7 +121,7 @@ def open_data(paths, text_column, tokenizer, eos, saved, folder):
             raise UserError(f"--data {paths[0]}: shards of another tokenizer than the checkpoint's; give the "
                             f"text itself")
         Shard(shard).verify(meta, "val")
-        return ({name: Shard(shard, *span) for name, span in meta["val_sources"].items()},
+        return (part_shards(shard, meta["val_sources"], seq_len),
                 meta["bytes"]["val"] / meta["tokens"]["val"])
     column = text_column or saved["config"].get("text_column", "text")
     sources, n_bytes, left_out, shards = find_sources(paths, "--data", column), 0, 0, {}
@@ -253,8 +254,8 @@ def main():
         raise UserError(f"--stride {cfg.stride} is above --seq-len {seq_len}: windows would leave tokens out")
     with tempfile.TemporaryDirectory() as folder:
         try:
-            shards, bytes_per_token = open_data(cfg.data or [own_validation_set(saved)], cfg.text_column, tokenizer,
-                                                eos, saved, folder)
+            shards, bytes_per_token = open_data(cfg.data or [own_validation_set(saved)], cfg.text_column, seq_len,
+                                                tokenizer, eos, saved, folder)
         except OSError as error:  # a full disk
             raise UserError(f"{error.filename or folder}: {error.strerror}; make room there, or set TMPDIR") from None
         for name, shard in shards.items():

@@ -70,27 +70,13 @@ def beside_run(path, suffix):
     `path`: any of those checkpoints, or the run's metrics.jsonl."""
     path = Path(path)
     stem = path.name.removesuffix(".metrics.jsonl") if path.name.endswith(".metrics.jsonl") else path.stem
-    return path.with_name(re.sub(r"\.(best(-of-\d+)?|prev|nonfinite|step-\d+)$", "", stem) + suffix)
+    return path.with_name(re.sub(r"\.(best(-of-\d+)?|prev|nonfinite|(step|kept)-\d+)$", "", stem) + suffix)
 
 
 def matching_files(prefix, pattern):
     """The files whose paths are `prefix` plus a match of the regex `pattern`, sorted."""
     return sorted(file for file in prefix.parent.glob(glob.escape(prefix.name) + "*")
                   if re.fullmatch(pattern, file.name.removeprefix(prefix.name)))
-
-
-def lines_backwards(file, block=1 << 20):
-    """Yields (offset, line with its newline) of a file opened in binary mode, the last one first."""
-    end, unread = file.seek(0, os.SEEK_END), b""
-    while end or unread:
-        cut = unread.rfind(b"\n", 0, -1) + 1
-        if not cut and end:
-            end -= (size := min(block, end))
-            file.seek(end)
-            unread = file.read(size) + unread
-            continue
-        yield end + cut, unread[cut:]
-        unread = unread[:cut]
 
 
 def read_records(path):

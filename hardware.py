@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import errno
+import glob
 import os
 import platform
 import re
@@ -24,7 +25,7 @@ PEAK_FLOPS = {r"H100( SXM5)? \d+GB HBM3": 989e12, r"H100 PCIe": 756e12, r"H100 N
               r"GeForce RTX 4090": 165e12, r"GeForce RTX 3090": 71e12,
               r"AMD Instinct MI250X": 191.5e12, r"AMD Instinct MI300X": 1307e12}  # an MI250X shows as two devices
 
-NVIDIA_DRIVER = "/dev/nvidiactl"  # there where a machine has an NVIDIA GPU, whether PyTorch can use it or not
+NVIDIA = "/dev/nvidia[0-9]*"  # its GPUs, whether PyTorch can use them or not
 
 
 @dataclass
@@ -73,8 +74,7 @@ def choose_device(name, local_rank=0, alone=True):
     has_mps = torch.backends.mps.is_available()
     if name == "auto":  # Metal has no collectives
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps and alone else "cpu"
-        hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
-        if name == "cpu" and torch.version.cuda and os.path.exists(NVIDIA_DRIVER) and not hidden:
+        if name == "cpu" and torch.version.cuda and _has_nvidia():
             raise UserError(f"--device auto: this machine has an NVIDIA GPU, which this PyTorch cannot use: its driver "
                             f"is too old for CUDA {torch.version.cuda}, or does not work (see nvidia-smi); update it, "
                             f"take a PyTorch for its CUDA, or say --device cpu")
@@ -89,6 +89,16 @@ def choose_device(name, local_rank=0, alone=True):
     if name == "mps" and not has_mps:
         raise UserError("--device mps: this PyTorch has no Metal support; use --device cpu")
     return torch.device(name)
+
+
+def _has_nvidia():
+    """Whether this process has been given an NVIDIA GPU: one that is not hidden, nor denied by the job's cgroup."""
+    if not re.search(r"^\d|GPU|MIG", os.environ.get("CUDA_VISIBLE_DEVICES", "0")):  # "", -1, Slurm's NoDevFiles
+        return False
+    for file in glob.glob(NVIDIA):
+        with contextlib.suppress(OSError), open(file, "rb"):
+            return True
+    return False
 
 
 def choose_precision(cfg, device):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import hardware
 from archive import save
-from checkpoint import saved, step_of
+from checkpoint import saved
 from config import RunFailed
 
 log = logging.getLogger("mini_llm")
@@ -24,25 +25,26 @@ class NotSaved(RunFailed):
     """The last checkpoint of a run could not be written."""
 
 
-def save_run(cfg, payload, step, latest, best):
+def save_run(cfg, payload, step, latest, best, kept=False):
     """Save at the checkpoint path (`latest`), as `.best.pt` (`best`), or both with one write. Returns the file's path.
 
-    The previous checkpoint stays as `.prev.pt`; the new one also gets a name with its step, with --keep-last for a
-    while, with --keep-every for good. These are hard links, which cost no writing and ensure that an intact checkpoint
-    has some name at every moment. The best is named before the newest: a run killed in between goes on from the one
-    before, and finds the best again.
+    The previous checkpoint stays as `.prev.pt`; with --keep-last and if `kept` the new one also gets a name with its
+    step. These are hard links, which cost no writing and ensure that an intact checkpoint has some name at every
+    moment. The best is named before the newest: a run killed in between goes on from the one before, and finds the best
+    again.
     """
     path, best_path, newest = Path(cfg.checkpoint_path), cfg.beside(".best.pt"), cfg.beside(f".step-{step:08d}.pt")
     if not latest:
         save(best_path, payload)
         return best_path
-    named = cfg.keep_last > 0 or cfg.is_milestone(step)
-    save(path, payload, cfg.beside(".prev.pt"), [best_path] * best + [newest] * named)
+    names = [best_path] * best + [newest] * (cfg.keep_last > 0) + [cfg.beside(f".kept-{step:08d}.pt")] * kept
+    # One that was saved while steps were not finite may be of no use, and the one before it is all there is.
+    sound = not saved(path).get("meter", {}).get("skipped", [0, 0])[1]
+    save(path, payload, cfg.beside(".prev.pt") if sound else None, names)
     if cfg.keep_last:
         # Not those of later steps, left from before the run fell back: they would outlive the new ones.
-        for old in [file for file in cfg.numbered() if file <= newest][:-cfg.keep_last]:
-            if not cfg.is_milestone(step_of(old)):
-                old.unlink(missing_ok=True)
+        for old in [file for file in cfg.matching(r"\.step-\d+\.pt") if file <= newest][:-cfg.keep_last]:
+            old.unlink(missing_ok=True)
     return path
 
 
@@ -54,7 +56,9 @@ class Saver:
         """`state` is the run's own; the Tracker `track` is told of each file saved, and of the first failure."""
         self.cfg, self.world, self.state, self.track, self.failing = cfg, world, state, track, False
         self.pool, self.copies = ThreadPoolExecutor(1, "save"), []
-        self.future = self.under_way = None  # under_way, on every rank: (step, best_val before) of the save in progress
+        self.last = state.step  # of the newest checkpoint
+        # On every rank (step, best_val before, whether it is the newest) of the save in progress.
+        self.future = self.under_way = None
 
     def save(self, payload, latest, best, last):
         """Save what `payload()` returns; `best`: its validation loss is the lowest so far. A failed save is logged, and
@@ -63,7 +67,7 @@ class Saver:
         before = self.state.best_val
         if best:
             self.state.best_val = self.state.val_loss
-        now, self.under_way = payload(), (self.state.step, before)
+        now, self.under_way = payload(), (self.state.step, before, latest)
         self.world.from_main(lambda: self._begin(now, latest, best))
         if last or not self.cfg.async_save:
             self.conclude(last=last)
@@ -76,7 +80,7 @@ class Saver:
             if not self.world.from_main(lambda: self._ended(wait)):
                 return
         except OSError as error:
-            step, self.state.best_val = self.under_way
+            step, self.state.best_val, _ = self.under_way
             if last:
                 raise NotSaved(f"step {step} could not be saved: {error}") from None
             log.error("step %d could not be saved, and training goes on to the next try: %s", step, error)
@@ -84,7 +88,8 @@ class Saver:
                 self.track.alert("not saved", f"step {step} could not be saved: {error}")
             self.failing = True
         else:
-            self.failing = False
+            step, _, latest = self.under_way
+            self.last, self.failing = step if latest else self.last, False
         self.under_way = None
 
     def _ended(self, wait):
@@ -96,11 +101,13 @@ class Saver:
     def _begin(self, payload, latest, best):
         if self.cfg.async_save:
             payload = self._copied(payload)
-        self.future = self.pool.submit(self._write, payload, dataclasses.replace(self.state), latest, best)
+        every = self.cfg.keep_every
+        kept = every > 0 and self.state.step // every > self.last // every
+        self.future = self.pool.submit(self._write, payload, dataclasses.replace(self.state), latest, best, kept)
 
-    def _write(self, payload, state, latest, best):
+    def _write(self, payload, state, latest, best, kept):
         with self.world.saving:
-            return save_run(self.cfg, payload, state.step, latest, best), state, best
+            return save_run(self.cfg, payload, state.step, latest, best, kept), state, best
 
     def _copied(self, payload):
         """Copy to the CPU, into the buffers of the previous copy, which the last save no longer needs."""
@@ -144,6 +151,6 @@ def _way_on(cfg, payload, step):
     newest = Path(cfg.checkpoint_path)
     for file in (newest, cfg.beside(".prev.pt"), *reversed(cfg.numbered()), cfg.beside(".best.pt")):
         if 0 < (before := saved(file)["state"].get("step", 0)) < step:
-            resume = "--resume" if file == newest else f"--resume {file} --overwrite"
+            resume = "--resume" if file == newest else f"--resume {shlex.quote(str(file))} --overwrite"
             return f"{resume} with {rate} goes on from step {before}"
-    return f"no checkpoint is from before step {step}: start again, with --overwrite and {rate}"
+    return f"no checkpoint is from before step {step}: start as before, with --overwrite and {rate}"

@@ -134,6 +134,13 @@ class Shard:
                             f"folder and prepare it again")
 
 
+def part_shards(path, spans, seq_len):
+    """{name: Shard} of the parts of a token file, for each [first token, number of tokens] in `spans`; if any has less
+    than a window, the whole file as a single one: {"": Shard}."""
+    parts = {name: Shard(path, *span) for name, span in spans.items()}
+    return parts if all(shard.windows(seq_len) for shard in parts.values()) else {"": Shard(path)}
+
+
 def spread_windows(shards, seq_len, max_tokens):
     """Indices of evenly spread windows, `max_tokens` tokens in total (0: all): {name: shard} → {name: indices}."""
     counts = {name: shard.windows(seq_len) for name, shard in shards.items()}

@@ -7,7 +7,7 @@ import os
 import re
 import time
 
-from files import lines_backwards, without_infinity, write_whole
+from files import replacing, without_infinity
 
 log = logging.getLogger("mini_llm")
 
@@ -17,29 +17,15 @@ class JsonlSink:
     resume, lines after the checkpoint's step are removed, except for alerts: the run will write them again."""
 
     def __init__(self, path, start_step):
-        if start_step and path.exists():
-            self._rewind(path, start_step)
-        else:
-            write_whole(path, b"")
+        old = path if start_step and path.exists() else os.devnull
+        # A new file: whoever still sends what a killed start has written keeps the old one.
+        with replacing(path) as draft, open(draft, "wb") as file, open(old, "rb") as before:
+            for line in before:  # not parsed: histograms take megabytes
+                found = re.match(rb'\{"step": (\d+), "time": [^,]+, ("event": "alert")?', line)
+                if found and (found[2] or int(found[1]) <= start_step) and line.endswith(b"}\n"):
+                    file.write(line)
         self.path, self.file = path, open(path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
         self.unwritten, self.failed = b"", False
-
-    @staticmethod
-    def _rewind(path, step):
-        """Remove what comes after the last report of `step` or before: read from the end, and changed in place, since
-        the file may be large and the disk full."""
-        with open(path, "r+b") as file:
-            end, kept = file.seek(0, os.SEEK_END), []
-            for start, line in lines_backwards(file):  # not parsed: histograms take megabytes
-                found = re.match(rb'\{"step": (\d+), "time": [^,]+, ("event": "alert")?', line)
-                found = line.endswith(b"}\n") and found
-                if found and not found[2] and int(found[1]) <= step:
-                    break
-                kept += [line] * bool(found and found[2])
-                end = start
-            file.seek(end)
-            file.writelines(reversed(kept))  # before what follows is cut off: a kill in between loses none
-            file.truncate()
 
     def place(self):
         """The file's path, and the byte offset of the next record."""

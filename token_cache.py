@@ -78,7 +78,10 @@ def prepare(cfg, vocab_size=0, writes=True, scratch=None, before=None):
             raise
         folder, changed = None, str(error)
     else:
-        changed = before and folder.name != Path(before).name and "the text is not what it was"
+        changed = before and folder.name != Path(before).name and "the text, or its tokenizer, is not what it was"
+    if changed and not os.path.isdir(before):
+        raise UserError(f"{changed}, and the tokens that this run began with, {before}, are not on this machine; copy "
+                        f"them there")
     if changed:
         log.warning("%s: this run goes on with the tokens that it began with, %s", changed, before)
         return Path(before)
@@ -94,6 +97,7 @@ def prepare(cfg, vocab_size=0, writes=True, scratch=None, before=None):
             if draft is not None:
                 _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources)
                 os.replace(draft, folder)
+                (folder / PROGRESS).unlink(missing_ok=True)
                 (folder / ".lock").unlink()  # after the rename: else another process could lock and empty the draft
     return folder
 
@@ -163,16 +167,15 @@ def _locked_draft(folder):
         try:
             yield draft
         except BaseException as error:
-            kept = (draft / PROGRESS).exists() and not isinstance(error, UserError)
-            if not kept:
+            if (draft / PROGRESS).exists() and isinstance(error, (KeyboardInterrupt, SystemExit, OSError)):
+                log.warning("what is tokenized so far is kept in %s: start again to go on, or remove it", draft)
+            else:
                 shutil.rmtree(draft, ignore_errors=True)
                 with contextlib.suppress(OSError):
                     folder.parent.rmdir()
             if isinstance(error, OSError):  # a full disk, or a text file that has vanished
-                advice = ("make room and start again: it goes on from there" if kept else
-                          "make room, or give another --cache-dir")
-                raise UserError(f"{error.filename or f'--cache-dir {folder.parent}'}: {error.strerror or error}; "
-                                f"{advice}") from None
+                raise UserError(f"{error.filename or f'--cache-dir {folder.parent}'}: {error.strerror or error}; make "
+                                f"room, or give another --cache-dir") from None
             raise
     finally:
         os.close(fd)
@@ -247,7 +250,8 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
     # Without --val-data, each source of a mixture has its part of the validation text, and so a loss of its own.
     paths = dict(train=cfg.train_data, val=cfg.val_data or cfg.train_data * bool(cfg.train_weights))
     n_paths = max(1, len(cfg.train_data), len(cfg.val_data))
-    new = Progress([digest.hex(), BATCH, PIECE], {split: [0] * n_paths for split in paths})
+    arguments = [source.argument for source in [*sources, *val_sources]]
+    new = Progress([digest.hex(), BATCH, PIECE, n_paths, arguments], {split: [0] * n_paths for split in paths})
     done = Progress.of_draft(draft, new)
     writers = {split: ShardWriter(draft / f"{split}.bin", size, eos, digest, limit, sum(done.tokens[split]))
                for split, limit in limits.items()}
@@ -255,7 +259,8 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
     with tqdm(total=total or None, unit="B", unit_scale=True, desc="tokenizing", leave=False, disable=None) as bar:
         # --val-data comes first and is read in full.
         _tokenize(stream(), tokenizer, eos, writers, bool(val_sources), cfg.tokenizer_name, bar, done, draft)
-    _require_a_sequence(cfg, writers["train"].count, writers["val"].count, done.tokens["val"])
+    parts = done.tokens["val"][:len(cfg.val_data)]
+    _require_a_sequence(cfg, writers["train"].count, writers["val"].count, parts)
     mb = sum(done.bytes.values()) / 1e6
     log.info("tokenized %.1f MB into %s tokens in %.1f s (%.1f MB/s)", mb,
              f"{sum(writer.count for writer in writers.values()):,}", done.seconds, mb / max(done.seconds, 1e-9))
@@ -274,7 +279,6 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
         file.write(json.dumps(meta, indent=1))
         file.flush()
         os.fsync(file.fileno())
-    (draft / PROGRESS).unlink(missing_ok=True)
 
 
 def _tokenize(stream, tokenizer, eos, writers, whole_val, name, bar, done, draft):
@@ -314,7 +318,7 @@ def _tokenize(stream, tokenizer, eos, writers, whole_val, name, bar, done, draft
 
 def _require_a_sequence(cfg, train, val, parts):
     """Raises UserError if there are too few tokens. `parts`: how many of those of `val` each --val-data has."""
-    named = [(f"--val-data {path}", "val", count) for path, count in zip(cfg.val_data, parts, strict=False)]
+    named = [(f"--val-data {path}", "val", count) for path, count in zip(cfg.val_data, parts, strict=True)]
     for where, split, count in [("--train-data", "train", train), *(named or [("--train-data", "val", val)])]:
         if count < cfg.seq_len + 1:
             more = ", or a larger --max-tokens" if cfg.max_tokens else ""

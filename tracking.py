@@ -22,6 +22,7 @@ from config import RUN_CONFIG, RunFailed, UserError, arg, flatten, to_toml, visi
 from files import write_whole
 from hardware import device_name, should_compile
 from plots import sparkline
+from saver import NonFinite
 from sinks import JsonlSink, TensorboardSink
 from wandb_runs import (
     WandbConfig,
@@ -242,7 +243,8 @@ class Tracker:
             if self.file and not issubclass(kind, (RunFailed, KeyboardInterrupt)):  # else only stderr has it
                 with contextlib.suppress(OSError):
                     traceback.print_exception(error, file=self.file.stream)
-            if known := [file for file in map(self.beside, (".pt", ".best.pt")) if file.exists()]:
+            known = [file for file in map(self.beside, (".pt", ".best.pt")) if file.exists()]
+            if known and not issubclass(kind, NonFinite):  # which says from where to go on
                 log.error("the last checkpoint is %s: --resume goes on from it", known[0])
             self.alert(f"stopped by {kind.__name__}", str(error))
         self._record(self.state.step, event="exit", code=self.exit_code)
@@ -304,7 +306,8 @@ class Tracker:
     def finished(self, files):
         rows = [f"{title:10} {sparkline(values):40} {values[0]:.4g} → {values[-1]:.4g}"
                 for title, values in self.drawn.items() if len(values) > 1]
-        log.info("%s", "\n".join(["Training finished.", *rows]))
+        drawable = (sys.stdout.encoding or "").lower().startswith("utf")
+        log.info("%s", "\n".join(["Training finished.", *rows * drawable]))
         log.info("Written: %s", ", ".join(files))
         log.info("curves: python report.py %s --terminal", shlex.quote(str(self.beside(".pt"))))
 

@@ -119,7 +119,7 @@ def train(cfg, world):
     resume_from = checkpoint.plan_together(cfg.checkpoint, world, dry_run)
     cfg.model, cfg.init = world.from_main(lambda: resolve_init(cfg, resume_from))
     accum, config = cfg.batch.accum_steps(world.size, cfg.data.seq_len), flatten(cfg)
-    tokens = world.from_main(lambda: checkpoint.tokens_before(resume_from, config))
+    tokens = world.from_main(lambda: checkpoint.tokens_before(resume_from, cfg.checkpoint, config))
     corpus = Corpus(cfg.data, cfg.model.vocab_size, writes=world.local_rank == 0, scratch=dry_run, before=tokens)
     global_batch_size = batch_size * accum * world.size
     vocab_size = resolve_vocab_size(cfg.model, cfg.init, corpus.vocab_size, cfg.data.tokenizer_name)
@@ -223,7 +223,7 @@ def train(cfg, world):
     with (Tracker(cfg, world, state, global_batch_size / corpus.n_windows, precision.name, facts) as track,
           make_profiler(cfg.tracking.use_profiler and world.is_main, cfg.checkpoint.beside(".trace.json")) as profiler,
           stop, Watchdog(meter, state, cfg, world.rank)):
-        saver, wanted, latest = Saver(cfg.checkpoint, world, state, track), False, False
+        saver, owed = Saver(cfg.checkpoint, world, state, track), False
         if state.step == 0:
             track.report(evaluate_now())
         while state.step < num_steps:
@@ -254,16 +254,15 @@ def train(cfg, world):
                 with meter.excluded("sample"), precision.autocast():
                     world.from_main(lambda: track.sample(
                         lambda: sample_text(raw, cfg.checkpoint.beside(".tokenizer"), corpus)))
-            wanted = due(cfg.checkpoint.save_steps) or signal_number or save_now or (wanted and not latest)
-            # Not while steps are not finite: if the weights are why, only checkpoints from before are of use.
-            latest = wanted and (state.step == num_steps or not meter.skipped_in_row)
+            owed = owed or due(cfg.checkpoint.save_steps)
+            # Unless asked to, not while steps are not finite: if the weights are why, no such checkpoint is of use.
+            latest = signal_number or save_now or state.step == num_steps or (owed and not meter.skipped_in_row)
             if latest or best:
                 with meter.excluded("checkpoint"):  # all ranks wait here: saving is not training time
                     saver.save(payload, latest, best, signal_number or state.step == num_steps)
+            owed = owed and not latest
             if signal_number and state.step < num_steps:
-                saver.conclude()
-                log.info("stopped by %s at step %d, %s; go on with --resume", stop.cause(signal_number), state.step,
-                         "saved" if latest else "whose gradient is not finite: not saved")
+                log.info("stopped by %s at step %d, saved; go on with --resume", stop.cause(signal_number), state.step)
                 track.exit_code = 128 + signal_number
                 break
         else:

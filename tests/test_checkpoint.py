@@ -18,8 +18,8 @@ import saver
 from archive import DamagedCheckpoint, load, save
 from checkpoint import CheckpointConfig, State, load_latest, plan
 from config import UserError
-from saver import save_run
-from train import Config
+from saver import Saver, save_run
+from train import Config, World
 
 PAYLOAD = {"model": {"w": torch.arange(1000.0), "b": torch.zeros(3, dtype=torch.bfloat16)}, "step": 7, "name": "x"}
 
@@ -500,17 +500,27 @@ def test_only_what_a_run_writes_is_listed(tmp_path):
 
 
 def test_milestones_are_kept_for_good_beside_the_newest_few(tmp_path):
-    cfg = config(tmp_path, keep_last=2, keep_every=30, save_steps=10)
-    for step in range(10, 80, 10):
+    def names():
+        return [file.suffixes[0] for file in cfg.numbered()]
+
+    cfg, state = config(tmp_path, keep_last=2, keep_every=30), State()
+    saver = Saver(cfg, World.__new__(World), state, SimpleNamespace(saved=lambda *_: None))
+    for state.step in (10, 25, 40, 50, 55, 95):  # 30 and 90 were not saved themselves
+        saver.save(lambda: payload(state.step), latest=state.step != 50, best=state.step == 50, last=False)
+    assert names() == [".kept-00000040", ".step-00000055", ".kept-00000095", ".step-00000095"]
+    cfg.keep_every = 0  # as at a resume without the flag
+    for step in (100, 110):
         save_run(cfg, payload(step), step, latest=True, best=False)
-    assert [int(file.stem[-8:]) for file in cfg.numbered()] == [30, 60, 70]
-    cfg = config(tmp_path / "only", keep_every=30, save_steps=10)
-    for step in range(10, 80, 10):
-        save_run(cfg, payload(step), step, latest=True, best=False)
-    assert [int(file.stem[-8:]) for file in cfg.numbered()] == [30, 60]
-    for save_steps in (0, 7):
-        with pytest.raises(UserError, match="--keep-every 30: not a multiple of --save-steps"):
-            config(tmp_path, keep_every=30, save_steps=save_steps).validate()
+    assert names() == [".kept-00000040", ".kept-00000095", ".step-00000100", ".step-00000110"]
+
+
+def test_no_good_checkpoint_goes_for_two_of_steps_that_are_not_finite(tmp_path):
+    cfg = config(tmp_path)
+    for step, in_row in ((10, 0), (20, 0), (25, 3), (27, 5), (30, 0), (40, 0)):
+        saved = whole(step) | dict(meter=dict(skipped=[in_row, in_row]))
+        save_run(cfg, saved, step, latest=True, best=False)
+        before = {10: None, 20: 10, 25: 20, 27: 20, 30: 20, 40: 30}[step]
+        assert before is None or load(tmp_path / "c.prev.pt")["state"]["step"] == before, step
 
 
 def test_saving_again_leaves_no_draft_behind(tmp_path):

@@ -215,10 +215,10 @@ def test_a_mistake_gets_one_line(run_folder, flags, words, monkeypatch, capsys):
         meta = json.loads((run_folder / "shards" / "meta.json").read_text())
         (run_folder / "shards" / "meta.json").write_text(json.dumps(meta | {"tokenizer_hash": "0" * 64}))
     if flags[-1] == "moved.pt":  # a checkpoint without its cache
-        from checkpoint import save
+        from archive import save
 
         saved = load_run(run_folder / "c.pt")[3]
-        save(run_folder / "moved.pt", saved | {"config": saved["config"] | {"cache_dir": "elsewhere"}})
+        save(run_folder / "moved.pt", saved | {"tokens": "gone", "config": saved["config"] | {"cache_dir": "gone"}})
         shutil.copytree(run_folder / "c.tokenizer", run_folder / "moved.tokenizer")
     path = [] if flags[0] == "--checkpoint-path" else ["--checkpoint-path", "c.pt"]
     monkeypatch.chdir(run_folder)

@@ -95,6 +95,7 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path, monkeypatc
     checkpoint.require_space(cfg, 1_000, n_steps=1_000)  # what is there already counts
     every = dataclasses.replace(cfg, checkpoint_path=str(tmp_path / "other.pt"), keep_last=10**6)
     checkpoint.require_space(every, 1_000, n_steps=250)  # one save in all
+    (tmp_path / "other.kept-00000050.pt").write_bytes(bytes(100_000))  # stays
     milestones = dataclasses.replace(every, keep_last=0, save_steps=10, keep_every=50)
     with pytest.raises(UserError, match="9 checkpoints"):  # five of them for good
         checkpoint.require_space(milestones, 1_000, n_steps=250)
@@ -240,7 +241,7 @@ def test_too_many_bad_steps_in_a_row_halt_and_name_the_samples(trainer):
     assert re.search(r"not finite in 4 steps in a row, the last at step 4, which read the training tokens from "
                      r"\[\d+(, \d+){3}\] on", run.stderr)
     assert (trainer.folder / "c.nonfinite.pt").exists()
-    assert "no checkpoint is from before step 0: start again, with --overwrite and a lower --lr" in run.stderr
+    assert "no checkpoint is from before step 0: start as before, with --overwrite and a lower --lr" in run.stderr
     run = subprocess.run([sys.executable, "-c", SMALL_FILES.format(root=str(ROOT)), "planted.py", *rest,
                           "--checkpoint-path", "full.pt"],
                          cwd=trainer.folder, env=environment(), capture_output=True, text=True)

@@ -25,15 +25,17 @@ def test_a_peak_is_that_of_the_very_device_or_unknown(name, peak):
 def test_a_gpu_that_this_pytorch_cannot_use_is_no_reason_to_train_on_the_cpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(hardware, "NVIDIA_DRIVER", str(tmp_path))
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(hardware, "NVIDIA", str(tmp_path / "nvidia[0-9]"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with pytest.raises(UserError, match="too old for CUDA 13.0"):
         hardware.choose_device("auto")
     assert hardware.choose_device("cpu").type == "cpu"
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
-    assert hardware.choose_device("auto").type == "cpu"
+    for hidden in ("", "-1", "NoDevFiles"):  # on purpose, or by Slurm
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert hardware.choose_device("auto").type == "cpu"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    monkeypatch.setattr(hardware, "NVIDIA_DRIVER", str(tmp_path / "none"))
+    (tmp_path / "nvidia0").unlink()
     assert hardware.choose_device("auto").type == "cpu"
 
 

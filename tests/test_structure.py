@@ -37,7 +37,7 @@ ALLOWED = {
     "ranks": {"config", "hardware"},
     "meter": {"hardware"},
     "watchdog": {"files"},
-    "tracking": {"config", "files", "hardware", "plots", "sinks", "wandb_runs", "wandb_sink"},
+    "tracking": {"config", "files", "hardware", "plots", "saver", "sinks", "wandb_runs", "wandb_sink"},
     "sinks": {"files"},
     "train": {"config", "hardware", "model", "optim", "checkpoint", "data", "evaluate", "generate", "meter",
               "pretrained", "processes", "saver", "tracking", "wandb_runs", "watchdog"},
