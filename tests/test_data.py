@@ -261,6 +261,15 @@ def test_every_document_is_followed_by_the_end_of_text_token(tmp_path, cache):
     assert 15 <= len(val) - 1 <= 25
 
 
+def test_a_document_of_many_pieces_is_on_one_side_of_the_validation_split(tmp_path):
+    file, found = tmp_path / "long.jsonl", {}
+    file.write_text("".join(json.dumps({"text": f"{letter} " * 80_000}) + "\n" for letter in "abcdefghij"))
+    for piece in pieces(find_sources([str(file)]), "train", 0.3):
+        found.setdefault(piece.content.split()[0], []).append(piece.split)
+    assert all(len(splits) > 2 and len(set(splits)) == 1 for splits in found.values()), found
+    assert [splits[0] for splits in found.values()].count("val") == 3
+
+
 def test_a_single_text_gives_its_tail_to_validation(text, cache):
     corpus = Corpus(config(text, cache))
     tokenizer, whole = open_tokenizer(corpus.folder / "tokenizer"), text.read_text()
@@ -479,6 +488,8 @@ def test_a_dataset_of_the_hub_is_needed_until_it_is_tokenized_and_no_longer(tmp_
     assert prepare(cfg) == folder
     with pytest.raises(UserError, match="--train-data someone/books: no such file, and .* cannot be reached"):
         prepare(config("someone/books", tmp_path / "other", val_data=[str(text)]))
+    with pytest.raises(UserError, match="--val-data someone/books: no such file, and .* cannot be reached"):
+        prepare(config(text, tmp_path / "other", val_data=["someone/books"]))
     assert not (tmp_path / "other").exists()
 
 
@@ -708,6 +719,39 @@ def test_processes_that_start_together_prepare_once(text, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [os.path.basename(folders[0])]
 
 
+def test_a_lock_of_a_draft_that_another_process_has_begun_anew_locks_nothing(tmp_path, monkeypatch):
+    """The one before it failed, and has removed the draft whose lock this one waited for."""
+    def others_meanwhile(blocked, draft):
+        shutil.rmtree(draft)
+        draft.mkdir()
+        (draft / ".lock").touch()
+        (draft / "train.bin").write_text("theirs")
+
+    monkeypatch.setattr(token_cache, "_wait", others_meanwhile)
+    with token_cache._locked_draft(tmp_path / "key") as draft:
+        assert draft is None
+    assert (tmp_path / "key.draft" / "train.bin").read_text() == "theirs"
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_text_of_one_sequence_will_do_and_one_token_less_will_not(tmp_path, text, split):
+    for characters in (32, 31):  # a byte is a token, and the end-of-text token is one more: targets are one on
+        (short := tmp_path / f"{characters}.txt").write_text("x" * characters)
+        train, val = (short, text) if split == "train" else (text, short)
+        cfg = config(train, tmp_path / "cache", val_data=[str(val)])
+        if characters == 32:
+            assert Shard(prepare(cfg) / f"{split}.bin").windows(32) == 1
+        else:
+            with pytest.raises(UserError, match=f"32 {split} tokens are fewer than one sequence"):
+                prepare(cfg)
+
+
+def test_a_tokenizer_is_trained_on_no_text_that_validates(tmp_path, text):
+    (val := tmp_path / "val.txt").write_text("xylograph " * 2000)
+    folder = prepare(config(text, tmp_path / "cache", val_data=[str(val)], tokenizer_name="bpe"), 400)
+    assert not [token for token in open_tokenizer(folder / "tokenizer").get_vocab() if "xy" in token]
+
+
 def test_text_that_cannot_be_used_leaves_no_cache(tmp_path):
     (tmp_path / "short.txt").write_text("too short")
     with pytest.raises(UserError, match="fewer than one sequence"):
@@ -738,8 +782,9 @@ def test_a_tokenization_goes_on_where_it_ended(text, tmp_path, monkeypatch, capl
     monkeypatch.setattr(token_cache, "encode_pieces", encode_pieces)
     whole, n_batches = made("whole"), len(calls)
     fails.append(n_batches + 5)
-    with pytest.raises((UserError, ended), match="start again: it goes on" if ended is OSError else "as a kill"):
+    with pytest.raises((UserError, ended), match="as a kill"):
         made("cut")
+    assert "start again to go on" in caplog.text
     draft, = (tmp_path / "cut").iterdir()
     with open(draft / "train.bin", "ab") as file:
         file.write(b"what came after the last save")
@@ -751,10 +796,45 @@ def test_a_tokenization_goes_on_where_it_ended(text, tmp_path, monkeypatch, capl
     assert filecmp.cmpfiles(whole, again, names, shallow=False) == (names, [], [])
 
 
+def test_a_draft_is_not_taken_up_for_the_same_files_under_other_paths(text, tmp_path, monkeypatch):
+    """As a folder first, and then as its files: tokens are counted by path."""
+    (folder := tmp_path / "texts").mkdir()
+    for name in "ab":
+        (folder / f"{name}.txt").write_text(text.read_text() + name)
+    fast, calls = token_cache.encode_pieces, []
+    monkeypatch.setattr(token_cache, "BATCH", 1 << 13)
+    monkeypatch.setattr(token_cache, "SAVE_SECONDS", 0)
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return fast(*args)
+
+    def made(*paths):
+        return prepare(config(None, tmp_path / "cache", train_data=list(map(str, paths))))
+
+    monkeypatch.setattr(token_cache, "encode_pieces", killed)
+    with pytest.raises(KeyboardInterrupt):
+        made(folder)
+    assert read_meta(made(*sorted(folder.iterdir())))["train_sources"].keys() == {"a", "b"}
+
+
+def test_a_bug_keeps_no_draft_to_fail_in_again(text, tmp_path, monkeypatch):
+    def broken(*_):
+        raise IndexError
+
+    monkeypatch.setattr(token_cache, "_require_a_sequence", broken)
+    monkeypatch.setattr(token_cache, "SAVE_SECONDS", 0)
+    with pytest.raises(IndexError):
+        prepare(config(text, tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_draft_that_lost_tokens_or_is_of_another_tokenizer_is_begun_anew(text, tmp_path, monkeypatch):
     whole = prepare(config(text, tmp_path / "whole"))
     draft = tmp_path / "cut" / f"{whole.name}.draft"
-    identity = [read_meta(whole)["tokenizer_hash"], token_cache.BATCH, text_module.PIECE]
+    identity = [read_meta(whole)["tokenizer_hash"], token_cache.BATCH, text_module.PIECE, 1, [0]]
 
     def left(*identity):
         progress = token_cache.Progress(identity, dict(train=[9], val=[9]), batches=1)
@@ -766,7 +846,7 @@ def test_a_draft_that_lost_tokens_or_is_of_another_tokenizer_is_begun_anew(text,
     with pytest.raises(UserError, match="train.bin has lost tokens"):
         prepare(config(text, tmp_path / "cut"))
     assert not draft.exists()
-    for i in range(3):
+    for i in range(5):
         left(*identity[:i], "another", *identity[i + 1:])
         again = prepare(config(text, tmp_path / "cut"))
         assert (again / "meta.json").read_bytes() == (whole / "meta.json").read_bytes()

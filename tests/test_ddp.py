@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import signal
 import socket
@@ -15,6 +16,9 @@ import zygote
 from conftest import ROOT, TINY, Run, command, environment, interrupt_after
 from test_train import same
 from wandb_file import run_files
+
+from config import RunFailed, parse
+from train import Config
 
 full = pytest.mark.full
 
@@ -67,6 +71,59 @@ def test_srun_may_start_the_ranks_itself(trainer):
     out, err = tasks[0].communicate(timeout=120)
     assert [task.wait(60) for task in tasks] == [0, 0], err
     close(one, Run(subprocess.CompletedProcess(tasks[0].args, 0, out, err), trainer.folder, "two.pt"), 1e-5)
+
+
+@pytest.fixture
+def world(monkeypatch):
+    """`world(**environment)`: that of a rank in no process group."""
+    import train_ddp
+
+    def make(**variables):
+        for name, value in (variables | dict(MASTER_ADDR="localhost", MASTER_PORT=1)).items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(train_ddp, "join", lambda *_: None)
+        return train_ddp.DDPWorld(parse(Config, ["--device", "cpu"]))
+
+    return make
+
+
+TORCHRUN = dict(RANK=7, WORLD_SIZE=8, LOCAL_RANK=3, LOCAL_WORLD_SIZE=4, GROUP_RANK=1)
+
+
+def test_the_ranks_that_torchrun_starts_under_srun_are_torchruns(world):
+    """One task of srun on a node, torchrun, has started all of the node's ranks: each has srun's variables, too."""
+    slurm = dict(SLURM_PROCID=1, SLURM_NTASKS=2, SLURM_LOCALID=0, SLURM_NTASKS_PER_NODE=1, SLURM_NODEID=1)
+    made = world(**TORCHRUN, **slurm)
+    assert (made.rank, made.size, made.local_rank, made.local_size, made.node_rank) == (7, 8, 3, 4, 1)
+
+
+@pytest.mark.parametrize("threads, asked", [("1", [4]), ("3", [])])
+def test_ranks_on_a_cpu_share_its_cores_unless_told_otherwise(world, monkeypatch, threads, asked):
+    calls = []
+    monkeypatch.setattr("train_ddp.usable_cores", lambda: 18)
+    monkeypatch.setattr(torch, "set_num_threads", calls.append)
+    world(**TORCHRUN, OMP_NUM_THREADS=threads)
+    assert calls == asked
+
+
+def test_an_error_that_cannot_be_sent_reaches_every_rank_by_its_words(monkeypatch):
+    import train_ddp
+
+    class Odd(Exception):  # as of a library, whose constructor wants more than a message
+        def __init__(self, one, two):
+            super().__init__(f"{one} and {two}")
+
+    def sent(outcome):
+        outcome[:] = pickle.loads(pickle.dumps(outcome))
+
+    def fails():
+        raise Odd("this", "that")
+
+    monkeypatch.setattr(train_ddp.dist, "broadcast_object_list", sent)
+    world = train_ddp.DDPWorld.__new__(train_ddp.DDPWorld)
+    world.is_main = True
+    with pytest.raises(RunFailed, match="^Odd: this and that$"):
+        world.from_main(fails)
 
 
 @full
@@ -125,6 +182,7 @@ def test_accumulation_over_ranks_averages_every_gradient_once(trainer):
     assert "512 tokens = batch 4 x sequence 32 x accumulation 2 x ranks 2" in ranks.out
     close(wide, ranks, 1e-5)
     assert wide.rows[6]["train/tokens"] == ranks.rows[6]["train/tokens"] == 6 * 512
+    assert wide.rows[6]["train/epoch"] == ranks.rows[6]["train/epoch"] > 0
     for run, size in (wide, 1), (ranks, 2):  # speed counts the tokens of every micro-batch and rank
         row = run.rows[6]
         low, high = (row[f"tokens_per_sec_per_rank/{end}"] for end in ("min", "max"))
@@ -234,6 +292,40 @@ def test_a_signal_saves_on_agreement_and_the_run_goes_on(trainer, signal_number)
     resumed = trainer(*flags, "--resume", ranks=2)
     assert resumed.code == 0 and f"Resumed at step {step}" in resumed.out, resumed.err
     assert same(resumed, straight)
+
+
+def test_a_signal_to_one_rank_before_the_first_step_stops_them_all(trainer):
+    (trainer.folder / "signalled.py").write_text(
+        f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import train, train_ddp\n"
+        "fast = train.GPT.forward\n"
+        "def forward(self, *batch):\n"
+        "    train.GPT.forward = fast\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return fast(self, *batch)\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    train.GPT.forward = forward\n"
+        "train.main(train_ddp.DDPWorld)\n")
+    args = ["signalled.py" if part.endswith("train_ddp.py") else part for part in
+            trainer.arguments(["--num-steps", 5], ranks=2)]
+    run = zygote.run(args, trainer.folder, environment())
+    assert "stopped by SIGTERM before the first step: nothing has been replaced" in run.stdout, run.stdout + run.stderr
+    assert "error: " not in run.stderr and not (trainer.folder / "c.pt").exists()
+
+
+def test_a_save_on_a_thread_is_done_when_a_stopped_rank_leaves(trainer):
+    """It leaves without the interpreter's end, which would wait for threads."""
+    (trainer.folder / "slow.py").write_text(
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import saver, train, train_ddp\n"
+        "quick = saver.save\n"
+        "saver.save = lambda *args, **options: (time.sleep(2), quick(*args, **options))\n"
+        "train.main(train_ddp.DDPWorld)\n")
+    flags = ["--num-steps", 10**6, "--save-steps", 0, "--eval-steps", 0, "--async-save", "--time-limit", 0.1]
+    args = ["slow.py" if part.endswith("train_ddp.py") else part for part in trainer.arguments(flags, ranks=1)]
+    run = zygote.run(args, trainer.folder, environment())
+    step = int(re.search(r"stopped by --time-limit at step (\d+), saved", run.stdout)[1])
+    assert torch.load(trainer.folder / "c.pt", weights_only=True)["state"]["step"] == step
 
 
 def test_a_signal_to_one_rank_alone_stops_them_all(trainer):

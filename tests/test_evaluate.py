@@ -13,7 +13,7 @@ from conftest import ROOT, TINY, environment
 from test_generate import command, refused, shown
 
 from config import UserError
-from evaluate import figures, interval, main, own_validation_set, sliding_windows, window_batches
+from evaluate import figures, interval, main, open_data, own_validation_set, sliding_windows, window_batches
 from export import export
 from model import IGNORE
 from pretrained import load_run
@@ -44,6 +44,31 @@ def test_the_column_of_a_table_can_be_named(run_folder):
     (run_folder / "bodies.txt").write_text("<|endoftext|>".join(row["body"] for row in rows))
     assert (evaluate(run_folder, "--data", "b.jsonl", "--text-column", "body")["loss"]
             == evaluate(run_folder, "--data", "bodies.txt")["loss"])
+
+
+def test_the_column_is_the_runs_if_none_is_named(run_folder, tmp_path):
+    rows = [dict(title="none of this", body=f"a text of number {n}") for n in range(9)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    _, tokenizer, eos, saved = load_run(run_folder / "c.pt")
+    saved["config"]["text_column"] = "body"
+    shards, _ = open_data([str(tmp_path / "rows.jsonl")], "", 32, tokenizer, eos, saved, tmp_path)
+    assert shards[""].count == sum(len(row["body"]) + 1 for row in rows)
+    with pytest.raises(UserError, match="no column named other"):
+        open_data([str(tmp_path / "rows.jsonl")], "other", 32, tokenizer, eos, saved, tmp_path)
+
+
+def test_damaged_shards_are_not_evaluated(run_folder, tmp_path):
+    _, tokenizer, eos, saved = load_run(run_folder / "c.pt")
+    saved["config"]["cache_dir"] = str(run_folder / "cache")
+    shutil.copytree(own_validation_set(saved), tmp_path / "shards")
+    assert open_data([str(tmp_path / "shards")], "", 32, tokenizer, eos, saved, tmp_path)
+    with open(tmp_path / "shards" / "val.bin", "r+b") as file:
+        file.seek(500)
+        byte = file.read(1)
+        file.seek(500)
+        file.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(UserError, match="is damaged"):
+        open_data([str(tmp_path / "shards")], "", 32, tokenizer, eos, saved, tmp_path)
 
 
 def test_the_documented_python_runs(trainer):

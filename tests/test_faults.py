@@ -22,6 +22,7 @@ from test_train import same
 import checkpoint
 from checkpoint import CheckpointConfig, State
 from config import UserError
+from data import Corpus, DataConfig
 from meter import Meter
 from optim import OptimConfig, StepGuard, make_optimizer
 from saver import NotSaved, Saver
@@ -233,13 +234,15 @@ def test_a_batch_without_a_loss_is_left_out_counted_and_resumed_over(trainer, ra
     assert all(math.isfinite(value) for value in whole["meter"]["smoothed"].values())
 
 
-def test_too_many_bad_steps_in_a_row_halt_and_name_the_samples(trainer):
+def test_too_many_bad_steps_in_a_row_halt_and_name_the_samples(trainer, text, cache):
     (trainer.folder / "planted.py").write_text(PLANTED.format(root=str(ROOT), every=1))
     _, _, *rest = trainer.arguments(["--num-steps", 30, "--log-steps", 2, "--max-bad-steps", 4, "--eval-steps", 0])
     run = zygote.run([sys.executable, "planted.py", *rest], trainer.folder, environment())
     assert run.returncode == 1 and len(run.stderr.strip().splitlines()) == 1, run.stderr
     assert re.search(r"not finite in 4 steps in a row, the last at step 4, which read the training tokens from "
                      r"\[\d+(, \d+){3}\] on", run.stderr)
+    corpus = Corpus(DataConfig(train_data=[str(text)], cache_dir=str(cache), tokenizer_name="byte", seq_len=32))
+    assert f"from {corpus.samples(3 * 4, 4).tolist()} on" in run.stderr, "those of the fourth step"
     assert (trainer.folder / "c.nonfinite.pt").exists()
     assert "no checkpoint is from before step 0: start as before, with --overwrite and a lower --lr" in run.stderr
     run = subprocess.run([sys.executable, "-c", SMALL_FILES.format(root=str(ROOT)), "planted.py", *rest,
@@ -315,6 +318,22 @@ def test_a_stop_before_the_first_step_replaces_nothing(trainer):
     assert trainer("--num-steps", 5).code == 0
     before = {path.name: path.read_bytes() for path in trainer.folder.glob("c.*") if path.is_file()}
     assert signalled(trainer, "SIGTERM", "--num-steps", 10, "--overwrite").returncode == 143
+    assert before == {path.name: path.read_bytes() for path in trainer.folder.glob("c.*") if path.is_file()}
+
+
+def test_a_tokenizer_that_cannot_be_written_replaces_no_run(trainer):
+    assert trainer("--num-steps", 5).code == 0
+    before = {path.name: path.read_bytes() for path in trainer.folder.glob("c.*") if path.is_file()}
+    (trainer.folder / "full.py").write_text(
+        f"import errno, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import train\n"
+        "def full(self, folder):\n"
+        "    raise OSError(errno.ENOSPC, 'No space left on device', str(folder))\n"
+        "train.Corpus.export_tokenizer = full\n"
+        "train.main()\n")
+    args = [sys.executable, "full.py", *trainer.arguments(["--num-steps", 5, "--overwrite"])[2:]]
+    run = zygote.run(args, trainer.folder, environment())
+    assert run.returncode == 1 and "c.tokenizer: No space left on device; make room there" in run.stderr, run.stderr
     assert before == {path.name: path.read_bytes() for path in trainer.folder.glob("c.*") if path.is_file()}
 
 

@@ -78,6 +78,15 @@ def test_positions_beyond_the_context_are_not_used(run_folder):
     assert len(whole) > 100 and whole != sample_text(model, tokenizer, SimpleNamespace(start=0, eos=None, seq_len=8))
 
 
+def test_a_sample_has_no_ids_that_the_tokenizer_lacks(run_folder):
+    """Of a model with more of them (--vocab-size); here two of those are the likeliest, one or the other."""
+    model = randomized(GPT(dataclasses.replace(load_run(run_folder / "c.pt")[0].cfg, vocab_size=300)))
+    with torch.no_grad():
+        model.tok_emb.weight[298:] = torch.stack([one := 1e4 * torch.randn(32), -one])
+    assert max(continued(model, [[0]], 20, seeds=[1])[0]) >= 298
+    assert sample_text(model, run_folder / "c.tokenizer", SimpleNamespace(start=0, eos=None, seq_len=32))
+
+
 def test_seeds_decide_and_ids_stay_below_the_tokenizers():
     model = randomized(build())
     first, again, other = (continued(model, prompts_of(4), 40, seeds=[seed])[0] for seed in (1, 1, 2))

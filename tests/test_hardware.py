@@ -1,5 +1,6 @@
 import contextlib
 import ctypes
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -45,6 +46,20 @@ def test_metal_is_chosen_for_one_process_only(monkeypatch):
     assert hardware.choose_device("auto").type == "mps" and hardware.choose_device("auto", alone=False).type == "cpu"
 
 
+@pytest.mark.parametrize("capability, name", [((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")])
+def test_a_gpu_computes_in_what_its_tensor_cores_have(monkeypatch, capability, name):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device = torch.device("cuda", 0)
+    assert hardware.choose_precision(hardware.SpeedConfig(), device).name == name
+    assert hardware.choose_precision(hardware.SpeedConfig(amp=False), device).name == "off"
+
+
+def test_the_cores_are_those_that_this_process_may_use(monkeypatch):
+    monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda pid: {3, 5, 8}, raising=False)
+    monkeypatch.setattr(hardware.os, "cpu_count", lambda: 64)
+    assert hardware.usable_cores() == 3
+
+
 def test_half_precision_on_metal_is_refused_where_its_mask_is_wrong(monkeypatch):
     cfg = hardware.SpeedConfig(amp_dtype="bf16")
     for version, refused in ("2.12.1", True), ("2.13.0", False):
@@ -74,6 +89,19 @@ def test_a_lack_of_memory_becomes_one_line_and_other_errors_stay_as_they_are():
             raise error
     with pytest.raises(RuntimeError, match="^shapes$"), hardware.enough_memory("lower --batch-size"):
         raise RuntimeError("shapes")
+
+
+def test_memory_that_is_reserved_is_held_and_then_free(monkeypatch):
+    held, ones = [], torch.ones
+
+    def noted(*args, **options):
+        held.append(weakref.ref(tensor := ones(*args, **options)))
+        return tensor
+
+    monkeypatch.setattr(torch, "ones", noted)
+    with hardware.reserved([1 << 20, 1 << 10], torch.device("cpu")):
+        assert [tensor().nbytes for tensor in held] == [1 << 20, 1 << 10]
+    assert [tensor() for tensor in held] == [None, None]
 
 
 def test_gpu_memory_is_in_gigabytes_since_the_last_report(monkeypatch):

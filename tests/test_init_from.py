@@ -9,6 +9,7 @@ from conftest import TUNED
 from archive import save
 from checkpoint import FORMAT
 from config import UserError, parse
+from data import DataConfig, prepare
 from model import ARCHS, GPT, GPTConfig
 from pretrained import SIZES, gpt_config, hugging_face_config, load_initial, load_model, resolve_init
 from train import Config, World
@@ -105,6 +106,12 @@ def test_flags_that_agree_with_the_weights_are_fine(argv):
     cfg = parse(Config, make("--arch", "gpt2", "--n-heads", "4", "--d-ff", "0", "--tie-embeddings", "--dropout", "0.1"))
     model, init = resolve_init(cfg, None)
     assert (model.d_model, model.d_ff, model.vocab_size, model.dropout) == (32, 128, 257, 0.1) and init == cfg.init
+
+
+def test_data_that_has_its_tokenizer_needs_none_named(tuned, text, cache):
+    folder = prepare(DataConfig(train_data=[str(text)], cache_dir=str(cache), tokenizer_name="byte", seq_len=32))
+    cfg = parse(Config, ["--init-from", str(tuned["gpt2"][0]), "--seq-len", "32", "--train-data", str(folder)])
+    assert resolve_init(cfg, None)[0].vocab_size == TUNED["gpt2"]
 
 
 @pytest.mark.parametrize("arch, field, value", [

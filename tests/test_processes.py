@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -44,6 +45,37 @@ def test_a_request_to_save_does_not_end_a_run_that_is_over():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_a_time_limit_counts_from_the_start_and_ends_with_the_loop(monkeypatch):
+    """Tokenizing belongs to it; the uploads to W&B that come after the loop are not to be ended by it."""
+    monkeypatch.setattr(processes, "STARTED", time.monotonic() - 50)
+    with StopSignal(SimpleNamespace(is_main=True), time_limit=1).listen():
+        assert 5 < signal.getitimer(signal.ITIMER_REAL)[0] < 10
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_a_run_under_nohup_outlives_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal(SimpleNamespace(is_main=True)).listen() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.received and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_an_orphan_that_hangs_ends_all_the_same():
+    code = ("import os, signal, sys, time; sys.path.insert(0, sys.argv[1])\n"
+            "import processes; processes.LAST_CALL = 0.5\n"
+            "signal.signal(signal.SIGTERM, lambda *_: None)\n"
+            "if not os.fork():\n"
+            "    processes.stop_when_orphaned(1); print(os.getpid(), flush=True); time.sleep(60)\n"
+            "time.sleep(1)")
+    process = subprocess.Popen([sys.executable, "-c", code, str(ROOT)], stdout=subprocess.PIPE, text=True)
+    pid = int(process.stdout.readline())
+    assert process.wait() == 0 and parent_of(pid)
+    eventually(lambda: not parent_of(pid), 10)
 
 
 def test_a_child_is_found_whatever_bytes_its_name_has():

@@ -7,7 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +17,9 @@ import zygote
 from conftest import ROOT, TINY, Run, environment, eventually, processes_with
 from test_train import same
 
+import ranks
 from config import UserError, parse
-from ranks import differences, digest
+from ranks import Pulse, differences, digest
 from train import Config
 
 # A fault in the data path of RANK at STEP, the first time that torchrun starts it.
@@ -267,6 +270,78 @@ def test_a_digest_tells_every_bit_and_place(dtype):
         assert digest(tensor.flip(0)) != before and digest(-tensor) != before
         assert digest(torch.zeros(4)) != digest(-torch.zeros(4))
         assert digest(tensor.repeat(9), block=64) != digest(tensor.repeat(9).roll(64), block=64)
+
+
+@pytest.fixture
+def pulse(monkeypatch):
+    """Rank 0 of two without its threads; `sleep` ends what has slept ten times."""
+    made, slept = Pulse.__new__(Pulse), []
+    made.rank, made.size, made.timeout, made.silent, made.rounds, made.backends = 0, 2, 100, 6, 0, []
+    made.me = dict(name="rank 0", pid=os.getpid(), node="0", beat=0, moves=0, step=3, left=False)
+    made.leaving, made.saving = threading.Lock(), threading.Lock()
+    made.store = SimpleNamespace(set=lambda *_: None, check=lambda names: names == ["said"], add=lambda *_: 1,
+                                 compare_set=lambda name, old, new: new.encode())
+
+    def sleep(seconds):
+        slept.append(seconds)
+        if len(slept) % 10 == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ranks, "time", SimpleNamespace(sleep=sleep))
+    made.slept = slept
+    return made
+
+
+@pytest.mark.parametrize(("peer", "words"), [
+    (dict(node="0"), "is gone at step 3"), (dict(node="1"), None), (dict(node="0", left=True), None),
+    (dict(node="1", beat=7), "nothing from it for 6 s"), (dict(node="1", beat=7, left=True), None)],
+    ids=["killed", "on another node", "at its end", "frozen", "at its end on another node"])
+def test_a_pulse_that_ends_is_a_fault_or_none(pulse, peer, words):
+    """The pid of the next rank is that of no process here, as it may be on another node."""
+    (gone := subprocess.Popen(["true"])).wait()
+    beats, said = iter(range(100)), []
+    pulse._read = lambda rank: dict(name="rank 1", pid=gone.pid, moves=0, left=False, beat=next(beats)) | peer
+    pulse.fail = lambda reason="", **_: said.append(reason)
+    with pytest.raises(KeyboardInterrupt):
+        pulse._run()
+    assert (words in said[0]) if words else said == []
+
+
+def test_a_rank_that_leaves_lets_a_save_in_progress_end(pulse, monkeypatch):
+    ended, codes = threading.Event(), []
+    monkeypatch.setattr(ranks.os, "_exit", lambda code: codes.append((code, ended.is_set())))
+    pulse.saving.acquire()
+    threading.Timer(0.3, lambda: (ended.set(), pulse.saving.release())).start()
+    pulse.fail("a reason", 3)
+    assert codes == [(3, True)]
+
+
+@pytest.mark.parametrize("node", ["0", "1"])
+def test_a_frozen_rank_of_this_node_is_killed_by_the_one_that_finds_it(pulse, monkeypatch, node):
+    """It cannot exit by itself, and without torchrun nobody else ends it."""
+    monkeypatch.setattr(ranks.os, "_exit", lambda code: None)
+    frozen = subprocess.Popen(["sleep", "60"])
+    try:
+        frozen.send_signal(signal.SIGSTOP)
+        pulse.fail("a reason", frozen=dict(node=node, pid=frozen.pid))
+        if node == "0":
+            assert frozen.wait(10) == -signal.SIGKILL
+        else:
+            assert frozen.poll() is None
+    finally:
+        frozen.kill()
+        frozen.wait()
+
+
+def test_a_rank_that_torchrun_ends_leaves_time_to_say_which_one_died(pulse, monkeypatch):
+    codes, published = [], []
+    monkeypatch.setattr(ranks.os, "_exit", codes.append)
+    pulse._publish = lambda: published.append(pulse.me["left"])
+    pulse._on_sigterm(signal.SIGTERM, None)
+    assert (codes, pulse.slept, published) == ([143], [10], [True])
+    pulse.leaving.acquire()  # it is saying so itself
+    pulse._on_sigterm(signal.SIGTERM, None)
+    assert codes == [143]
 
 
 def test_of_many_ranks_the_odd_one_is_named():

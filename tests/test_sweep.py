@@ -158,6 +158,7 @@ def test_a_trial_is_saved_and_no_process_of_it_outlives_its_agent(server, create
     saved = torch.load(tmp_path / "checkpoints" / f"{stem}.pt", weights_only=True)
     (trial,) = server.runs.values()
     assert saved["state"]["step"] >= max(reports(file)) > 10 and trial.exit_code == 143
+    assert trial.state == "failed", "one that is preempted would be queued again"
     assert {row["step"] for row in trial.history} == reports(file).keys()
 
 

@@ -94,6 +94,16 @@ def test_a_log_that_the_disk_cannot_take_ends_no_run_that_is_done(tmp_path):
     tracker.__exit__(None, None, None)
 
 
+def test_an_error_is_one_alert_though_all_ranks_write(tmp_path):
+    for is_main, events in (True, ["alert", "exit"]), (False, ["exit"]):
+        records, tracker = [], Tracker.__new__(Tracker)
+        tracker.bar, tracker.file, tracker.beside = SimpleNamespace(close=int), None, lambda suffix: tmp_path / suffix
+        tracker.sinks = [SimpleNamespace(log=lambda step, record, to=records: to.append(record), close=int)]
+        tracker.exit_code, tracker.state, tracker.is_main = 0, State(step=9), is_main
+        tracker.__exit__(ValueError, ValueError("planted"), None)
+        assert [record["event"] for record in records] == events and records[-1]["code"] == 1
+
+
 def test_a_line_leaves_out_what_was_not_measured():
     assert console_line(0, 50, {"train/epoch": 0, "val/loss": 10.8, "val/ppl": 49020.8}, 0, "off") == (
         "epoch 1 step 0/50 | val loss 10.8000 | val ppl 49020.80 | amp off")
@@ -141,6 +151,7 @@ def test_speed_counts_training_time_only(monkeypatch):
     clock = Clock(monkeypatch, meter_module)
     meter = Meter(Alone(), flops_per_token=1e9, peak_flops=1e12)
     # The first warms up: neither its tokens nor its time count.
+    clock.sleep(0.01)
     meter.add(torch.ones(1), torch.ones(()), torch.tensor(True), tokens=1_000_000)
     for _ in range(2):
         clock.sleep(0.05)
@@ -154,9 +165,34 @@ def test_speed_counts_training_time_only(monkeypatch):
     assert metrics["train/step_time_sec"] == pytest.approx(0.05)
     assert metrics["train/mfu"] == pytest.approx(metrics["tokens_per_sec_per_rank"] * 1e9 / 1e12)
     assert metrics["smoothed/mfu"] == metrics["train/mfu"], "the first is not smoothed"
-    assert metrics["time/eval_sec"] == pytest.approx(0.2)
+    assert metrics["time/warmup_sec"] == pytest.approx(0.01) and metrics["time/eval_sec"] == pytest.approx(0.2)
     assert metrics["time/checkpoint_sec"] == pytest.approx(0.1)
-    assert metrics["time/dt_sec"] == pytest.approx(0.4)
+    assert metrics["time/dt_sec"] == pytest.approx(0.41)
+
+
+def test_a_step_that_an_evaluation_interrupts_has_taken_no_longer(monkeypatch):
+    """For the watchdog, to which it would else be a step that hangs."""
+    clock = Clock(monkeypatch, meter_module)
+    meter = Meter(Alone(), 1.0, None)
+    for seconds in (0, 100):
+        clock.sleep(1)
+        with meter.excluded("eval"):
+            clock.sleep(seconds)
+        assert meter.doing == ("step", clock.now - 1)
+        meter.add(torch.ones(1), torch.ones(()), torch.tensor(True), tokens=1)
+    assert list(meter.lasted["step"]) == [1, 1] and list(meter.lasted["eval"]) == [0, 100]
+
+
+def test_what_a_resumed_run_has_smoothed_and_skipped_goes_on():
+    """Intervals of skipped steps alone, whose loss is no number, leave the averages as they are."""
+    first, second = Meter(Alone(), 1.0, None), Meter(Alone(), 1.0, None)
+    for norm in (1.0, math.nan, math.nan):
+        first.add(torch.tensor([10.0]), torch.tensor(norm), torch.tensor(math.isfinite(norm)), tokens=1)
+        first.report()
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert (second.skipped, second.skipped_in_row) == (2, 2)
+    second.add(torch.tensor([20.0]), torch.tensor(1.0), torch.tensor(True), tokens=1)
+    assert second.report()["smoothed/loss"] == pytest.approx(11.0)
 
 
 def test_global_speed_is_all_tokens_over_the_slowest_ranks_time():
@@ -222,6 +258,28 @@ def test_a_resumed_run_drops_what_it_writes_again_and_keeps_why_it_ended(tmp_pat
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     JsonlSink(path, 20).close(0)
     assert [json.loads(line) for line in path.read_text().splitlines()] == [rows[0], rows[2]]
+
+
+def test_a_row_that_a_power_cut_has_torn_is_dropped_though_its_checkpoint_is_whole(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 10, "time": 1.0, "x": 1}\n{"step": 20, "time": 2.0, "x')
+    sink = JsonlSink(path, 20)
+    sink.log(30, {"x": 1})
+    sink.close(0)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 30]
+
+
+def test_a_resumed_run_has_each_step_once_in_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is an extra")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start, steps in (0, (10, 20, 30)), (20, (30, 40)):
+        sink = TensorboardSink(tmp_path, start)
+        for step in steps:
+            sink.log(step, {"train/loss": step + start})
+        sink.close(0)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(10, 10), (20, 20), (30, 50), (40, 60)]
 
 
 def test_tensorboard_has_the_same_names_values_and_steps(tmp_path):

@@ -125,6 +125,11 @@ def test_each_source_of_a_mixture_has_a_loss_of_its_own(trainer, text):
     assert row["val/loss"] == pytest.approx(mean, abs=1e-6) and row["val/loss/a"] != row["val/loss/b"]
     short = trainer(*flags, "c.txt", "--train-weights", 1, 1, 1, checkpoint="short.pt")
     assert short.code == 0 and not any(key.startswith("val/loss/") for key in short.rows[0]), short.err
+    for run in (mixed, short):  # and the same by evaluate.py
+        found = zygote.run([*command("evaluate.py"), "--checkpoint-path", run.checkpoint.name, "--no-amp", "--json",
+                            "--device", "cpu"], trainer.folder, environment())
+        assert found.returncode == 0, found.stderr
+        assert json.loads(found.stdout)["loss"] == pytest.approx(run.rows[2]["val/loss"], abs=1e-5)
 
 
 # The runs of the next test cross an epoch boundary (99 windows, 8 a step) and stop at a multiple of no interval.
@@ -172,11 +177,14 @@ def test_a_run_keeps_its_tokens_if_its_text_changes(trainer, text, change):
     tried = trainer(*flags, "--num-steps", 20, "--resume", "--dry-run")
     resumed = trainer(*flags, "--num-steps", 20, "--resume")
     assert resumed.code == tried.code == 0 and same(resumed, straight), resumed.err + tried.err
-    told = "the text is not what it was" if change == "appended to" else "--train-data own.txt: no such file or folder"
+    told = "the text, or its tokenizer, is not what it was" if change == "appended to" else "--train-data own.txt: no such file or folder"
     assert f"{told}: this run goes on with the tokens that it began with" in resumed.out
     assert "tokenized" not in resumed.out
     other = trainer(*flags, "--max-tokens", 9000, "--num-steps", 20, "--resume", checkpoint="straight.pt")
     assert other.code == 2, "with other flags it is another text that is wanted"
+    (trainer.folder / "c.pt").write_bytes(b"damaged")
+    mended = trainer(*flags, "--num-steps", 30, "--resume")
+    assert mended.code == 0 and "falling back to c.prev.pt" in mended.out and told in mended.out, mended.err
 
 
 def test_a_runs_own_config_goes_with_it(trainer, text, cache):
@@ -225,6 +233,19 @@ def test_a_finished_run_has_nothing_to_resume(trainer):
     trainer("--num-steps", 5)
     again = trainer("--num-steps", 5, "--resume")
     assert again.code == 0 and "already at step 5 of 5: raise --num-steps" in again.out
+
+
+def test_the_log_of_a_resumed_run_goes_on(trainer):
+    trainer("--num-steps", 5)
+    assert trainer("--num-steps", 8, "--resume").code == 0
+    log = (trainer.folder / "c.log").read_text()
+    assert "step 5/5" in log and "step 8/8" in log
+
+
+def test_the_configuration_of_a_run_that_replaced_another_replaces_none(trainer):
+    assert trainer("--num-steps", 2, "--overwrite").code == 0
+    again = trainer("--config", trainer.folder / "c.config.toml", tiny=False)
+    assert again.code == 2 and "there is a checkpoint already" in again.err
 
 
 def test_another_schedule_may_be_resumed_and_is_said(trainer):
@@ -297,6 +318,12 @@ def test_a_run_killed_with_nothing_but_its_best_checkpoint_goes_on_from_that(tra
     assert re.search(r"Resumed at step [1-9]", resumed.out)
 
 
+def test_a_sample_is_not_training_time(trainer):
+    run = trainer("--num-steps", 10, "--log-steps", 5, "--sample-steps", 5, "--eval-steps", 0)
+    assert 0 < run.rows[10]["time/sample_sec"] < run.rows[10]["time/dt_sec"]
+    assert run.rows[10]["train/step_time_sec"] * 5 + run.rows[10]["time/sample_sec"] < run.rows[10]["time/dt_sec"]
+
+
 def test_a_console_that_is_closed_or_narrow_is_no_reason_to_end(trainer):
     arguments = trainer.arguments(["--num-steps", 20, "--sample-steps", 10])
     closed = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *arguments], cwd=trainer.folder,
@@ -347,6 +374,19 @@ def test_fp16_clips_gradients_of_their_true_size(trainer):
     scaled = trainer(*flags, "--amp-dtype", "fp16", checkpoint="scaled.pt")
     for step in (2, 4, 6):
         assert scaled.rows[step]["train/grad_norm"] == pytest.approx(exact.rows[step]["train/grad_norm"], rel=0.02)
+
+
+def test_histograms_are_of_the_step_reported_and_of_gradients_of_their_true_size(trainer):
+    flags = ["--num-steps", 4, "--eval-steps", 0, "--wandb-watch", "all", "--grad-clip-norm", 0.01]
+    exact = trainer(*flags, "--no-amp", "--log-steps", 2, checkpoint="exact.pt")
+    every = trainer(*flags, "--no-amp", "--log-steps", 1, checkpoint="every.pt")
+    scaled = trainer(*flags, "--amp-dtype", "fp16", "--log-steps", 2, checkpoint="scaled.pt")
+    for step in (2, 4):
+        found, same_step, of_fp16 = ({name: value for name, value in run.rows[step].items() if isinstance(value, dict)}
+                                     for run in (exact, every, scaled))
+        assert found == same_step and "parameters/tok_emb.weight" in found
+        edges = [values["gradients/tok_emb.weight"]["edges"] for values in (found, of_fp16)]
+        assert edges[0] == pytest.approx(edges[1], abs=0.1 * edges[0][-1]) and edges[0][-1] > 0.01, "clipped"
 
 
 def test_compiled_training_is_training(trainer):

@@ -127,6 +127,13 @@ def test_what_the_environment_says_of_the_run_is_heeded(trainer):
     assert (tracked.host, tracked.commit, tracked.config["git_commit"]) == ("alias", "deadbeef", "deadbeef")
 
 
+def test_a_resumed_run_may_be_given_another_id(trainer):
+    trainer("--num-steps", 2, *WANDB)
+    run = trainer("--num-steps", 4, *WANDB, "--resume", "--wandb-run-id", "another")
+    assert run.code == 0 and json.loads((trainer.folder / "c.wandb.json").read_text())["base"] == "another", run.err
+    assert torch.load(run.checkpoint, weights_only=True)["state"]["wandb_run_id"] == "another"
+
+
 def test_an_overwritten_run_and_a_branch_leave_the_others_chart_alone(trainer):
     def base(checkpoint="c"):
         return json.loads((trainer.folder / f"{checkpoint}.wandb.json").read_text())["base"]

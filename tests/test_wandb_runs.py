@@ -1,5 +1,7 @@
 """Who writes which W&B run, and where its settings come from: pure functions, on every row of their tables."""
 
+from contextlib import nullcontext
+
 import pytest
 
 import wandb_runs
@@ -83,6 +85,21 @@ def test_a_flag_wins_over_the_environment_and_that_over_the_default():
     assert (found.wandb_project, found.wandb_tags, found.wandb_mode, found.wandb_init_timeout) == (
         "mine", ["c"], "online", 3.0)
     assert with_environment(WandbConfig(), {}).wandb_project == "mini-llm"
+
+
+def test_a_home_folder_is_one_wherever_it_is_written(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    for cfg, environ in (WandbConfig(wandb_dir="~/runs"), {}), (WandbConfig(), dict(WANDB_DIR="~/runs")):
+        assert with_environment(cfg, environ).wandb_dir == "/home/me/runs"
+
+
+def test_best_checkpoints_are_needed_only_where_they_are_uploaded():
+    for mode, on, policy, refused in (("offline", True, "best", True), ("disabled", True, "best", False),
+                                      ("offline", False, "best", False), ("offline", True, "last", False)):
+        cfg = WandbConfig(use_wandb=on, wandb_mode=mode, wandb_log_checkpoints=policy)
+        cfg.require_best(saved=True)
+        with pytest.raises(UserError, match="take last, or add --save-best") if refused else nullcontext():
+            cfg.require_best(saved=False)
 
 
 def test_what_wandb_init_and_wandb_offline_write_comes_after_the_environment(tmp_path):

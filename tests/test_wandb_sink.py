@@ -1,12 +1,15 @@
 """The trainer's end of W&B: what it leaves on disk, without starting anything."""
 
 import json
+import math
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 import wandb_sink
-from wandb_follower import Publisher, reports_before
+from wandb_follower import Delivery, Follower, Publisher, reports_before
 from wandb_runs import Job, WandbConfig, plan_run, remember_sent, with_environment
 from wandb_sink import UPLOADS, WandbSink
 
@@ -64,6 +67,59 @@ def test_an_event_that_cannot_be_logged_costs_one_warning_and_no_row():
 
 def links(folder):
     return sorted(path.name for path in folder.glob("*upload-*"))
+
+
+def test_the_table_of_samples_has_the_last_hundred_in_order(monkeypatch):
+    """It is sent whole with each sample."""
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Table=lambda columns, data: data))
+    tables = []
+    run = SimpleNamespace(offline=False, log=lambda row: tables.append(row["samples"]))
+    publisher = Publisher(run, Job({}, {}), None, [dict(step=step, text="before") for step in range(60)])
+    publisher.publish(json.dumps(dict(step=step, time=1.0, event="sample", text="now")) for step in range(60, 130))
+    assert [step for step, _ in tables[0]] == list(range(61)) and tables[0][-1] == [60, "now"]
+    assert [step for step, _ in tables[-1]] == list(range(30, 130))
+
+
+def test_what_json_has_no_number_for_is_sent_as_the_number_it_was():
+    rows = []
+    publisher = Publisher(SimpleNamespace(offline=False, log=rows.append), Job({}, {}), None)
+    publisher.publish([json.dumps({"step": 1, "time": 2.0, "val/ppl": None, "val/loss": 800.0, "train/loss": None})])
+    assert math.isnan(rows[0].pop("train/loss"))
+    assert rows == [{"step": 1, "_timestamp": 2.0, "val/ppl": math.inf, "val/loss": 800.0}]
+
+
+@pytest.mark.parametrize("policy", ["last", "all"])
+def test_checkpoints_that_newer_ones_have_overtaken_are_not_uploaded_unless_all_are(tmp_path, policy):
+    publisher = Publisher(SimpleNamespace(offline=False), Job({}, {}, policy=policy), None)
+    publisher.uploading = SimpleNamespace(is_alive=lambda: True)  # the one before takes long
+    files = [tmp_path / f"{step}.pt" for step in (1, 2, 3)]
+    for step, file in enumerate(files, 1):
+        file.touch()
+        publisher.publish([json.dumps(dict(step=step, time=1.0, event="checkpoint", path=str(file), best=False))])
+    left = files if policy == "all" else files[-1:]
+    assert [record["path"] for record in publisher.waiting] == list(map(str, left))
+    assert [file for file in files if file.exists()] == left
+
+
+def test_what_a_shared_run_lacks_is_not_guessed(tmp_path):
+    """The last of its rows may be another rank's."""
+    (rows := tmp_path / "m.jsonl").write_text('{"step": 10, "time": 9.0, "x": 1}\n')
+    run = SimpleNamespace(offline=False, summary={"_timestamp": 5.0})
+    for shared, found in (True, 0), (False, 1):
+        job = Job({}, {}, shared=shared, rows=(str(rows), rows.stat().st_size))
+        assert len(Follower(job, lambda level, text: None)._unsent(run)) == found
+
+
+def test_that_the_server_takes_no_more_is_told_once(tmp_path):
+    (log := tmp_path / "debug-internal.log").touch()
+    said = []
+    delivery = Delivery(SimpleNamespace(settings=SimpleNamespace(log_internal=log)), Job({}, {}, sync="sync c.pt"),
+                        lambda level, text: said.append(text))
+    for _ in range(2):
+        with open(log, "a") as file:
+            file.write('{"msg": "filestream: fatal error: filestream: failed to upload: 403 url=x"}\n')
+        delivery.check()
+    assert len(said) == 1 and "(403)" in said[0] and "sync c.pt" in said[0]
 
 
 def test_a_rank_leaves_the_checkpoints_alone_that_another_uploads(sink, tmp_path):
