@@ -93,7 +93,7 @@ def prepare(cfg, vocab_size=0, writes=True, scratch=None, before=None):
     if not writes:
         _wait(lambda: not os.path.exists(folder), folder.with_name(folder.name + ".draft"))
     while not os.path.exists(folder):
-        with _locked_draft(folder) as draft:
+        with _locked_draft(folder, keeps=not scratch) as draft:
             if draft is not None:
                 _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources)
                 os.replace(draft, folder)
@@ -133,10 +133,10 @@ def _key(cfg, vocab_size, tokenizer, sources, val_sources):
 
 
 @contextlib.contextmanager
-def _locked_draft(folder):
+def _locked_draft(folder, keeps=True):
     """Yields a folder that this process alone writes, to be renamed to `folder` when complete; None if another process
-    has just created `folder`. It is empty, or has the Progress of a killed writer and its tokens. The lock is in the
-    draft itself, so a killed writer leaves an unlocked draft."""
+    has just created `folder`. It is empty, or has the Progress of a killed writer and its tokens: if `keeps`, it stays
+    after a signal or a full disk, too. The lock is in the draft itself, so a killed writer leaves an unlocked draft."""
     draft = folder.with_name(folder.name + ".draft")
     try:
         draft.mkdir(parents=True, exist_ok=True)
@@ -167,7 +167,7 @@ def _locked_draft(folder):
         try:
             yield draft
         except BaseException as error:
-            if (draft / PROGRESS).exists() and isinstance(error, (KeyboardInterrupt, SystemExit, OSError)):
+            if keeps and (draft / PROGRESS).exists() and isinstance(error, (KeyboardInterrupt, SystemExit, OSError)):
                 log.warning("what is tokenized so far is kept in %s: start again to go on, or remove it", draft)
             else:
                 shutil.rmtree(draft, ignore_errors=True)
