@@ -200,7 +200,8 @@ def tokens_before(path, cfg, config):
     for file in (path, cfg.beside(".prev.pt")) if path else ():
         if is_of_a_run(found := peek(file)):  # else damaged
             same = all(found["config"].get(name) == config.get(name) for name in DATA_FLAGS)
-            return found["tokens"] if same and os.path.isdir(found.get("tokens", "")) else None
+            folder = str(found.get("tokens", ""))
+            return folder if same and os.path.isdir(folder) else None
     return None
 
 

@@ -101,7 +101,7 @@ def own_validation_set(saved):
     if "train_data" not in config:
         raise UserError("--data is missing: a Hugging Face folder has no validation set; name text to evaluate on")
     # Of the folders in --train-data one may be of token shards.
-    given = (Path(path) / "meta.json" for path in (saved.get("tokens", ""), *config["train_data"]))
+    given = (Path(path) / "meta.json" for path in (str(saved.get("tokens", "")), *config["train_data"]))
     for file in (*given, *Path(config["cache_dir"]).glob("*/meta.json")):
         with contextlib.suppress(UserError):  # missing, or another corpus's and damaged
             if read_meta(file.parent)["fingerprint"]["val"] == saved["identity"]["the validation data"]:

@@ -225,8 +225,12 @@ def test_paths_that_a_checkpoint_names_are_neither_read_nor_written(run, finishe
     code, err, out = run(train, *flags, "--resume")
     assert code == 0 and "Resumed at step 8" in out, out + err
     assert equal(weights(folder / "c.pt"), weights(finished[0] / "c.pt"))
-    archive.save(folder / "c.pt", saved)
-    refused(run(evaluate, "--checkpoint-path", folder / "c.pt"), "--data is missing")
+    for tokens in (str(folder / "outside"), ["a", 1], "a\0b", None):
+        archive.save(folder / "c.pt", saved | dict(tokens=tokens))
+        code, err, out = run(train, *flags, "--resume")
+        assert code == 0 and "Resumed at step 8" in out, out + err
+        archive.save(folder / "c.pt", saved | dict(tokens=tokens))
+        refused(run(evaluate, "--checkpoint-path", folder / "c.pt"), "--data is missing")
     assert run(generate, "--checkpoint-path", folder / "c.pt", "--max-new-tokens", 1)[0] == 0
     assert run(export, "--checkpoint-path", folder / "c.pt", "--output", folder / "out")[0] == 0
     assert os.listdir(folder / "outside") == ["pipe.txt"]
@@ -236,7 +240,7 @@ def test_shards_of_others_beside_the_runs_own_are_passed_over(run, again, tmp_pa
     folder, _ = again
     saved = torch.load(folder / "c.pt", weights_only=True)
     saved["config"]["cache_dir"] = str(folder / "cache")
-    archive.save(folder / "c.pt", saved)
+    archive.save(folder / "c.pt", saved | dict(tokens=str(folder / "cache" / "a")))
     for name, content in (("a", "[]"), ("b", ""), ("c", '{"fingerprint": 1}')):
         (folder / "cache" / name).mkdir(parents=True)
         (folder / "cache" / name / "meta.json").write_text(content)
