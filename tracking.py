@@ -304,7 +304,10 @@ class Tracker:
                          epoch=state.step * self.epochs_per_step, num_steps=self.num_steps, val_loss=state.val_loss)
 
     def finished(self, files):
-        rows = [f"{title:10} {sparkline(values):40} {values[0]:.4g} → {values[-1]:.4g}"
+        def number(value):
+            return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+        rows = [f"{title:10} {sparkline(values):40} {number(values[0])} → {number(values[-1])}"
                 for title, values in self.drawn.items() if len(values) > 1]
         drawable = (sys.stdout.encoding or "").lower().startswith("utf")
         log.info("%s", "\n".join(["Training finished.", *rows * drawable]))
