@@ -230,7 +230,8 @@ def load_for_resume(path, cfg, identity, config, mends=True):
                         f"that it was started with (--config {beside_run(source, '.config.toml')}), or start anew with "
                         f"another --checkpoint-path")
     for name, value in config.items():
-        if not is_launch_flag(name) and name != "init_from" and flags.get(name, value) != value:
+        compared = not is_launch_flag(name) and name not in ("init_from", "grad_accum_steps")  # by what comes of them
+        if compared and flags.get(name, value) != value:
             log.info("resumed with another %s: was %s, is %s", flag(name), flags[name], value)
     if source != path and mends:
         if _one_file(cfg.beside(".best.pt"), path):  # its loss would be the one to beat, its weights are damaged
@@ -327,7 +328,7 @@ def require_space(cfg, n_bytes, n_steps, uploads=0):
     ours = {file.stat().st_ino: file.stat().st_size for file in files}
     saves = math.ceil(n_steps / cfg.save_steps) if cfg.save_steps else 1
     wanted = 1 + cfg.save_best + uploads + min(max(2, cfg.keep_last), saves + len(ours))
-    wanted += n_steps // cfg.keep_every if cfg.keep_every else 0
+    wanted += min(saves, n_steps // cfg.keep_every + 1) if cfg.keep_every else 0
     metrics = cfg.beside(".metrics.jsonl")
     needed = wanted * n_bytes + (metrics.stat().st_size if metrics.exists() else 0)
     missing = needed - sum(ours.values()) - shutil.disk_usage(_nearest_folder(cfg.checkpoint_path)).free

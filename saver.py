@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import hardware
 from archive import save
-from checkpoint import saved
+from checkpoint import saved, step_of
 from config import RunFailed
 
 log = logging.getLogger("mini_llm")
@@ -29,7 +29,8 @@ def save_run(cfg, payload, step, latest, best, kept=False):
     """Save at the checkpoint path (`latest`), as `.best.pt` (`best`), or both with one write. Returns the file's path.
 
     The previous checkpoint stays as `.prev.pt`; with --keep-last and if `kept` the new one also gets a name with its
-    step. These are hard links, which cost no writing and ensure that an intact checkpoint has some name at every
+    step. One that was saved while steps were not finite may be of no use, and is neither kept nor named. These are hard
+    links, which cost no writing and ensure that an intact checkpoint has some name at every
     moment. The best is named before the newest: a run killed in between goes on from the one before, and finds the best
     again.
     """
@@ -37,15 +38,19 @@ def save_run(cfg, payload, step, latest, best, kept=False):
     if not latest:
         save(best_path, payload)
         return best_path
-    names = [best_path] * best + [newest] * (cfg.keep_last > 0) + [cfg.beside(f".kept-{step:08d}.pt")] * kept
-    # One that was saved while steps were not finite may be of no use, and the one before it is all there is.
-    sound = not saved(path).get("meter", {}).get("skipped", [0, 0])[1]
-    save(path, payload, cfg.beside(".prev.pt") if sound else None, names)
-    if cfg.keep_last:
+    named = cfg.keep_last > 0 and _is_sound(payload)
+    names = [best_path] * best + [newest] * named + [cfg.beside(f".kept-{step:08d}.pt")] * kept
+    save(path, payload, cfg.beside(".prev.pt") if _is_sound(saved(path)) else None, names)
+    if named:
         # Not those of later steps, left from before the run fell back: they would outlive the new ones.
         for old in [file for file in cfg.matching(r"\.step-\d+\.pt") if file <= newest][:-cfg.keep_last]:
             old.unlink(missing_ok=True)
     return path
+
+
+def _is_sound(payload):
+    """Whether the last step before this checkpoint was finite."""
+    return not payload.get("meter", {}).get("skipped", [0, 0])[1]
 
 
 class Saver:
@@ -56,9 +61,10 @@ class Saver:
         """`state` is the run's own; the Tracker `track` is told of each file saved, and of the first failure."""
         self.cfg, self.world, self.state, self.track, self.failing = cfg, world, state, track, False
         self.pool, self.copies = ThreadPoolExecutor(1, "save"), []
-        self.last = state.step  # of the newest checkpoint
-        # On every rank (step, best_val before, whether it is the newest) of the save in progress.
-        self.future = self.under_way = None
+        # How many times --keep-every steps the last checkpoint kept for good is from; begun anew where it is no more.
+        self.milestone = max((step_of(file) // (cfg.keep_every or 1) for file in cfg.matching(r"\.kept-\d+\.pt")),
+                             default=0)
+        self.future = self.under_way = None  # under_way, on every rank: (step, best_val before) of the save in progress
 
     def save(self, payload, latest, best, last):
         """Save what `payload()` returns; `best`: its validation loss is the lowest so far. A failed save is logged, and
@@ -67,7 +73,7 @@ class Saver:
         before = self.state.best_val
         if best:
             self.state.best_val = self.state.val_loss
-        now, self.under_way = payload(), (self.state.step, before, latest)
+        now, self.under_way = payload(), (self.state.step, before)
         self.world.from_main(lambda: self._begin(now, latest, best))
         if last or not self.cfg.async_save:
             self.conclude(last=last)
@@ -80,7 +86,7 @@ class Saver:
             if not self.world.from_main(lambda: self._ended(wait)):
                 return
         except OSError as error:
-            step, self.state.best_val, _ = self.under_way
+            step, self.state.best_val = self.under_way
             if last:
                 raise NotSaved(f"step {step} could not be saved: {error}") from None
             log.error("step %d could not be saved, and training goes on to the next try: %s", step, error)
@@ -88,26 +94,28 @@ class Saver:
                 self.track.alert("not saved", f"step {step} could not be saved: {error}")
             self.failing = True
         else:
-            step, _, latest = self.under_way
-            self.last, self.failing = step if latest else self.last, False
+            self.failing = False
         self.under_way = None
 
     def _ended(self, wait):
         if not wait and not self.future.done():
             return False
-        self.track.saved(*self.future.result())
+        path, state, best, kept = self.future.result()
+        if kept:
+            self.milestone = state.step // self.cfg.keep_every
+        self.track.saved(path, state, best)
         return True
 
     def _begin(self, payload, latest, best):
         if self.cfg.async_save:
             payload = self._copied(payload)
         every = self.cfg.keep_every
-        kept = every > 0 and self.state.step // every > self.last // every
+        kept = latest and every > 0 and self.state.step // every > self.milestone and _is_sound(payload)
         self.future = self.pool.submit(self._write, payload, dataclasses.replace(self.state), latest, best, kept)
 
     def _write(self, payload, state, latest, best, kept):
         with self.world.saving:
-            return save_run(self.cfg, payload, state.step, latest, best, kept), state, best
+            return save_run(self.cfg, payload, state.step, latest, best, kept), state, best, kept
 
     def _copied(self, payload):
         """Copy to the CPU, into the buffers of the previous copy, which the last save no longer needs."""

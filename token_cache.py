@@ -78,7 +78,7 @@ def prepare(cfg, vocab_size=0, writes=True, scratch=None, before=None):
             raise
         folder, changed = None, str(error)
     else:
-        changed = before and folder.name != Path(before).name and "the text, or its tokenizer, is not what it was"
+        changed = before and folder.name != Path(before).name and "the text, or what makes tokens of it, has changed"
     if changed and not os.path.isdir(before):
         raise UserError(f"{changed}, and the tokens that this run began with, {before}, are not on this machine; copy "
                         f"them there")
@@ -168,7 +168,8 @@ def _locked_draft(folder, keeps=True):
             yield draft
         except BaseException as error:
             if keeps and (draft / PROGRESS).exists() and isinstance(error, (KeyboardInterrupt, SystemExit, OSError)):
-                log.warning("what is tokenized so far is kept in %s: start again to go on, or remove it", draft)
+                log.warning("the tokens up to the last %d s are kept in %s: start again to go on, or remove it",
+                            SAVE_SECONDS, draft)
             else:
                 shutil.rmtree(draft, ignore_errors=True)
                 with contextlib.suppress(OSError):
@@ -219,6 +220,7 @@ class Progress:
             if found.identity == new.identity:
                 log.info("going on with the tokenization that stopped after %.1f MB", sum(found.bytes.values()) / 1e6)
                 return found
+        (draft / PROGRESS).unlink(missing_ok=True)  # its tokens will be overwritten
         return new
 
     def save(self, draft, writers):

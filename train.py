@@ -244,7 +244,7 @@ def train(cfg, world):
             if due(eval_steps):
                 metrics |= evaluate_now()
                 state.val_loss = metrics["val/loss"]
-                best = cfg.checkpoint.save_best and state.val_loss < state.best_val
+                best = cfg.checkpoint.save_best and state.val_loss < state.best_val and not meter.skipped_in_row
             if metrics:
                 track.report(metrics)
             if due(cfg.report.log_steps) and meter.skipped_in_row >= cfg.optim.max_bad_steps:
@@ -255,7 +255,7 @@ def train(cfg, world):
                     world.from_main(lambda: track.sample(
                         lambda: sample_text(raw, cfg.checkpoint.beside(".tokenizer"), corpus)))
             owed = owed or due(cfg.checkpoint.save_steps)
-            # Unless asked to, not while steps are not finite: if the weights are why, no such checkpoint is of use.
+            # While steps are not finite, only if asked to and at the end: the weights may be why, and of no use.
             latest = signal_number or save_now or state.step == num_steps or (owed and not meter.skipped_in_row)
             if latest or best:
                 with meter.excluded("checkpoint"):  # all ranks wait here: saving is not training time

@@ -505,9 +505,18 @@ def test_milestones_are_kept_for_good_beside_the_newest_few(tmp_path):
 
     cfg, state = config(tmp_path, keep_last=2, keep_every=30), State()
     saver = Saver(cfg, World.__new__(World), state, SimpleNamespace(saved=lambda *_: None))
-    for state.step in (10, 25, 40, 50, 55, 95):  # 30 and 90 were not saved themselves
-        saver.save(lambda: payload(state.step), latest=state.step != 50, best=state.step == 50, last=False)
+    bad = (62, 93)  # asked for while steps were not finite
+
+    def now():
+        return payload(state.step) | dict(meter=dict(skipped=[9, int(state.step in bad)]))
+
+    for state.step in (10, 25, 40, 50, 55, 62, 93, 95):  # 30, 60 and 90 were not saved themselves
+        saver.save(now, latest=state.step != 50, best=state.step == 50, last=False)
     assert names() == [".kept-00000040", ".step-00000055", ".kept-00000095", ".step-00000095"]
+    state.step = 97
+    again = Saver(cfg, World.__new__(World), state, SimpleNamespace(saved=lambda *_: None))
+    again.save(now, latest=True, best=False, last=False)
+    assert names() == [".kept-00000040", ".kept-00000095", ".step-00000095", ".step-00000097"]
     cfg.keep_every = 0  # as at a resume without the flag
     for step in (100, 110):
         save_run(cfg, payload(step), step, latest=True, best=False)

@@ -817,6 +817,11 @@ def test_a_draft_is_not_taken_up_for_the_same_files_under_other_paths(text, tmp_
     monkeypatch.setattr(token_cache, "encode_pieces", killed)
     with pytest.raises(KeyboardInterrupt):
         made(folder)
+    monkeypatch.setattr(token_cache, "SAVE_SECONDS", 30)
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        made(*sorted(folder.iterdir()))
+    assert not [*(tmp_path / "cache").glob("*.draft/progress.json")], "of tokens that have been overwritten"
     assert read_meta(made(*sorted(folder.iterdir())))["train_sources"].keys() == {"a", "b"}
 
 

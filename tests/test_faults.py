@@ -98,7 +98,7 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path, monkeypatc
     checkpoint.require_space(every, 1_000, n_steps=250)  # one save in all
     (tmp_path / "other.kept-00000050.pt").write_bytes(bytes(100_000))  # stays
     milestones = dataclasses.replace(every, keep_last=0, save_steps=10, keep_every=50)
-    with pytest.raises(UserError, match="9 checkpoints"):  # five of them for good
+    with pytest.raises(UserError, match="10 checkpoints"):  # six of them, at most, for good
         checkpoint.require_space(milestones, 1_000, n_steps=250)
     with pytest.raises(UserError, match="5 checkpoints"):  # those that wait for their upload
         checkpoint.require_space(every, 1_000, n_steps=250, uploads=2)
@@ -236,14 +236,14 @@ def test_a_batch_without_a_loss_is_left_out_counted_and_resumed_over(trainer, ra
 
 def test_too_many_bad_steps_in_a_row_halt_and_name_the_samples(trainer, text, cache):
     (trainer.folder / "planted.py").write_text(PLANTED.format(root=str(ROOT), every=1))
-    _, _, *rest = trainer.arguments(["--num-steps", 30, "--log-steps", 2, "--max-bad-steps", 4, "--eval-steps", 0])
+    _, _, *rest = trainer.arguments(["--num-steps", 30, "--log-steps", 2, "--max-bad-steps", 4, "--eval-steps", 2])
     run = zygote.run([sys.executable, "planted.py", *rest], trainer.folder, environment())
     assert run.returncode == 1 and len(run.stderr.strip().splitlines()) == 1, run.stderr
     assert re.search(r"not finite in 4 steps in a row, the last at step 4, which read the training tokens from "
                      r"\[\d+(, \d+){3}\] on", run.stderr)
     corpus = Corpus(DataConfig(train_data=[str(text)], cache_dir=str(cache), tokenizer_name="byte", seq_len=32))
     assert f"from {corpus.samples(3 * 4, 4).tolist()} on" in run.stderr, "those of the fourth step"
-    assert (trainer.folder / "c.nonfinite.pt").exists()
+    assert (trainer.folder / "c.nonfinite.pt").exists() and not (trainer.folder / "c.best.pt").exists()
     assert "no checkpoint is from before step 0: start as before, with --overwrite and a lower --lr" in run.stderr
     run = subprocess.run([sys.executable, "-c", SMALL_FILES.format(root=str(ROOT)), "planted.py", *rest,
                           "--checkpoint-path", "full.pt"],
