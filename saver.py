@@ -61,7 +61,7 @@ class Saver:
         """`state` is the run's own; the Tracker `track` is told of each file saved, and of the first failure."""
         self.cfg, self.world, self.state, self.track, self.failing = cfg, world, state, track, False
         self.pool, self.copies = ThreadPoolExecutor(1, "save"), []
-        # How many times --keep-every steps the last checkpoint kept for good is from; begun anew where it is no more.
+        # The last interval of --keep-every steps, counted from 0, that has a checkpoint kept for good.
         self.milestone = max((step_of(file) // (cfg.keep_every or 1) for file in cfg.matching(r"\.kept-\d+\.pt")),
                              default=0)
         self.future = self.under_way = None  # under_way, on every rank: (step, best_val before) of the save in progress
