@@ -178,6 +178,7 @@ class Pulse(NoPulse):
                 if self.store.add("speakers", 1) == 1:
                     _say(reason)
                     self.store.set("said", "")
+                    time.sleep(0.5)  # this exit may end the store: the others see before that it has been said
             except Exception:  # the store is gone
                 _say(reason)
             if frozen and frozen["node"] == self.me["node"]:  # it cannot exit by itself
