@@ -117,9 +117,11 @@ class Corpus:
         self.vocab_size, self.eos, self.fingerprint = self.train.vocab_size, self.train.eos, self.meta["fingerprint"]
         self.start = self._start()
         self.next = None, None  # the batch expected next: (its first sample, their number), their first tokens
-        self.val_sources = {name: Shard(self.val.path, *span) for name, span in self.meta["val_sources"].items()}
-        if not cfg.val_data:  # held out of the training text, maybe too little for a loss of each source
-            self.val_sources = part_shards(self.val.path, self.meta["val_sources"], self.seq_len)
+        spans = self.meta["val_sources"]
+        if cfg.val_data:
+            self.val_sources = {name: Shard(self.val.path, *span) for name, span in spans.items()}
+        else:  # held out of the training text, maybe too little for a loss of each source
+            self.val_sources = part_shards(self.val.path, spans, self.seq_len)
         spans = self.meta["train_sources"]
         if cfg.train_weights and len(cfg.train_weights) != len(spans):
             raise UserError(f"--train-weights {' '.join(map(str, cfg.train_weights))}: {self.folder} has {len(spans)} "

@@ -61,9 +61,6 @@ class Saver:
         """`state` is the run's own; the Tracker `track` is told of each file saved, and of the first failure."""
         self.cfg, self.world, self.state, self.track, self.failing = cfg, world, state, track, False
         self.pool, self.copies = ThreadPoolExecutor(1, "save"), []
-        # The last interval of --keep-every steps, counted from 0, that has a checkpoint kept for good.
-        self.milestone = max((step_of(file) // (cfg.keep_every or 1) for file in cfg.matching(r"\.kept-\d+\.pt")),
-                             default=0)
         self.future = self.under_way = None  # under_way, on every rank: (step, best_val before) of the save in progress
 
     def save(self, payload, latest, best, last):
@@ -100,22 +97,23 @@ class Saver:
     def _ended(self, wait):
         if not wait and not self.future.done():
             return False
-        path, state, best, kept = self.future.result()
-        if kept:
-            self.milestone = state.step // self.cfg.keep_every
-        self.track.saved(path, state, best)
+        self.track.saved(*self.future.result())
         return True
 
     def _begin(self, payload, latest, best):
         if self.cfg.async_save:
             payload = self._copied(payload)
-        every = self.cfg.keep_every
-        kept = latest and every > 0 and self.state.step // every > self.milestone and _is_sound(payload)
+        kept = latest and self._opens_interval() and _is_sound(payload)
         self.future = self.pool.submit(self._write, payload, dataclasses.replace(self.state), latest, best, kept)
 
     def _write(self, payload, state, latest, best, kept):
         with self.world.saving:
-            return save_run(self.cfg, payload, state.step, latest, best, kept), state, best, kept
+            return save_run(self.cfg, payload, state.step, latest, best, kept), state, best
+
+    def _opens_interval(self):
+        """Whether none is kept for good yet of the --keep-every steps that this one is of; not of the run's first."""
+        every, kept = self.cfg.keep_every, self.cfg.matching(r"\.kept-\d+\.pt")
+        return every > 0 and self.state.step // every > max((step_of(file) // every for file in kept), default=0)
 
     def _copied(self, payload):
         """Copy to the CPU, into the buffers of the previous copy, which the last save no longer needs."""
