@@ -254,9 +254,14 @@ def is_of_a_run(payload):
             and isinstance(payload["state"].get("step"), int))
 
 
-def restore(payload, parts, continues):
-    """Load a restored payload into a run's parts (name → object with load_state_dict) → its State. Raises UserError."""
+def restore(payload, parts, continues, world):
+    """Load a restored payload into a run's parts (name → object with load_state_dict) → its State. Raises UserError.
+    Collective."""
     try:
+        payload["model"] = world.split(payload["model"], dict(parts["model"].named_parameters()))
+        params = [p for group in parts["optimizer"].param_groups for p in group["params"]]
+        for index, state in payload["optimizer"]["state"].items():
+            state.update(world.split(state, dict.fromkeys(state, params[index])))
         # Weight decay and betas come from the flags, not from the checkpoint.
         payload["optimizer"]["param_groups"] = parts["optimizer"].state_dict()["param_groups"]
         for name, part in parts.items():

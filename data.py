@@ -8,7 +8,6 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 
@@ -202,12 +201,15 @@ class Corpus:
     def val_batches(self, max_tokens, batch_size, rank=0, size=1):
         """Yields this rank's share of the validation windows as (source, inputs, targets, number of real rows), with
         (B, T) int64 inputs and targets. `max_tokens` > 0 takes windows spread evenly over the set, at least one per
-        source. A source's last batch is padded by repeating a row, to keep its shape."""
+        source. Batches are padded by repeating a row, to keep their shape, and every rank has as many: where models are
+        sharded, a batch of one rank takes all of them."""
         for name, indices in spread_windows(self.val_sources, self.seq_len, max_tokens).items():
-            chosen = iter(indices[rank::size])
+            chosen = indices[rank::size]
             rank = (rank - len(indices)) % size  # the round robin continues across sources
-            while rows := list(islice(chosen, batch_size)):
-                firsts = [row * self.seq_len for row in rows + rows[-1:] * (batch_size - len(rows))]
+            for start in range(0, -(-len(indices) // size), batch_size):
+                rows = chosen[start:start + batch_size]
+                padded = (rows + (rows or [0])[-1:] * batch_size)[:batch_size]
+                firsts = [row * self.seq_len for row in padded]
                 yield name, *read_windows(self.val_sources[name], firsts, self.seq_len), len(rows)
 
 

@@ -170,12 +170,12 @@ def allow_nondeterministic():
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
 
 
-def keep_freed_memory():
+def keep_freed_memory(up_to=1 << 30):
     """Make glibc keep the large blocks that each step frees and reallocates, instead of returning them to the kernel,
-    which zeroes every page again. No effect with other C libraries."""
+    which zeroes every page again: blocks up to so many bytes. No effect with other C libraries."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: mmap only above 1 GB, 32 MB in old glibc
+        mallopt(-3, up_to) or mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: mmap above; old glibc has at most 32 MB
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never trim the heap
 
 

@@ -65,9 +65,10 @@ def lr_at(step, cfg):
     return height * cfg.lr + (1 - height) * floor
 
 
-def make_optimizer(model, cfg, device, matmul_dtype=None):
+def make_optimizer(model, cfg, device, matmul_dtype=None, orthogonalizer=None):
     """Fused AdamW (Loshchilov & Hutter 2019), with weight decay on matrices, not on biases and norms. With `--optimizer
-    muon`, Muon updates the matrices inside the blocks, orthogonalized in bf16 if `matmul_dtype` is bf16."""
+    muon`, Muon updates the matrices inside the blocks, orthogonalized in bf16 if `matmul_dtype` is bf16, and by
+    `orthogonalizer` if it is not `orthogonalize` itself."""
     hidden = dict.fromkeys(p for p in model.blocks.parameters() if p.ndim == 2 and cfg.optimizer == "muon")
     others = [p for p in model.parameters() if p not in hidden]
     muon = [dict(params=[p for p in hidden if p.shape == shape], momentum=MOMENTUM, weight_decay=cfg.weight_decay,
@@ -75,7 +76,7 @@ def make_optimizer(model, cfg, device, matmul_dtype=None):
     options = dict(betas=(cfg.beta1, cfg.beta2), fused=device.type in ("cuda", "cpu"))
     adamw = [dict(params=[p for p in others if p.ndim >= 2], weight_decay=cfg.weight_decay, **options),
              dict(params=[p for p in others if p.ndim < 2], weight_decay=0.0, **options)]
-    optimizer = MuonAdamW(muon + adamw, matmul_dtype)
+    optimizer = MuonAdamW(muon + adamw, matmul_dtype, orthogonalizer)
     set_lr(optimizer, cfg.lr)
     return optimizer
 
@@ -147,7 +148,8 @@ class MuonAdamW(Optimizer):
 
     found_inf = None  # a scalar tensor on the device: 1.0 skips the step
 
-    def __init__(self, groups, matmul_dtype=None):
+    def __init__(self, groups, matmul_dtype=None, orthogonalizer=None):
+        self.orthogonalize = orthogonalizer or orthogonalize
         self.dtype = torch.bfloat16 if matmul_dtype == torch.bfloat16 else torch.float32
         # Makes GradScaler set found_inf (after unscale_) instead of reading it back; only fused AdamW supports this.
         self._step_supports_amp_scaling = all(group.get("fused", True) for group in groups)
@@ -175,7 +177,7 @@ class MuonAdamW(Optimizer):
         # A list of tensors: a single weight tensor would be read by the host, which would wait for it.
         torch._foreach_lerp_(momenta, grads, [(1 - group["momentum"]) * taken] * len(params))
         nesterov = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))  # (n, rows, cols)
-        update = orthogonalize(nesterov, self.dtype).to(params[0].dtype)
+        update = self.orthogonalize(nesterov, self.dtype).to(params[0].dtype)
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"] * taken)
         torch._foreach_add_(params, (update * taken).unbind(), alpha=-group["lr"] * max(1, rows / cols) ** 0.5)
 

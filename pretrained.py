@@ -124,7 +124,8 @@ def resolve_vocab_size(model, init, size, tokenizer_name):
 def load_initial(raw, init, world):
     """Load the weights that --init-from names into `raw`: the main rank reads and broadcasts them. Collective."""
     if init.init_from:
-        raw.load_state_dict(world.from_main(lambda: _source_weights(init.init_from, raw.cfg)))
+        weights = world.from_main(lambda: _source_weights(init.init_from, raw.cfg))
+        raw.load_state_dict(world.split(weights, dict(raw.named_parameters())))
 
 
 def _saved_config(path, cfg):

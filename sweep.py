@@ -30,7 +30,7 @@ MOST_AGENTS = 20
 METHODS = "grid", "random", "bayes"
 FLAGS = ["${program}", "--use-wandb", "--resume", "auto", "${args}"]  # a preempted trial is resumed
 COMMANDS = {"train.py": ["${env}", "${interpreter}", *FLAGS],
-            "train_ddp.py": ["${env}", "torchrun", "--standalone", *FLAGS]}
+            **dict.fromkeys(("train_ddp.py", "train_fsdp.py"), ["${env}", "torchrun", "--standalone", *FLAGS])}
 
 
 def read_sweep(path):
@@ -59,7 +59,7 @@ def read_sweep(path):
         raise UserError(f"{path}: method bayes needs a metric, such as name: val/loss, goal: minimize")
     program = sweep.setdefault("program", "train.py")
     if "command" not in sweep and program not in COMMANDS:
-        raise UserError(f"{path}: program {program}: train.py or train_ddp.py, or give a command of your own")
+        raise UserError(f"{path}: program {program}: one of {', '.join(COMMANDS)}, or give a command of your own")
     sweep.setdefault("command", COMMANDS.get(program))
     return sweep
 

@@ -112,6 +112,17 @@ def activation_bytes(model, tokens, half, compiled):
     return tokens * (per_channel * size.d_model + per_logit * size.vocab_size) * (1 if half else 2)
 
 
+def state_bytes(model, optimizer_bytes, world, accum):
+    """About what each rank keeps of weights and gradients, in fp32, and of the optimizer's `optimizer_bytes`."""
+    n_params = model.num_params()
+    whole = 8 * n_params + optimizer_bytes
+    if world.shards > 1:  # and what is gathered: all that is not in a block, and two blocks
+        n_blocks = sum(p.numel() for p in model.blocks.parameters())
+        return whole // world.shards + 8 * (n_params - n_blocks + 2 * n_blocks // model.cfg.n_layers)
+    # DDP's buckets are the gradients only in the last micro-batch.
+    return whole + 4 * n_params * (world.size > 1 and accum > 1)
+
+
 def log_facts(cfg, world, corpus, raw, optimizer_bytes, precision, accum, state, resume_from):
     """Log what is about to be trained, and on which device and data."""
     tokens, n_params, size = corpus.meta["tokens"], raw.num_params(), raw.cfg
@@ -119,8 +130,7 @@ def log_facts(cfg, world, corpus, raw, optimizer_bytes, precision, accum, state,
     step_tokens, epoch_tokens = micro * accum * world.size, corpus.n_windows * corpus.seq_len
     run_tokens = cfg.optim.num_steps * step_tokens
     compiled = should_compile(cfg.speed, world.device)
-    # Weights and gradients in fp32; DDP's buckets, which are the gradients only in the last micro-batch.
-    fixed = (12 if world.size > 1 and accum > 1 else 8) * n_params + optimizer_bytes
+    fixed = state_bytes(raw, optimizer_bytes, world, accum)
     activations = activation_bytes(raw, micro, precision.dtype, compiled)
     log.info(f"Using device: {world.device} ({device_name(world.device)}), {world.size} rank{'s'[:world.size > 1]}")
     log.info("Arguments: " + " ".join(f"{name}={value}" for name, value in flatten(cfg).items()
@@ -138,7 +148,7 @@ def log_facts(cfg, world, corpus, raw, optimizer_bytes, precision, accum, state,
         log.info(f"toy data: no model can get below a loss of {corpus.meta['entropy_rate']:.4f} nats per token")
     log.info(f"model: {size.arch}, {n_params:,} parameters, {raw.flops_per_token(corpus.seq_len):.3g} FLOPs per token; "
              f"about {(fixed + activations) / 1e9:.2f} GB ({fixed / 1e9:.2f} weights and optimizer, "
-             f"{activations / 1e9:.2f} activations)")
+             f"{activations / 1e9:.2f} activations)" + " on each rank" * (world.size > 1))
     log.info(f"step: {step_tokens:,} tokens = batch {cfg.batch.batch_size} x sequence {corpus.seq_len} x accumulation "
              f"{accum} x ranks {world.size}; amp {precision.name} ({precision.reason})"
              + ("; torch.compile, before the first step" if compiled else ""))

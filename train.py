@@ -1,8 +1,6 @@
-"""Pretrain a GPT on one device: `python train.py`. `train_ddp.py` runs this loop with a `World` of many processes."""
+"""Pretrain a GPT on one device: `python train.py`. The other modes run this loop, each with a `World` of its own."""
 
-import contextlib
 import logging
-import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 
@@ -25,6 +23,7 @@ from saver import Saver, raise_nonfinite
 from tracking import ReportConfig, Tracker, TrackingConfig, log_facts, make_profiler, setup_logging
 from wandb_runs import WandbConfig, sweep_trial
 from watchdog import Watchdog
+from world import World
 
 log = logging.getLogger("mini_llm")
 
@@ -45,71 +44,6 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     given = frozenset()  # names of the flags set explicitly, by `parse`
-
-
-class World:
-    """The processes that train together: here, only one. `train_ddp.py` has the version for many."""
-
-    rank = local_rank = node_rank = 0
-    size = local_size = 1
-    launchers = 0  # number of launcher processes above this one (torchrun): when one dies, this process saves and exits
-    is_main = True  # global rank 0: the one that logs and saves
-    saving = contextlib.nullcontext()  # context manager held while a checkpoint is written
-
-    def __init__(self, cfg):
-        self.device = hardware.choose_device(cfg.speed.device, self.local_rank, alone=not self.launchers)
-        hardware.configure(cfg.speed, self.device, cfg.model.dropout)
-
-    def wrap(self, model):
-        """Returns the module whose backward pass averages gradients over the ranks."""
-        return model
-
-    def grad_sync(self, model, last):
-        """Context for a micro-batch's forward and backward: only the last micro-batch all-reduces the gradients."""
-        return contextlib.nullcontext()
-
-    def gather(self, values):
-        """Numbers → those of every rank, as floats, in rank order."""
-        return [list(values)]
-
-    def sum(self, values):
-        """Numbers → the sum of each over the ranks, in float64."""
-        return [sum(column) for column in zip(*self.gather(values), strict=True)]
-
-    def max(self, values):
-        """Ints → the maximum of each over the ranks."""
-        return [int(max(column)) for column in zip(*self.gather(values), strict=True)]
-
-    def from_main(self, make):
-        """Calls `make()` on the main rank only; every rank gets its result, or raises its exception."""
-        return make()
-
-    def begin_step(self, step):
-        """Records which step (counted from 1) this rank is in, for fault reports."""
-
-    def require_same(self, mine, what, advice=""):
-        """Collective. Raises UserError on every rank if any rank's dict differs, naming the rank and the keys."""
-
-    def require_replicas(self, model, optimizer):
-        """Collective. Raises RunFailed on every rank if weights or optimizer states differ between ranks."""
-
-    @staticmethod
-    def fail(error, code):
-        """Prints one line and exits. Static, because the error may occur before there is a World."""
-        with contextlib.suppress(OSError):  # stderr may be gone
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(code)
-
-    @staticmethod
-    def crash(error):
-        """Handles an unexpected exception: exits with one line if the cause is known, otherwise returns."""
-        if known := hardware.explained(error):
-            World.fail(known, 1)
-
-    @staticmethod
-    def leave(code):
-        """Exits deliberately: other ranks do not treat it as a fault."""
-        sys.exit(code)
 
 
 def train(cfg, world):
@@ -134,15 +68,16 @@ def train(cfg, world):
         lambda: checkpoint.load_for_resume(resume_from, cfg.checkpoint, identity, config, mends=not dry_run))
 
     torch.manual_seed(cfg.optim.seed)  # the same initial weights on every rank
-    raw = GPT(replace(cfg.model, vocab_size=vocab_size)).to(world.device)
+    raw = world.place(GPT(replace(cfg.model, vocab_size=vocab_size)))
     if not saved:
         load_initial(raw, cfg.init, world)
-    optimizer, scaler = make_optimizer(raw, cfg.optim, world.device, precision.dtype), precision.scaler()
+    optimizer = make_optimizer(raw, cfg.optim, world.device, precision.dtype, world.orthogonalize)
+    scaler = precision.scaler()
     meter = Meter(world, raw.flops_per_token(corpus.seq_len), hardware.peak_flops(world.device), cfg.wandb.wandb_watch,
                   batch_size)
     guard = StepGuard(cfg.optim, optimizer, scaler, world.device)
     parts = dict(model=raw, optimizer=optimizer, scaler=scaler, guard=guard, meter=meter)
-    state = checkpoint.restore(saved, parts, cfg.checkpoint.continues(resume_from)) if saved else State()
+    state = checkpoint.restore(saved, parts, cfg.checkpoint.continues(resume_from), world) if saved else State()
     del saved
     fast = torch.compile(raw) if hardware.should_compile(cfg.speed, world.device) else raw
     world.require_replicas(raw, optimizer)
@@ -172,15 +107,15 @@ def train(cfg, world):
         losses = [forward_backward(micro) for micro in range(accum)]
         scaler.unscale_(optimizer)
         meter.watch(raw, due=due(cfg.report.log_steps, ahead=1))
-        norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.optim.grad_clip_norm or float("inf"))
+        norm = world.clip_gradients(raw, cfg.optim.grad_clip_norm or float("inf"))
         taken = guard.step(norm, state.step)
         optimizer.zero_grad(set_to_none=True)
         return train_step() if taken is None else (torch.stack(losses), norm, taken)
 
     def payload():
-        """Everything a run needs to resume, identical on every rank. Collective."""
+        """Everything a run needs to resume, on the main rank. Collective."""
         world.require_replicas(raw, optimizer)
-        return {name: part.state_dict() for name, part in parts.items()} | dict(
+        return world.whole({name: part.state_dict() for name, part in parts.items()}) | dict(
             format=checkpoint.FORMAT, state=asdict(state), identity=identity, config=config, start=corpus.start,
             tokens=str(corpus.folder), torch=str(torch.__version__))
 
@@ -193,6 +128,12 @@ def train(cfg, world):
     def evaluate_now():
         with meter.excluded("eval"):
             return evaluate(fast, corpus, cfg, precision, world)
+
+    def sample_now():
+        with meter.excluded("sample"), precision.autocast():
+            model = world.assemble(raw)
+            world.from_main(lambda: track.sample(lambda: sample_text(
+                model.to(world.device), cfg.checkpoint.beside(".tokenizer"), corpus)))
 
     if dry_run:
         began = time.perf_counter()
@@ -208,7 +149,8 @@ def train(cfg, world):
     # A warm-up pass whose gradients are discarded, with memory held for the optimizer state: OOM and compile errors
     # show before any file is replaced. It is not optional: after its first backward pass DDP regroups the gradients,
     # and then adds those of 3 or more ranks in another order.
-    with Watchdog(meter, state, cfg, world.rank), hardware.reserved([] if state.step else moments, world.device):
+    held = [] if state.step else [size // world.shards for size in moments]
+    with Watchdog(meter, state, cfg, world.rank), hardware.reserved(held, world.device):
         for micro in sorted({0, accum - 1}):  # without the all-reduce, and with it
             forward_backward(micro)
         optimizer.zero_grad(set_to_none=True)
@@ -251,9 +193,7 @@ def train(cfg, world):
                 saver.conclude()
                 halt()
             if due(cfg.report.sample_steps):  # before saving: a run killed in here repeats the step and its sample
-                with meter.excluded("sample"), precision.autocast():
-                    world.from_main(lambda: track.sample(
-                        lambda: sample_text(raw, cfg.checkpoint.beside(".tokenizer"), corpus)))
+                sample_now()
             owed = owed or due(cfg.checkpoint.save_steps)
             # While steps are not finite, only if asked to and at the end: the weights may be why, and of no use.
             latest = signal_number or save_now or state.step == num_steps or (owed and not meter.skipped_in_row)

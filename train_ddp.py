@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_map_only
 from config import UserError
 from hardware import usable_cores
 from ranks import RESUME, NoPulse, RankFault, digests, join, portable, require_same
-from train import World, main
+from train import main
+from world import World
 
 # What torchrun tells each process, and where srun says the same if it starts them itself.
 SLURM = dict(RANK="SLURM_PROCID", WORLD_SIZE="SLURM_NTASKS", LOCAL_RANK="SLURM_LOCALID",
@@ -24,7 +25,7 @@ SLURM = dict(RANK="SLURM_PROCID", WORLD_SIZE="SLURM_NTASKS", LOCAL_RANK="SLURM_L
 
 
 class DDPWorld(World):
-    launchers = 1  # torchrun, or Slurm's step
+    script, launchers = "train_ddp.py", 1  # torchrun, or Slurm's step
     pulse = NoPulse()  # how this rank reports faults and exits; of the class, as errors may precede the World
 
     def __init__(self, cfg):
@@ -32,11 +33,10 @@ class DDPWorld(World):
             if slurm in os.environ:
                 os.environ.setdefault(name, os.environ[slurm])
         if missing := [name for name in (*SLURM, "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-            raise UserError(f"{', '.join(missing)} not set: start this by torchrun --nproc-per-node=2 train_ddp.py "
+            raise UserError(f"{', '.join(missing)} not set: start this by torchrun --nproc-per-node=2 {self.script} "
                             f"..., on Slurm srun --ntasks-per-node=1 torchrun ... or, with --ntasks-per-node=N, srun "
-                            "python train_ddp.py ...; for one process, python train.py")
-        numbers = [int(os.environ[name]) for name in SLURM]
-        self.rank, self.size, self.local_rank, self.local_size, self.node_rank = numbers
+                            f"python {self.script} ...; for one process, python train.py")
+        self.rank, self.size, self.local_rank, self.local_size, self.node_rank = (int(os.environ[key]) for key in SLURM)
         self.is_main = self.rank == 0
         super().__init__(cfg)
         if self.device.type == "mps":
@@ -78,16 +78,16 @@ class DDPWorld(World):
             except Exception as error:
                 outcome[0] = portable(error)
         dist.broadcast_object_list(outcome)
-        error, skeleton = outcome
-        if error is not None:
-            raise error
+        if outcome[0] is not None:
+            raise outcome[0]
         # Tensors are broadcast one by one, so that a checkpoint is never pickled as a whole.
-        def share(tensor):
-            tensor = torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor
-            dist.broadcast(tensor, 0)
-            return tensor
+        return tree_map_only(torch.Tensor, self.broadcast, value if self.is_main else outcome[1])
 
-        return tree_map_only(torch.Tensor, share, value if self.is_main else skeleton)
+    def broadcast(self, tensor):
+        """The main rank's CPU tensor, on every rank; the others give a meta tensor of its shape."""
+        tensor = torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor
+        dist.broadcast(tensor, 0)
+        return tensor
 
     @property
     def saving(self):

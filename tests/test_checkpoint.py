@@ -379,9 +379,11 @@ def test_a_branch_does_not_take_up_the_wandb_run_of_what_it_replaces(tmp_path, s
 
 
 def test_a_resumed_run_knows_its_least_loss():
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
-    saved = dict(optimizer=optimizer.state_dict(), state=dict(step=5, best_val=1.5))
-    assert checkpoint.restore(saved, dict(optimizer=optimizer), True).best_val == 1.5
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters())
+    saved = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), state=dict(step=5, best_val=1.5))
+    restored = checkpoint.restore(saved, dict(model=model, optimizer=optimizer), True, World.__new__(World))
+    assert restored.best_val == 1.5
 
 
 def test_a_best_checkpoint_alone_is_one_and_is_gone_on_from(tmp_path):

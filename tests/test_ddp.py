@@ -349,11 +349,11 @@ def test_a_rank_that_dies_takes_the_others_with_it(trainer):
     assert torch.load(trainer.folder / "c.pt", weights_only=True)["state"]["step"] >= 20
 
 
-def _at_step_30(trainer, *flags):
-    """torchrun of two ranks in the midst of a run without end."""
+def _at_step_30(trainer, *flags, ranks=2, script="train_ddp.py"):
+    """torchrun in the midst of a run without end."""
     flags = ["--num-steps", 100000, "--log-steps", 10, "--eval-steps", 0, *flags]
-    process = subprocess.Popen(trainer.arguments(flags, ranks=2), cwd=trainer.folder, text=True, env=environment(),
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(trainer.arguments(flags, ranks, script=script), cwd=trainer.folder, text=True,
+                               env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while "step 30/" not in (line := process.stdout.readline()):
         assert line, "it has ended"
     return process

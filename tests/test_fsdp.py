@@ -1,0 +1,131 @@
+"""train_fsdp.py under the real torchrun, with gloo on the CPU. Replicas are the oracle of shards."""
+
+import functools
+import json
+import os
+import re
+import signal
+
+import pytest
+import torch
+import zygote
+from conftest import ROOT, environment, interrupt_after
+from test_ddp import EXACT, _at_step_30, _rank_process, close
+from test_train import same
+
+full = pytest.mark.full
+SHARDED = dict(ranks=2, script="train_fsdp.py")
+
+
+def goes_on_as(resumed, straight, after):
+    for key, value in straight.losses().items():
+        if key[0] > after:
+            assert resumed.losses()[key] == pytest.approx(value, abs=1e-5), key
+
+
+@pytest.mark.parametrize("flags", [
+    ["--arch", "gpt2", "--grad-accum-steps", 2, "--dropout", 0.1, "--async-save", "--save-steps", 5],
+    ["--arch", "nanochat", "--optimizer", "muon", "--use-activation-checkpoint"],
+    pytest.param(["--arch", "qwen3", "--compile", "--skip-loss-spikes", 6], marks=full)], ids=lambda flags: flags[1])
+def test_shards_train_as_replicas_do_and_each_goes_on_from_the_other(trainer, flags):
+    flags = [*EXACT, "--lr-scheduler", "none", *flags]
+    whole = trainer(*flags, "--num-steps", 12, ranks=2, checkpoint="whole.pt")
+    sharded = trainer(*flags, "--num-steps", 7, **SHARDED)
+    assert whole.code == sharded.code == 0, whole.err + sharded.err
+    assert sharded.weights().keys() == whole.weights().keys()
+    on = trainer(*flags, "--num-steps", 12, "--resume", ranks=2)  # as replicas
+    assert on.code == 0 and "Resumed at step 7" in on.out, on.err
+    goes_on_as(on, whole, 7)
+    back = trainer(*flags, "--num-steps", 16, "--resume", checkpoint="whole.pt", **SHARDED)
+    assert back.code == 0 and "Resumed at step 12" in back.out, back.err
+    further = trainer(*flags, "--num-steps", 16, "--resume", ranks=2)
+    goes_on_as(back, further, 12)
+    for name, weight in further.weights().items():
+        assert torch.allclose(weight, back.weights()[name], atol=1e-4), name
+
+
+@pytest.mark.parametrize("ranks, flags", [(2, []), pytest.param(3, ["--no-amp", "--optimizer", "muon"], marks=full)])
+def test_shards_resume_bit_for_bit(trainer, ranks, flags):
+    flags = [*flags, "--lr-scheduler", "none", "--dropout", 0.1]
+    sharded = functools.partial(trainer, *flags, **SHARDED | dict(ranks=ranks))
+    through = sharded("--num-steps", 10, checkpoint="through.pt")
+    sharded("--num-steps", 6, checkpoint="parts.pt")
+    parts = sharded("--num-steps", 10, "--resume", checkpoint="parts.pt")
+    assert through.code == parts.code == 0, through.err + parts.err
+    assert same(parts, through)
+
+
+def test_bf16_shards_lose_as_little_as_bf16_replicas(trainer):
+    flags = ["--num-steps", 20, "--eval-tokens", 0, "--eval-steps", 20, "--amp-dtype", "bf16"]
+    sharded, whole = trainer(*flags, **SHARDED), trainer(*flags, ranks=2, checkpoint="whole.pt")
+    assert sharded.code == 0, sharded.err
+    close(sharded, whole, 1e-3)
+
+
+HELD = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import json, os, train, train_fsdp
+from torch.distributed.tensor import DTensor
+
+def held(tensors):
+    return sum(t.to_local().numel() if isinstance(t, DTensor) else t.numel() for t in tensors if t.ndim)
+
+class Guard(train.StepGuard):
+    def step(self, norm, step):
+        taken = super().step(norm, step)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        moments = [t for state in self.optimizer.state.values() for t in state.values()]
+        with open("held-" + os.environ["RANK"], "w") as file:
+            json.dump([held(parameters), held(p.grad for p in parameters), held(moments)], file)
+        return taken
+
+train.StepGuard = Guard
+train.main(train_fsdp.FSDPWorld)
+"""
+
+
+def test_each_rank_holds_its_share_of_weights_gradients_and_moments(trainer):
+    (trainer.folder / "train_fsdp.py").write_text(HELD)
+    arguments = [part.replace(str(ROOT / "train_ddp.py"), "train_fsdp.py")
+                 for part in trainer.arguments(["--num-steps", 2, "--grad-accum-steps", 2], ranks=2)]
+    run = zygote.run(arguments, trainer.folder, environment())
+    assert run.returncode == 0, run.stderr
+    weights, gradients, moments = (sum(sizes) for sizes in zip(*(
+        json.loads((trainer.folder / f"held-{rank}").read_text()) for rank in range(2)), strict=True))
+    saved = torch.load(trainer.folder / "c.pt", weights_only=True)["model"]
+    assert weights == gradients == moments / 2 == sum(tensor.numel() for tensor in saved.values())
+
+
+def test_weights_of_transformers_begin_a_sharded_run(trainer, tuned, text):
+    folder, run = tuned["qwen3"]  # of two replicas
+    flags = ["--init-from", folder, "--tokenizer-name", "byte", "--seq-len", 32, "--batch-size", 4, "--num-steps", 40,
+             "--warmup-steps", 5, "--lr", 1e-2, "--eval-tokens", 0, "--eval-steps", 0, "--no-amp", "--device", "cpu"]
+    sharded = trainer(*flags, tiny=False, **SHARDED)
+    assert sharded.code == 0, sharded.err
+    close(sharded, run, 1e-4)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--amp-dtype", "fp16"], "--amp-dtype fp16: "), (["--wandb-watch", "gradients", "--use-wandb"], "--wandb-watch ")])
+def test_what_shards_cannot_do_is_refused_in_one_line(trainer, flags, words):
+    run = trainer(*flags, "--num-steps", 5, **SHARDED)
+    said = [line for line in run.err.splitlines() if line.startswith("error: ")]
+    assert run.code and len(said) == 1 and words in said[0], run.err
+    assert not list(trainer.folder.glob("c.*"))
+
+
+def test_a_sharded_run_that_is_stopped_goes_on_as_if_it_had_not_been(trainer):
+    flags = ["--num-steps", 200, "--log-steps", 10, "--eval-steps", 0, "--save-steps", 0]
+    straight = trainer(*flags, checkpoint="straight.pt", **SHARDED)
+    stopped = interrupt_after(trainer.arguments(flags, **SHARDED), trainer.folder, "step 40/200")
+    assert stopped.returncode != 0 and "stopped by SIGTERM at step" in stopped.stdout
+    resumed = trainer(*flags, "--resume", **SHARDED)
+    assert resumed.code == 0 and same(resumed, straight), resumed.err
+
+
+def test_a_rank_that_is_killed_ends_the_others_and_is_named(trainer):
+    process = _at_step_30(trainer, "--save-steps", 20, **SHARDED)
+    os.kill(_rank_process(process.pid, 1), signal.SIGKILL)
+    said = process.stdout.read()
+    assert process.wait(timeout=200) != 0 and re.search(r"^error: rank 1 \(.*\) is gone at step \d+", said, re.M), said
+    assert torch.load(trainer.folder / "c.pt", weights_only=True)["state"]["step"] >= 20

@@ -1,0 +1,96 @@
+"""Pretrain a GPT that one device cannot hold: `torchrun --nproc-per-node=N train_fsdp.py`, on one node or several.
+
+The training loop is train.py's. This file has what fully sharded data parallelism (ZeRO-3, Rajbhandari et al. 2020;
+PyTorch's FSDP2) changes from train_ddp.py: parameters, gradients and optimizer state are split over the ranks by rows.
+The parameters of a block are gathered for its forward and its backward pass alone; its gradients are averaged, each row
+on the rank that holds it. Checkpoints have whole tensors: a run may go on in another mode, or on more ranks or fewer.
+"""
+
+import contextlib
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils._pytree import tree_map_only
+
+from config import UserError
+from hardware import choose_precision, keep_freed_memory
+from model import GPT
+from train import main
+from train_ddp import DDPWorld
+
+LARGE = 2**16  # elements from which a tensor is that of a parameter, and is sent in shards
+
+
+class FSDPWorld(DDPWorld):
+    script = "train_fsdp.py"
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.shards, self.mesh = self.size, init_device_mesh(self.device.type, (self.size,))
+        keep_freed_memory(up_to=1 << 17)  # what is gathered has many sizes: three times the memory would be kept
+        self.dtype = choose_precision(cfg.speed, self.device).dtype
+        if self.dtype is torch.float16:
+            raise UserError("--amp-dtype fp16: each rank would see an overflow in its own shard only; take bf16, or "
+                            "--no-amp")
+        if cfg.wandb.wandb_watch != "none":
+            raise UserError(f"--wandb-watch {cfg.wandb.wandb_watch}: no rank has whole tensors; leave it out, or take "
+                            f"train_ddp.py")
+
+    def place(self, model):
+        # Blocks are computed in autocast's dtype, so they are sent in it. The rest stays as autocast has it.
+        halves = MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for block in model.blocks:
+            fully_shard(block, mesh=self.mesh, mp_policy=halves)
+        return fully_shard(model, mesh=self.mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+
+    def wrap(self, model):
+        return model
+
+    def grad_sync(self, model, last):
+        return contextlib.nullcontext()  # in every micro-batch: no rank has room for whole gradients
+
+    def clip_gradients(self, model, max_norm):
+        return super().clip_gradients(model, max_norm).full_tensor()
+
+    def orthogonalize(self, matrices, dtype):
+        """Each rank has some rows of every matrix; by two all-to-alls it orthogonalizes some matrices whole."""
+        mine = matrices.redistribute(placements=[Shard(0)])  # (n, rows, cols), split by n
+        update = super().orthogonalize(mine.to_local(), dtype)
+        update = DTensor.from_local(update, self.mesh, [Shard(0)], shape=matrices.shape, stride=matrices.stride())
+        return update.redistribute(placements=matrices.placements)
+
+    def whole(self, state):
+        def gather(tensor):
+            tensor = tensor.full_tensor()
+            return tensor.cpu() if self.is_main else tensor.to("meta")
+
+        return tree_map_only(DTensor, gather, state)
+
+    def broadcast(self, tensor):
+        return tensor if tensor.numel() >= LARGE else super().broadcast(tensor)  # `split` sends what is large
+
+    def split(self, tensors, like):
+        def scatter(tensor, parameter):
+            # Of the other ranks' tensors only the shape counts.
+            tensor = tensor.to(self.device) if self.is_main else torch.empty_like(tensor, device=self.device)
+            return distribute_tensor(tensor, self.mesh, parameter.placements)
+
+        return {name: scatter(tensor, like[name]) if name in like and tensor.shape == like[name].shape else tensor
+                for name, tensor in tensors.items()}
+
+    def assemble(self, model):
+        weights = self.whole(model.state_dict())
+        if not self.is_main:
+            return None
+        model = GPT(model.cfg)
+        model.load_state_dict(weights)
+        return model
+
+    def require_replicas(self, model, optimizer):
+        """Nothing to compare: no two ranks hold the same."""
+
+
+if __name__ == "__main__":
+    main(FSDPWorld)
