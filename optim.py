@@ -67,8 +67,8 @@ def lr_at(step, cfg):
 
 def make_optimizer(model, cfg, device, matmul_dtype=None, orthogonalizer=None):
     """Fused AdamW (Loshchilov & Hutter 2019), with weight decay on matrices, not on biases and norms. With `--optimizer
-    muon`, Muon updates the matrices inside the blocks, orthogonalized in bf16 if `matmul_dtype` is bf16, and by
-    `orthogonalizer` if it is not `orthogonalize` itself."""
+    muon`, Muon updates the matrices inside the blocks, orthogonalized in bf16 if `matmul_dtype` is bf16; of sharded
+    matrices by `orthogonalizer`, World.orthogonalize."""
     hidden = dict.fromkeys(p for p in model.blocks.parameters() if p.ndim == 2 and cfg.optimizer == "muon")
     others = [p for p in model.parameters() if p not in hidden]
     muon = [dict(params=[p for p in hidden if p.shape == shape], momentum=MOMENTUM, weight_decay=cfg.weight_decay,
@@ -149,7 +149,7 @@ class MuonAdamW(Optimizer):
     found_inf = None  # a scalar tensor on the device: 1.0 skips the step
 
     def __init__(self, groups, matmul_dtype=None, orthogonalizer=None):
-        self.orthogonalize = orthogonalizer or orthogonalize
+        self.orthogonalize = orthogonalizer or (lambda matrices, _, dtype: orthogonalize(matrices, dtype))
         self.dtype = torch.bfloat16 if matmul_dtype == torch.bfloat16 else torch.float32
         # Makes GradScaler set found_inf (after unscale_) instead of reading it back; only fused AdamW supports this.
         self._step_supports_amp_scaling = all(group.get("fused", True) for group in groups)
@@ -171,13 +171,14 @@ class MuonAdamW(Optimizer):
         for p, state in zip(params, states, strict=True):
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(p)
-        momenta, (rows, cols) = [state["momentum_buffer"] for state in states], params[0].shape
+        rows, cols = params[0].shape
+        params, grads, momenta = map(local, (params, grads, [state["momentum_buffer"] for state in states]))
         grads = [grad.nan_to_num(0, 0, 0) for grad in grads] if self.found_inf is not None else grads
         taken = 1.0 if self.found_inf is None else 1 - self.found_inf
         # A list of tensors: a single weight tensor would be read by the host, which would wait for it.
         torch._foreach_lerp_(momenta, grads, [(1 - group["momentum"]) * taken] * len(params))
-        nesterov = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))  # (n, rows, cols)
-        update = self.orthogonalize(nesterov, self.dtype).to(params[0].dtype)
+        nesterov = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))  # (n, rows of this rank, cols)
+        update = self.orthogonalize(nesterov, rows, self.dtype).to(params[0].dtype)
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"] * taken)
         torch._foreach_add_(params, (update * taken).unbind(), alpha=-group["lr"] * max(1, rows / cols) ** 0.5)
 
@@ -186,10 +187,15 @@ class MuonAdamW(Optimizer):
             if not state:
                 state |= dict(step=torch.zeros((), device=p.device if group["fused"] else "cpu"),
                               exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-        adamw(params, grads, *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")), [],
-              [state["step"] for state in states], fused=group["fused"], found_inf=self.found_inf, amsgrad=False,
-              beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"],
-              eps=1e-8, maximize=False)
+        moments = (local(state[name] for state in states) for name in ("exp_avg", "exp_avg_sq"))
+        adamw(local(params), local(grads), *moments, [], [state["step"] for state in states], fused=group["fused"],
+              found_inf=self.found_inf, amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1],
+              lr=group["lr"], weight_decay=group["weight_decay"], eps=1e-8, maximize=False)
+
+
+def local(tensors):
+    """Tensors, with DTensors replaced by this rank's shard, which shares their memory."""
+    return [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
 
 
 def orthogonalize(matrices, dtype=torch.float32, steps=5):

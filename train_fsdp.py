@@ -54,12 +54,13 @@ class FSDPWorld(DDPWorld):
     def clip_gradients(self, model, max_norm):
         return super().clip_gradients(model, max_norm).full_tensor()
 
-    def orthogonalize(self, matrices, dtype):
-        """Each rank has some rows of every matrix; by two all-to-alls it orthogonalizes some matrices whole."""
-        mine = matrices.redistribute(placements=[Shard(0)])  # (n, rows, cols), split by n
-        update = super().orthogonalize(mine.to_local(), dtype)
-        update = DTensor.from_local(update, self.mesh, [Shard(0)], shape=matrices.shape, stride=matrices.stride())
-        return update.redistribute(placements=matrices.placements)
+    def orthogonalize(self, matrices, rows, dtype):
+        """Each rank has some rows of every matrix; by two all-to-alls, it orthogonalizes some of the matrices whole."""
+        (n, _, cols), by_matrix, by_row = matrices.shape, [Shard(0)], [Shard(1)]
+        size = dict(shape=torch.Size((n, rows, cols)), stride=(rows * cols, cols, 1))
+        mine = DTensor.from_local(matrices.to(dtype), self.mesh, by_row, **size).redistribute(placements=by_matrix)
+        update = super().orthogonalize(mine.to_local(), rows, dtype)
+        return DTensor.from_local(update, self.mesh, by_matrix, **size).redistribute(placements=by_row).to_local()
 
     def whole(self, state):
         def gather(tensor):

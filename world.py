@@ -43,8 +43,8 @@ class World:
         """Scales the gradients down to `max_norm`, if their norm is above it → their norm before."""
         return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
 
-    def orthogonalize(self, matrices, dtype):
-        """`optim.orthogonalize` of Muon's matrices, (n, rows, cols)."""
+    def orthogonalize(self, matrices, rows, dtype):
+        """This rank's rows, all of `rows`, of Muon's matrices, (n, rows here, cols) → those of them orthogonalized."""
         return orthogonalize(matrices, dtype)
 
     def whole(self, state):
