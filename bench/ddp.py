@@ -1,6 +1,6 @@
 """Scaling: torchrun with N ranks against one process, the same global batch, on the CPU's cores or on N GPUs.
 
-    python bench/ddp.py --size A --ranks 2 --text tinyshakespeare.txt
+    python bench/ddp.py --size A --ranks 2 --text tinyshakespeare.txt      # --mode fsdp: of shards
 
 On a CPU each of N ranks has its share of the cores that the one process has. Speed is taken as in bench/speed.py.
 """
@@ -17,6 +17,7 @@ def main():
     parser.add_argument("--size", choices=SIZES, default="A")
     parser.add_argument("--text", type=Path, help="the text, by characters; none: Python's standard library, by BPE")
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--mode", choices=("ddp", "fsdp"), default="ddp")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
@@ -33,15 +34,15 @@ def main():
         def many(steps):
             where, (python, _, *flags) = bench.ours(steps, "--batch-size", size.batch // options.ranks)
             return where, [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.ranks}",
-                           ROOT / "train_ddp.py", *flags]
+                           ROOT / f"train_{options.mode}.py", *flags]
 
         rates = {one: [], many: []}
         for _ in range(options.rounds):
             for make, found in rates.items():
                 found.append(timed(make, size)[0])
     print(f"size {options.size}, global batch {size.batch} x {size.context} tokens, {machine(options.device)}")
-    print(f"one process: {spread(rates[one])} tokens/s; {options.ranks} ranks: {spread(rates[many])}; ratio "
-          f"{spread([b / a for a, b in zip(rates[one], rates[many], strict=True)], '.3f')}")
+    print(f"one process: {spread(rates[one])} tokens/s; {options.ranks} ranks ({options.mode}): {spread(rates[many])}; "
+          f"ratio {spread([b / a for a, b in zip(rates[one], rates[many], strict=True)], '.3f')}")
 
 
 if __name__ == "__main__":

@@ -11,13 +11,14 @@
 #   bench/gpu.sh loss PATH/TO/nanoGPT          time to the validation loss that nanoGPT reaches in five minutes;
 #                                              ours has two thirds of that
 #   bench/gpu.sh ddp 124m 8                    8 GPUs against one, the same global batch; also 350m
+#   bench/gpu.sh fsdp 350m 8                   the same of shards
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1  # what was printed before a time limit is not lost
 python=${PYTHON:-python3}
-what=${1:?check, speed, trainer, step, loss or ddp}
+what=${1:?check, speed, trainer, step, loss, ddp or fsdp}
 case $what in
-check|ddp) ;;  # with all GPUs
+check|ddp|fsdp) ;;  # with all GPUs
 *) export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} ;;  # of several the Trainer would take all
 esac
 case $what in
@@ -29,6 +30,6 @@ trainer) $python bench/speed.py --device cuda --size "${2:?a size}" --rounds 3 -
 step) $python bench/step.py --device cuda --size "${2:?a size}" ;;
 loss) $python bench/loss.py --device cuda --nanogpt "${2:?a checkout of nanoGPT}" --seconds 280 \
   --recipe configs/speedrun-gpu.toml ;;
-ddp) $python bench/ddp.py --device cuda --size "${2:?a size}" --ranks "${3:?a number of GPUs}" ;;
-*) echo "check, speed, trainer, step, loss or ddp" >&2; exit 2 ;;
+ddp|fsdp) $python bench/ddp.py --mode "$what" --device cuda --size "${2:?a size}" --ranks "${3:?a number of GPUs}" ;;
+*) echo "check, speed, trainer, step, loss, ddp or fsdp" >&2; exit 2 ;;
 esac

@@ -33,6 +33,9 @@ def test_resume_is_bit_for_bit_under_deterministic(trainer, precision):
     assert same(second, straight) and "sample at step 23" in second.out
 
 
+two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
 @pytest.mark.parametrize("how", [
     ["--no-amp", "--no-compile"], ["--no-amp", "--compile", "--use-activation-checkpoint"],
     ["--amp-dtype", "fp16", "--grad-accum-steps", 2], ["--no-amp", "--compile", "--grad-accum-steps", 2],
@@ -46,7 +49,24 @@ def test_nccl_with_one_rank_is_train_py(trainer, how):
         assert launched.losses()[key] == pytest.approx(value, abs=1e-3 if "--no-amp" in how else 3e-3)
 
 
-two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("how", [
+    ["--no-amp", "--no-compile", "--grad-accum-steps", 2],
+    ["--compile", "--use-activation-checkpoint", "--n-layers", 12],
+    ["--arch", "nanochat", "--optimizer", "muon", "--async-save", "--save-steps", 2]], ids=str)
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=two)])
+def test_shards_train_as_replicas_do_and_each_goes_on_from_the_other(trainer, ranks, how):
+    flags = [*CUDA, "--lr-scheduler", "none", *how]
+    modes = dict(whole={}, sharded=dict(script="train_fsdp.py"))
+    runs = {name: trainer(*flags, "--num-steps", 10, ranks=ranks, checkpoint=f"{name}.pt", **mode)
+            for name, mode in modes.items()}
+    assert runs["sharded"].code == 0, runs["sharded"].err
+    for key, value in runs["whole"].losses().items():
+        assert runs["sharded"].losses()[key] == pytest.approx(value, abs=1e-3 if "--no-amp" in how else 5e-3)
+    for name, mode in zip(modes, reversed(modes.values()), strict=True):
+        on = trainer(*flags, "--num-steps", 14, "--resume", ranks=ranks, checkpoint=f"{name}.pt", **mode)
+        assert on.code == 0 and "Resumed at step 10" in on.out, on.err
+
+
 
 
 @two
