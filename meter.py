@@ -110,7 +110,8 @@ class Meter:
             metrics |= {"train/step_time_sec": seconds / timed, "global_tokens_per_sec": total,
                         "train/tflops_per_rank": achieved / 1e12}
             metrics |= _spread("tokens_per_sec_per_rank", [tokens / time_ for tokens, time_, _ in ranks])
-            if self.world.device.type != "mps":  # where it would only measure submitting work to the device
+            # On Metal it would only measure submitting work to the device; of shards, also waiting for other ranks.
+            if self.world.device.type != "mps" and self.world.shards == 1:
                 own["rank/forward_time_sec"] = forward / timed
                 metrics |= _spread("train/forward_time_sec", [forward_ for _, _, forward_ in ranks])
             if self.peak_flops:

@@ -101,7 +101,7 @@ class Saver:
         return True
 
     def _begin(self, payload, latest, best):
-        if self.cfg.async_save and self.world.shards == 1:  # else it has been put together from copies
+        if self.cfg.async_save and self.world.shards == 1:  # of several shards, World.whole has made a copy
             payload = self._copied(payload)
         kept = latest and self._opens_interval() and _is_sound(payload)
         self.future = self.pool.submit(self._write, payload, dataclasses.replace(self.state), latest, best, kept)

@@ -64,10 +64,10 @@ class FSDPWorld(DDPWorld):
 
     def whole(self, state):
         def gather(tensor):
-            tensor = tensor.full_tensor()
-            return tensor.cpu() if self.is_main else tensor.to("meta")
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            return whole.to("cpu", copy=whole is tensor) if self.is_main else whole.to("meta")
 
-        return tree_map_only(DTensor, gather, state)
+        return tree_map_only(torch.Tensor, gather, state)
 
     def broadcast(self, tensor):
         return tensor if tensor.numel() >= LARGE else super().broadcast(tensor)  # `split` sends what is large

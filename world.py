@@ -48,7 +48,8 @@ class World:
         return orthogonalize(matrices, dtype)
 
     def whole(self, state):
-        """Collective. The state of the run's parts with whole tensors in place of shards, on the main rank only."""
+        """Collective. The state of the run's parts with whole tensors in place of shards, on the main rank only; if
+        there are several shards, a copy on the CPU."""
         return state
 
     def split(self, tensors, like):

@@ -12,6 +12,7 @@ import zygote
 from conftest import ROOT, environment, interrupt_after
 from test_ddp import EXACT, _at_step_30, _rank_process, close
 from test_train import same
+from torch.utils._pytree import tree_leaves
 
 full = pytest.mark.full
 SHARDED = dict(ranks=2, script="train_fsdp.py")
@@ -94,6 +95,33 @@ def test_each_rank_holds_its_share_of_weights_gradients_and_moments(trainer):
         json.loads((trainer.folder / f"held-{rank}").read_text()) for rank in range(2)), strict=True))
     saved = torch.load(trainer.folder / "c.pt", weights_only=True)["model"]
     assert weights == gradients == moments / 2 == sum(tensor.numel() for tensor in saved.values())
+
+
+SLOW = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import time, saver, train, train_fsdp
+
+def save(*args, fast=saver.save):
+    time.sleep(0.2)  # some steps
+    fast(*args)
+
+saver.save = save
+train.main(train_fsdp.FSDPWorld)
+"""
+
+
+def test_steps_during_a_save_do_not_change_what_is_saved(trainer):
+    flags = ["--num-steps", 24, "--save-steps", 8, "--keep-last", 3, "--skip-loss-spikes", 6]
+    waiting = trainer(*flags, checkpoint="waiting.pt", **SHARDED)
+    (trainer.folder / "slow.py").write_text(SLOW)
+    arguments = [part.replace(str(ROOT / "train_ddp.py"), "slow.py")
+                 for part in trainer.arguments([*flags, "--async-save"], ranks=2)]
+    assert zygote.run(arguments, trainer.folder, environment()).returncode == waiting.code == 0
+    for step in (8, 16, 24):
+        ours, theirs = (tree_leaves([torch.load(trainer.folder / f"{name}.step-{step:08d}.pt", weights_only=True)[part]
+                                     for part in ("model", "optimizer", "guard")]) for name in ("c", "waiting"))
+        assert all(map(torch.equal, *([leaf.nan_to_num(-1) for leaf in leaves if isinstance(leaf, torch.Tensor)]
+                                      for leaves in (ours, theirs)))), step
 
 
 def test_weights_of_transformers_begin_a_sharded_run(trainer, tuned, text):
