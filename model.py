@@ -115,7 +115,8 @@ class RMSNorm(nn.RMSNorm):
     """x / rms(x), times a learned gain if `elementwise_affine` (Zhang & Sennrich 2019), in fp32."""
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.normalized_shape, self.weight, self.eps).type_as(x)
+        gain = None if self.weight is None else self.weight.float()  # FSDP may gather it in bf16
+        return F.rms_norm(x.float(), self.normalized_shape, gain, self.eps).type_as(x)
 
 
 def make_norm(parts, size):

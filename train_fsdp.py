@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 from config import UserError
-from hardware import choose_precision, keep_freed_memory
+from hardware import choose_precision, keep_freed_memory, should_compile
 from model import GPT
 from train import main
 from train_ddp import DDPWorld
@@ -31,18 +31,23 @@ class FSDPWorld(DDPWorld):
         self.shards, self.mesh = self.size, init_device_mesh(self.device.type, (self.size,))
         keep_freed_memory(up_to=1 << 17)  # what is gathered has many sizes: three times the memory would be kept
         self.dtype = choose_precision(cfg.speed, self.device).dtype
+        self.compiles = should_compile(cfg.speed, self.device)
         if self.dtype is torch.float16:
             raise UserError("--amp-dtype fp16: each rank would see an overflow in its own shard only; take bf16, or "
                             "--no-amp")
         if cfg.wandb.wandb_watch != "none":
             raise UserError(f"--wandb-watch {cfg.wandb.wandb_watch}: no rank has whole tensors; leave it out, or take "
                             f"train_ddp.py")
+        if cfg.ranks.check_replicas:
+            raise UserError(f"--check-replicas {cfg.ranks.check_replicas}: no two ranks hold the same; leave it out")
 
     def place(self, model):
-        # Blocks are computed in autocast's dtype, so they are sent in it. The rest stays as autocast has it.
+        # Blocks are sent in autocast's dtype, in which their products are computed; gains of norms are rounded to it.
         halves = MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in model.blocks:
             fully_shard(block, mesh=self.mesh, mp_policy=halves)
+            if self.compiles:  # each by itself: compiling the whole model stops where FSDP's hooks are
+                block.forward = torch.compile(block.forward)
         return fully_shard(model, mesh=self.mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
 
     def wrap(self, model):

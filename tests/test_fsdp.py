@@ -27,7 +27,8 @@ def goes_on_as(resumed, straight, after):
 @pytest.mark.parametrize("flags", [
     ["--arch", "gpt2", "--grad-accum-steps", 2, "--dropout", 0.1, "--async-save", "--save-steps", 5],
     ["--arch", "nanochat", "--optimizer", "muon", "--use-activation-checkpoint"],
-    pytest.param(["--arch", "qwen3", "--compile", "--skip-loss-spikes", 6], marks=full)], ids=lambda flags: flags[1])
+    pytest.param(["--arch", "qwen3", "--compile", "--skip-loss-spikes", 6, "--use-activation-checkpoint"], marks=full)],
+    ids=lambda flags: flags[1])
 def test_shards_train_as_replicas_do_and_each_goes_on_from_the_other(trainer, flags):
     flags = [*EXACT, "--lr-scheduler", "none", *flags]
     whole = trainer(*flags, "--num-steps", 12, ranks=2, checkpoint="whole.pt")
@@ -134,7 +135,8 @@ def test_weights_of_transformers_begin_a_sharded_run(trainer, tuned, text):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--amp-dtype", "fp16"], "--amp-dtype fp16: "), (["--wandb-watch", "gradients", "--use-wandb"], "--wandb-watch ")])
+    (["--amp-dtype", "fp16"], "--amp-dtype fp16: "), (["--check-replicas", 5], "--check-replicas 5: "),
+    (["--wandb-watch", "gradients", "--use-wandb"], "--wandb-watch gradients: ")])
 def test_what_shards_cannot_do_is_refused_in_one_line(trainer, flags, words):
     run = trainer(*flags, "--num-steps", 5, **SHARDED)
     said = [line for line in run.err.splitlines() if line.startswith("error: ")]
