@@ -63,6 +63,16 @@ class DDPWorld(World):
     def grad_sync(self, model, last):
         return contextlib.nullcontext() if last else model.no_sync()
 
+    def orthogonalize(self, matrices, rows, dtype):
+        """Each rank orthogonalizes some of the matrices, for all."""
+        share = -(-len(matrices) // self.size)
+        mine = matrices.new_zeros((share, *matrices.shape[1:]), dtype=dtype)  # the last ranks may have fewer, or none
+        part = matrices[self.rank * share:][:share]
+        mine[:len(part)] = super().orthogonalize(part, rows, dtype)
+        everyone = mine.new_empty((share * self.size, *mine.shape[1:]))
+        dist.all_gather_into_tensor(everyone, mine)
+        return everyone[:len(matrices)]
+
     def gather(self, values):
         mine = torch.tensor(values, dtype=torch.float64)
         everyone = [torch.empty_like(mine) for _ in range(self.size)]
