@@ -24,7 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from config import RunFailed, first_line
+from config import RunFailed, UserError, first_line
 from hardware import explained
 
 CONNECT = 60  # seconds to connect to torchrun's store
@@ -33,8 +33,26 @@ LAST_SAVE = 20  # seconds that a save in progress gets to finish; torchrun kills
 RESUME = "--resume auto goes on from the last checkpoint"
 
 
+# What torchrun tells each process, and where srun says the same if it starts them itself.
+SLURM = dict(RANK="SLURM_PROCID", WORLD_SIZE="SLURM_NTASKS", LOCAL_RANK="SLURM_LOCALID",
+             LOCAL_WORLD_SIZE="SLURM_NTASKS_PER_NODE", GROUP_RANK="SLURM_NODEID")
+
+
 class RankFault(RunFailed):
     """A fault that ends a distributed run: a rank's weights differ, or torchrun's store is unreachable."""
+
+
+def launched(script):
+    """(rank, number of ranks, local rank, number of local ranks, node), as torchrun or srun has said. Raises UserError
+    if neither has started this process."""
+    for name, slurm in SLURM.items():
+        if slurm in os.environ:
+            os.environ.setdefault(name, os.environ[slurm])
+    if missing := [name for name in (*SLURM, "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UserError(f"{', '.join(missing)} not set: start this by torchrun --nproc-per-node=2 {script} ..., on "
+                        f"Slurm srun --ntasks-per-node=1 torchrun ... or, with --ntasks-per-node=N, srun python "
+                        f"{script} ...; for one process, python train.py")
+    return [int(os.environ[name]) for name in SLURM]
 
 
 def join(backend, timeout):

@@ -59,11 +59,9 @@ def train(cfg, world):
     vocab_size = resolve_vocab_size(cfg.model, cfg.init, corpus.vocab_size, cfg.data.tokenizer_name)
     identity = checkpoint.run_identity(cfg, corpus, vocab_size, global_batch_size)
     precision = hardware.choose_precision(cfg.speed, world.device)
-    # Muon's products in bf16 round differently on different GPUs and CPUs: replicas would drift apart.
-    device = hardware.device_name(world.device) if cfg.optim.optimizer == "muon" else world.device.type
     world.require_same(identity, "data")
-    world.require_same({"precision": precision.name, "device": device}, "devices",
-                       "give an --amp-dtype that all have, or --no-amp, and under Muon devices that are the same")
+    world.require_same({"precision": precision.name, "device": world.device.type}, "devices",
+                       "give an --amp-dtype that all have, or --no-amp, and a --device")
     saved = resume_from and world.from_main(
         lambda: checkpoint.load_for_resume(resume_from, cfg.checkpoint, identity, config, mends=not dry_run))
 
