@@ -85,9 +85,9 @@ class DDPWorld(World):
     def broadcast(self, tensor):
         """The main rank's tensor, on the CPU of every rank; the others give a meta tensor of its shape."""
         # By way of the GPU: NCCL is far faster between nodes than gloo.
-        tensor = tensor.to(self.device) if self.is_main else torch.empty_like(tensor, device=self.device)
-        dist.broadcast(tensor, 0)
-        return tensor.cpu()
+        sent = tensor.to(self.device) if self.is_main else torch.empty_like(tensor, device=self.device)
+        dist.broadcast(sent, 0)
+        return tensor if self.is_main else sent.cpu()
 
     @property
     def saving(self):
