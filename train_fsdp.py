@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 from config import UserError
 from hardware import choose_precision, keep_freed_memory, should_compile
 from model import GPT
+from optim import orthogonalize
 from train import main
 from train_ddp import DDPWorld
 
@@ -64,7 +65,7 @@ class FSDPWorld(DDPWorld):
         (n, _, cols), by_matrix, by_row = matrices.shape, [Shard(0)], [Shard(1)]
         size = dict(shape=torch.Size((n, rows, cols)), stride=(rows * cols, cols, 1))
         mine = DTensor.from_local(matrices.to(dtype), self.mesh, by_row, **size).redistribute(placements=by_matrix)
-        update = super().orthogonalize(mine.to_local(), rows, dtype)
+        update = orthogonalize(mine.to_local(), dtype)
         return DTensor.from_local(update, self.mesh, by_matrix, **size).redistribute(placements=by_row).to_local()
 
     def whole(self, state):

@@ -43,7 +43,7 @@ ALLOWED = {
               "pretrained", "processes", "saver", "tracking", "wandb_runs", "watchdog", "world"},
     "world": {"hardware", "optim"},
     "train_ddp": {"config", "hardware", "ranks", "train", "world"},
-    "train_fsdp": {"config", "hardware", "model", "train", "train_ddp"},
+    "train_fsdp": {"config", "hardware", "model", "optim", "train", "train_ddp"},
     "pretrained": {"archive", "checkpoint", "config", "files", "model", "tokenizer"},
     "export": {"config", "data", "files", "generate", "hardware", "model", "optim", "pretrained", "tokenizer"},
     "prepare": {"config", "data", "pretrained", "tracking", "train"},
