@@ -172,7 +172,7 @@ def claim(cfg, resume_from, n_bytes, step):
 def _in_use(cfg):
     return UserError(f"--checkpoint-path {cfg.checkpoint_path}: another run writes there now (it holds "
                      f"{cfg.beside('.lock')}); name another path, or stop that one first; processes that are to "
-                     f"train together need train_ddp.py")
+                     f"train together need train_ddp.py or train_fsdp.py")
 
 
 def _nearest_folder(path):

@@ -121,7 +121,7 @@ def agent(args):
     if args.nproc_per_node:
         if "torchrun" not in wandb.Api(timeout=30).sweep(args.sweep).config.get("command", []):
             raise UserError(f"--nproc-per-node {args.nproc_per_node}: the trials of {args.sweep} are not started by "
-                            f"torchrun; create the sweep with program: train_ddp.py")
+                            f"torchrun; create the sweep with program: train_ddp.py or train_fsdp.py")
         environment["PET_NPROC_PER_NODE"] = str(args.nproc_per_node)  # torchrun's environment variable for this flag
     owned = shares(args.agents)
     if any(0 < len(gpus) < (args.nproc_per_node or 1) for gpus in owned):

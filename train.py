@@ -59,9 +59,11 @@ def train(cfg, world):
     vocab_size = resolve_vocab_size(cfg.model, cfg.init, corpus.vocab_size, cfg.data.tokenizer_name)
     identity = checkpoint.run_identity(cfg, corpus, vocab_size, global_batch_size)
     precision = hardware.choose_precision(cfg.speed, world.device)
+    # Muon's products in bf16 round differently on different GPUs and CPUs: replicas would drift apart.
+    device = hardware.device_name(world.device) if cfg.optim.optimizer == "muon" else world.device.type
     world.require_same(identity, "data")
-    world.require_same({"precision": precision.name, "device": world.device.type}, "devices",
-                       "give an --amp-dtype that all have, or --no-amp, and a --device")
+    world.require_same({"precision": precision.name, "device": device}, "devices",
+                       "give an --amp-dtype that all have, or --no-amp, and under Muon devices that are the same")
     saved = resume_from and world.from_main(
         lambda: checkpoint.load_for_resume(resume_from, cfg.checkpoint, identity, config, mends=not dry_run))
 
@@ -88,7 +90,7 @@ def train(cfg, world):
         return state.step + ahead == num_steps or (every and (state.step + ahead) % every == 0)
 
     def forward_backward(micro):
-        """One micro-batch of this rank → its loss. Gradients accumulate; the last micro-batch all-reduces them."""
+        """One micro-batch of this rank → its loss. Gradients accumulate; the last averages them over the ranks."""
         with world.grad_sync(model, last=micro == accum - 1):
             with meter.forward, precision.autocast():
                 batch = corpus.batch(state.step, batch_size, micro, accum, world.rank, world.size)
@@ -149,7 +151,7 @@ def train(cfg, world):
     # and then adds those of 3 or more ranks in another order.
     held = [] if state.step else [size // world.shards for size in moments]
     with Watchdog(meter, state, cfg, world.rank), hardware.reserved(held, world.device):
-        for micro in sorted({0, accum - 1}):  # without the all-reduce, and with it
+        for micro in sorted({0, accum - 1}):  # under DDP without the all-reduce, and with it
             forward_backward(micro)
         optimizer.zero_grad(set_to_none=True)
         if number := world.max([stop.received])[0]:  # also a barrier: all have passed the warm-up

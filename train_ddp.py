@@ -55,10 +55,10 @@ class DDPWorld(World):
     def orthogonalize(self, matrices, rows, dtype):
         """Each rank orthogonalizes some of the matrices, for all."""
         share = -(-len(matrices) // self.size)
-        part = matrices[self.rank * share:][:share]  # the last ranks may have fewer, or none
+        part = matrices[self.rank * share:][:share]  # (share, rows, cols); the last ranks may have fewer, or none
         mine = matrices.new_zeros((share, *matrices.shape[1:]), dtype=dtype)
         mine[:len(part)] = super().orthogonalize(part, rows, dtype)
-        everyone = mine.new_empty((self.size * share, *mine.shape[1:]))
+        everyone = mine.new_empty((self.size * share, *mine.shape[1:]))  # (n and more, rows, cols)
         dist.all_gather_into_tensor(everyone, mine)
         return everyone[:len(matrices)]
 
@@ -84,7 +84,7 @@ class DDPWorld(World):
 
     def broadcast(self, tensor):
         """The main rank's tensor, on the CPU of every rank; the others give a meta tensor of its shape."""
-        # By way of the GPU: NCCL is far faster between nodes than gloo.
+        # By way of the GPU: between nodes NCCL finds the fast network; gloo takes that of the host's name.
         sent = tensor.to(self.device) if self.is_main else torch.empty_like(tensor, device=self.device)
         dist.broadcast(sent, 0)
         return tensor if self.is_main else sent.cpu()

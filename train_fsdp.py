@@ -31,16 +31,16 @@ class FSDPWorld(DDPWorld):
         super().__init__(cfg)
         self.shards, self.mesh = self.size, init_device_mesh(self.device.type, (self.size,))
         keep_freed_memory(up_to=1 << 17)  # what is gathered has many sizes: three times the memory would be kept
-        self.dtype = choose_precision(cfg.speed, self.device).dtype
-        self.compiles = should_compile(cfg.speed, self.device)
+        precision, self.compiles = choose_precision(cfg.speed, self.device), should_compile(cfg.speed, self.device)
+        self.dtype = precision.dtype
         if self.dtype is torch.float16:
-            raise UserError("--amp-dtype fp16: each rank would see an overflow in its own shard only; take bf16, or "
-                            "--no-amp")
+            raise UserError(f"fp16 ({precision.reason}): each rank would see overflows in its own shard only; take "
+                            f"--no-amp or, where a GPU has it, --amp-dtype bf16")
         if cfg.wandb.wandb_watch != "none":
             raise UserError(f"--wandb-watch {cfg.wandb.wandb_watch}: no rank has whole tensors; leave it out, or take "
                             f"train_ddp.py")
         if cfg.ranks.check_replicas:
-            raise UserError(f"--check-replicas {cfg.ranks.check_replicas}: no two ranks hold the same; leave it out")
+            raise UserError(f"--check-replicas {cfg.ranks.check_replicas}: ranks hold different weights; leave it out")
 
     def place(self, model):
         # Blocks are sent in autocast's dtype, in which their products are computed; gains of norms are rounded to it.
@@ -64,7 +64,8 @@ class FSDPWorld(DDPWorld):
         """Each rank has some rows of every matrix; by two all-to-alls, it orthogonalizes some of the matrices whole."""
         (n, _, cols), by_matrix, by_row = matrices.shape, [Shard(0)], [Shard(1)]
         size = dict(shape=torch.Size((n, rows, cols)), stride=(rows * cols, cols, 1))
-        mine = DTensor.from_local(matrices.to(dtype), self.mesh, by_row, **size).redistribute(placements=by_matrix)
+        # (n, rows of this rank, cols) -> (matrices of this rank, rows, cols), and back
+        mine = DTensor.from_local(matrices, self.mesh, by_row, **size).redistribute(placements=by_matrix)
         update = orthogonalize(mine.to_local(), dtype)
         return DTensor.from_local(update, self.mesh, by_matrix, **size).redistribute(placements=by_row).to_local()
 
@@ -92,11 +93,11 @@ class FSDPWorld(DDPWorld):
         if not self.is_main:
             return None
         model = GPT(model.cfg)
-        model.load_state_dict(weights)
+        model.load_state_dict(weights, assign=True)
         return model
 
     def require_replicas(self, model, optimizer):
-        """Nothing to compare: no two ranks hold the same."""
+        """Nothing to compare: no two ranks hold the same weights."""
 
 
 if __name__ == "__main__":

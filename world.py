@@ -36,7 +36,7 @@ class World:
         return model
 
     def grad_sync(self, model, last):
-        """Context for a micro-batch's forward and backward: only the last micro-batch all-reduces the gradients."""
+        """Context for a micro-batch's forward and backward; only the `last` has to average gradients over ranks."""
         return contextlib.nullcontext()
 
     def clip_gradients(self, model, max_norm):
@@ -44,7 +44,8 @@ class World:
         return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
 
     def orthogonalize(self, matrices, rows, dtype):
-        """This rank's rows, all of `rows`, of Muon's matrices, (n, rows here, cols) → those of them orthogonalized."""
+        """Collective. Muon's matrices, of which this rank holds some of the `rows` rows, (n, rows of this rank, cols) →
+        the same rows of them orthogonalized, in `dtype`."""
         return orthogonalize(matrices, dtype)
 
     def whole(self, state):
@@ -53,8 +54,8 @@ class World:
         return state
 
     def split(self, tensors, like):
-        """Collective; reverses `whole`. name → the main rank's tensor, and name → parameter → the shards of the tensors
-        that have the shapes of parameters."""
+        """Collective; reverses `whole`. name → tensor, as `from_main` has them, and name → parameter, in `like` → the
+        tensors; where models are sharded, this rank's shard of each that has its parameter's shape."""
         return tensors
 
     def assemble(self, model):
@@ -74,7 +75,8 @@ class World:
         return [int(max(column)) for column in zip(*self.gather(values), strict=True)]
 
     def from_main(self, make):
-        """Calls `make()` on the main rank only; every rank gets its result, or raises its exception."""
+        """Calls `make()` on the main rank only; every rank gets its result, or raises its exception. Where models are
+        sharded, the others get large tensors without their data, for `split`."""
         return make()
 
     def begin_step(self, step):

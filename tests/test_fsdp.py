@@ -22,6 +22,8 @@ def goes_on_as(resumed, straight, after):
     for key, value in straight.losses().items():
         if key[0] > after:
             assert resumed.losses()[key] == pytest.approx(value, abs=1e-5), key
+            norms = [run.rows[key[0]].get("train/grad_norm") for run in (resumed, straight)]
+            assert norms[0] == pytest.approx(norms[1], rel=1e-4), key
 
 
 @pytest.mark.parametrize("flags", [
@@ -30,7 +32,7 @@ def goes_on_as(resumed, straight, after):
     pytest.param(["--arch", "qwen3", "--compile", "--skip-loss-spikes", 6, "--use-activation-checkpoint"], marks=full)],
     ids=lambda flags: flags[1])
 def test_shards_train_as_replicas_do_and_each_goes_on_from_the_other(trainer, flags):
-    flags = [*EXACT, "--lr-scheduler", "none", *flags]
+    flags = [*EXACT, "--lr-scheduler", "none", "--warmup-steps", 2, *flags]
     whole = trainer(*flags, "--num-steps", 12, ranks=2, checkpoint="whole.pt")
     sharded = trainer(*flags, "--num-steps", 7, **SHARDED)
     assert whole.code == sharded.code == 0, whole.err + sharded.err
@@ -58,10 +60,10 @@ def test_shards_resume_bit_for_bit(trainer, ranks, flags):
 
 
 def test_bf16_shards_lose_as_little_as_bf16_replicas(trainer):
-    flags = ["--num-steps", 20, "--eval-tokens", 0, "--eval-steps", 20, "--amp-dtype", "bf16"]
+    flags = ["--num-steps", 20, "--warmup-steps", 2, "--eval-tokens", 0, "--eval-steps", 20, "--amp-dtype", "bf16"]
     sharded, whole = trainer(*flags, **SHARDED), trainer(*flags, ranks=2, checkpoint="whole.pt")
     assert sharded.code == 0, sharded.err
-    close(sharded, whole, 1e-3)
+    close(sharded, whole, 2e-3)
 
 
 HELD = f"""
@@ -92,10 +94,11 @@ def test_each_rank_holds_its_share_of_weights_gradients_and_moments(trainer):
                  for part in trainer.arguments(["--num-steps", 2, "--grad-accum-steps", 2], ranks=2)]
     run = zygote.run(arguments, trainer.folder, environment())
     assert run.returncode == 0, run.stderr
-    weights, gradients, moments = (sum(sizes) for sizes in zip(*(
-        json.loads((trainer.folder / f"held-{rank}").read_text()) for rank in range(2)), strict=True))
+    held = torch.tensor([json.loads((trainer.folder / f"held-{rank}").read_text()) for rank in range(2)])
     saved = torch.load(trainer.folder / "c.pt", weights_only=True)["model"]
-    assert weights == gradients == moments / 2 == sum(tensor.numel() for tensor in saved.values())
+    n = sum(tensor.numel() for tensor in saved.values())
+    assert held.sum(0).tolist() == [n, n, 2 * n]  # weights, gradients, moments
+    assert (held[0] - held[1]).abs().max() < 0.1 * n
 
 
 SLOW = f"""
@@ -135,7 +138,7 @@ def test_weights_of_transformers_begin_a_sharded_run(trainer, tuned, text):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--amp-dtype", "fp16"], "--amp-dtype fp16: "), (["--check-replicas", 5], "--check-replicas 5: "),
+    (["--amp-dtype", "fp16"], "fp16 (--amp-dtype fp16): "), (["--check-replicas", 5], "--check-replicas 5: "),
     (["--wandb-watch", "gradients", "--use-wandb"], "--wandb-watch gradients: ")])
 def test_what_shards_cannot_do_is_refused_in_one_line(trainer, flags, words):
     run = trainer(*flags, "--num-steps", 5, **SHARDED)

@@ -62,11 +62,10 @@ def test_shards_train_as_replicas_do_and_each_goes_on_from_the_other(trainer, ra
     assert runs["sharded"].code == 0, runs["sharded"].err
     for key, value in runs["whole"].losses().items():
         assert runs["sharded"].losses()[key] == pytest.approx(value, abs=1e-3 if "--no-amp" in how else 5e-3)
-    for name, mode in zip(modes, reversed(modes.values()), strict=True):
-        on = trainer(*flags, "--num-steps", 14, "--resume", ranks=ranks, checkpoint=f"{name}.pt", **mode)
-        assert on.code == 0 and "Resumed at step 10" in on.out, on.err
-
-
+    on = [trainer(*flags, "--num-steps", 14, "--resume", ranks=ranks, checkpoint=f"{name}.pt", **mode)
+          for name, mode in zip(modes, reversed(modes.values()), strict=True)]
+    assert all(run.code == 0 and "Resumed at step 10" in run.out for run in on), on[0].err + on[1].err
+    assert on[0].losses()[14, "train/loss"] == pytest.approx(on[1].losses()[14, "train/loss"], abs=5e-3)
 
 
 @two
