@@ -30,7 +30,8 @@ class FSDPWorld(DDPWorld):
     def __init__(self, cfg):
         super().__init__(cfg)
         self.shards, self.mesh = self.size, init_device_mesh(self.device.type, (self.size,))
-        keep_freed_memory(up_to=1 << 17)  # what is gathered has many sizes: three times the memory would be kept
+        if self.device.type == "cpu":
+            keep_freed_memory(up_to=1 << 17)  # what is gathered has many sizes: three times the memory would be kept
         precision, self.compiles = choose_precision(cfg.speed, self.device), should_compile(cfg.speed, self.device)
         self.dtype = precision.dtype
         if self.dtype is torch.float16:
