@@ -42,7 +42,7 @@ ELSEWHERE = {"learning_rate": "lr", "max_iters": "num_steps", "max_steps": "num_
              "matrix_lr": "muon_lr", "embedding_lr": "lr", "report_to": "use_wandb", "enable_wandb": "use_wandb",
              "run_name": "wandb_run_name", "run": "wandb_run_name", "save_every": "save_steps",
              "eval_every": "eval_steps", "logging_steps": "log_steps", "warmup_iters": "warmup_steps",
-             # torchtitan's and torchtune's tables, Flyte's words. "": there is nothing like it here.
+             # torchtitan's and torchtune's tables, Flyte's words. "": no flag is like it.
              "metrics": "wandb", "metric_logger": "wandb", "run_mode": "wandb_run_mode", "project": "wandb_project",
              "rank_scope": "wandb_rank_scope", "use_tensor_parallel": "", "tp": "", "fsdp": "", "moe": "",
              "n_experts": "", "download_logs": "", "log_every": "log_steps",

@@ -67,8 +67,8 @@ def lr_at(step, cfg):
 
 def make_optimizer(model, cfg, device, matmul_dtype=None, orthogonalizer=None):
     """Fused AdamW (Loshchilov & Hutter 2019), with weight decay on matrices, not on biases and norms. With `--optimizer
-    muon`, Muon updates the matrices inside the blocks, orthogonalized in bf16 if `matmul_dtype` is bf16; of sharded
-    matrices by `orthogonalizer`, World.orthogonalize."""
+    muon`, Muon updates the matrices inside the blocks, orthogonalized in bf16 if `matmul_dtype` is bf16;
+    among ranks `orthogonalizer`, World.orthogonalize, gives each of them some of the work."""
     hidden = dict.fromkeys(p for p in model.blocks.parameters() if p.ndim == 2 and cfg.optimizer == "muon")
     others = [p for p in model.parameters() if p not in hidden]
     muon = [dict(params=[p for p in hidden if p.shape == shape], momentum=MOMENTUM, weight_decay=cfg.weight_decay,

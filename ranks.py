@@ -31,8 +31,6 @@ CONNECT = 60  # seconds to connect to torchrun's store
 SILENT = 120  # seconds without a heartbeat, which continues during any work, before a rank counts as stopped
 LAST_SAVE = 20  # seconds that a save in progress gets to finish; torchrun kills after 30
 RESUME = "--resume auto goes on from the last checkpoint"
-
-
 # What torchrun tells each process, and where srun says the same if it starts them itself.
 SLURM = dict(RANK="SLURM_PROCID", WORLD_SIZE="SLURM_NTASKS", LOCAL_RANK="SLURM_LOCALID",
              LOCAL_WORLD_SIZE="SLURM_NTASKS_PER_NODE", GROUP_RANK="SLURM_NODEID")

@@ -30,9 +30,8 @@ def save_run(cfg, payload, step, latest, best, kept=False):
 
     The previous checkpoint stays as `.prev.pt`; with --keep-last and if `kept` the new one also gets a name with its
     step. One that was saved while steps were not finite may be of no use, and is neither kept nor named. These are hard
-    links, which cost no writing and ensure that an intact checkpoint has some name at every
-    moment. The best is named before the newest: a run killed in between goes on from the one before, and finds the best
-    again.
+    links, which cost no writing and ensure that an intact checkpoint has some name at every moment. The best is named
+    before the newest: a run killed in between goes on from the one before, and finds the best again.
     """
     path, best_path, newest = Path(cfg.checkpoint_path), cfg.beside(".best.pt"), cfg.beside(f".step-{step:08d}.pt")
     if not latest:
