@@ -24,6 +24,8 @@ class RanksConfig:
                              "that one tokenizes, compiles or saves alone", ge=1, le=10**7, metavar="SECONDS")
     check_replicas: int = arg(0, "steps between comparisons of the ranks' weights and optimizer states, bit for bit; "
                                  "0: at the start and before each checkpoint only", ge=0)
+    shard_ranks: int = arg(0, "under train_fsdp.py, number of consecutive ranks over which one replica of the model is "
+                              "split, such as those of a node; 0: all", ge=0, metavar="RANKS")
 
 
 def parent_of(pid):

@@ -26,6 +26,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from config import RunFailed, UserError, first_line
 from hardware import explained
+from optim import local
 
 CONNECT = 60  # seconds to connect to torchrun's store
 SILENT = 120  # seconds without a heartbeat, which continues during any work, before a rank counts as stopped
@@ -257,20 +258,23 @@ def portable(error):
     return error
 
 
-def require_same(mine, what, error, advice):
-    """Collective. Raises `error` on every rank if any rank's dict differs from the majority's, naming rank and keys."""
+def require_same(mine, what, error, advice, apart=1):
+    """Collective. Raises `error` on every rank if any rank's dict differs from the majority's, naming rank and keys.
+    Only ranks whose numbers are a multiple of `apart` apart are compared."""
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
-    if found := differences(everyone):
+    ranks = dict(enumerate(everyone))
+    alike = [{rank: ranks[rank] for rank in list(ranks)[first::apart]} for first in range(apart)]
+    if found := "; ".join(filter(None, map(differences, alike))):
         raise error(f"the ranks have different {what}: {found}; {advice}")
 
 
-def differences(everyone):
-    """The ranks' dicts, in rank order → text saying which ranks differ from most, and in what; "" if all are equal."""
-    tally = collections.Counter(json.dumps(one) for one in everyone)
+def differences(ranks):
+    """Rank → its dict, in rank order → text saying which ranks differ from most, and in what; "" if all are equal."""
+    tally = collections.Counter(json.dumps(one) for one in ranks.values())
     usual = json.loads(tally.most_common(1)[0][0])  # of two different ranks, the first's
     found = []
-    for rank, one in enumerate(everyone):
+    for rank, one in ranks.items():
         keys = [key for key in usual | one if one.get(key) != usual.get(key)]
         if keys:
             these = ", ".join(f"{key} {one.get(key)} instead of {usual.get(key)}" for key in keys[:3])
@@ -279,9 +283,9 @@ def differences(everyone):
 
 
 def digests(tree):
-    """Nested dicts and lists → {path of each tensor: its digest}."""
-    return {keystr(path): digest(leaf) for path, leaf in tree_flatten_with_path(tree)[0]
-            if isinstance(leaf, torch.Tensor)}
+    """Nested dicts and lists → {path of each tensor: its digest}, of DTensors that of this rank's shard."""
+    tensors = {keystr(path): leaf for path, leaf in tree_flatten_with_path(tree)[0] if isinstance(leaf, torch.Tensor)}
+    return dict(zip(tensors, map(digest, local(tensors.values())), strict=True))
 
 
 def digest(tensor, block=1 << 18):

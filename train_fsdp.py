@@ -3,7 +3,9 @@
 The training loop is train.py's. This file has what fully sharded data parallelism (ZeRO-3, Rajbhandari et al. 2020;
 PyTorch's FSDP2) changes from train_ddp.py: parameters, gradients and optimizer state are split over the ranks by rows.
 The parameters of a block are gathered for its forward and its backward pass alone; its gradients are averaged, each row
-on the rank that holds it. Checkpoints have whole tensors: a run may go on in another mode, or on more ranks or fewer.
+on the rank that holds it. With --shard-ranks N every N ranks, as of one node, hold the whole model among them, and its
+replicas are trained as train_ddp.py's are (hybrid sharding). Checkpoints have whole tensors: a run may go on in another
+mode, or on more ranks or fewer.
 """
 
 import contextlib
@@ -29,7 +31,14 @@ class FSDPWorld(DDPWorld):
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        self.shards, self.mesh = self.size, init_device_mesh(self.device.type, (self.size,))
+        self.shards = cfg.ranks.shard_ranks or self.size
+        replicas, left_over = divmod(self.size, self.shards)
+        if left_over:
+            raise UserError(f"--shard-ranks {self.shards} does not divide the {self.size} ranks; take the number of "
+                            f"ranks of a node")
+        sizes, names = (replicas, self.shards), ("replicas", "shards")
+        first = int(replicas == 1)  # no dimension of one, whose all-reduces would be called for nothing
+        self.mesh = init_device_mesh(self.device.type, sizes[first:], mesh_dim_names=names[first:])
         if self.device.type == "cpu":
             keep_freed_memory(up_to=1 << 17)  # what is gathered has many sizes: three times the memory would be kept
         precision, self.compiles = choose_precision(cfg.speed, self.device), should_compile(cfg.speed, self.device)
@@ -40,8 +49,9 @@ class FSDPWorld(DDPWorld):
         if cfg.wandb.wandb_watch != "none":
             raise UserError(f"--wandb-watch {cfg.wandb.wandb_watch}: no rank has whole tensors; leave it out, or take "
                             f"train_ddp.py")
-        if cfg.ranks.check_replicas:
-            raise UserError(f"--check-replicas {cfg.ranks.check_replicas}: ranks hold different weights; leave it out")
+        if cfg.ranks.check_replicas and self.shards == self.size:
+            raise UserError(f"--check-replicas {cfg.ranks.check_replicas}: no two ranks hold the same weights; leave "
+                            f"it out, or give --shard-ranks")
 
     def place(self, model):
         # Blocks are sent in autocast's dtype, in which their products are computed; gains of norms are rounded to it.
@@ -56,19 +66,20 @@ class FSDPWorld(DDPWorld):
         return model
 
     def grad_sync(self, model, last):
-        return contextlib.nullcontext()  # in every micro-batch: no rank has room for whole gradients
+        model.set_requires_all_reduce(last)  # over replicas; over shards always: no rank has room for whole gradients
+        return contextlib.nullcontext()
 
     def clip_gradients(self, model, max_norm):
         return super().clip_gradients(model, max_norm).full_tensor()
 
     def orthogonalize(self, matrices, rows, dtype):
         """Each rank has some rows of every matrix; by two all-to-alls, it orthogonalizes some of the matrices whole."""
-        (n, _, cols), by_matrix, by_row = matrices.shape, [Shard(0)], [Shard(1)]
+        (n, _, cols), by_matrix, by_row, mesh = matrices.shape, [Shard(0)], [Shard(1)], self.mesh["shards"]
         size = dict(shape=torch.Size((n, rows, cols)), stride=(rows * cols, cols, 1))
         # (n, rows of this rank, cols) -> (matrices of this rank, rows, cols), and back
-        mine = DTensor.from_local(matrices, self.mesh, by_row, **size).redistribute(placements=by_matrix)
+        mine = DTensor.from_local(matrices, mesh, by_row, **size).redistribute(placements=by_matrix)
         update = orthogonalize(mine.to_local(), dtype)
-        return DTensor.from_local(update, self.mesh, by_matrix, **size).redistribute(placements=by_row).to_local()
+        return DTensor.from_local(update, mesh, by_matrix, **size).redistribute(placements=by_row).to_local()
 
     def whole(self, state):
         def gather(tensor):
@@ -96,9 +107,6 @@ class FSDPWorld(DDPWorld):
         model = GPT(model.cfg)
         model.load_state_dict(weights, assign=True)
         return model
-
-    def require_replicas(self, model, optimizer):
-        """Nothing to compare: no two ranks hold the same weights."""
 
 
 if __name__ == "__main__":

@@ -48,15 +48,53 @@ def test_shards_train_as_replicas_do_and_each_goes_on_from_the_other(trainer, fl
         assert torch.allclose(weight, back.weights()[name], atol=1e-4), name
 
 
-@pytest.mark.parametrize("ranks, flags", [(2, []), pytest.param(3, ["--no-amp", "--optimizer", "muon"], marks=full)])
-def test_shards_resume_bit_for_bit(trainer, ranks, flags):
-    flags = [*flags, "--lr-scheduler", "none", "--dropout", 0.1]
-    sharded = functools.partial(trainer, *flags, **SHARDED | dict(ranks=ranks))
+@full
+def test_three_shards_resume_bit_for_bit(trainer):
+    flags = ["--no-amp", "--optimizer", "muon", "--lr-scheduler", "none", "--dropout", 0.1]
+    sharded = functools.partial(trainer, *flags, **SHARDED | dict(ranks=3))
     through = sharded("--num-steps", 10, checkpoint="through.pt")
     sharded("--num-steps", 6, checkpoint="parts.pt")
     parts = sharded("--num-steps", 10, "--resume", checkpoint="parts.pt")
     assert through.code == parts.code == 0, through.err + parts.err
     assert same(parts, through)
+
+
+def test_replicas_of_shards_train_as_replicas_do_and_resume_bit_for_bit(trainer):
+    """Also the order in which gradients are added up is that of before: of shards, then of replicas."""
+    flags = [*EXACT, "--lr-scheduler", "none", "--warmup-steps", 2, "--grad-accum-steps", 2, "--optimizer", "muon"]
+    hybrid = functools.partial(trainer, *flags, "--shard-ranks", 2, "--check-replicas", 3, ranks=4,
+                               script="train_fsdp.py")
+    through = hybrid("--num-steps", 8, checkpoint="through.pt")
+    assert "4 ranks, each 2 of which hold a replica" in through.out, through.err
+    hybrid("--num-steps", 5, checkpoint="parts.pt")
+    parts = hybrid("--num-steps", 8, "--resume", checkpoint="parts.pt")
+    assert through.code == parts.code == 0, through.err + parts.err
+    assert same(parts, through)
+    goes_on_as(through, trainer(*flags, "--num-steps", 8, ranks=4, checkpoint="whole.pt"), 0)
+
+
+FLIP = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import torch, train, train_fsdp
+
+class Faulty(train_fsdp.FSDPWorld):
+    def clip_gradients(self, model, max_norm):
+        if self.rank == 3 and self.pulse.me["step"] == 6:
+            next(model.parameters()).detach().to_local().view(torch.int32)[0, 0] ^= 1 << 20
+        return super().clip_gradients(model, max_norm)
+
+train.main(Faulty)
+"""
+
+
+def test_a_replica_of_shards_that_differs_is_named_and_not_saved(trainer):
+    (trainer.folder / "flip.py").write_text(FLIP)
+    arguments = [part.replace(str(ROOT / "train_ddp.py"), "flip.py")
+                 for part in trainer.arguments(["--num-steps", 20, "--shard-ranks", 2, "--save-steps", 4], ranks=4)]
+    run = zygote.run(arguments, trainer.folder, environment())
+    (line,) = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert run.returncode and re.match("error: the ranks have different weights: rank 3 has [^;]*; --res", line), line
+    assert torch.load(trainer.folder / "c.pt", weights_only=True)["state"]["step"] == 4
 
 
 def test_bf16_shards_lose_as_little_as_bf16_replicas(trainer):
@@ -139,7 +177,9 @@ def test_weights_of_transformers_begin_a_sharded_run(trainer, tuned, text):
 
 @pytest.mark.parametrize("flags, words", [
     (["--amp-dtype", "fp16"], "fp16 (--amp-dtype fp16): "), (["--check-replicas", 5], "--check-replicas 5: "),
-    (["--wandb-watch", "gradients", "--use-wandb"], "--wandb-watch gradients: ")])
+    (["--wandb-watch", "gradients", "--use-wandb"], "--wandb-watch gradients: "),
+    (["--shard-ranks", 3], "--shard-ranks 3 does not divide the 2 ranks"),
+    (["--shard-ranks", 1], "--shard-ranks 1: only train_fsdp.py splits a model over ranks")])
 def test_what_shards_cannot_do_is_refused_in_one_line(trainer, flags, words):
     run = trainer(*flags, "--num-steps", 5, **SHARDED)
     said = [line for line in run.err.splitlines() if line.startswith("error: ")]
@@ -148,7 +188,7 @@ def test_what_shards_cannot_do_is_refused_in_one_line(trainer, flags, words):
 
 
 def test_a_sharded_run_that_is_stopped_goes_on_as_if_it_had_not_been(trainer):
-    flags = ["--num-steps", 200, "--log-steps", 10, "--eval-steps", 0, "--save-steps", 0]
+    flags = ["--num-steps", 200, "--dropout", 0.1, "--log-steps", 10, "--eval-steps", 0, "--save-steps", 0]
     straight = trainer(*flags, checkpoint="straight.pt", **SHARDED)
     stopped = interrupt_after(trainer.arguments(flags, **SHARDED), trainer.folder, "step 40/200")
     assert stopped.returncode != 0 and "stopped by SIGTERM at step" in stopped.stdout

@@ -68,6 +68,16 @@ def test_shards_train_as_replicas_do_and_each_goes_on_from_the_other(trainer, ra
     assert on[0].losses()[14, "train/loss"] == pytest.approx(on[1].losses()[14, "train/loss"], abs=5e-3)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs")
+def test_replicas_of_shards_train_as_replicas_do(trainer):
+    flags = [*CUDA, "--num-steps", 10, "--grad-accum-steps", 2, "--optimizer", "muon", "--check-replicas", 1]
+    whole = trainer(*flags, ranks=4, checkpoint="whole.pt")
+    hybrid = trainer(*flags, "--shard-ranks", 2, ranks=4, checkpoint="hybrid.pt", script="train_fsdp.py")
+    assert whole.code == hybrid.code == 0, whole.err + hybrid.err
+    for key, value in whole.losses().items():
+        assert hybrid.losses()[key] == pytest.approx(value, abs=5e-3)
+
+
 @two
 @pytest.mark.parametrize("how", [
     ["--no-amp", "--no-compile"], ["--compile", "--grad-accum-steps", 2], ["--optimizer", "muon", "--d-model", 256],

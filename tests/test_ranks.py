@@ -148,6 +148,7 @@ def test_replicas_are_compared_in_their_moments_too(monkeypatch):
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
     world = train_ddp.DDPWorld.__new__(train_ddp.DDPWorld)
+    world.size = 2  # which otherwise torchrun says
     for _ in range(2):
         world.require_replicas(model, optimizer)
         optimizer.state[model.weight]["momentum_buffer"][0, 0] += 1
@@ -345,9 +346,10 @@ def test_a_rank_that_torchrun_ends_leaves_time_to_say_which_one_died(pulse, monk
 
 
 def test_of_many_ranks_the_odd_one_is_named():
-    everyone = [{"a": 2, "b": 1}] + [{"a": 1, "b": 1}] * 3
-    assert differences(everyone) == "rank 0 has a 2 instead of 1"
-    assert differences(everyone[1:]) == ""
+    odd, usual = {"a": 2, "b": 1}, {"a": 1, "b": 1}
+    assert differences({0: odd, 1: usual, 2: usual, 3: usual}) == "rank 0 has a 2 instead of 1"
+    assert differences({1: usual, 3: usual, 5: odd}) == "rank 5 has a 2 instead of 1"
+    assert differences({1: usual, 2: usual, 3: usual}) == ""
 
 
 def test_a_rank_whose_torchrun_was_killed_before_it_came_leaves(trainer):

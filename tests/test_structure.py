@@ -34,7 +34,7 @@ ALLOWED = {
     "wandb_follower": {"processes", "wandb_errors", "wandb_runs"},
     "wandb_tools": {"config", "files", "processes", "wandb_errors", "wandb_follower", "wandb_runs"},
     "sweep": {"config", "wandb_errors", "wandb_follower", "wandb_runs", "wandb_tools", "train"},
-    "ranks": {"config", "hardware"},
+    "ranks": {"optim", "config", "hardware"},
     "meter": {"hardware"},
     "watchdog": {"files"},
     "tracking": {"config", "files", "hardware", "plots", "saver", "sinks", "wandb_runs", "wandb_sink"},
