@@ -38,10 +38,10 @@ class CheckpointConfig:
 
     checkpoint_path: str = arg("checkpoints/minigpt.pt", "the newest checkpoint; log and metrics lie beside it",
                                metavar="FILE.pt")
-    resume: str = arg("", "resume from the checkpoint path; auto: if it is there, else start; FILE: from that",
+    resume: str = arg("", "resume from --checkpoint-path; auto: if it exists, else start; FILE: from FILE",
                       const="latest", metavar="auto|FILE", empty=False)
-    overwrite: bool = arg(False, "start over, replacing the checkpoint that is there")
-    save_steps: int = arg(250, "steps between checkpoints; 0: only the last step's", ge=0)
+    overwrite: bool = arg(False, "start over and replace the existing run; with --resume FILE, from that file")
+    save_steps: int = arg(250, "steps between checkpoints; 0: only after the last step", ge=0)
     save_best: bool = arg(True, "save a checkpoint at each new lowest validation loss, too, as FILE.best.pt")
     keep_last: int = arg(0, "how many of the newest checkpoints to keep as FILE.step-N.pt, too; 0: none", ge=0)
     keep_every: int = arg(0, "keep the first checkpoint of every N steps as FILE.kept-N.pt, for good; 0: none", ge=0)

@@ -24,21 +24,21 @@ class DataConfig:
 
     train_data: list[str] = arg([], "text to train on: .txt, .jsonl (also .gz, .zst, .bz2) or .parquet files, globs, "
                                     "folders, a Hugging Face dataset, .bin token files of nanoGPT or llm.c, or a "
-                                    "folder of token shards; nothing: Python's own standard library", metavar="PATH")
-    val_data: list[str] = arg([], "text to validate on; several also get a loss each; nothing: a share of the "
-                                  "training text", metavar="PATH")
-    train_weights: list[float] = arg([], "how often samples come from each path of --train-data, such as 0.7 0.3; "
-                                         "nothing: each counts by its size", gt=0, metavar="X")
+                                    "folder of token shards; unset: Python's own standard library", metavar="PATH")
+    val_data: list[str] = arg([], "text to validate on; with several paths, each also gets its own loss; unset: part "
+                                  "of the training text, see --val-ratio", metavar="PATH")
+    train_weights: list[float] = arg([], "share of samples drawn from each path of --train-data, such as 0.7 0.3; "
+                                         "unset: in proportion to size", gt=0, metavar="X")
     text_column: str = arg("text", "column of JSONL, Parquet and Hugging Face data that has the text; where there is "
                                    "no such column, the only one with strings", metavar="NAME")
-    val_ratio: float = arg(0.1, "share of the training text kept for validation where there is no --val-data",
+    val_ratio: float = arg(0.1, "fraction of the training text held out for validation if there is no --val-data",
                            gt=0, lt=1)
     tokenizer_name: str = arg("bpe", "bpe (trained on the text), byte, char, or a Hugging Face tokenizer's name or "
                                      "folder, such as gpt2", metavar="NAME", empty=False)
     seq_len: int = arg(256, "tokens in a training sequence", ge=1)
-    use_toy_data: bool = arg(False, "train on a Markov chain whose entropy is known, and so the best possible loss")
-    max_tokens: int = arg(0, "use the first N training tokens only and, without --val-data, N x --val-ratio to "
-                             "validate; 0: all; how long to train is --num-steps", ge=0)
+    use_toy_data: bool = arg(False, "train on text from a Markov chain, for which the best possible loss is known")
+    max_tokens: int = arg(0, "use only the first N training tokens and, without --val-data, N x --val-ratio "
+                             "validation tokens; 0: all; the length of training is --num-steps", ge=0)
     data_seed: int = arg(1337, "seed of the order of the samples and of the choice of validation documents", ge=0)
     cache_dir: str = arg("data/cache", "where token shards are kept", metavar="DIR", empty=False)
 
@@ -65,8 +65,8 @@ class BatchConfig:
     """Batch"""
 
     batch_size: int = arg(8, "sequences in one micro-batch of one rank", ge=1, le=10**7)
-    grad_accum_steps: int | None = arg(None, "micro-batches in one optimizer step; nothing: 1, or as many as "
-                                             "--global-batch-tokens takes", ge=1, le=10**6)
+    grad_accum_steps: int | None = arg(None, "micro-batches per optimizer step; unset: 1, or as many as "
+                                             "--global-batch-tokens needs", ge=1, le=10**6)
     global_batch_tokens: int = arg(0, "tokens in one step of all ranks, from which --grad-accum-steps follows", ge=0)
     dry_run: bool = arg(False, "print the model's size and what a step costs, take one step, write nothing")
 

@@ -32,7 +32,7 @@ class OptimConfig:
     weight_decay: float = arg(0.1, "decoupled, on matrices only", ge=0)
     beta1: float = arg(0.9, "AdamW's decay of the first moment", ge=0, lt=1)
     beta2: float = arg(0.95, "AdamW's decay of the second moment", ge=0, lt=1)
-    grad_clip_norm: float = arg(1.0, "maximum norm, to which gradients are clipped; 0: off", ge=0)
+    grad_clip_norm: float = arg(1.0, "clip the gradients' global norm to this maximum; 0: off", ge=0)
     max_bad_steps: int = arg(10, "halt at the next report after this many steps in a row with a NaN or infinite "
                                  "gradient; each of them is skipped", ge=1)
     skip_loss_spikes: float = arg(0.0, "skip steps whose gradient norm is more than X standard deviations above the "

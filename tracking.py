@@ -49,8 +49,8 @@ class ReportConfig:
     """Evaluation and reports"""
 
     log_steps: int = arg(10, "steps between reports", ge=1)
-    eval_steps: int | None = arg(None, "steps between evaluations; 0: only the first and the last; unset: 20 to "
-                                       "39 a run, with reports", ge=0)
+    eval_steps: int | None = arg(None, "steps between evaluations; 0: only before the first and after the last step; "
+                                       "unset: 20 to 39 per run, at reports", ge=0)
     eval_tokens: int = arg(16384, "validation tokens of one evaluation, spread evenly over the set; 0: all", ge=0)
     sample_steps: int = arg(0, "steps between samples of generated text; 0: only at the end", ge=0)
 

@@ -40,7 +40,7 @@ class WandbConfig:
     wandb_tags: list[str] = arg([], "tags (WANDB_TAGS, with commas)", metavar="TAG")
     wandb_notes: str = arg("", "notes (WANDB_NOTES)")
     wandb_dir: str = arg("", "where W&B keeps its local files, in a folder wandb (WANDB_DIR; else here)", metavar="DIR")
-    wandb_mode: str = arg("", "offline keeps the run here for wandb_tools.py (WANDB_MODE; else online)", choices=MODES)
+    wandb_mode: str = arg("", "offline: record it for wandb_tools.py sync (WANDB_MODE; else online)", choices=MODES)
     wandb_run_mode: str = arg("auto", "auto: one process writes; shared: every rank writes to the same run; new: "
                                       "every rank has a run, and they are grouped", choices=("auto", "shared", "new"))
     wandb_rank_scope: str = arg("global", "apply --wandb-run-mode to all nodes together, or to each node (worker)",
@@ -49,10 +49,10 @@ class WandbConfig:
                                                                                            "all"))
     wandb_watch: str = arg("none", "histograms to log at every report",
                            choices=("none", "gradients", "parameters", "all"))
-    wandb_init_timeout: float | None = arg(None, "seconds after which W&B goes on offline if it cannot be reached "
+    wandb_init_timeout: float | None = arg(None, "seconds to try to reach W&B before the run is recorded offline "
                                                  "(WANDB_INIT_TIMEOUT; else 90); training never waits",
                                            gt=0)
-    wandb_finish_timeout: float | None = arg(None, "seconds that the end of a run waits for uploads at most "
+    wandb_finish_timeout: float | None = arg(None, "most seconds to wait for uploads at the end of a run "
                                                    "(WANDB_FINISH_TIMEOUT; else 60, or 600 with checkpoints)", gt=0)
 
     @property
