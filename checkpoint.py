@@ -3,6 +3,10 @@
 `--checkpoint-path checkpoints/minigpt.pt` names the newest. Beside it, with the same stem, are `.prev.pt` (the one
 before), `.best.pt` (lowest validation loss), `.step-N.pt` and `.kept-N.pt` (with `--keep-last`, `--keep-every`), and
 the run's log and metrics.
+
+train.py calls, in this order: `plan_together` (which file to resume from), `earlier_shards` (its token shards),
+`run_identity` and `load_for_resume` (is it this run's?), `restore`; then, before the first step, `claim` (lock, disk
+space) and `begin` (removes what a replaced run left).
 """
 
 import contextlib
@@ -194,7 +198,7 @@ def run_identity(cfg, corpus, vocab_size, global_batch_size):
         "the training data": corpus.fingerprint["train"], "the validation data": corpus.fingerprint["val"]}
 
 
-def tokens_before(path, cfg, config):
+def earlier_shards(path, cfg, config):
     """The folder of token shards that the run at `path` had, if its flags for the data are those of `config` and it is
     still there; else None."""
     for file in (path, cfg.beside(".prev.pt")) if path else ():
@@ -216,8 +220,9 @@ def load_for_resume(path, cfg, identity, config, mends=True):
         raise UserError(f"--resume: {source} is not a checkpoint of this version of mini-llm; use the one that "
                         f"wrote it, or start anew with another --checkpoint-path")
     was, flags = payload["identity"], payload["config"]
-    # 0 where a checkpoint is older than the flag: "as the architecture has it".
-    changed = {name: (was.get(name), value) for name, value in identity.items() if was.get(name, value and 0) != value}
+    # A flag that is newer than the checkpoint counts as changed only if it is set; unset ones are falsy.
+    changed = {name: (was.get(name), value) for name, value in identity.items()
+               if (name in was or value) and was.get(name) != value}
     if any(name.startswith("the ") for name in changed):  # hashes, which say nothing: name the flags behind them
         changed |= {flag(name): (flags[name], config.get(name)) for name in DATA_FLAGS
                     if name in flags and flags[name] != config.get(name)}
@@ -258,10 +263,10 @@ def restore(payload, parts, continues, world):
     """Load a restored payload into a run's parts (name → object with load_state_dict) → its State. Raises UserError.
     Collective."""
     try:
-        payload["model"] = world.split(payload["model"], dict(parts["model"].named_parameters()))
+        payload["model"] = world.distribute(payload["model"], dict(parts["model"].named_parameters()))
         params = [p for group in parts["optimizer"].param_groups for p in group["params"]]
         for index, state in payload["optimizer"]["state"].items():
-            state.update(world.split(state, dict.fromkeys(state, params[index])))
+            state.update(world.distribute(state, dict.fromkeys(state, params[index])))
         # Weight decay and betas come from the flags, not from the checkpoint.
         payload["optimizer"]["param_groups"] = parts["optimizer"].state_dict()["param_groups"]
         for name, part in parts.items():
@@ -269,10 +274,11 @@ def restore(payload, parts, continues, world):
                 part.load_state_dict(payload[name])
         state = State(**payload["state"])
     except Exception as error:  # torch raises many types
-        foreign = UserError(f"--resume: parts of the checkpoint are not those of this run ({type(error).__name__}: "
-                            f"{' '.join(str(error).split())[:300]}); name another with --resume FILE, or start anew "
-                            f"with another --checkpoint-path")
-        raise error if hardware.out_of_memory(error) else foreign from None
+        if hardware.out_of_memory(error):
+            raise
+        raise UserError(f"--resume: parts of the checkpoint are not those of this run ({type(error).__name__}: "
+                        f"{' '.join(str(error).split())[:300]}); name another with --resume FILE, or start anew "
+                        f"with another --checkpoint-path") from None
     return state if continues else dataclasses.replace(state, wandb_run_id="")  # a branch is a separate run
 
 

@@ -17,6 +17,8 @@ from shards import Shard, part_shards, read_meta, read_windows, spread_windows
 from token_cache import prepare
 from tokenizer import encode, open_tokenizer, tokenizer_hash
 
+CYCLE = 1000  # samples after which the turns of several sources repeat
+
 
 @dataclass
 class DataConfig:
@@ -92,14 +94,14 @@ class BatchConfig:
 class Corpus:
     """Token shards with disjoint training and validation documents, and the order in which training reads them."""
 
-    def __init__(self, cfg, vocab_size=0, writes=True, scratch=False, before=None):
+    def __init__(self, cfg, vocab_size=0, writes=True, scratch=False, earlier=None):
         """`scratch`: leave nothing behind. Shards that are not in the cache are created in a temporary folder, which is
-        deleted once they are open. `before`: the folder of shards that a resumed run had with these flags."""
+        deleted once they are open. `earlier`: the folder of shards that a resumed run had with these flags."""
         if scratch:
             with tempfile.TemporaryDirectory(prefix="mini-llm-", ignore_cleanup_errors=True) as folder:
-                self._open(cfg, prepare(cfg, vocab_size, scratch=folder, before=before), checks=True)
+                self._open(cfg, prepare(cfg, vocab_size, scratch=folder, before=earlier), checks=True)
         else:
-            folder = prepare(cfg, vocab_size, writes, before=before)
+            folder = prepare(cfg, vocab_size, writes, before=earlier)
             self._open(cfg, folder, checks=writes)  # once per node: a failure ends all ranks
 
     def _open(self, cfg, folder, checks):
@@ -115,7 +117,8 @@ class Corpus:
             self.val.verify(self.meta, "val")
         self.vocab_size, self.eos, self.fingerprint = self.train.vocab_size, self.train.eos, self.meta["fingerprint"]
         self.start = self._start()
-        self.next = None, None  # the batch expected next: (its first sample, their number), their first tokens
+        # The micro-batch expected next: (number of its first sample, batch size), the positions of its windows.
+        self.next = None, None
         spans = self.meta["val_sources"]
         if cfg.val_data:
             self.val_sources = {name: Shard(self.val.path, *span) for name, span in spans.items()}
@@ -126,12 +129,17 @@ class Corpus:
             raise UserError(f"--train-weights {' '.join(map(str, cfg.train_weights))}: {self.folder} has {len(spans)} "
                             f"sources; give one for each, or prepare them again")
         self.turns, self.shares = take_turns(cfg.train_weights or [1.0]), []  # shares: of the samples, by source
-        self.train_sources = {"": self.train}  # whole, with windows that span two sources; there may be thousands
+        # Unweighted: one stream, whose windows may span two sources (there may be thousands of them).
+        self.train_sources = {"": self.train}
         if len(cfg.train_weights) > 1:
             self.train_sources = {name: Shard(self.train.path, *span) for name, span in spans.items()}
             self.shares = (np.bincount(self.turns) / len(self.turns)).tolist()
         self.n_windows, self.n_val_windows = (sum(shard.windows(self.seq_len) for shard in sources.values())
                                               for sources in (self.train_sources, self.val_sources))
+        self._require_windows(cfg)
+
+    def _require_windows(self, cfg):
+        """Raises UserError if a source has less than one window."""
         for name, shard in [*self.train_sources.items(), *self.val_sources.items()]:
             if not shard.windows(self.seq_len):
                 if shard.path == self.val.path:
@@ -168,18 +176,21 @@ class Corpus:
         return self.meta["bytes"]["val"] / self.meta["tokens"]["val"]
 
     def samples(self, first, n):
-        """The first tokens of the windows that training reads from its `first`-th (counted from 0) on, (n,): those of a
-        source without replacement within an epoch of it, in a new order each epoch; sources take turns."""
-        firsts = np.empty(n, dtype=np.int64)
-        cycle, place = np.divmod(first + np.arange(n), len(self.turns))
+        """Token positions, (n,), at which the windows of samples `first` to `first + n - 1` of training begin (counted
+        from 0). Sources take turns; each is read without replacement within an epoch of it, in a new order each epoch.
+        """
+        positions = np.empty(n, dtype=np.int64)
+        cycle, place = np.divmod(first + np.arange(n), len(self.turns))  # the sources' turns repeat each cycle
         for source, shard in enumerate(self.train_sources.values()):
             mine, n_windows = np.flatnonzero(self.turns[place] == source), shard.windows(self.seq_len)
-            turns = np.cumsum(self.turns == source)  # that it has had at each place of a cycle
-            epoch, index = np.divmod(cycle[mine] * turns[-1] + turns[place[mine]] - 1, n_windows)
-            for one in np.unique(epoch):
-                order = permute(index[epoch == one], n_windows, self.seed * 1_000_003 + int(one) + (source << 40))
-                firsts[mine[epoch == one]] = shard.start + order * self.seq_len
-        return firsts
+            turns = np.cumsum(self.turns == source)  # of this source, up to and including each place of a cycle
+            nth = cycle[mine] * turns[-1] + turns[place[mine]] - 1  # which of the source's samples, counted from 0
+            epochs, indices = np.divmod(nth, n_windows)
+            for epoch in np.unique(epochs):
+                now = epochs == epoch
+                order = permute(indices[now], n_windows, self.seed * 1_000_003 + int(epoch) + (source << 40))
+                positions[mine[now]] = shard.start + order * self.seq_len
+        return positions
 
     def batch(self, step, batch_size, micro=0, accum=1, rank=0, size=1):
         """Inputs and targets of one micro-batch of one rank, (B, T) int64 each.
@@ -187,40 +198,41 @@ class Corpus:
         The step's samples are assigned in the order micro-batch, rank, row, so that two micro-batches on one rank are
         the same step as one on each of two ranks.
         """
-        first = ((step * accum + micro) * size + rank) * batch_size
-        expected, firsts = self.next
+        first = ((step * accum + micro) * size + rank) * batch_size  # number of the micro-batch's first sample
+        expected, positions = self.next
         if expected != (first, batch_size):
-            firsts = self.samples(first, batch_size)
-        windows = read_windows(self.train, firsts, self.seq_len)
-        first += size * batch_size  # of this rank's next micro-batch
+            positions = self.samples(first, batch_size)
+        windows = read_windows(self.train, positions, self.seq_len)
+        # While this one trains, the operating system reads this rank's next micro-batch from the disk.
+        first += size * batch_size
         self.next = (first, batch_size), self.samples(first, batch_size)
-        for at in self.next[1]:
-            self.train.expect(int(at), self.seq_len + 1)
+        for position in self.next[1]:
+            self.train.expect(int(position), self.seq_len + 1)
         return windows
 
     def val_batches(self, max_tokens, batch_size, rank=0, size=1):
         """Yields this rank's share of the validation windows as (source, inputs, targets, number of real rows), with
         (B, T) int64 inputs and targets. `max_tokens` > 0 takes windows spread evenly over the set, at least one per
-        source. Batches are padded by repeating a row, to keep their shape, and every rank has as many: where models are
-        sharded, a batch of one rank takes all of them."""
+        source. Batches are padded by repeating a row, to keep their shape. Every rank yields as many batches, because a
+        sharded model's forward pass needs all ranks."""
         for name, indices in spread_windows(self.val_sources, self.seq_len, max_tokens).items():
             chosen = indices[rank::size]
             rank = (rank - len(indices)) % size  # the round robin continues across sources
             for start in range(0, -(-len(indices) // size), batch_size):
                 rows = chosen[start:start + batch_size]
-                padded = (rows + (rows or [0])[-1:] * batch_size)[:batch_size]
-                firsts = [row * self.seq_len for row in padded]
-                yield name, *read_windows(self.val_sources[name], firsts, self.seq_len), len(rows)
+                padded = rows + [rows[-1] if rows else 0] * (batch_size - len(rows))
+                positions = [row * self.seq_len for row in padded]
+                yield name, *read_windows(self.val_sources[name], positions, self.seq_len), len(rows)
 
 
-def take_turns(weights, most=1000):
-    """Whose turn it is, over and over: indices of `weights`, (most,), or (1,) of a single one, evenly spread, each as
-    often as its weight says, to a thousandth. Raises UserError for a weight below that."""
-    shares = np.array(weights) / max(weights)
+def take_turns(weights):
+    """Which source each sample of a cycle is from: indices of `weights`, (CYCLE,), or (1,) if there is one source; each
+    as often as its weight says, evenly spread. Raises UserError for a weight below a thousandth of the sum."""
+    shares = np.array(weights) / max(weights)  # by the largest first: the sum may overflow
     shares, had, turns = shares / shares.sum(), np.zeros(len(weights)), []
-    if shares.min() < 1 / most:
+    if shares.min() < 1 / CYCLE:
         raise UserError(f"--train-weights {' '.join(map(str, weights))}: the least is below a thousandth of the sum")
-    for place in range(1, (most if len(weights) > 1 else 1) + 1):
+    for place in range(1, (CYCLE if len(weights) > 1 else 1) + 1):
         turns.append(int(np.argmax(shares * place - had)))
         had[turns[-1]] += 1
     return np.array(turns)
@@ -235,8 +247,8 @@ def permute(index, n, key):
     outside = np.ones(out.shape, dtype=bool)
     while outside.any():
         left, right = out[outside] >> half, out[outside] & mask
-        for turn in range(4):
-            left, right = right, left ^ (_mix(right, key * 4 + turn) & mask)
+        for round_ in range(4):
+            left, right = right, left ^ (_mix(right, key * 4 + round_) & mask)
         out[outside] = left << half | right
         outside = out >= n
     return out.astype(np.int64)
@@ -244,7 +256,7 @@ def permute(index, n, key):
 
 def _mix(x, key):
     """splitmix64's finalizer (Steele et al. 2014) on a uint64 array x, keyed by `key`."""
-    x = x + np.uint64((key * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) % (1 << 64))
+    x = x + np.uint64((key + 1) * 0x9E3779B97F4A7C15 % (1 << 64))
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

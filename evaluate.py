@@ -52,11 +52,11 @@ def evaluate(model, corpus, cfg, precision, world):
         nats[name].append(token_nats(model, x, y, precision, world.device).sum(-1))
         n_tokens[name] += rows * corpus.seq_len
     model.train()
+    # fsum rounds once: the order of a rank's windows does not matter. The device is read only here, at the end.
     sums = world.sum([*(math.fsum(x for batch in part for x in batch.tolist()) for part in nats.values()),
                       *n_tokens.values()])
-    nats, n_tokens = sums[:len(nats)], sums[len(nats):]
-    losses = {name: nats[i] / n_tokens[i] for i, name in enumerate(corpus.val_sources)}
-    # Weighted by the sources' own sizes: of --eval-tokens, a small one has a window, and so more than its share.
+    losses = {name: total / count for name, total, count in zip(nats, sums[:len(nats)], sums[len(nats):], strict=True)}
+    # Weighted by each source's own size: under --eval-tokens a small source still gets one window, more than its share.
     weights = [shard.windows(corpus.seq_len) for shard in corpus.val_sources.values()]
     found = figures(float(np.average(list(losses.values()), weights=weights)), corpus.val_bytes_per_token)
     return {f"val/{name}": value for name, value in found.items()} | {

@@ -84,6 +84,7 @@ class CausalAttention(torch.autograd.Function):
 def head_cross_entropy(x, head, targets, ignore):
     """Hidden states (N, C), head weight (V, C) and targets (N,) → the cross-entropy of each target in nats, float32,
     (N,); 0 where the target is `ignore`. Raises RuntimeError for any other target outside the vocabulary."""
+    # Grad mode is asked here: inside Function.forward it is always off.
     return HeadCrossEntropy.apply(x, head, targets, ignore, torch.is_grad_enabled())
 
 

@@ -19,14 +19,16 @@ class Meter:
     """Accumulates what is measured between two reports. `add` reads nothing back from the device; a report
     synchronizes with it and reduces over the ranks.
 
-    The training clock is paused in `excluded(...)` and starts after the first step, which warms up and compiles.
+    The training clock is paused in `excluded(...)` and starts after the first step: until then kernels are
+    compiled and memory is allocated.
     """
 
     def __init__(self, world, flops_per_token, peak_flops, watch="none", batch_size=1):
         """`batch_size`: sequences per micro-batch."""
         self.batch_size = batch_size
         self.world, self.flops_per_token, self.peak_flops = world, flops_per_token, peak_flops
-        self.watch_what, self.watched = watch if world.is_main else "none", {}
+        self.watch_what = watch if world.is_main else "none"
+        self.watched = {}  # the histograms for the next report
         self.forward = Stopwatch(world.device)  # times work in which a rank does not wait for others
         # float64 adds float32 losses without rounding, so a sum interrupted by a resume comes out the same.
         exact = torch.float32 if world.device.type == "mps" else torch.float64
@@ -59,10 +61,9 @@ class Meter:
             self.warm, self.spent["warmup"] = True, self._clock()
             self._restart_clock()
 
-    def watch(self, model, due):
-        """If `due`, compute histograms of the model's gradients and parameters for the next report (--wandb-watch)."""
-        if due:
-            self.watched = histograms(model, self.watch_what)
+    def watch(self, model):
+        """Compute histograms of the model's gradients and parameters for the next report (--wandb-watch)."""
+        self.watched = histograms(model, self.watch_what)
 
     def _clock(self):
         return time.perf_counter() - self.started

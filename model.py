@@ -76,7 +76,7 @@ class GPTConfig:
             raise UserError(f"--n-kv-heads {self.n_kv_heads} does not divide --n-heads {self.n_heads}; "
                             f"try --n-kv-heads {math.gcd(self.n_heads, self.n_kv_heads)}")
         if self.parts.rope_theta and self.head_size % 2:
-            raise UserError(f"--head-dim {self.head_size} is odd, and RoPE rotates pairs of dimensions; take an even")
+            raise UserError(f"--head-dim {self.head_size} is odd, and RoPE rotates pairs of dimensions; make it even")
         if self.rope_theta and not self.parts.rope_theta:
             raise UserError(f"--rope-theta {self.rope_theta}: --arch {self.arch} has learned positions; leave it out")
         rough = self.d_model * (self.n_layers * 2 * (self.n_heads * self.head_size + self.ff_size)
@@ -84,6 +84,8 @@ class GPTConfig:
         if rough > 1e12:
             sizes = " ".join(f"{flag(name)} {size}" for name, size in vars(self).items() if type(size) is int and size)
             raise UserError(f"{sizes}: {rough:.0e} parameters, which no device holds")
+
+    # The flags have 0 or None for "default". What follows is resolved, and is what the model is built from.
 
     @property
     def parts(self):
@@ -240,7 +242,7 @@ class GPT(nn.Module):
         embeddings of std 1, matrices uniform with std 1/sqrt(C), residual projections zero, the head near zero."""
         for name, parameter in self.named_parameters():
             if not name.endswith((".weight", ".bias")):
-                continue  # its module has initialized it
+                continue  # none of ours; one that you add stays as its module made it
             into_stream = name.endswith(("proj.weight", "down.weight"))
             if name.endswith("bias"):
                 parameter.zero_()

@@ -67,8 +67,8 @@ def lr_at(step, cfg):
 
 def make_optimizer(model, cfg, device, matmul_dtype=None, orthogonalizer=None):
     """Fused AdamW (Loshchilov & Hutter 2019), with weight decay on matrices, not on biases and norms. With `--optimizer
-    muon`, Muon updates the matrices inside the blocks, orthogonalized in bf16 if `matmul_dtype` is bf16;
-    among ranks `orthogonalizer`, World.orthogonalize, gives each of them some of the work."""
+    muon`, Muon updates the matrices inside the blocks; they are orthogonalized by `orthogonalizer`
+    (World.orthogonalize, which shares the work among the ranks), in bf16 if `matmul_dtype` is bf16."""
     hidden = dict.fromkeys(p for p in model.blocks.parameters() if p.ndim == 2 and cfg.optimizer == "muon")
     others = [p for p in model.parameters() if p not in hidden]
     muon = [dict(params=[p for p in hidden if p.shape == shape], momentum=MOMENTUM, weight_decay=cfg.weight_decay,
@@ -91,8 +91,8 @@ class StepGuard:
     far above recent ones. The loss spikes one step after the gradient norm, so the norm is tested (as in OLMo 2).
 
     The decision stays on the device: the fused kernels and Muon read a flag, `found_inf`, as every optimizer with a
-    fused group must, and the host does not wait for it. The norm is that of the all-reduced gradient, so all ranks
-    decide alike.
+    fused group must, and the host does not wait for it (in fp16 it does, for the scale). The norm is that of the
+    all-reduced gradient, so all ranks decide alike.
     """
 
     WINDOW, MIN_NORMS = 128, 32  # norms in the window; how many it must hold before steps can be skipped as spikes
@@ -116,14 +116,14 @@ class StepGuard:
             scale = self.scaler.get_scale()
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            if self.scaler.get_scale() < scale:
+            if self.scaler.get_scale() < scale:  # overflow: the scaler has skipped the step and lowered the scale
                 if scale >= 1:
                     return None
                 self.scaler.update(2.0**16)  # not finite at any scale: skip the batch, as in bf16 and fp32
         elif getattr(self.optimizer, "_step_supports_amp_scaling", False):
             self.optimizer.found_inf = (~taken).float()
             self.optimizer.step()
-        elif taken:
+        elif taken:  # not fused, as on Metal: the host waits for the device
             self.optimizer.step()
         return taken
 
@@ -198,14 +198,14 @@ def local(tensors):
     return [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
 
 
-def orthogonalize(matrices, dtype=torch.float32, steps=5):
+def orthogonalize(matrices, dtype=torch.float32):
     """(n, rows, cols) → the same matrices with singular values near 1 (0.7 to 1.2), batched over n: Newton-Schulz
     iteration of an odd quintic whose coefficients Jordan chose for a steep slope at 0. Returned in `dtype`."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = (matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
     if tall := x.shape[1] > x.shape[2]:
         x = x.mT
-    for _ in range(steps):  # x ← a x + (b g + c g²) x, where g = x xᵀ
+    for _ in range(5):  # x ← a x + (b g + c g²) x, where g = x xᵀ
         gram = x @ x.mT  # (n, r, r), r the smaller of rows and cols
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x

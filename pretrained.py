@@ -125,7 +125,7 @@ def load_initial(raw, init, world):
     """Load the weights that --init-from names into `raw`: the main rank reads and broadcasts them. Collective."""
     if init.init_from:
         weights = world.from_main(lambda: _source_weights(init.init_from, raw.cfg))
-        raw.load_state_dict(world.split(weights, dict(raw.named_parameters())))
+        raw.load_state_dict(world.distribute(weights, dict(raw.named_parameters())))
 
 
 def _saved_config(path, cfg):

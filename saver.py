@@ -28,21 +28,22 @@ class NotSaved(RunFailed):
 def save_run(cfg, payload, step, latest, best, kept=False):
     """Save at the checkpoint path (`latest`), as `.best.pt` (`best`), or both with one write. Returns the file's path.
 
-    The previous checkpoint stays as `.prev.pt`; with --keep-last and if `kept` the new one also gets a name with its
-    step. One that was saved while steps were not finite may be of no use, and is neither kept nor named. These are hard
-    links, which cost no writing and ensure that an intact checkpoint has some name at every moment. The best is named
-    before the newest: a run killed in between goes on from the one before, and finds the best again.
+    The previous checkpoint stays as `.prev.pt`; the new one also gets a name with its step in it: `.step-N.pt` under
+    --keep-last, `.kept-N.pt` if `kept`. One that was saved while steps were not finite may be of no use, and is neither
+    kept nor named. These are hard links, which cost no writing and ensure that an intact checkpoint has some name at
+    every moment. The best is named before the newest: a run killed in between goes on from the one before, and finds
+    the best again.
     """
-    path, best_path, newest = Path(cfg.checkpoint_path), cfg.beside(".best.pt"), cfg.beside(f".step-{step:08d}.pt")
+    path, best_path, step_path = Path(cfg.checkpoint_path), cfg.beside(".best.pt"), cfg.beside(f".step-{step:08d}.pt")
     if not latest:
         save(best_path, payload)
         return best_path
     named = cfg.keep_last > 0 and _is_sound(payload)
-    names = [best_path] * best + [newest] * named + [cfg.beside(f".kept-{step:08d}.pt")] * kept
+    names = [best_path] * best + [step_path] * named + [cfg.beside(f".kept-{step:08d}.pt")] * kept
     save(path, payload, cfg.beside(".prev.pt") if _is_sound(saved(path)) else None, names)
     if named:
         # Not those of later steps, left from before the run fell back: they would outlive the new ones.
-        for old in [file for file in cfg.matching(r"\.step-\d+\.pt") if file <= newest][:-cfg.keep_last]:
+        for old in [file for file in cfg.matching(r"\.step-\d+\.pt") if file <= step_path][:-cfg.keep_last]:
             old.unlink(missing_ok=True)
     return path
 
@@ -100,7 +101,7 @@ class Saver:
         return True
 
     def _begin(self, payload, latest, best):
-        if self.cfg.async_save and self.world.shards == 1:  # of several shards, World.whole has made a copy
+        if self.cfg.async_save and self.world.shards == 1:  # of shards, World.full_state has made a copy
             payload = self._copied(payload)
         kept = latest and self._opens_interval() and _is_sound(payload)
         self.future = self.pool.submit(self._write, payload, dataclasses.replace(self.state), latest, best, kept)
@@ -110,7 +111,7 @@ class Saver:
             return save_run(self.cfg, payload, state.step, latest, best, kept), state, best
 
     def _opens_interval(self):
-        """Whether none is kept for good yet of the --keep-every steps that this one is of; not of the run's first."""
+        """Whether this is the first checkpoint of its interval of --keep-every steps; from step 0 on, none is kept."""
         every, kept = self.cfg.keep_every, self.cfg.matching(r"\.kept-\d+\.pt")
         return every > 0 and self.state.step // every > max((step_of(file) // every for file in kept), default=0)
 

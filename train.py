@@ -43,7 +43,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
-    given = frozenset()  # names of the flags set explicitly, by `parse`
+    given = frozenset()  # names of the flags set explicitly, by `parse`; not annotated, so not a field itself
 
 
 def train(cfg, world):
@@ -55,13 +55,18 @@ def train(cfg, world):
     world.require_same({flag(name): value for name, value in flatten(cfg).items()}, "flags")
     resume_from = checkpoint.plan_together(cfg.checkpoint, world, dry_run)
     cfg.model, cfg.init = world.from_main(lambda: resolve_init(cfg, resume_from))
-    accum, config = cfg.batch.accum_steps(world.size, cfg.data.seq_len), flatten(cfg)
-    tokens = world.from_main(lambda: checkpoint.tokens_before(resume_from, cfg.checkpoint, config))
-    corpus = Corpus(cfg.data, cfg.model.vocab_size, writes=world.local_rank == 0, scratch=dry_run, before=tokens)
+    accum = cfg.batch.accum_steps(world.size, cfg.data.seq_len)
+
+    # The data, and what defines the run.
+    config = flatten(cfg)
+    earlier = world.from_main(lambda: checkpoint.earlier_shards(resume_from, cfg.checkpoint, config))
+    corpus = Corpus(cfg.data, cfg.model.vocab_size, writes=world.local_rank == 0, scratch=dry_run, earlier=earlier)
     global_batch_size = batch_size * accum * world.size
     vocab_size = resolve_vocab_size(cfg.model, cfg.init, corpus.vocab_size, cfg.data.tokenizer_name)
     identity = checkpoint.run_identity(cfg, corpus, vocab_size, global_batch_size)
     precision = hardware.choose_precision(cfg.speed, world.device)
+
+    # The ranks must have the same data, precision and kind of device; then the checkpoint is read.
     # Muon's products in bf16 round differently on different GPUs and CPUs: replicas would drift apart.
     device = hardware.device_name(world.device) if cfg.optim.optimizer == "muon" else world.device.type
     world.require_same(identity, "data")
@@ -81,15 +86,16 @@ def train(cfg, world):
     guard = StepGuard(cfg.optim, optimizer, scaler, world.device)
     parts = dict(model=raw, optimizer=optimizer, scaler=scaler, guard=guard, meter=meter)
     state = checkpoint.restore(saved, parts, cfg.checkpoint.continues(resume_from), world) if saved else State()
-    del saved
+    del saved  # else its tensors stay in memory for the whole run
     fast = torch.compile(raw) if hardware.should_compile(cfg.speed, world.device) else raw
     world.require_replicas(raw, optimizer)
     model = world.wrap(fast)  # `model` takes the training steps, `fast` evaluates, `raw` is saved
     num_steps, eval_steps = cfg.optim.num_steps, cfg.report.eval_every(cfg.optim.num_steps)
-    moments = state_sizes(optimizer)  # bytes of each
-    log_facts(cfg, world, corpus, raw, sum(moments), precision, accum, state, resume_from)
+    moment_bytes = state_sizes(optimizer)
+    log_facts(cfg, world, corpus, raw, sum(moment_bytes), precision, accum, state, resume_from)
 
     def due(every, ahead=0):
+        """Whether step `state.step + ahead` is a multiple of `every` (0: of none) or the run's last."""
         return state.step + ahead == num_steps or (every and (state.step + ahead) % every == 0)
 
     def forward_backward(micro):
@@ -109,16 +115,19 @@ def train(cfg, world):
         set_lr(optimizer, lr_at(state.step, cfg.optim))
         losses = [forward_backward(micro) for micro in range(accum)]
         scaler.unscale_(optimizer)
-        meter.watch(raw, due=due(cfg.report.log_steps, ahead=1))
+        if due(cfg.report.log_steps, ahead=1):
+            meter.watch(raw)
         norm = world.clip_gradients(raw, cfg.optim.grad_clip_norm or float("inf"))
         taken = guard.step(norm, state.step)
         optimizer.zero_grad(set_to_none=True)
-        return train_step() if taken is None else (torch.stack(losses), norm, taken)
+        if taken is None:  # fp16 overflowed: repeat the step with the lower scale that the scaler has set
+            return train_step()
+        return torch.stack(losses), norm, taken
 
     def payload():
         """Everything a run needs to resume, on the main rank. Collective."""
         world.require_replicas(raw, optimizer)
-        return world.whole({name: part.state_dict() for name, part in parts.items()}) | dict(
+        return world.full_state({name: part.state_dict() for name, part in parts.items()}) | dict(
             format=checkpoint.FORMAT, state=asdict(state), identity=identity, config=config, start=corpus.start,
             tokens=str(corpus.folder), torch=str(torch.__version__))
 
@@ -134,9 +143,9 @@ def train(cfg, world):
 
     def sample_now():
         with meter.excluded("sample"), precision.autocast():
-            model = world.assemble(raw)
+            full = world.full_model(raw)
             world.from_main(lambda: track.sample(lambda: sample_text(
-                model.to(world.device), cfg.checkpoint.beside(".tokenizer"), corpus)))
+                full.to(world.device), cfg.checkpoint.beside(".tokenizer"), corpus)))
 
     if dry_run:
         began = time.perf_counter()
@@ -147,12 +156,12 @@ def train(cfg, world):
         log.info("already at step %d of %d: raise --num-steps to go on", state.step, num_steps)
         return 0
 
-    world.from_main(lambda: checkpoint.claim(cfg, resume_from, 4 * raw.num_params() + sum(moments), state.step))
+    world.from_main(lambda: checkpoint.claim(cfg, resume_from, 4 * raw.num_params() + sum(moment_bytes), state.step))
     stop = StopSignal(world, cfg.checkpoint.time_limit).listen()  # until the end of the loop
     # A warm-up pass whose gradients are discarded, with memory held for the optimizer state: OOM and compile errors
     # show before any file is replaced. It is not optional: after its first backward pass DDP regroups the gradients,
     # and then adds those of 3 or more ranks in another order.
-    held = [] if state.step else [size // world.shards for size in moments]
+    held = [] if state.step else [size // world.shards for size in moment_bytes]  # a resumed run has them already
     with Watchdog(meter, state, cfg, world.rank), hardware.reserved(held, world.device):
         for micro in sorted({0, accum - 1}):  # under DDP without the all-reduce, and with it
             forward_backward(micro)
@@ -168,7 +177,8 @@ def train(cfg, world):
     with (Tracker(cfg, world, state, global_batch_size / corpus.n_windows, precision.name, facts) as track,
           make_profiler(cfg.tracking.use_profiler and world.is_main, cfg.checkpoint.beside(".trace.json")) as profiler,
           stop, Watchdog(meter, state, cfg, world.rank)):
-        saver, owed = Saver(cfg.checkpoint, world, state, track), False
+        saver = Saver(cfg.checkpoint, world, state, track)
+        save_due = False  # --save-steps has asked for a save that is still to come
         if state.step == 0:
             track.report(evaluate_now())
         while state.step < num_steps:
@@ -178,12 +188,12 @@ def train(cfg, world):
             meter.add(losses, norm, taken, tokens=batch_size * accum * corpus.seq_len)
             profiler.step()
             track.bar.update()
-            signal_number, save_now = stop.agreed()
+            signal_number, save_now = stop.agreed()  # two numbers over gloo: does not wait for the GPU
             metrics, best = {}, False
             if cfg.ranks.check_replicas and state.step % cfg.ranks.check_replicas == 0:
                 world.require_replicas(raw, optimizer)
             if due(cfg.report.log_steps):
-                saver.conclude(wait=False)
+                saver.conclude(wait=False)  # reports an --async-save that has ended meanwhile
                 metrics = meter.report(ends_interval=state.step % cfg.report.log_steps == 0)
                 metrics["lr"] = lr_at(state.step - 1, cfg.optim)  # of the step just taken
             if due(eval_steps):
@@ -197,13 +207,15 @@ def train(cfg, world):
                 halt()
             if due(cfg.report.sample_steps):  # before saving: a run killed in here repeats the step and its sample
                 sample_now()
-            owed = owed or due(cfg.checkpoint.save_steps)
-            # While steps are not finite, only if asked to and at the end: the weights may be why, and of no use.
-            latest = signal_number or save_now or state.step == num_steps or (owed and not meter.skipped_in_row)
-            if latest or best:
+            save_due = save_due or due(cfg.checkpoint.save_steps)
+            last = signal_number or state.step == num_steps
+            # While steps are being skipped, --save-steps waits: the weights may be the cause, and of no use. A signal's
+            # save and the last one do not wait. (Reading `skipped_in_row` waits for the device.)
+            newest = last or save_now or (save_due and not meter.skipped_in_row)
+            if newest or best:
                 with meter.excluded("checkpoint"):  # all ranks wait here: saving is not training time
-                    saver.save(payload, latest, best, signal_number or state.step == num_steps)
-            owed = owed and not latest
+                    saver.save(payload, newest, best, last)
+            save_due = save_due and not newest
             if signal_number and state.step < num_steps:
                 log.info("stopped by %s at step %d, saved; go on with --resume", stop.cause(signal_number), state.step)
                 track.exit_code = 128 + signal_number

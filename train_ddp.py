@@ -5,7 +5,6 @@ model and its share of every batch, and gradients are averaged during the backwa
 """
 
 import contextlib
-import inspect
 import os
 
 import torch
@@ -22,7 +21,7 @@ from world import World
 
 class DDPWorld(World):
     script, launchers = "train_ddp.py", 1  # torchrun, or Slurm's step
-    pulse = NoPulse()  # how this rank reports faults and exits; of the class, as errors may precede the World
+    pulse = NoPulse()  # how this rank reports faults and exits; of the class: errors can occur before there is a World
 
     def __init__(self, cfg):
         self.rank, self.size, self.local_rank, self.local_size, self.node_rank = launched(self.script)
@@ -41,19 +40,17 @@ class DDPWorld(World):
 
     def wrap(self, model):
         devices = [self.device.index] if self.device.type == "cuda" else None
-        # Buffers are equal on all ranks and stay so: no need to broadcast them. torch 2.13 renamed the option.
-        known = inspect.signature(DistributedDataParallel).parameters
-        sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        # torch.compile cuts its graph where a bucket of gradients ends: at the default of 25 MB into 146 for 1.5B.
-        buckets = dict(bucket_cap_mb=100) if devices else {}
-        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **buckets,
-                                       **{sync: False})
+        # Nothing to broadcast: buffers are equal on all ranks and never change. torch 2.13 renamed the option.
+        sync = "forward_sync_buffers" if torch.__version__ >= (2, 13) else "broadcast_buffers"
+        # torch.compile splits its graph at every bucket of gradients: of 1.5B into 146 graphs at the default 25 MB.
+        return DistributedDataParallel(model, device_ids=devices, bucket_cap_mb=100 if devices else None,
+                                       gradient_as_bucket_view=True, **{sync: False})
 
     def grad_sync(self, model, last):
         return contextlib.nullcontext() if last else model.no_sync()
 
     def orthogonalize(self, matrices, rows, dtype):
-        """Each rank orthogonalizes some of the matrices, for all."""
+        """Each rank orthogonalizes a share of the matrices; an all-gather gives all of them to every rank."""
         share = -(-len(matrices) // self.size)
         part = matrices[self.rank * share:][:share]  # (share, rows, cols); the last ranks may have fewer, or none
         mine = matrices.new_zeros((share, *matrices.shape[1:]), dtype=dtype)
@@ -69,7 +66,7 @@ class DDPWorld(World):
         return [row.tolist() for row in everyone]
 
     def from_main(self, make):
-        outcome, value = [None, None], None
+        outcome, value = [None, None], None  # outcome: the exception, and the value with meta tensors
         if self.is_main:
             try:
                 value = make()
@@ -84,7 +81,7 @@ class DDPWorld(World):
 
     def broadcast(self, tensor):
         """The main rank's tensor, on the CPU of every rank; the others give a meta tensor of its shape."""
-        # By way of the GPU: between nodes NCCL finds the fast network; gloo takes that of the host's name.
+        # Through the GPU: between nodes NCCL finds the fast network, gloo takes the one that the host's name leads to.
         sent = tensor.to(self.device) if self.is_main else torch.empty_like(tensor, device=self.device)
         dist.broadcast(sent, 0)
         return tensor if self.is_main else sent.cpu()
@@ -100,8 +97,9 @@ class DDPWorld(World):
         require_same(mine, what, UserError, advice)
 
     def require_replicas(self, model, optimizer):
-        copied = [model.state_dict(), optimizer.state_dict()] if self.shards < self.size else []
-        require_same(digests(copied), "weights", RankFault, RESUME, self.shards)
+        if self.shards < self.size:  # otherwise no two ranks hold the same tensors
+            states = [model.state_dict(), optimizer.state_dict()]
+            require_same(digests(states), "weights", RankFault, RESUME, apart=self.shards)
 
     @staticmethod
     def fail(error, code):

@@ -1,11 +1,11 @@
 """Pretrain a GPT that one device cannot hold: `torchrun --nproc-per-node=N train_fsdp.py`, on one node or several.
 
 The training loop is train.py's. This file has what fully sharded data parallelism (ZeRO-3, Rajbhandari et al. 2020;
-PyTorch's FSDP2) changes from train_ddp.py: parameters, gradients and optimizer state are split over the ranks by rows.
-The parameters of a block are gathered for its forward and its backward pass alone; its gradients are averaged, each row
-on the rank that holds it. With --shard-ranks N every N ranks, as of one node, hold the whole model among them, and its
-replicas are trained as train_ddp.py's are (hybrid sharding). Checkpoints have whole tensors: a run may go on in another
-mode, or on more ranks or fewer.
+PyTorch's FSDP2) changes from train_ddp.py: parameters, gradients and optimizer state are sharded over the ranks by
+rows. Each block's parameters are all-gathered just before its forward and again before its backward pass, and freed
+after it; its gradients are reduce-scattered. With --shard-ranks N (hybrid sharding, HSDP) each group of N consecutive
+ranks, such as a node's, holds one replica of the model, and gradients are all-reduced between the groups. Checkpoints
+hold whole tensors: a run can go on in another mode, or on another number of ranks.
 """
 
 import contextlib
@@ -23,7 +23,8 @@ from optim import orthogonalize
 from train import main
 from train_ddp import DDPWorld
 
-LARGE = 2**16  # elements from which a tensor is that of a parameter, and is sent in shards
+# Of tensors with as many elements `from_main` gives the other ranks the shape alone, and `distribute` sends the shards.
+SENT_IN_SHARDS = 2**16
 
 
 class FSDPWorld(DDPWorld):
@@ -36,9 +37,10 @@ class FSDPWorld(DDPWorld):
         if left_over:
             raise UserError(f"--shard-ranks {self.shards} does not divide the {self.size} ranks; take the number of "
                             f"ranks of a node")
-        sizes, names = (replicas, self.shards), ("replicas", "shards")
-        first = int(replicas == 1)  # no dimension of one, whose all-reduces would be called for nothing
-        self.mesh = init_device_mesh(self.device.type, sizes[first:], mesh_dim_names=names[first:])
+        mesh = dict(dp_replicate=replicas, dp_shard=self.shards)
+        if replicas == 1:  # a dimension of one rank would have its all-reduces run for nothing
+            del mesh["dp_replicate"]
+        self.mesh = init_device_mesh(self.device.type, tuple(mesh.values()), mesh_dim_names=tuple(mesh))
         if self.device.type == "cpu":
             keep_freed_memory(up_to=1 << 17)  # what is gathered has many sizes: three times the memory would be kept
         precision, self.compiles = choose_precision(cfg.speed, self.device), should_compile(cfg.speed, self.device)
@@ -54,11 +56,12 @@ class FSDPWorld(DDPWorld):
                             f"it out, or give --shard-ranks")
 
     def place(self, model):
-        # Blocks are sent in autocast's dtype, in which their products are computed; gains of norms are rounded to it.
-        halves = MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        # A block's parameters are all-gathered in autocast's dtype, which its matrix products need; norm gains, too,
+        # are rounded to it. Inputs are not cast: GPT.hidden gives the residual stream its dtype.
+        policy = MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in model.blocks:
-            fully_shard(block, mesh=self.mesh, mp_policy=halves)
-            if self.compiles:  # each by itself: compiling the whole model stops where FSDP's hooks are
+            fully_shard(block, mesh=self.mesh, mp_policy=policy)
+            if self.compiles:  # also each block: train.py's torch.compile breaks its graph at FSDP's hooks
                 block.forward = torch.compile(block.forward)
         return fully_shard(model, mesh=self.mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
 
@@ -66,7 +69,8 @@ class FSDPWorld(DDPWorld):
         return model
 
     def grad_sync(self, model, last):
-        model.set_requires_all_reduce(last)  # over replicas; over shards always: no rank has room for whole gradients
+        # Only the all-reduce between replicas waits for the last: no rank has room for unsharded gradients.
+        model.set_requires_all_reduce(last)
         return contextlib.nullcontext()
 
     def clip_gradients(self, model, max_norm):
@@ -74,34 +78,35 @@ class FSDPWorld(DDPWorld):
 
     def orthogonalize(self, matrices, rows, dtype):
         """Each rank has some rows of every matrix; by two all-to-alls, it orthogonalizes some of the matrices whole."""
-        (n, _, cols), by_matrix, by_row, mesh = matrices.shape, [Shard(0)], [Shard(1)], self.mesh["shards"]
+        (n, _, cols), by_matrix, by_row, mesh = matrices.shape, [Shard(0)], [Shard(1)], self.mesh["dp_shard"]
         size = dict(shape=torch.Size((n, rows, cols)), stride=(rows * cols, cols, 1))
         # (n, rows of this rank, cols) -> (matrices of this rank, rows, cols), and back
         mine = DTensor.from_local(matrices, mesh, by_row, **size).redistribute(placements=by_matrix)
         update = orthogonalize(mine.to_local(), dtype)
         return DTensor.from_local(update, mesh, by_matrix, **size).redistribute(placements=by_row).to_local()
 
-    def whole(self, state):
+    def full_state(self, state):
         def gather(tensor):
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            # A copy even of what is on the CPU already: --async-save writes it while training goes on.
             return whole.to("cpu", copy=whole is tensor) if self.is_main else whole.to("meta")
 
         return tree_map_only(torch.Tensor, gather, state)
 
     def broadcast(self, tensor):
-        return tensor if tensor.numel() >= LARGE else super().broadcast(tensor)  # `split` sends what is large
+        return tensor if tensor.numel() >= SENT_IN_SHARDS else super().broadcast(tensor)
 
-    def split(self, tensors, like):
+    def distribute(self, tensors, like):
         def scatter(tensor, parameter):
-            # Of the other ranks' tensors only the shape counts.
+            # On other ranks only the shape counts: distribute_tensor scatters the main rank's tensor.
             tensor = tensor.to(self.device) if self.is_main else torch.empty_like(tensor, device=self.device)
             return distribute_tensor(tensor, self.mesh, parameter.placements)
 
         return {name: scatter(tensor, like[name]) if name in like and tensor.shape == like[name].shape else tensor
                 for name, tensor in tensors.items()}
 
-    def assemble(self, model):
-        weights = self.whole(model.state_dict())
+    def full_model(self, model):
+        weights = self.full_state(model.state_dict())
         if not self.is_main:
             return None
         model = GPT(model.cfg)

@@ -1,7 +1,7 @@
 """The interface of a mode: `World` is the processes that train together, in `train.py` a single one.
 
-`train_ddp.py` and `train_fsdp.py` override what many do otherwise. All ranks call the same methods at the same points
-of the loop.
+`train_ddp.py` and `train_fsdp.py` override what differs with several ranks. All ranks call the same methods at the same
+points of the loop.
 """
 
 import contextlib
@@ -40,43 +40,44 @@ class World:
         return contextlib.nullcontext()
 
     def clip_gradients(self, model, max_norm):
-        """Scales the gradients down to `max_norm`, if their norm is above it → their norm before."""
+        """Clips the gradients' global norm to `max_norm`; returns the norm before clipping."""
         return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
 
     def orthogonalize(self, matrices, rows, dtype):
-        """Collective. Muon's matrices, of which this rank holds some of the `rows` rows, (n, rows of this rank, cols) →
-        the same rows of them orthogonalized, in `dtype`."""
+        """Collective, for Muon. `matrices`, (n, rows of this rank, cols), are this rank's rows of n matrices that have
+        `rows` rows in all. Returns the same rows of the orthogonalized matrices, in `dtype`."""
         return orthogonalize(matrices, dtype)
 
-    def whole(self, state):
-        """Collective. The state of the run's parts with whole tensors in place of shards, on the main rank only; if
-        there are several shards, a copy on the CPU."""
+    def full_state(self, state):
+        """Collective. Returns the state of the run's parts, for the main rank to save. Under sharding its DTensors are
+        gathered, all tensors are copies on the CPU, and other ranks get meta tensors."""
         return state
 
-    def split(self, tensors, like):
-        """Collective; reverses `whole`. name → tensor, as `from_main` has them, and name → parameter, in `like` → the
-        tensors; where models are sharded, this rank's shard of each that has its parameter's shape."""
+    def distribute(self, tensors, like):
+        """Collective; reverses `full_state`. `tensors`, by name, are what `from_main` returned. Under sharding, each
+        that has the shape of the parameter of its name in `like` is returned as this rank's shard."""
         return tensors
 
-    def assemble(self, model):
-        """Collective. A model with all parameters, for the main rank to sample from; None on other ranks."""
+    def full_model(self, model):
+        """Collective. A model with all parameters, for the main rank to sample from; under sharding None on the others.
+        """
         return model
 
     def gather(self, values):
-        """Numbers → those of every rank, as floats, in rank order."""
+        """Collective. Returns every rank's numbers, as floats, in rank order."""
         return [list(values)]
 
     def sum(self, values):
-        """Numbers → the sum of each over the ranks, in float64."""
+        """Collective. Returns the sum of each number over the ranks, in float64."""
         return [sum(column) for column in zip(*self.gather(values), strict=True)]
 
     def max(self, values):
-        """Ints → the maximum of each over the ranks."""
+        """Collective. Returns the maximum of each integer over the ranks."""
         return [int(max(column)) for column in zip(*self.gather(values), strict=True)]
 
     def from_main(self, make):
-        """Calls `make()` on the main rank only; every rank gets its result, or raises its exception. Where models are
-        sharded, the others get large tensors without their data, for `split`."""
+        """Collective. Calls `make()` on the main rank only; every rank gets its result, or raises its exception. Under
+        sharding, the others get only the shapes of large tensors, for `distribute`."""
         return make()
 
     def begin_step(self, step):
