@@ -22,6 +22,7 @@ import traceback
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from config import RunFailed, UserError, first_line
@@ -35,6 +36,7 @@ RESUME = "--resume auto goes on from the last checkpoint"
 # What torchrun tells each process, and where srun says the same if it starts them itself.
 SLURM = dict(RANK="SLURM_PROCID", WORLD_SIZE="SLURM_NTASKS", LOCAL_RANK="SLURM_LOCALID",
              LOCAL_WORLD_SIZE="SLURM_NTASKS_PER_NODE", GROUP_RANK="SLURM_NODEID")
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
 
 
 class RankFault(RunFailed):
@@ -54,9 +56,14 @@ def launched(script):
     return [int(os.environ[name]) for name in SLURM]
 
 
+def limit_of(timeout):
+    """The limit of a collective: the pulse reports a fault before that."""
+    return datetime.timedelta(seconds=timeout + 60)
+
+
 def join(backend, timeout):
     """Join the process group that torchrun's environment variables describe. Returns this rank's Pulse."""
-    limit = datetime.timedelta(seconds=timeout + 60)  # for a collective: the pulse reports a fault before that
+    limit = limit_of(timeout)
     # torchrun's store is up before its ranks start: if it does not answer, it has died together with torchrun.
     has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     connect = datetime.timedelta(seconds=CONNECT) if has_store else limit
@@ -104,8 +111,7 @@ class Pulse(NoPulse):
         self.store, self.rank, self.size, self.timeout, self.silent = store, rank, size, timeout, min(timeout, SILENT)
         name = f"rank {rank} ({socket.gethostname()}, pid {os.getpid()})"
         self.backends = []
-        with contextlib.suppress(AttributeError):
-            self.backends = [dist.group.WORLD._get_backend(device) for device in dist.group.WORLD._device_types]
+        self._count(dist.group.WORLD)
         # A rank with fewer moves than the others is one that they are waiting for in a collective.
         self.me = dict(name=name, pid=os.getpid(), node=os.environ["GROUP_RANK"], beat=0, moves=0, step=0,
                        left=False)
@@ -115,12 +121,31 @@ class Pulse(NoPulse):
         threading.Thread(target=self._run, daemon=True, name="pulse").start()
         threading.Thread(target=self._watch_store, args=(os.getppid(),), daemon=True, name="store").start()
 
+    def mesh(self, device_type, shards):
+        """Collective. A DeviceMesh (dp_replicate, dp_shard) of all ranks, `shards` consecutive ones to a replica; of a
+        single replica (dp_shard,) alone."""
+        names = ("dp_replicate", "dp_shard")
+        if shards == self.size:
+            return init_device_mesh(device_type, (shards,), mesh_dim_names=names[1:])
+        # Not by init_device_mesh, whose groups have a timeout of their own.
+        mesh, groups = torch.arange(self.size).view(-1, shards), []
+        for ranks in (mesh.T, mesh):  # the lists of ranks along each dimension
+            group, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=limit_of(self.timeout))
+            self._count(group)
+            groups.append(group)
+        return DeviceMesh.from_group(groups, device_type, mesh, mesh_dim_names=names)
+
+    def _count(self, group):
+        """Its collectives count as moves from now on."""
+        with contextlib.suppress(AttributeError):  # private functions of torch's: steps alone tell less exactly
+            self.backends += [group._get_backend(device) for device in group._device_types]
+
     def _where(self):
         return f"at step {self.me['step']}" if self.me["step"] else "before the first step"  # same on all ranks ±1
 
     def _publish(self):
         collectives = 0
-        with contextlib.suppress(AttributeError):  # a private function of torch's: steps alone tell less exactly
+        with contextlib.suppress(AttributeError):  # see _count
             collectives = sum(backend._get_sequence_number_for_group() for backend in self.backends)
         self.me["moves"] = self.me["step"] + collectives
         self.store.set(str(self.rank), json.dumps(self.me))
@@ -154,7 +179,8 @@ class Pulse(NoPulse):
                     self.fail(self._stopped([peer], heard), frozen=peer)
                 if moved and moved % self.timeout == 0:
                     everyone = [self._read(rank) for rank in range(self.size)]
-                    slow = [who for who in everyone if who["moves"] < self.me["moves"]]
+                    least = min(who["moves"] for who in everyone)  # others may wait for it in a group of theirs
+                    slow = [who for who in everyone if who["moves"] == least < self.me["moves"]]
                     if slow and not any(who["left"] for who in everyone):
                         self.fail(self._stopped(slow, moved))
                     # NCCL counts what was enqueued: if a GPU hangs, no rank is behind, and NCCL aborts them all.
@@ -256,6 +282,20 @@ def portable(error):
     except Exception:  # whatever its constructor raises
         return RunFailed(f"{type(error).__name__}: {error}")
     return error
+
+
+def shared_out(compute, batch, group=None):
+    """Collective in `group`. (n, …) → `compute(batch)`, of that shape: each rank computes a share of it, for all."""
+    if not len(batch):
+        return compute(batch)
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    share = -(-len(batch) // size)
+    part = compute(batch[rank * share:][:share])  # (share, …); the last ranks may have fewer, or none
+    mine = part.new_zeros((share, *batch.shape[1:]))
+    mine[:len(part)] = part
+    everyone = part.new_empty((size * share, *batch.shape[1:]))
+    all_gather(everyone, mine, group=group)
+    return everyone[:len(batch)]
 
 
 def require_same(mine, what, error, advice, apart=1):

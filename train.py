@@ -50,8 +50,8 @@ def train(cfg, world):
     """Train until `num_steps` or a stop signal. Returns the exit code: 0, or 128 + the signal number."""
     dry_run, batch_size = cfg.batch.dry_run, cfg.batch.batch_size
     if cfg.ranks.shard_ranks and world.shards == 1:
-        raise UserError(f"--shard-ranks {cfg.ranks.shard_ranks}: only train_fsdp.py splits a model over ranks, two or "
-                        f"more; take that, or --shard-ranks 0")
+        raise UserError(f"--shard-ranks {cfg.ranks.shard_ranks}: only train_fsdp.py shards a model, over several "
+                        f"ranks; take that, or --shard-ranks 0")
     world.require_same({flag(name): value for name, value in flatten(cfg).items()}, "flags")
     resume_from = checkpoint.plan_together(cfg.checkpoint, world, dry_run)
     cfg.model, cfg.init = world.from_main(lambda: resolve_init(cfg, resume_from))

@@ -5,6 +5,7 @@ model and its share of every batch, and gradients are averaged during the backwa
 """
 
 import contextlib
+import functools
 import os
 
 import torch
@@ -14,13 +15,14 @@ from torch.utils._pytree import tree_map_only
 
 from config import UserError
 from hardware import usable_cores
-from ranks import RESUME, NoPulse, RankFault, digests, join, launched, portable, require_same
+from ranks import RESUME, NoPulse, RankFault, digests, join, launched, portable, require_same, shared_out
 from train import main
 from world import World
 
 
 class DDPWorld(World):
     script, launchers = "train_ddp.py", 1  # torchrun, or Slurm's step
+    replicas = None  # the process group of those that hold the same weights; None: of all
     pulse = NoPulse()  # how this rank reports faults and exits; of the class: errors can occur before there is a World
 
     def __init__(self, cfg):
@@ -50,14 +52,9 @@ class DDPWorld(World):
         return contextlib.nullcontext() if last else model.no_sync()
 
     def orthogonalize(self, matrices, rows, dtype):
-        """Each rank orthogonalizes a share of the matrices; an all-gather gives all of them to every rank."""
-        share = -(-len(matrices) // self.size)
-        part = matrices[self.rank * share:][:share]  # (share, rows, cols); the last ranks may have fewer, or none
-        mine = matrices.new_zeros((share, *matrices.shape[1:]), dtype=dtype)
-        mine[:len(part)] = super().orthogonalize(part, rows, dtype)
-        everyone = mine.new_empty((self.size * share, *mine.shape[1:]))  # (n and more, rows, cols)
-        dist.all_gather_into_tensor(everyone, mine)
-        return everyone[:len(matrices)]
+        """Each replica orthogonalizes a share of the matrices, for all."""
+        compute = functools.partial(super().orthogonalize, rows=rows, dtype=dtype)
+        return shared_out(compute, matrices, self.replicas) if self.shards < self.size else compute(matrices)
 
     def gather(self, values):
         mine = torch.tensor(values, dtype=torch.float64)
@@ -97,7 +94,7 @@ class DDPWorld(World):
         require_same(mine, what, UserError, advice)
 
     def require_replicas(self, model, optimizer):
-        if self.shards < self.size:  # otherwise no two ranks hold the same tensors
+        if self.shards < self.size:
             states = [model.state_dict(), optimizer.state_dict()]
             require_same(digests(states), "weights", RankFault, RESUME, apart=self.shards)
 

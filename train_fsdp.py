@@ -11,7 +11,7 @@ hold whole tensors: a run can go on in another mode, or on another number of ran
 import contextlib
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
+import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._pytree import tree_map_only
@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_map_only
 from config import UserError
 from hardware import choose_precision, keep_freed_memory, should_compile
 from model import GPT
-from optim import orthogonalize
 from train import main
 from train_ddp import DDPWorld
 
@@ -32,15 +31,14 @@ class FSDPWorld(DDPWorld):
 
     def __init__(self, cfg):
         super().__init__(cfg)
+        self.require_same({"--shard-ranks": cfg.ranks.shard_ranks}, "flags")  # before groups are made of it
         self.shards = cfg.ranks.shard_ranks or self.size
-        replicas, left_over = divmod(self.size, self.shards)
-        if left_over:
-            raise UserError(f"--shard-ranks {self.shards} does not divide the {self.size} ranks; take the number of "
-                            f"ranks of a node")
-        mesh = dict(dp_replicate=replicas, dp_shard=self.shards)
-        if replicas == 1:  # a dimension of one rank would have its all-reduces run for nothing
-            del mesh["dp_replicate"]
-        self.mesh = init_device_mesh(self.device.type, tuple(mesh.values()), mesh_dim_names=tuple(mesh))
+        if self.size % self.shards or self.shards == 1 < self.size:
+            raise UserError(f"--shard-ranks {self.shards} has to divide the {self.size} ranks, and be two or more; "
+                            f"take the number of ranks of a node, or 0 for all")
+        self.mesh = self.pulse.mesh(self.device.type, self.shards)
+        if self.shards < self.size:
+            self.replicas = self.mesh.get_group("dp_replicate")
         if self.device.type == "cpu":
             keep_freed_memory(up_to=1 << 17)  # what is gathered has many sizes: three times the memory would be kept
         precision, self.compiles = choose_precision(cfg.speed, self.device), should_compile(cfg.speed, self.device)
@@ -74,7 +72,16 @@ class FSDPWorld(DDPWorld):
         return contextlib.nullcontext()
 
     def clip_gradients(self, model, max_norm):
-        return super().clip_gradients(model, max_norm).full_tensor()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).full_tensor()
+        self.replicate(norm)  # another replica's ranks may have added it up in another order
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
+        return norm
+
+    def replicate(self, tensor):
+        """The first replica's tensor, in place, for the ranks that hold the same shard in the others."""
+        if self.replicas:
+            dist.broadcast(tensor, group=self.replicas, group_src=0)
+        return tensor
 
     def orthogonalize(self, matrices, rows, dtype):
         """Each rank has some rows of every matrix; by two all-to-alls, it orthogonalizes some of the matrices whole."""
@@ -82,7 +89,7 @@ class FSDPWorld(DDPWorld):
         size = dict(shape=torch.Size((n, rows, cols)), stride=(rows * cols, cols, 1))
         # (n, rows of this rank, cols) -> (matrices of this rank, rows, cols), and back
         mine = DTensor.from_local(matrices, mesh, by_row, **size).redistribute(placements=by_matrix)
-        update = orthogonalize(mine.to_local(), dtype)
+        update = super().orthogonalize(mine.to_local(), rows, dtype)
         return DTensor.from_local(update, mesh, by_matrix, **size).redistribute(placements=by_row).to_local()
 
     def full_state(self, state):
@@ -98,9 +105,11 @@ class FSDPWorld(DDPWorld):
 
     def distribute(self, tensors, like):
         def scatter(tensor, parameter):
-            # On other ranks only the shape counts: distribute_tensor scatters the main rank's tensor.
+            # On other ranks only the shape counts. Not to the 2-D mesh at once, as each rank of the main one's replica
+            # would then send a whole tensor to the others.
             tensor = tensor.to(self.device) if self.is_main else torch.empty_like(tensor, device=self.device)
-            return distribute_tensor(tensor, self.mesh, parameter.placements)
+            mine = self.replicate(distribute_tensor(tensor, self.mesh["dp_shard"], [Shard(0)]).to_local())
+            return DTensor.from_local(mine, self.mesh, parameter.placements, shape=tensor.shape, stride=tensor.stride())
 
         return {name: scatter(tensor, like[name]) if name in like and tensor.shape == like[name].shape else tensor
                 for name, tensor in tensors.items()}

@@ -73,28 +73,63 @@ def test_replicas_of_shards_train_as_replicas_do_and_resume_bit_for_bit(trainer)
     goes_on_as(through, trainer(*flags, "--num-steps", 8, ranks=4, checkpoint="whole.pt"), 0)
 
 
-FLIP = f"""
-import sys; sys.path.insert(0, {str(ROOT)!r})
-import torch, train, train_fsdp
+HYBRID = f"""
+import os, sys; sys.path.insert(0, {str(ROOT)!r})
+import time, torch, train, train_fsdp
 
+FAULT
+
+train.main(train_fsdp.FSDPWorld)
+"""
+IN_STEP_6 = """
 class Faulty(train_fsdp.FSDPWorld):
     def clip_gradients(self, model, max_norm):
         if self.rank == 3 and self.pulse.me["step"] == 6:
-            next(model.parameters()).detach().to_local().view(torch.int32)[0, 0] ^= 1 << 20
+            FAULT
         return super().clip_gradients(model, max_norm)
 
-train.main(Faulty)
+train_fsdp.FSDPWorld = Faulty
+"""
+FLIP = IN_STEP_6.replace("FAULT", "next(model.parameters()).detach().to_local().view(torch.int32)[0, 0] ^= 1 << 20")
+OTHER_FLAGS = 'sys.argv += ["--shard-ranks", "0"] * (os.environ["RANK"] in "23")'
+OTHER_SUMS = """
+total = torch.nn.utils.get_total_norm
+torch.nn.utils.get_total_norm = lambda grads: total(grads) * (1 + 1e-5 * (os.environ["RANK"] in "23"))
 """
 
 
-def test_a_replica_of_shards_that_differs_is_named_and_not_saved(trainer):
-    (trainer.folder / "flip.py").write_text(FLIP)
-    arguments = [part.replace(str(ROOT / "train_ddp.py"), "flip.py")
-                 for part in trainer.arguments(["--num-steps", 20, "--shard-ranks", 2, "--save-steps", 4], ranks=4)]
-    run = zygote.run(arguments, trainer.folder, environment())
-    (line,) = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
-    assert run.returncode and re.match("error: the ranks have different weights: rank 3 has [^;]*; --res", line), line
+@pytest.fixture
+def hybrid(trainer):
+    """`hybrid(fault, *flags)` runs two replicas of two shards, after that code → (exit code, lines that say why)."""
+    def run(fault, *flags):
+        (trainer.folder / "faulty.py").write_text(HYBRID.replace("FAULT", fault, 1))
+        arguments = [part.replace(str(ROOT / "train_ddp.py"), "faulty.py")
+                     for part in trainer.arguments(["--shard-ranks", 2, *flags], ranks=4)]
+        done = zygote.run(arguments, trainer.folder, environment())
+        return done.returncode, [line for line in done.stderr.splitlines() if re.match("error: |warning: ", line)]
+
+    return run
+
+
+def test_a_replica_of_shards_that_differs_is_named_and_not_saved(trainer, hybrid):
+    code, (line,) = hybrid(FLIP, "--num-steps", 20, "--save-steps", 4)
+    assert code and re.match("error: the ranks have different weights: rank 3 has [^;]*; --resume", line), line
     assert torch.load(trainer.folder / "c.pt", weights_only=True)["state"]["step"] == 4
+
+
+def test_in_replicas_of_shards_the_one_that_all_wait_for_is_named(hybrid):
+    code, (line,) = hybrid(IN_STEP_6.replace("FAULT", "time.sleep(500)"), "--num-steps", 20, "--timeout", 10)
+    assert code and re.match(r"error: rank 3 \(.*\) has stopped at step 6: nothing from it for 10 s", line), line
+
+
+def test_nodes_that_shard_otherwise_are_named_at_once(hybrid):
+    code, (line,) = hybrid(OTHER_FLAGS, "--num-steps", 5)
+    assert code and "the ranks have different flags: rank 2 has --shard-ranks 0 instead of 2; rank 3 has" in line, line
+
+
+def test_replicas_of_shards_clip_by_one_norm(hybrid):
+    """Each replica's ranks add it up among themselves, on other hardware maybe in another order."""
+    assert hybrid(OTHER_SUMS, "--num-steps", 6, "--grad-clip-norm", 0.1, "--check-replicas", 1, "--no-amp") == (0, [])
 
 
 def test_bf16_shards_lose_as_little_as_bf16_replicas(trainer):
@@ -178,8 +213,8 @@ def test_weights_of_transformers_begin_a_sharded_run(trainer, tuned, text):
 @pytest.mark.parametrize("flags, words", [
     (["--amp-dtype", "fp16"], "fp16 (--amp-dtype fp16): "), (["--check-replicas", 5], "--check-replicas 5: "),
     (["--wandb-watch", "gradients", "--use-wandb"], "--wandb-watch gradients: "),
-    (["--shard-ranks", 3], "--shard-ranks 3 does not divide the 2 ranks"),
-    (["--shard-ranks", 1], "--shard-ranks 1: only train_fsdp.py splits a model over ranks")])
+    (["--shard-ranks", 3], "--shard-ranks 3 has to divide the 2 ranks, and be two or more"),
+    (["--shard-ranks", 1], "--shard-ranks 1 has to divide the 2 ranks, and be two or more")])
 def test_what_shards_cannot_do_is_refused_in_one_line(trainer, flags, words):
     run = trainer(*flags, "--num-steps", 5, **SHARDED)
     said = [line for line in run.err.splitlines() if line.startswith("error: ")]

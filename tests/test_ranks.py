@@ -142,7 +142,7 @@ def test_replicas_are_compared_in_their_moments_too(monkeypatch):
     import train_ddp
 
     seen = []
-    monkeypatch.setattr(train_ddp, "require_same", lambda mine, *_: seen.append(dict(mine)))
+    monkeypatch.setattr(train_ddp, "require_same", lambda mine, *_, **__: seen.append(dict(mine)))
     model = torch.nn.Linear(4, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     model(torch.ones(1, 4)).sum().backward()
