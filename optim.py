@@ -11,8 +11,12 @@ from torch.optim.adamw import adamw
 from config import UserError, arg
 
 # Progress from the peak (0) to the end (1) → height above the floor, from 1 to 0.
-SCHEDULES = {"cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2, "wsd": lambda progress: 1 - progress,
-             "linear": lambda progress: 1 - progress, "none": lambda progress: 1.0}
+SCHEDULES = {
+    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
+    "wsd": lambda progress: 1 - progress,  # over the last fifth only
+    "linear": lambda progress: 1 - progress,
+    "none": lambda progress: 1.0,
+}
 MOMENTUM = 0.95  # Muon's, as in modded-nanogpt and nanochat
 
 
