@@ -1,0 +1,183 @@
+"""The changes that docs/extending.md proposes: each is applied to a copy of the code, which then trains."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+import zygote
+from conftest import ROOT, Run, environment
+
+from config import part_of
+from data import Corpus, DataConfig
+from model import GPT, GPTConfig
+from pretrained import load_run
+
+PAGE = (ROOT / "docs/extending.md").read_text()
+SECTIONS = dict(re.findall(r"^## ([^\n]*)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S))
+DIFFS = {title: diff for title, body in SECTIONS.items() for diff in re.findall(r"```diff\n(.*?)```", body, re.S)}
+# Reports at every step, in fp32.
+EVERY = "--num-steps", 12, "--warmup-steps", 2, "--log-steps", 1, "--eval-steps", 6, "--no-amp"
+
+pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="git apply is not there")
+
+
+@pytest.fixture
+def changed(trainer, tmp_path):
+    """`changed(title, *flags, ranks=None, …)` trains with the code as changed by the diff under that title."""
+    def run(title, *flags, checkpoint="changed.pt", **options):
+        code = tmp_path / "code"
+        if not code.exists():
+            code.mkdir()
+            for file in ROOT.glob("*.py"):
+                shutil.copy(file, code)
+            subprocess.run(["git", "apply"], input=DIFFS[title], text=True, check=True, cwd=code)
+        command = trainer.arguments([*EVERY, *flags], checkpoint=checkpoint, **options)
+        command = [part.replace(str(ROOT), str(code)) for part in command]
+        done = zygote.run(command, tmp_path, environment())
+        assert done.returncode == 0, done.stdout + done.stderr
+        return Run(done, tmp_path, checkpoint)
+
+    return run
+
+
+@pytest.fixture
+def as_it_is(trainer):
+    return lambda *flags, **options: trainer(*EVERY, *flags, checkpoint="plain.pt", **options)
+
+
+def branched(changed, title, *flags):
+    """(a run, one that was resumed from its checkpoint of step 6)"""
+    whole = changed(title, *flags, "--save-steps", 6, "--keep-every", 6)
+    resumed = changed(title, *flags, "--resume", "changed.kept-00000006.pt", checkpoint="resumed.pt")
+    assert "Resumed at step 6" in resumed.out
+    return whole, resumed
+
+
+def first_batch(run):
+    """The initial weights of a run, and inputs and targets of its first step."""
+    saved = torch.load(run.checkpoint, weights_only=True)
+    corpus = Corpus(part_of(DataConfig, saved["config"]))
+    torch.manual_seed(1337)
+    model = GPT(part_of(GPTConfig, saved["config"] | dict(vocab_size=257)))
+    return model, corpus, *map(torch.from_numpy, corpus.batch(step=0, batch_size=4))
+
+
+def test_every_diff_is_tested():
+    tests = (ROOT / "tests/test_extending.py").read_text()
+    assert all(f'"{title}"' in tests for title in DIFFS) and len(DIFFS) == PAGE.count("```diff")
+
+
+def test_schedule(changed):
+    run = changed("A learning rate schedule", "--lr-scheduler", "wsd_sqrt", "--num-steps", 20, "--lr", 1, "--min-lr", 0)
+    decay = [row["lr"] for step, row in run.rows.items() if step > 15]
+    assert decay == pytest.approx([1.0] + [1 - (step / 4) ** 0.5 for step in range(1, 5)])
+
+
+@pytest.mark.parametrize("ranks", [None, 2])
+def test_metric(changed, ranks):
+    run = changed("A number in the reports", ranks=ranks, script="train_fsdp.py")
+    norm = torch.stack([weight.norm() for weight in run.weights().values()]).norm()
+    assert run.rows[12]["train/weight_norm"] == pytest.approx(float(norm), rel=1e-5)
+    assert f"weight norm {norm:.1f}" in run.out
+
+
+def test_term_of_the_loss(changed, as_it_is):
+    run, plain = changed("A term in the loss", "--z-loss", 0.01), as_it_is()
+    model, _, x, y = first_batch(plain)
+    logits = model(x)
+    expected = F.cross_entropy(logits.flatten(0, 1), y.flatten()) + 0.01 * logits.logsumexp(-1).square().mean()
+    assert run.rows[1]["train/loss"] == pytest.approx(expected.item(), abs=1e-3)  # GELU is tanh's in evaluation
+    assert run.rows[0]["val/loss"] == plain.rows[0]["val/loss"]
+    assert run.rows[12]["val/loss"] != plain.rows[12]["val/loss"]
+
+
+def test_architecture(changed, tmp_path):
+    run = changed("An architecture", "--arch", "palm", "--n-kv-heads", 1)
+    assert run.rows[12]["train/loss"] < run.rows[1]["train/loss"]
+    assert not any("mlp_norm" in name for name in run.weights())
+    for script, flags, code, said in (("generate.py", ["--prompt", "the king"], 0, "the king"),
+                                      ("export.py", ["--output", "out"], 2, "transformers has no such model")):
+        command = sys.executable, tmp_path / "code" / script, "--checkpoint-path", "changed.pt", *flags
+        done = zygote.run(command, tmp_path, environment())
+        assert done.returncode == code and said in done.stdout + done.stderr, done.stderr
+
+
+def test_optimizer(changed):
+    whole, resumed = branched(changed, "An optimizer", "--optimizer", "nadam")
+    assert whole.rows[12]["train/loss"] < whole.rows[1]["train/loss"]
+    assert same(whole.weights(), resumed.weights())
+
+
+def test_optimizer_sharded(changed):
+    title, flags = "An optimizer", ["--optimizer", "nadam", "--batch-size", 2]
+    sharded = changed(title, *flags, ranks=2, script="train_fsdp.py")
+    replicas = changed(title, *flags, ranks=2, checkpoint="replicas.pt")
+    assert sharded.losses() == pytest.approx(replicas.losses(), abs=1e-5)
+
+
+def test_state(changed):
+    whole, resumed = branched(changed, "Something with state: an average of the weights")
+    averages = [torch.load(run.checkpoint, weights_only=True)["ema"] for run in (whole, resumed)]
+    assert same(*averages) and averages[0]["n_averaged"] == 12
+    assert not same(whole.weights(), {name.removeprefix("module."): w for name, w in averages[0].items()})
+    row = whole.rows[12]
+    assert row["val/ema_loss"] == resumed.rows[12]["val/ema_loss"] > row["val/loss"]  # as yet it lags behind
+
+
+def test_evaluation(changed, tmp_path):
+    questions = [dict(context="the king of", endings=[" and", " the sea", "zqj"], label=label) for label in (0, 1, 1)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    flags = "--choices", "questions.jsonl"
+    run = changed("An evaluation", *flags)
+    ranks = changed("An evaluation", *flags, "--batch-size", 2, ranks=2, script="train_fsdp.py", checkpoint="ranks.pt")
+    model, tokenizer, *_ = load_run(run.checkpoint)
+    context, losses = tokenizer.encode(questions[0]["context"]).ids, []
+    for ending in questions[0]["endings"]:
+        ending = tokenizer.encode(ending).ids
+        nats = model(torch.tensor([context + ending])[:, :-1]).log_softmax(-1)[0, -len(ending):]
+        losses.append(-nats[range(len(ending)), ending].mean().item())
+    best = losses.index(min(losses))
+    assert run.rows[12]["val/accuracy"] == sum(question["label"] == best for question in questions) / 3
+    assert ranks.rows[12]["val/accuracy"] == run.rows[12]["val/accuracy"]
+    assert ranks.rows[0]["val/accuracy"] == run.rows[0]["val/accuracy"]
+
+
+def test_targets(changed, as_it_is, tmp_path):
+    (tmp_path / "documents.txt").write_text("<|endoftext|>".join(["a king sings under the sea", "night"] * 400))
+    flags = "--train-data", tmp_path / "documents.txt"
+    run, plain = changed("Which tokens count", *flags), as_it_is(*flags)
+    model, corpus, x, y = first_batch(plain)
+    nats = model.train()(x, y, reduction="none").view_as(y)
+    counted = x != corpus.eos
+    assert 0 < counted.sum() < counted.numel()
+    assert run.rows[1]["train/loss"] == pytest.approx(nats[counted].mean().item(), abs=1e-5)
+    assert plain.rows[1]["train/loss"] == pytest.approx(nats.mean().item(), abs=1e-5)
+    assert run.rows[0]["val/loss"] == plain.rows[0]["val/loss"]
+
+
+def test_data(trainer, tmp_path):
+    rows = "".join(f'{number},"a ""king"", and\nnight {number}"\n' for number in range(200))
+    (tmp_path / "reviews.csv").write_text("id,review\n" + rows)
+    [script] = re.findall(r"```python\n(.*?)```", SECTIONS["Data"], re.S)
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    first, *others = map(json.loads, open(tmp_path / "reviews.jsonl"))
+    assert first == {"text": 'a "king", and\nnight 0'} and len(others) == 199
+    run = trainer("--train-data", "reviews.jsonl", "--num-steps", 2)
+    assert run.code == 0, run.out + run.err
+
+
+def test_mode(changed, as_it_is):
+    flags = "--batch-size", 2
+    run = changed("A mode", *flags, ranks=2, script="train_compressed.py")
+    plain = as_it_is(*flags, ranks=2)
+    assert run.losses() == pytest.approx(plain.losses(), abs=1e-3)
+    assert not same(run.weights(), plain.weights())
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
