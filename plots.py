@@ -11,7 +11,7 @@ from itertools import pairwise
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000"]  # Okabe and Ito
 ANSI = [94, 91, 92, 95, 93, 96, 37, 90]
 LINES = ["solid", "dashed", "dotted"]  # one per eight runs; CSS uses the same names
-MARKS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # letters for runs, since a terminal may have no colours
+MARKS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # letters for runs, since a terminal may have no colors
 
 
 @dataclass
@@ -172,7 +172,7 @@ def _draw(ax, panel, run, i, several, x, scale, smooth):
                            marker="o" if len(xs) == 1 else None, markersize=4)
     xs, ys = run.series(panel.points, x)
     if xs:
-        beside = panel.line and not several  # next to the same run's line, which has the first colour
+        beside = panel.line and not several  # next to the same run's line, which has the first color
         handles += ax.plot([at / scale for at in xs], ys, linestyle=style, linewidth=0.9,
                            color=COLORS[1] if beside else color, marker="o", markersize=5, markeredgecolor="white",
                            markeredgewidth=0.8, markevery=max(1, len(xs) // 40), label="validation", zorder=3)
@@ -194,7 +194,7 @@ def _swatch(label, color, style="solid", **more):
 
 
 def _key(panel, runs, smooth):
-    """Legend handles that explain line, points and band when colours distinguish runs."""
+    """Legend handles that explain line, points and band when colors distinguish runs."""
     from matplotlib.patches import Patch
 
     longest = max((run.series(panel.line, "step")[1] for run in runs), key=len)
