@@ -23,12 +23,20 @@ LARGE = 2**20  # output elements at which fusing the bias starts to save more th
 class Linear(nn.Linear):
     """nn.Linear, except that in training on a CPU, large bf16 outputs with a bias are computed by LinearFunction."""
 
+    def reset_parameters(self):
+        """Nothing: GPT.init_weight draws the weights, and need not do it twice."""
+
     def forward(self, x):
         if (ONEDNN and x.dtype == torch.bfloat16 and x.device.type == "cpu" and self.bias is not None
                 and x.shape[:-1].numel() * self.out_features >= LARGE and torch.is_grad_enabled()
                 and not torch.compiler.is_compiling()):
             return LinearFunction.apply(x, self.weight, self.bias)
         return super().forward(x)
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self):
+        """Nothing, as in Linear."""
 
 
 class LinearFunction(torch.autograd.Function):

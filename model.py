@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from config import UserError, arg, flag
-from kernels import CausalAttention, Linear, head_cross_entropy
+from kernels import CausalAttention, Embedding, Linear, head_cross_entropy
 
 IGNORE = -1  # ignore_index: targets excluded from the loss
 # Measured on a CPU (LOG.md): the longest context at which explicit attention in bf16 beats the fused kernel, and the
@@ -34,7 +34,7 @@ class Arch:
     qk_norm: str = "no"  # RMSNorm on queries and keys: no, before or after RoPE
     embed_norm: bool = False
     tie_embeddings: bool = False
-    init: str = "normal"  # or nanochat: see init_weights
+    init: str = "normal"  # or nanochat: see init_weight
     softcap: float = 0.0  # logits = cap * tanh(logits / cap); 0: none
 
 
@@ -129,8 +129,10 @@ def make_norm(parts, size):
 
 def rope_angles(cfg):
     """cos and sin of the RoPE angles, (2, max_position_embeddings, hs / 2), float32 (Su et al. 2021)."""
-    inverse = (cfg.rope_theta or cfg.parts.rope_theta) ** -(torch.arange(0, cfg.head_size, 2).float() / cfg.head_size)
-    angles = torch.outer(torch.arange(cfg.max_position_embeddings).float(), inverse)
+    with torch.device("cpu"):  # also of a model on the meta device: no checkpoint has them
+        exponents = -torch.arange(0, cfg.head_size, 2).float() / cfg.head_size
+        inverse = (cfg.rope_theta or cfg.parts.rope_theta) ** exponents
+        angles = torch.outer(torch.arange(cfg.max_position_embeddings).float(), inverse)
     return torch.stack([angles.cos(), angles.sin() * cfg.parts.rope_sign])
 
 
@@ -218,47 +220,54 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     def __init__(self, cfg):
-        """Initial weights come from torch's global generator; cfg.vocab_size must be set. Raises UserError for
-        impossible sizes."""
+        """Initial weights come from torch's global generator, in the order of `named_parameters`; on the meta device
+        there are none. cfg.vocab_size must be set. Raises UserError for impossible sizes."""
         super().__init__()
         assert cfg.vocab_size > 0, "the vocabulary size comes from the tokenizer"
         cfg.validate_sizes()
         self.cfg = cfg
-        self.tok_emb = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        self.tok_emb = Embedding(cfg.vocab_size, cfg.d_model)
         if cfg.parts.rope_theta:
             self.register_buffer("rope", rope_angles(cfg), persistent=False)
         else:
-            self.pos_emb = nn.Embedding(cfg.max_position_embeddings, cfg.d_model)
+            self.pos_emb = Embedding(cfg.max_position_embeddings, cfg.d_model)
         self.embed_norm = make_norm(cfg.parts, cfg.d_model) if cfg.parts.embed_norm else nn.Identity()
         self.dropout = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.norm = make_norm(cfg.parts, cfg.d_model)
         self.head = None if cfg.tied else Linear(cfg.d_model, cfg.vocab_size, bias=False)
-        self.init_weights()
+        for name, parameter in self.named_parameters():
+            if name.endswith((".weight", ".bias")):  # all of ours; one that you add stays as its module made it
+                self.init_weight(name, parameter)
 
     @torch.no_grad()
-    def init_weights(self):
-        """normal: std 0.02, projections into the residual stream divided by sqrt(2L), as in GPT-2. nanochat:
-        embeddings of std 1, matrices uniform with std 1/sqrt(C), residual projections zero, the head near zero."""
-        for name, parameter in self.named_parameters():
-            if not name.endswith((".weight", ".bias")):
-                continue  # none of ours; one that you add stays as its module made it
-            into_stream = name.endswith(("proj.weight", "down.weight"))
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif "norm" in name:
-                parameter.fill_(1.0)
-            elif self.cfg.parts.init == "normal":
-                parameter.normal_(0.0, 0.02 / math.sqrt(2 * self.cfg.n_layers) if into_stream else 0.02)
-            elif into_stream:
-                parameter.zero_()
-            elif name == "head.weight" or (name == "tok_emb.weight" and self.cfg.tied):
-                parameter.normal_(0.0, 0.001)
-            elif name == "tok_emb.weight":
-                parameter.normal_(0.0, 1.0)
-            else:
-                bound = math.sqrt(3 / self.cfg.d_model)
-                parameter.uniform_(-bound, bound)
+    def init_weight(self, name, weight):
+        """The tensor, filled with the initial values of the parameter `name`. normal: std 0.02, projections into the
+        residual stream divided by sqrt(2L), as in GPT-2. nanochat: embeddings of std 1, matrices uniform with std
+        1/sqrt(C), residual projections zero, the head near zero."""
+        assert name.endswith((".weight", ".bias")), f"{name}: for train_fsdp.py, give its initial values here"
+        into_stream = name.endswith(("proj.weight", "down.weight"))
+        if name.endswith("bias"):
+            weight.zero_()
+        elif "norm" in name:
+            weight.fill_(1.0)
+        elif self.cfg.parts.init == "normal":
+            weight.normal_(0.0, 0.02 / math.sqrt(2 * self.cfg.n_layers) if into_stream else 0.02)
+        elif into_stream:
+            weight.zero_()
+        elif name in ("tok_emb.weight", "head.weight"):
+            weight.normal_(0.0, 1.0 if name == "tok_emb.weight" and not self.cfg.tied else 0.001)
+        else:
+            weight.uniform_(-math.sqrt(3 / self.cfg.d_model), math.sqrt(3 / self.cfg.d_model))
+        return weight
+
+    @classmethod
+    def of(cls, cfg, weights):
+        """A GPT whose parameters are the tensors of the state dict `weights`: none is drawn or copied."""
+        with torch.device("meta"):
+            model = cls(cfg)
+        model.load_state_dict(weights, assign=True)
+        return model
 
     def forward(self, tokens, targets=None, reduction="mean"):
         """tokens (B, T) int64, targets (B, T) with IGNORE at positions excluded from the loss → mean cross-entropy in
@@ -333,8 +342,7 @@ class KVCache:
     def append(self, k, v):
         """New keys and values, (B, nkv, T, hs) each → all so far, (B, nkv, length, hs) each."""
         if self.buffer is None:
-            B, n, _, hs = k.shape
-            self.buffer = k.new_empty(2, B, n, self.limit, hs)
+            self.buffer = k.new_empty(2, *k.shape[:2], self.limit, k.shape[3])  # (2, B, nkv, limit, hs)
         start, self.length = self.length, self.length + k.shape[2]
         self.buffer[0, :, :, start:self.length] = k
         self.buffer[1, :, :, start:self.length] = v

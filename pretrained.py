@@ -325,8 +325,7 @@ def load_model(path):
     saved = _checkpoint(path, "--checkpoint-path")
     try:
         cfg, weights = model_parts(saved)
-        model = GPT(cfg)
-        model.load_state_dict(weights)
+        model = GPT.of(cfg, {name: weight.float() for name, weight in weights.items()})
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, UserError) as error:
         raise UserError(f"--checkpoint-path {path}: its weights do not fit its own configuration "
                         f"({' '.join(str(error).split())[:300]})") from None
@@ -364,8 +363,7 @@ def _load_folder(folder):
     """A Hugging Face folder's model, what a checkpoint of it would say, and its tokenizer."""
     try:
         cfg = _source_config(folder)
-        model = GPT(cfg)
-        model.load_state_dict(_source_weights(folder, cfg))
+        model = GPT.of(cfg, _source_weights(folder, cfg))
     except UserError as error:  # names the flag that training has for it
         raise UserError(str(error).replace("--init-from", "--checkpoint-path")) from None
     try:

@@ -53,7 +53,9 @@ class FSDPWorld(DDPWorld):
             raise UserError(f"--check-replicas {cfg.ranks.check_replicas}: no two ranks hold the same weights; leave "
                             f"it out, or give --shard-ranks")
 
-    def place(self, model):
+    def place(self, make):
+        with torch.device("meta"):  # no rank has room for all the weights
+            model = make()
         # A block's parameters are all-gathered in autocast's dtype, which its matrix products need; norm gains, too,
         # are rounded to it. Inputs are not cast: GPT.hidden gives the residual stream its dtype.
         policy = MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -61,7 +63,13 @@ class FSDPWorld(DDPWorld):
             fully_shard(block, mesh=self.mesh, mp_policy=policy)
             if self.compiles:  # also each block: train.py's torch.compile breaks its graph at FSDP's hooks
                 block.forward = torch.compile(block.forward)
-        return fully_shard(model, mesh=self.mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+        fully_shard(model, mesh=self.mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+        params, initial = dict(model.named_parameters()), {}
+        for name, like in params.items():  # one by one: drawn by the main rank, then scattered
+            drawn = model.init_weight(name, torch.empty(like.shape, device="cpu" if self.is_main else "meta"))
+            initial |= self.distribute({name: drawn}, params)
+        model.load_state_dict(initial, assign=True)
+        return model
 
     def wrap(self, model):
         return model
@@ -116,11 +124,7 @@ class FSDPWorld(DDPWorld):
 
     def full_model(self, model):
         weights = self.full_state(model.state_dict())
-        if not self.is_main:
-            return None
-        model = GPT(model.cfg)
-        model.load_state_dict(weights, assign=True)
-        return model
+        return GPT.of(model.cfg, weights) if self.is_main else None
 
 
 if __name__ == "__main__":

@@ -27,9 +27,9 @@ class World:
         self.device = hardware.choose_device(cfg.speed.device, self.local_rank, alone=not self.launchers)
         hardware.configure(cfg.speed, self.device, cfg.model.dropout)
 
-    def place(self, model):
-        """Moves the model to the device: all of it, or this rank's shard."""
-        return model.to(self.device)
+    def place(self, make):
+        """Calls `make()` for the model and puts it on the device: all of it, or this rank's shard."""
+        return make().to(self.device)
 
     def wrap(self, model):
         """Returns the module whose backward pass averages gradients over the ranks."""

@@ -137,7 +137,7 @@ def test_residual_projections_start_smaller_with_depth():
     assert model.blocks[0].mlp.up.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
-def test_nanochats_initial_weights_are_as_init_weights_says():
+def test_nanochats_initial_weights_are_as_init_weight_says():
     model = build("nanochat", d_model=256, vocab_size=1000)
     stds = {name: parameter.std().item() for name, parameter in model.named_parameters()}
     assert stds["tok_emb.weight"] == pytest.approx(1.0, rel=0.05)
@@ -146,6 +146,28 @@ def test_nanochats_initial_weights_are_as_init_weights_says():
         if name.startswith("blocks"):
             into_stream = name.endswith(("proj.weight", "down.weight"))
             assert std == pytest.approx(0.0 if into_stream else 256**-0.5, rel=0.05), name
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_weights_are_drawn_once_and_one_by_one(arch):
+    """As train_fsdp.py draws them, of which no rank has them all."""
+    model = build(arch, seed=5)
+    torch.manual_seed(5)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(model.init_weight(name, torch.empty(parameter.shape)), parameter), name
+    with torch.device("meta"):
+        assert all(parameter.is_meta for parameter in build(arch).parameters())
+    with pytest.raises(AssertionError, match="blocks.0.scale: for train_fsdp.py, give its initial values here"):
+        model.init_weight("blocks.0.scale", torch.empty(3))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_model_of_given_weights_has_these_and_no_copies(arch):
+    model = build(arch)
+    twin, x, y = GPT.of(model.cfg, model.state_dict()), tokens(2, 24), tokens(2, 24, seed=2)
+    assert torch.equal(twin(x, y), model(x, y))
+    assert all(one.data_ptr() == other.data_ptr() and one.requires_grad
+               for one, other in zip(twin.parameters(), model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("arch", ARCHS)
