@@ -52,7 +52,7 @@ def state_sizes(optimizer):
     """Bytes of each tensor of optimizer state after the first step: AdamW keeps two fp32 moments per parameter, Muon
     one."""
     return [4 * p.numel() for group in optimizer.param_groups for p in group["params"]
-            for _ in range(1 if "momentum" in group else 2)]
+            for _ in range(1 if group.get("rule") == "muon" else 2)]
 
 
 def lr_at(step, cfg):
@@ -73,14 +73,21 @@ def make_optimizer(model, cfg, device, matmul_dtype=None, orthogonalizer=None):
     """Fused AdamW (Loshchilov & Hutter 2019), with weight decay on matrices, not on biases and norms. With `--optimizer
     muon`, Muon updates the matrices inside the blocks; they are orthogonalized by `orthogonalizer`
     (World.orthogonalize, which shares the work among the ranks), in bf16 if `matmul_dtype` is bf16."""
-    hidden = dict.fromkeys(p for p in model.blocks.parameters() if p.ndim == 2 and cfg.optimizer == "muon")
-    others = [p for p in model.parameters() if p not in hidden]
-    muon = [dict(params=[p for p in hidden if p.shape == shape], momentum=MOMENTUM, weight_decay=cfg.weight_decay,
-                 lr_ratio=cfg.muon_lr / cfg.lr) for shape in dict.fromkeys(p.shape for p in hidden)]
-    options = dict(betas=(cfg.beta1, cfg.beta2), fused=device.type in ("cuda", "cpu"))
-    adamw = [dict(params=[p for p in others if p.ndim >= 2], weight_decay=cfg.weight_decay, **options),
-             dict(params=[p for p in others if p.ndim < 2], weight_decay=0.0, **options)]
-    optimizer = MuonAdamW(muon + adamw, matmul_dtype, orthogonalizer)
+
+    def is_hidden(name, p):
+        return cfg.optimizer == "muon" and name.startswith("blocks.") and p.ndim == 2
+
+    # (name, parameter) pairs: optimizer state is saved by place, so resuming compares the names.
+    named = list(model.named_parameters())
+    hidden = [(name, p) for name, p in named if is_hidden(name, p)]
+    others = [(name, p) for name, p in named if not is_hidden(name, p)]
+    muon = [dict(rule="muon", params=[(name, p) for name, p in hidden if p.shape == shape], momentum=MOMENTUM,
+                 weight_decay=cfg.weight_decay, lr_ratio=cfg.muon_lr / cfg.lr)
+            for shape in dict.fromkeys(p.shape for _, p in hidden)]
+    options = dict(rule="adamw", betas=(cfg.beta1, cfg.beta2), fused=device.type in ("cuda", "cpu"))
+    adamw = [dict(params=[(name, p) for name, p in others if p.ndim >= 2], weight_decay=cfg.weight_decay, **options),
+             dict(params=[(name, p) for name, p in others if p.ndim < 2], weight_decay=0.0, **options)]
+    optimizer = MuonAdamW([group for group in muon + adamw if group["params"]], matmul_dtype, orthogonalizer)
     set_lr(optimizer, cfg.lr)
     return optimizer
 
@@ -144,8 +151,8 @@ class StepGuard:
 
 
 class MuonAdamW(Optimizer):
-    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the parameter groups that have a `momentum`,
-    each with matrices of a single shape; AdamW, by torch's functional `adamw`, for those that have `betas`.
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the parameter groups whose `rule` is muon, each
+    with matrices of a single shape; AdamW, by torch's functional `adamw`, for those whose `rule` is adamw.
 
     Each matrix is updated by its orthogonalized Nesterov momentum times max(1, rows / columns)**0.5 (Jordan's scale).
     """
@@ -168,8 +175,8 @@ class MuonAdamW(Optimizer):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                update = self._muon if "momentum" in group else self._adamw
-                update(group, params, [p.grad for p in params], [self.state[p] for p in params])
+                rule = {"muon": self._muon, "adamw": self._adamw}[group["rule"]]
+                rule(group, params, [p.grad for p in params], [self.state[p] for p in params])
 
     def _muon(self, group, params, grads, states):
         for p, state in zip(params, states, strict=True):

@@ -241,6 +241,14 @@ def test_a_checkpoint_that_is_older_than_a_flag_goes_on(tmp_path):
         checkpoint.load_for_resume(tmp_path / "c.pt", config(tmp_path), identity | {"--rope-theta": "5e5"}, {})
 
 
+def test_a_checkpoint_with_a_flag_that_this_code_lacks_goes_on_if_it_is_unset(tmp_path):
+    save(tmp_path / "c.pt", whole(1) | {"identity": {"--arch": "llama", "--scaled": False, "--window": 8}})
+    with pytest.raises(UserError, match="another run: --window was 8, is None;"):
+        checkpoint.load_for_resume(tmp_path / "c.pt", config(tmp_path), {"--arch": "llama"}, {})
+    again = {"--arch": "llama", "--window": 8}
+    assert checkpoint.load_for_resume(tmp_path / "c.pt", config(tmp_path), again, {})["step"] == 1
+
+
 def test_a_run_that_trains_on_may_replace_a_checkpoint_while_it_is_read(tmp_path, monkeypatch):
     save(tmp_path / "c.pt", payload(1))
     digest = archive.file_digest
@@ -384,6 +392,16 @@ def test_a_resumed_run_knows_its_least_loss():
     saved = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), state=dict(step=5, best_val=1.5))
     restored = checkpoint.restore(saved, dict(model=model, optimizer=optimizer), True, World.__new__(World))
     assert restored.best_val == 1.5
+
+
+def test_no_parameter_gets_the_moments_of_another():
+    model = torch.nn.Linear(3, 3)
+    forward, backward = (torch.optim.AdamW(list(model.named_parameters())[::order]) for order in (1, -1))
+    model(torch.ones(3)).sum().backward()
+    forward.step()
+    saved = dict(model=model.state_dict(), optimizer=forward.state_dict(), state={})
+    with pytest.raises(UserError, match="the optimizer has other parameters, or in another order"):
+        checkpoint.restore(saved, dict(model=model, optimizer=backward), True, World.__new__(World))
 
 
 def test_a_best_checkpoint_alone_is_one_and_is_gone_on_from(tmp_path):

@@ -124,9 +124,9 @@ def test_matrices_are_orthogonalized_together_as_one_by_one(shape):
 def test_muons_rate_follows_the_schedule_of_adamws():
     cfg = OptimConfig(optimizer="muon", lr=1e-3, muon_lr=0.04)
     optimizer = make_optimizer(tiny(), cfg, torch.device("cpu"))
-    assert {group["lr"]: "momentum" in group for group in optimizer.param_groups} == {0.04: True, 1e-3: False}
+    assert {group["lr"]: group["rule"] for group in optimizer.param_groups} == {0.04: "muon", 1e-3: "adamw"}
     set_lr(optimizer, 5e-4)
-    assert {group["lr"]: "momentum" in group for group in optimizer.param_groups} == {0.02: True, 5e-4: False}
+    assert {group["lr"]: group["rule"] for group in optimizer.param_groups} == {0.02: "muon", 5e-4: "adamw"}
 
 
 def test_muon_has_the_matrices_of_the_blocks_and_each_parameter_is_in_one_group():
@@ -136,7 +136,7 @@ def test_muon_has_the_matrices_of_the_blocks_and_each_parameter_is_in_one_group(
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
     for name, parameter in model.named_parameters():
         matrix = parameter.ndim == 2
-        assert ("momentum" in group_of[parameter]) == (matrix and name.startswith("blocks.")), name
+        assert (group_of[parameter]["rule"] == "muon") == (matrix and name.startswith("blocks.")), name
         assert group_of[parameter]["weight_decay"] == (0.3 if matrix else 0.0), name
 
 
