@@ -87,7 +87,8 @@ def make_optimizer(model, cfg, device, matmul_dtype=None, orthogonalizer=None):
     options = dict(rule="adamw", betas=(cfg.beta1, cfg.beta2), fused=device.type in ("cuda", "cpu"))
     adamw = [dict(params=[(name, p) for name, p in others if p.ndim >= 2], weight_decay=cfg.weight_decay, **options),
              dict(params=[(name, p) for name, p in others if p.ndim < 2], weight_decay=0.0, **options)]
-    optimizer = MuonAdamW([group for group in muon + adamw if group["params"]], matmul_dtype, orthogonalizer)
+    groups = [group for group in muon + adamw if group["params"]]  # torch takes no names for an empty one
+    optimizer = MuonAdamW(groups, matmul_dtype, orthogonalizer)
     set_lr(optimizer, cfg.lr)
     return optimizer
 

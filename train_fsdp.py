@@ -119,8 +119,9 @@ class FSDPWorld(DDPWorld):
             mine = self.replicate(distribute_tensor(tensor, self.mesh["dp_shard"], [Shard(0)]).to_local())
             return DTensor.from_local(mine, self.mesh, parameter.placements, shape=tensor.shape, stride=tensor.stride())
 
-        return {name: scatter(tensor, like[name]) if name in like and tensor.shape == like[name].shape else tensor
-                for name, tensor in tensors.items()}
+        sharded = {name for name, tensor in tensors.items()
+                   if name in like and torch.is_tensor(tensor) and tensor.shape == like[name].shape}
+        return {name: scatter(tensor, like[name]) if name in sharded else tensor for name, tensor in tensors.items()}
 
     def full_model(self, model):
         weights = self.full_state(model.state_dict())

@@ -28,11 +28,11 @@ class World:
         hardware.configure(cfg.speed, self.device, cfg.model.dropout)
 
     def place(self, make):
-        """Calls `make()` for the model and puts it on the device: all of it, or this rank's shard."""
+        """Collective. Calls `make()` for the model and puts it on the device: all of it, or this rank's shard."""
         return make().to(self.device)
 
     def wrap(self, model):
-        """Returns the module whose backward pass averages gradients over the ranks."""
+        """Collective. Returns the module whose backward pass averages gradients over the ranks."""
         return model
 
     def grad_sync(self, model, last):
@@ -40,7 +40,7 @@ class World:
         return contextlib.nullcontext()
 
     def clip_gradients(self, model, max_norm):
-        """Clips the gradients' global norm to `max_norm`; returns the norm before clipping."""
+        """Collective. Clips the gradients' global norm to `max_norm`; returns the norm before clipping."""
         return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
 
     def orthogonalize(self, matrices, rows, dtype):
