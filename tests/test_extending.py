@@ -123,7 +123,7 @@ def test_optimizer_sharded(changed):
 
 
 def test_state(changed):
-    whole, resumed = branched(changed, "Something with state: an average of the weights", "--keep-every", 1)
+    whole, resumed = branched(changed, "Something with state: an average of the weights")
     averages = [torch.load(run.checkpoint, weights_only=True)["ema"] for run in (whole, resumed)]
     assert same(*averages) and not same(whole.weights(), averages[0])
     row = whole.rows[12]

@@ -14,6 +14,8 @@ from test_ddp import EXACT, _at_step_30, _rank_process, close
 from test_train import same
 from torch.utils._pytree import tree_leaves
 
+from train_fsdp import FSDPWorld
+
 full = pytest.mark.full
 SHARDED = dict(ranks=2, script="train_fsdp.py")
 
@@ -237,3 +239,8 @@ def test_a_rank_that_is_killed_ends_the_others_and_is_named(trainer):
     said = process.stdout.read()
     assert process.wait(timeout=200) != 0 and re.search(r"^error: rank 1 \(.*\) is gone at step \d+", said, re.M), said
     assert torch.load(trainer.folder / "c.pt", weights_only=True)["state"]["step"] >= 20
+
+
+def test_optimizer_state_that_is_no_tensor_stays_as_it_is():
+    state, like = {"step": 3, "moment": torch.zeros(2)}, {"step": torch.zeros(4), "moment": torch.zeros(4)}
+    assert FSDPWorld.distribute(None, state, like) == state
