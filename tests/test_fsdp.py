@@ -38,6 +38,7 @@ def test_shards_train_as_replicas_do_and_each_goes_on_from_the_other(trainer, fl
     whole = trainer(*flags, "--num-steps", 12, ranks=2, checkpoint="whole.pt")
     sharded = trainer(*flags, "--num-steps", 7, **SHARDED)
     assert whole.code == sharded.code == 0, whole.err + sharded.err
+    assert "2 ranks, which share one replica" in sharded.out and "one replica" not in whole.out
     assert sharded.weights().keys() == whole.weights().keys()
     on = trainer(*flags, "--num-steps", 12, "--resume", ranks=2)  # as replicas
     assert on.code == 0 and "Resumed at step 7" in on.out, on.err
