@@ -18,7 +18,6 @@ import re
 import shutil
 import tempfile
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import hardware
@@ -222,8 +221,8 @@ def load_for_resume(path, cfg, identity, config, mends=True):
                         f"wrote it, or start anew with another --checkpoint-path")
     was, flags = payload["identity"], payload["config"]
     # A flag that only the checkpoint or only this code has counts as changed only if it is set; unset ones are falsy.
-    theirs = {name: None for name, value in was.items() if name.startswith("--") and value} | identity
-    changed = {name: (was.get(name), value) for name, value in theirs.items()
+    now = {name: None for name, value in was.items() if name.startswith("--") and value} | identity
+    changed = {name: (was.get(name), value) for name, value in now.items()
                if (name in was or value) and was.get(name) != value}
     if any(name.startswith("the ") for name in changed):  # hashes, which say nothing: name the flags behind them
         changed |= {flag(name): (flags[name], config.get(name)) for name in DATA_FLAGS
@@ -265,17 +264,16 @@ def restore(payload, parts, continues, world):
     """Load a restored payload into a run's parts (name → object with load_state_dict) → its State. Raises UserError.
     Collective."""
     try:
+        optimizer, groups = payload["optimizer"], parts["optimizer"].state_dict()["param_groups"]
+        was, now = ([name for group in of for name in group.get("param_names", ())]
+                    for of in (optimizer["param_groups"], groups))
+        if was and was != now:  # its state is saved by place: a parameter would get the moments of another
+            raise ValueError("the optimizer has other parameters, or in another order")
+        optimizer["param_groups"] = groups  # weight decay and betas come from the flags, not from the checkpoint
         payload["model"] = world.distribute(payload["model"], dict(parts["model"].named_parameters()))
         params = [p for group in parts["optimizer"].param_groups for p in group["params"]]
-        for index, state in payload["optimizer"]["state"].items():
+        for index, state in optimizer["state"].items():
             state.update(world.distribute(state, dict.fromkeys(state, params[index])))
-        # Weight decay and betas come from the flags, not from the checkpoint.
-        groups, payload["optimizer"]["param_groups"] = (
-            payload["optimizer"]["param_groups"], parts["optimizer"].state_dict()["param_groups"])
-        was, now = (list(chain.from_iterable(group.get("param_names", ()) for group in of))
-                    for of in (groups, payload["optimizer"]["param_groups"]))
-        if was and was != now:  # one would get the moments of another
-            raise ValueError("the optimizer has other parameters, or in another order")
         for name, part in parts.items():
             if payload.get(name):  # a scaler's state is empty except in fp16
                 part.load_state_dict(payload[name])

@@ -1,4 +1,5 @@
-"""Linear layers, attention and the loss on a CPU, with custom backward passes.
+"""Linear layers, attention and the loss on a CPU, with custom backward passes. Linear and Embedding have no initial
+weights of their own: GPT.init_weight draws them.
 
 PyTorch's own versions make several more passes over the largest tensors of a step: the output of a linear layer with a
 bias, the (T, T) attention weights of every head, the logits of every token (bench/step.py, LOG.md). GPUs use PyTorch's
@@ -24,7 +25,7 @@ class Linear(nn.Linear):
     """nn.Linear, except that in training on a CPU, large bf16 outputs with a bias are computed by LinearFunction."""
 
     def reset_parameters(self):
-        """Nothing: GPT.init_weight draws the weights, and need not do it twice."""
+        """Nothing: torch's weights would be drawn in vain."""
 
     def forward(self, x):
         if (ONEDNN and x.dtype == torch.bfloat16 and x.device.type == "cpu" and self.bias is not None

@@ -176,8 +176,8 @@ class MuonAdamW(Optimizer):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                rule = {"muon": self._muon, "adamw": self._adamw}[group["rule"]]
-                rule(group, params, [p.grad for p in params], [self.state[p] for p in params])
+                update = {"muon": self._muon, "adamw": self._adamw}[group["rule"]]
+                update(group, params, [p.grad for p in params], [self.state[p] for p in params])
 
     def _muon(self, group, params, grads, states):
         for p, state in zip(params, states, strict=True):

@@ -325,7 +325,7 @@ def load_model(path):
     saved = _checkpoint(path, "--checkpoint-path")
     try:
         cfg, weights = model_parts(saved)
-        model = GPT.of(cfg, {name: weight.float() for name, weight in weights.items()})
+        model = GPT.of(cfg, {name: weight.float() for name, weight in weights.items()})  # if saved again in 16 bits
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, UserError) as error:
         raise UserError(f"--checkpoint-path {path}: its weights do not fit its own configuration "
                         f"({' '.join(str(error).split())[:300]})") from None

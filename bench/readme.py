@@ -52,8 +52,8 @@ def excerpt(log):
         if re.match(r"\[[^]]*\] Arguments: ", entry):
             continue
         if entry not in reports or entry in kept:
-            first, more = entry.split("\n")[:SAMPLE_LINES], entry.count("\n") >= SAMPLE_LINES
-            lines.append("\n".join(first + ["…"] * more))
+            text = [line for line in entry.split("\n") if line.strip()]
+            lines.append("\n".join(text[:SAMPLE_LINES] + ["…"] * (len(text) > SAMPLE_LINES)))
         elif lines[-1] != "…":
             lines.append("…")
     return "\n".join(lines)
