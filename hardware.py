@@ -129,6 +129,12 @@ def configure(cfg, device, dropout=0.0):
     """Set torch's process-wide switches according to the flags."""
     if dropout * 16 % 1:
         torch.backends.cuda.enable_cudnn_sdp(False)  # some of its kernels round dropout to sixteenths (pytorch #174245)
+    if dropout and should_compile(cfg, device):
+        # Else the compiler gives attention in a checkpointed block a generator of its own, which no seed reaches: the
+        # same masks on all ranks, and others after a resume.
+        from torch._functorch import config as functorch
+
+        functorch.graphsafe_rng_functionalization = False
     # A CPU's kernels are deterministic, except for the compiler's embedding gradient: its threads add to shared rows in
     # any order. The deterministic one is at least as fast.
     if cfg.deterministic or device.type == "cpu" and should_compile(cfg, device):

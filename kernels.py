@@ -18,6 +18,9 @@ from torch.autograd.function import once_differentiable
 CHUNK = 2**20  # logits converted to probabilities at a time: few enough to stay in cache
 # A private function of torch's: without it, nn.Linear's own products.
 ONEDNN = torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)()
+# Measured (LOG.md): the longest context at which explicit attention in bf16 beats the fused kernel, and the smallest
+# vocabulary at which computing the loss in chunks of logits beats one pass.
+MAX_EXPLICIT_CONTEXT, MIN_CHUNKED_VOCABULARY = 512, 1024
 LARGE = 2**20  # output elements at which fusing the bias starts to save more than the extra Python call costs
 
 

@@ -15,12 +15,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from config import UserError, arg, flag
-from kernels import CausalAttention, Embedding, Linear, head_cross_entropy
+from kernels import MAX_EXPLICIT_CONTEXT, MIN_CHUNKED_VOCABULARY, CausalAttention, Embedding, Linear, head_cross_entropy
 
 IGNORE = -1  # ignore_index: targets excluded from the loss
-# Measured on a CPU (LOG.md): the longest context at which explicit attention in bf16 beats the fused kernel, and the
-# smallest vocabulary at which computing the loss in chunks of logits beats one pass.
-MAX_EXPLICIT_CONTEXT, MIN_CHUNKED_VOCABULARY = 512, 1024
 
 
 @dataclass(frozen=True)
@@ -130,8 +127,7 @@ def make_norm(parts, size):
 def rope_angles(cfg):
     """cos and sin of the RoPE angles, (2, max_position_embeddings, hs / 2), float32 (Su et al. 2021)."""
     with torch.device("cpu"):  # also of a model on the meta device: no checkpoint has them
-        exponents = -torch.arange(0, cfg.head_size, 2).float() / cfg.head_size
-        inverse = (cfg.rope_theta or cfg.parts.rope_theta) ** exponents
+        inverse = (cfg.rope_theta or cfg.parts.rope_theta) ** (-torch.arange(0, cfg.head_size, 2) / cfg.head_size)
         angles = torch.outer(torch.arange(cfg.max_position_embeddings).float(), inverse)
     return torch.stack([angles.cos(), angles.sin() * cfg.parts.rope_sign])
 
@@ -279,7 +275,7 @@ class GPT(nn.Module):
         if self.chunks_loss and autocast_dtype(x.device) is not torch.float16 and not torch.compiler.is_compiling():
             nats = head_cross_entropy(x.flatten(0, 1), self.head_weight.to(x.dtype), targets.flatten(), IGNORE)
             return nats if reduction == "none" else nats.sum() / (targets != IGNORE).sum()
-        logits = self.logits(x).float().flatten(0, 1)  # (B * T, V)
+        logits = self.padded_logits(x).float().flatten(0, 1)  # (B * T, V + padding)
         return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction=reduction)
 
     @property
@@ -313,13 +309,18 @@ class GPT(nn.Module):
 
     def logits(self, x):
         """(B, T, C) → (B, T, V)."""
-        weight = self.head_weight
-        # Tensor cores prefer a multiple of 64 columns. Only this product is padded: the weights keep their true shape,
-        # so checkpoints, loss and gradients never see the padding.
-        pad = -weight.shape[0] % 64 if weight.is_cuda else 0
-        logits = F.linear(x, F.pad(weight, (0, 0, 0, pad)) if pad else weight)[..., :self.cfg.vocab_size]
-        cap = self.cfg.parts.softcap
-        return cap * torch.tanh(logits.float() / cap) if cap else logits
+        return self.padded_logits(x)[..., :self.cfg.vocab_size]
+
+    def padded_logits(self, x):
+        """(B, T, C) → (B, T, V + padding). On a GPU, where tensor cores prefer a multiple of 64 columns, -inf fills up
+        to it; the weights keep their shape. A loss of the slice [..., :V] has a slower backward pass (LOG.md)."""
+        weight, V, cap = self.head_weight, self.cfg.vocab_size, self.cfg.parts.softcap
+        pad = -V % 64 if weight.is_cuda else 0
+        logits = F.linear(x, F.pad(weight, (0, 0, 0, pad)) if pad else weight)
+        logits = cap * torch.tanh(logits.float() / cap) if cap else logits
+        if pad:
+            logits = logits.masked_fill(torch.arange(V + pad, device=x.device) >= V, -math.inf)
+        return logits
 
     def num_params(self, matmul=False):
         """The number of parameters; with `matmul`, the N of 6N FLOPs per token: without embeddings that are only looked

@@ -128,13 +128,22 @@ class Saver:
         return tree_unflatten([next(copies) if isinstance(value, torch.Tensor) else value for value in values], shape)
 
 
-def _buffers(tensors):
-    """Uninitialized tensors like these on the CPU, all in one allocation: pinned ones are each rounded up to a power of
-    two bytes."""
-    sizes = [-(-tensor.nbytes // 16) * 16 for tensor in tensors]
-    block = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=any(tensor.is_cuda for tensor in tensors))
+def _buffers(tensors, block_bytes=2**30):
+    """Uninitialized tensors like these on the CPU, in blocks of up to a GiB: pinned memory is rounded up to a power of
+    two bytes, for each tensor or for all at once to almost twice what is needed."""
+    blocks, used = [], 0
+    for tensor in tensors:
+        size = -(-tensor.nbytes // 16) * 16
+        if not blocks or used + size > block_bytes:
+            blocks.append([])
+            used = 0
+        blocks[-1].append(size)
+        used += size
+    pinned = any(tensor.is_cuda for tensor in tensors)
+    parts = [part for sizes in blocks
+             for part in torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pinned).split(sizes)]
     return [part[:tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            for part, tensor in zip(block.split(sizes), tensors, strict=True)]
+            for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def raise_nonfinite(cfg, payload, saving, samples):

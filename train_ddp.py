@@ -28,6 +28,8 @@ class DDPWorld(World):
     def __init__(self, cfg):
         self.rank, self.size, self.local_rank, self.local_size, self.node_rank = launched(self.script)
         self.is_main = self.rank == 0
+        # By default each rank has a process per core for torch.compile's kernels. Read when the compiler is imported.
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, min(32, usable_cores() // self.local_size))))
         super().__init__(cfg)
         if self.device.type == "mps":
             raise UserError("--device mps: PyTorch has no collectives on Metal; use --device cpu, or python train.py")
@@ -35,8 +37,6 @@ class DDPWorld(World):
             torch.set_num_threads(max(1, usable_cores() // self.local_size))  # torchrun's default, 1, leaves cores idle
         if cfg.checkpoint.resume != "auto" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
             raise UserError("torchrun --max-restarts starts this command again as it is: give it --resume auto")
-        # By default each rank has a process per core for torch.compile's kernels.
-        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, min(32, usable_cores() // self.local_size))))
         # On GPUs gradients use NCCL; scalars and flags stay on the CPU and use gloo, so they never wait for a GPU.
         DDPWorld.pulse = join("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", cfg.ranks.timeout)
 

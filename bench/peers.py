@@ -43,7 +43,7 @@ SIZES = {
     "C": Size(4, 4, 256, 512, 2, 10, 110, vocab=50257),  # a small model with GPT-2's vocabulary
     "124m": Size(12, 12, 768, 1024, 64, 30, 180, vocab=50304),
     "350m": Size(24, 16, 1024, 1024, 32, 20, 120, vocab=50304),
-    "1.5b": Size(48, 25, 1600, 1024, 8, 10, 40, vocab=50304),  # for step.py: two checkpoints of 19 GB
+    "1.5b": Size(48, 25, 1600, 1024, 16, 10, 40, vocab=50304),  # for step.py: two checkpoints of 19 GB
 }
 
 
