@@ -8,8 +8,8 @@
 #   bench/gpu.sh speed 124m PATH/TO/nanoGPT 32 the same with another batch: for each its best
 #   bench/gpu.sh trainer 124m                  ours and the Hugging Face Trainer's, bf16, compiled; also 350m
 #   bench/gpu.sh step 1.5b                     ours alone, without a checkpoint: where a step goes; also 124m, 350m
-#   bench/gpu.sh loss PATH/TO/nanoGPT          time to the validation loss that nanoGPT reaches in five minutes;
-#                                              ours has two thirds of that
+#   bench/gpu.sh loss PATH/TO/nanoGPT          time to the validation loss that nanoGPT reaches in 260 s; ours has two
+#                                              thirds of that
 #   bench/gpu.sh ddp 124m 8                    8 GPUs against one, the same global batch; also 350m
 #   bench/gpu.sh fsdp 350m 8                   the same of shards
 set -euo pipefail
@@ -28,8 +28,9 @@ speed)
     ${4:+--batch "$4"} --rounds 3 --limit 500 ;;
 trainer) $python bench/speed.py --device cuda --size "${2:?a size}" --rounds 3 --limit 500 ;;
 step) $python bench/step.py --device cuda --size "${2:?a size}" ;;
-loss) $python bench/loss.py --device cuda --nanogpt "${2:?a checkout of nanoGPT}" --seconds 280 \
+loss) $python bench/loss.py --device cuda --nanogpt "${2:?a checkout of nanoGPT}" --seconds 260 \
   --recipe configs/speedrun-gpu.toml ;;
-ddp|fsdp) $python bench/ddp.py --mode "$what" --device cuda --size "${2:?a size}" --ranks "${3:?a number of GPUs}" ;;
+ddp|fsdp) $python bench/ddp.py --mode "$what" --device cuda --size "${2:?a size}" --ranks "${3:?a number of GPUs}" \
+  --rounds 2 ;;
 *) echo "check, speed, trainer, step, loss, ddp or fsdp" >&2; exit 2 ;;
 esac

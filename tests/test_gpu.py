@@ -1,7 +1,12 @@
-"""What only a CUDA device can show: `pytest -m gpu`."""
+"""What only a CUDA device can show: `pytest -m gpu`. Without one, see tests/emulated_cuda."""
+
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT, environment
 from test_train import same
 
 pytestmark = pytest.mark.gpu
@@ -31,6 +36,24 @@ def test_resume_is_bit_for_bit_under_deterministic(trainer, precision):
     second = trainer(*flags, "--num-steps", 23, "--resume", checkpoint="resumed.pt")
     assert straight.code == first.code == second.code == 0, straight.err + first.err + second.err
     assert same(second, straight) and "sample at step 23" in second.out
+
+
+@pytest.mark.parametrize("how", [
+    ["--no-compile", "--skip-loss-spikes", 6, "--dropout", 0.1],
+    ["--optimizer", "muon", "--grad-accum-steps", 2]], ids=str)
+def test_between_reports_no_step_waits_for_the_gpu(trainer, how):
+    flags = [*CUDA, *how, "--log-steps", 100, "--eval-steps", 0, "--no-save-best", "--save-steps", 0, "--overwrite"]
+    code = (f"import runpy, sys, torch; torch.cuda.set_sync_debug_mode('warn'); sys.path.insert(0, {str(ROOT)!r}); "
+            f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')")
+    waits = []
+    for steps in (4, 12):
+        _, _, *args = trainer.arguments([*flags, "--num-steps", steps])
+        run = subprocess.run([sys.executable, "-W", "always", "-c", code, *args], cwd=trainer.folder, text=True,
+                             capture_output=True, env=environment())
+        assert run.returncode == 0, run.stderr
+        # Sampling, at the end, reads every token, up to the first that ends a text.
+        waits.append(len(re.findall(r"(?<!generate\.py):\d+: UserWarning: called a synchronizing CUDA", run.stderr)))
+    assert waits[0] == waits[1] > 0
 
 
 two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -105,11 +128,12 @@ def test_forward_and_loss_are_one_graph(arch):
         fast(tokens, tokens).backward()
 
 
-def test_a_padded_vocabulary_changes_neither_loss_nor_gradient():
+@pytest.mark.parametrize("arch", ["gpt2", "nanochat"])
+def test_a_padded_vocabulary_changes_neither_loss_nor_gradient(arch):
     from model import GPT, GPTConfig
 
     torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layers=1, n_heads=2, d_model=64, vocab_size=97, max_position_embeddings=32))
+    model = GPT(GPTConfig(arch=arch, n_layers=1, n_heads=2, d_model=64, vocab_size=97, max_position_embeddings=32))
     x = torch.randint(0, 97, (4, 33))
     losses, gradients = [], []
     for device in ("cpu", "cuda"):
