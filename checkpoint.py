@@ -184,25 +184,34 @@ def _nearest_folder(path):
     return next(parent for parent in Path(path).absolute().parents if parent.exists())
 
 
-def run_identity(cfg, corpus, vocab_size, global_batch_size):
-    """What a resumed run must have in common with the run it resumes: model, optimizer, tokenizer, data, and sequences
-    per step, from which the position in the data follows."""
+def identity_of_flags(cfg, global_batch_size):
+    """What of `run_identity` is known before the data is read."""
     model = dataclasses.asdict(cfg.model)
     if cfg.model.rope_theta == cfg.model.parts.rope_theta:  # as is 0
         model["rope_theta"] = 0.0
-    return {flag(name): value for name, value in model.items() if name not in cfg.model.RUN_FLAGS} | {
-        "--vocab-size": vocab_size, "--seq-len": corpus.seq_len, "--data-seed": corpus.seed,
-        "--optimizer": cfg.optim.optimizer, "sequences in a step": global_batch_size, "--train-weights": corpus.shares,
+    known = {flag(name): value for name, value in model.items()
+             if name != "vocab_size" and name not in cfg.model.RUN_FLAGS}
+    return known | {"--seq-len": cfg.data.seq_len, "--optimizer": cfg.optim.optimizer,
+                    "sequences in a step": global_batch_size}
+
+
+def run_identity(cfg, corpus, vocab_size, global_batch_size):
+    """What a resumed run must have in common with the run it resumes: model, optimizer, tokenizer, data, and sequences
+    per step, from which the position in the data follows."""
+    return identity_of_flags(cfg, global_batch_size) | {
+        "--vocab-size": vocab_size, "--data-seed": corpus.seed, "--train-weights": corpus.shares,
         "the mixture": [[shard.start, shard.count] for shard in corpus.train_sources.values() if corpus.shares],
         "the tokenizer": corpus.meta["tokenizer_hash"][:16],
         "the training data": corpus.fingerprint["train"], "the validation data": corpus.fingerprint["val"]}
 
 
-def earlier_shards(path, cfg, config):
+def earlier_shards(path, cfg, config, known):
     """The folder of token shards that the run at `path` had, if its flags for the data are those of `config` and it is
-    still there; else None."""
+    still there; else None. Raises UserError if that run's identity differs from what is `known` of this one's: before
+    a text is tokenized."""
     for file in (path, cfg.beside(".prev.pt")) if path else ():
         if is_of_a_run(found := peek(file)):  # else damaged
+            _require_same_run(file, found, known, config)
             same = all(found["config"].get(name) == config.get(name) for name in DATA_FLAGS)
             folder = str(found.get("tokens", ""))
             return folder if same and os.path.isdir(folder) else None
@@ -219,10 +228,25 @@ def load_for_resume(path, cfg, identity, config, mends=True):
     if not is_of_a_run(payload):
         raise UserError(f"--resume: {source} is not a checkpoint of this version of mini-llm; use the one that "
                         f"wrote it, or start anew with another --checkpoint-path")
+    only_there = {name: None for name, value in payload["identity"].items() if name.startswith("--") and value}
+    _require_same_run(source, payload, only_there | identity, config)
+    flags = payload["config"]
+    for name, value in config.items():
+        compared = not is_launch_flag(name) and name not in ("init_from", "grad_accum_steps")  # by what comes of them
+        if compared and flags.get(name, value) != value:
+            log.info("resumed with another %s: was %s, is %s", flag(name), flags[name], value)
+    if source != path and mends:
+        if _one_file(cfg.beside(".best.pt"), path):  # its loss would be the one to beat, its weights are damaged
+            cfg.beside(".best.pt").unlink()
+        link(source, path)  # else the next save would replace the good file with the damaged one
+    return payload
+
+
+def _require_same_run(source, payload, identity, config):
+    """Raises UserError, with what differs, unless the checkpoint's identity has the values of `identity`."""
     was, flags = payload["identity"], payload["config"]
-    # A flag that only the checkpoint or only this code has counts as changed only if it is set; unset ones are falsy.
-    now = {name: None for name, value in was.items() if name.startswith("--") and value} | identity
-    changed = {name: (was.get(name), value) for name, value in now.items()
+    # A flag that only this code has, or only the checkpoint, counts as changed only if it is set; unset ones are falsy.
+    changed = {name: (was.get(name), value) for name, value in identity.items()
                if (name in was or value) and was.get(name) != value}
     if any(name.startswith("the ") for name in changed):  # hashes, which say nothing: name the flags behind them
         changed |= {flag(name): (flags[name], config.get(name)) for name in DATA_FLAGS
@@ -233,17 +257,9 @@ def load_for_resume(path, cfg, identity, config, mends=True):
         changed = [f"{name} is another" if name.startswith("the ") else f"{name} was {before}, is {now}"
                    for name, (before, now) in changed.items()]
         raise UserError(f"--resume: {source} is of another run: {'; '.join(changed)}{hint}; give the flags and data "
-                        f"that it was started with (--config {beside_run(source, '.config.toml')}), or start anew with "
-                        f"another --checkpoint-path")
-    for name, value in config.items():
-        compared = not is_launch_flag(name) and name not in ("init_from", "grad_accum_steps")  # by what comes of them
-        if compared and flags.get(name, value) != value:
-            log.info("resumed with another %s: was %s, is %s", flag(name), flags[name], value)
-    if source != path and mends:
-        if _one_file(cfg.beside(".best.pt"), path):  # its loss would be the one to beat, its weights are damaged
-            cfg.beside(".best.pt").unlink()
-        link(source, path)  # else the next save would replace the good file with the damaged one
-    return payload
+                        f"that it was started with (--config {beside_run(source, '.config.toml')}), or train its "
+                        f"weights in a new run: --init-from {source} --tokenizer-name "
+                        f"{beside_run(source, '.tokenizer')} with another --checkpoint-path")
 
 
 def _one_file(a, b):

@@ -13,7 +13,7 @@ from config import UserError, arg
 # Progress from the peak (0) to the end (1) → height above the floor, from 1 to 0.
 SCHEDULES = {
     "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
-    "wsd": lambda progress: 1 - progress,  # over the last fifth only
+    "wsd": lambda progress: 1 - progress,  # over the last fifth only, unless --decay-steps is given
     "linear": lambda progress: 1 - progress,
     "none": lambda progress: 1.0,
 }
@@ -33,6 +33,8 @@ class OptimConfig:
     lr_scheduler: str = arg("cosine", "shape after the warm-up; wsd: constant, then linear over the last fifth",
                             choices=tuple(SCHEDULES))
     warmup_steps: int = arg(100, "steps over which the learning rate rises to its peak", ge=0)
+    decay_steps: int = arg(0, "steps over which it falls, the run's last; before, it is constant; 0: all after the "
+                              "warm-up, of wsd a fifth of the run", ge=0)
     weight_decay: float = arg(0.1, "decoupled, on matrices only", ge=0)
     beta1: float = arg(0.9, "AdamW's decay of the first moment", ge=0, lt=1)
     beta2: float = arg(0.95, "AdamW's decay of the second moment", ge=0, lt=1)
@@ -61,9 +63,9 @@ def lr_at(step, cfg):
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
     floor = cfg.lr / 10 if cfg.min_lr is None else cfg.min_lr
-    start = cfg.warmup_steps
-    if cfg.lr_scheduler == "wsd":  # warm-up, stable, decay (Hu et al. 2024)
-        start = max(start, cfg.num_steps - max(1, cfg.num_steps // 5))
+    # wsd: warm-up, stable, decay (Hu et al. 2024).
+    decay_steps = cfg.decay_steps or (max(1, cfg.num_steps // 5) if cfg.lr_scheduler == "wsd" else cfg.num_steps)
+    start = max(cfg.warmup_steps, cfg.num_steps - decay_steps)
     progress = min(1.0, max(0.0, (step + 1 - start) / max(1, cfg.num_steps - start)))
     height = SCHEDULES[cfg.lr_scheduler](progress)
     return height * cfg.lr + (1 - height) * floor

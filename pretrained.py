@@ -83,12 +83,15 @@ def resolve_init(cfg, resume_from):
             raise UserError(f"--init-from {init.init_from}: --overwrite would remove it; name another "
                             f"--checkpoint-path")
         source = _source_config(init.init_from)
-        if source.parts.rope_theta and os.path.isfile(init.init_from):
-            # RoPE has no weights at a position: it may be trained on longer sequences than before.
+        if source.parts.rope_theta:
+            # No weights belong to a position: it may be trained on longer sequences than before.
             source.max_position_embeddings = max(source.max_position_embeddings, cfg.data.seq_len)
         sizes = _sizes(source)
+        # The flags that a checkpoint's own run was started with fit it, too, though positions that were not trained on
+        # are dropped (model_parts).
+        own = checkpoint.saved(init.init_from)["config"] if os.path.isfile(init.init_from) else {}
         for name, value in stated.items():
-            if value != sizes[name]:
+            if value not in (sizes[name], own.get(name)):
                 raise UserError(f"{flag(name)} {value}: the weights of --init-from {init.init_from} have "
                                 f"{sizes[name]}; leave it out")
         model = dataclasses.replace(model, **sizes)

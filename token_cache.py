@@ -83,7 +83,8 @@ def prepare(cfg, vocab_size=0, writes=True, scratch=None, before=None):
         raise UserError(f"{changed}, and the tokens that this run began with, {before}, are not on this machine; copy "
                         f"them there")
     if changed:
-        log.warning("%s: this run goes on with the tokens that it began with, %s", changed, before)
+        log.warning("%s: this run goes on with the tokens that it began with, %s; for others, start a new run with "
+                    "--init-from", changed, before)
         return Path(before)
     if scratch and not os.path.exists(folder):  # unlike Path.exists, not an error where access is denied
         folder, writes = Path(scratch) / folder.name, True

@@ -59,9 +59,10 @@ def train(cfg, world):
 
     # The data, and what defines the run.
     config = flatten(cfg)
-    earlier = world.from_main(lambda: checkpoint.earlier_shards(resume_from, cfg.checkpoint, config))
-    corpus = Corpus(cfg.data, cfg.model.vocab_size, writes=world.local_rank == 0, scratch=dry_run, earlier=earlier)
     global_batch_size = batch_size * accum * world.size
+    known = checkpoint.identity_of_flags(cfg, global_batch_size)
+    earlier = world.from_main(lambda: checkpoint.earlier_shards(resume_from, cfg.checkpoint, config, known))
+    corpus = Corpus(cfg.data, cfg.model.vocab_size, writes=world.local_rank == 0, scratch=dry_run, earlier=earlier)
     vocab_size = resolve_vocab_size(cfg.model, cfg.init, corpus.vocab_size, cfg.data.tokenizer_name)
     identity = checkpoint.run_identity(cfg, corpus, vocab_size, global_batch_size)
     precision = hardware.choose_precision(cfg.speed, world.device)

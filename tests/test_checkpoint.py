@@ -155,6 +155,16 @@ def test_a_bare_file_name_is_a_path(tmp_path, monkeypatch):
     assert cfg.files() == ["bare.pt", "bare.best.pt"]
 
 
+def test_a_flag_of_another_run_is_found_before_any_text_is_tokenized(trainer, tmp_path):
+    assert trainer("--num-steps", 2).code == 0
+    (tmp_path / "other.txt").write_text("Another text, of which no tokens are cached. " * 100)
+    for flags, words in ((["--n-layers", 3], "--n-layers was 2, is 3"), (["--seq-len", 16], "--seq-len was 32, is 16"),
+                         (["--batch-size", 8], "sequences in a step was 4, is 8")):
+        run = trainer("--num-steps", 4, "--resume", "--train-data", "other.txt", *flags)
+        assert run.code == 2 and run.err.count("\n") == 1 and words in run.err, run.err
+        assert "--init-from c.pt --tokenizer-name c.tokenizer" in run.err and "tokenized" not in run.out
+
+
 def test_a_foreign_checkpoint_is_not_resumed(tmp_path):
     save(tmp_path / "c.pt", {"model": {}})
     with pytest.raises(UserError, match="not a checkpoint of this version"):

@@ -153,6 +153,17 @@ def test_positions_that_no_step_has_trained_do_not_come_back(trainer):
     assert torch.allclose(trained.pos_emb.weight, kept.pos_emb.weight, atol=1e-6)
 
 
+def test_a_run_starts_from_a_checkpoint_with_the_flags_of_its_own(trainer):
+    shape = ["--num-steps", 2, "--tokenizer-name", "byte", "--seq-len", 32, "--max-position-embeddings", 64]
+    assert trainer(*shape, checkpoint="a.pt").code == 0
+    run = trainer("--config", "a.config.toml", "--init-from", "a.pt", "--tokenizer-name", "a.tokenizer", tiny=False,
+                  checkpoint="b.pt")
+    assert run.code == 0 and load_model(trainer.folder / "b.pt")[0].cfg.max_position_embeddings == 32, run.err
+    other = trainer("--config", "a.config.toml", "--init-from", "a.pt", "--tokenizer-name", "a.tokenizer",
+                    "--max-position-embeddings", 128, tiny=False, checkpoint="c.pt")
+    assert other.code == 2 and "--max-position-embeddings 128" in other.err and "have 32" in other.err, other.err
+
+
 def test_rope_goes_as_far_as_it_was_trained_and_may_be_trained_further(tmp_path):
     shape = dict(arch="llama", n_layers=1, n_heads=2, d_model=16, max_position_embeddings=64)
     raw = GPT(GPTConfig(**shape, vocab_size=300))

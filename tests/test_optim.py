@@ -31,6 +31,15 @@ def test_wsd_is_constant_until_its_last_fifth():
     assert set(lr[9:80]) == {1.0} and lr[80] < 1.0
 
 
+@pytest.mark.parametrize("scheduler", ["cosine", "wsd", "linear"])
+def test_the_decay_may_have_a_length_of_its_own(scheduler):
+    lr = rates(lr_scheduler=scheduler, decay_steps=30)
+    assert set(lr[9:70]) == {1.0} and lr[70] < 1.0 and lr[-1] == pytest.approx(0.1)
+    short = rates(lr_scheduler=scheduler, decay_steps=30, num_steps=80)  # of the same run, ended earlier
+    assert short[:50] == lr[:50] and short[50:] == lr[70:]
+    assert rates(lr_scheduler=scheduler, decay_steps=95) == rates(lr_scheduler=scheduler, decay_steps=90)
+
+
 def test_none_is_constant_after_the_warm_up():
     assert set(rates(lr_scheduler="none")[9:]) == {1.0}
 
