@@ -2,6 +2,7 @@
 
 python report.py                                        checkpoints/minigpt.pt → checkpoints/minigpt.report/index.html
 python report.py checkpoints/a.pt checkpoints/b.pt      two runs in the same plots, and the flags that differ
+python report.py checkpoints/lr                         all runs in a folder → checkpoints/lr/report/index.html
 python report.py checkpoints/minigpt.pt --terminal      the same as text, over ssh
 """
 
@@ -12,6 +13,7 @@ import html
 import io
 import math
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -51,8 +53,6 @@ class Run:
                 self.code = record["code"]
             elif event is None and ("train/loss" in record or "val/loss" in record):
                 self.rows.append(record)
-        if not self.rows:
-            raise UserError(f"{path}: no report in it yet; a run writes its first after the evaluation at step 0")
         elapsed = 0
         for row in self.rows:  # not wall-clock time, which also passes while a killed run waits to be resumed
             elapsed += row.get("time/dt_sec") or 0
@@ -123,26 +123,42 @@ def _text(value, form):
 
 
 def find(word):
-    """Path of a checkpoint or a metrics.jsonl → path of the metrics.jsonl."""
+    """Path of a checkpoint, a metrics.jsonl or a folder of runs → paths of the metrics.jsonl."""
     path = Path(word)
     if path.is_dir():
-        raise UserError(f"{word}: is a folder; name a run{_known(path)}")
+        if not (found := _runs_in(path)):
+            raise UserError(f"{word}: is a folder without runs{_known(path)}")
+        return found
     if not (rows := beside_run(path, ROWS)).is_file():
         raise UserError(f"{word}: there is no {rows}{_known(path.parent)}")
-    return rows
+    return [rows]
+
+
+def _runs_in(folder):
+    return [rows for rows in sorted(folder.glob("*" + ROWS))
+            if not re.search(r"\.rank\d+$", rows.name.removesuffix(ROWS))]  # what other ranks sent to W&B
 
 
 def _known(folder):
-    names = [str(rows.with_name(rows.name.removesuffix(ROWS) + ".pt")) for rows in sorted(folder.glob("*" + ROWS))
-             if not re.search(r"\.rank\d+$", rows.name.removesuffix(ROWS))]  # what other ranks sent to W&B
-    return "; there: " + ", ".join(names[:5]) if names else f"; {folder} has no run: python train.py makes one"
+    """What can be named instead, to be pasted."""
+    runs = [str(beside_run(rows, ".pt")) for rows in _runs_in(folder)]
+    if len(runs) > 5:
+        return f"; for all {len(runs)} runs there: python report.py {shlex.quote(str(folder))}"
+    names = runs or sorted({str(rows.parent) for rows in folder.glob("*/*" + ROWS)})
+    return f"; there: {shlex.join(names)}" if names else f"; {folder} has no run: python train.py makes one"
 
 
 def load(words):
-    """Load the runs, each only once, under distinct names."""
-    paths = {path.resolve(): path for path in map(find, words)}
-    runs = [Run(path) for path in paths.values()]
-    for depth in range(1, max(len(path.parts) for path in paths)):
+    """Load the runs, each only once, under distinct names. Those without a report so far are left out."""
+    found = [Run(path) for path in {path.resolve(): path for word in words for path in find(word)}.values()]
+    runs = [run for run in found if run.rows]
+    for run in found:
+        if not run.rows:
+            error = UserError(f"{run.path}: no report in it yet; a run writes its first after the evaluation at step 0")
+            if not runs:
+                raise error
+            print(f"left out {error}", file=sys.stderr)
+    for depth in range(1, max(len(run.path.resolve().parts) for run in runs)):
         names = [run.name for run in runs]
         for run in runs:
             if names.count(run.name) > 1:  # checkpoints/a/c.pt and checkpoints/b/c.pt: a/c and b/c
@@ -281,8 +297,9 @@ def print_text(runs, x, smooth):
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", metavar="RUN", nargs="*", default=[DEFAULT],
-                        help=f"checkpoint path, or metrics.jsonl (default: {DEFAULT})")
-    parser.add_argument("--output", metavar="DIR", help="the folder to write (default: beside the first run, .report)")
+                        help=f"checkpoint path, metrics.jsonl, or a folder of runs (default: {DEFAULT})")
+    parser.add_argument("--output", metavar="DIR", help="the folder to write (default: .report beside the first run; "
+                                                        "report in a folder of runs)")
     parser.add_argument("--x", choices=("step", "tokens", "time"), default="step", help="the x axis (default: step)")
     parser.add_argument("--smooth", metavar="N", type=positive, default=0,
                         help="reports that the bold curves average; 1: none (default: a 25th of the run, at most 100)")
@@ -294,8 +311,8 @@ def main():
             sys.stdout.reconfigure(errors="replace")
             print_text(runs, args.x, args.smooth)
             return
-        folder = Path(args.output) if args.output else runs[0].path.with_name(
-            runs[0].path.name.removesuffix(ROWS) + ".report")
+        first = Path(args.runs[0])
+        folder = Path(args.output or (first / "report" if first.is_dir() else beside_run(first, ".report")))
         with needed_packages(", or look with --terminal"):
             images = write_page(runs, folder, args.x, args.smooth)
         print(f"wrote {folder / 'index.html'}, and beside it {', '.join(images)}")

@@ -188,11 +188,26 @@ def test_names_tell_runs_apart_and_a_run_named_twice_is_shown_once(tmp_path):
     assert [run.name for run in runs] == ["a/c", "b/c", "d"]
 
 
+def test_a_folder_means_all_runs_in_it_each_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b", "a.rank1", "begun"):
+        write_run(tmp_path / "lr" / f"{name}.metrics.jsonl")
+    for name in ("a.pt", "a.best.pt", "a.kept-00000020.pt", "no metrics.pt"):
+        (tmp_path / "lr" / name).touch()
+    (tmp_path / "lr" / "begun.metrics.jsonl").write_text("")
+    assert [run.name for run in report.load(["lr", "lr/a.best.pt"])] == ["a", "b"]
+    assert capsys.readouterr().err.startswith("left out lr/begun.metrics.jsonl: no report in it yet")
+    code, out, _ = in_process(monkeypatch, capsys, "lr/")
+    assert code == 0 and out.startswith("wrote lr/report/index.html")
+
+
 @pytest.mark.parametrize("args, says", [
-    (["nope.pt"], "nope.pt: there is no nope.metrics.jsonl; there: c.pt, empty.pt"),
+    (["nope.pt"], "nope.pt: there is no nope.metrics.jsonl; there: c.pt empty.pt"),
+    (["many/x.pt"], "there is no many/x.metrics.jsonl; for all 6 runs there: python report.py many"),
     (["none/x.pt"], "none has no run: python train.py makes one"),
     ([], "checkpoints/minigpt.pt: there is no"),
-    (["."], ".: is a folder; name a run; there: c.pt"),
+    (["nested"], "nested: is a folder without runs; there: nested/a 'nested/b c'"),
+    (["nested/none"], "nested/none: is a folder without runs; nested/none has no run: python train.py makes one"),
     (["empty.pt"], "empty.metrics.jsonl: no report in it yet"),
     (["c.pt", "--smooth", "0"], "--smooth: 0: expected a whole number"),
     (["c.pt", "--x", "steps"], "--x: invalid choice: 'steps'"),
@@ -201,6 +216,10 @@ def test_names_tell_runs_apart_and_a_run_named_twice_is_shown_once(tmp_path):
 def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, args, says):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "c.metrics.jsonl")
+    for name in ("nested/none", "nested/a", "nested/b c", "many"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("nested/a/r", "nested/b c/r", *(f"many/{i}" for i in range(6))):
+        (tmp_path / f"{name}.metrics.jsonl").touch()
     (tmp_path / "empty.metrics.jsonl").write_text('{"step": 0, "time": 1, "event": "config", "config": {}}\n[1]\n7\n')
     code, _, err = in_process(monkeypatch, capsys, *args)
     assert code == 2 and err.startswith("error: ") and says in err and len(err.splitlines()) == 1
