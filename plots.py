@@ -60,17 +60,21 @@ def sparkline(values, width=40):
     return "".join("▁▂▃▄▅▆▇█"[round(7 * (mean - low) / (high - low)) if high > low else 0] for mean in means)
 
 
+def comparable(runs):
+    """The metric by which the runs can be compared: losses per token only if they have the same tokens."""
+    return "val/loss" if len({run.config.get("tokenizer_hash") for run in runs}) == 1 else "val/bits_per_byte"
+
+
 def panels(runs, x="step"):
     """The panels for which any run has values over `x`. Each validation source has its own; bits per byte are one only
     if losses per token are not comparable: else it is the same curve."""
     sources = dict.fromkeys(metric.removeprefix("val/loss/") for run in runs for row in run.rows for metric in row
                             if metric.startswith("val/loss/"))
-    alike = len({run.config.get("tokenizer_hash") for run in runs}) == 1
     names = ["val_" + "".join(c if c.isalnum() else "_" for c in source) for source in sources]
     own = [Panel(name if names.count(name) == 1 else f"{name}_{i}", f"Validation loss: {source}", "nats per token",
                  points=f"val/loss/{source}") for i, (name, source) in enumerate(zip(names, sources, strict=True))]
     return [panel for panel in PANELS + own
-            if not (alike and panel.name == "bits_per_byte")
+            if not (panel.name == "bits_per_byte" and comparable(runs) == "val/loss")
             and any(run.series(metric, x)[0] for run in runs for metric in panel.metrics())]
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from config import Parser, UserError, is_launch_flag, needed_packages, one_line_errors, positive, visible
 from files import beside_run, read_records
-from plots import MARKS, figure, looks, panels, short, terminal_plot
+from plots import MARKS, comparable, figure, looks, panels, short, terminal_plot
 
 ROWS = ".metrics.jsonl"
 DEFAULT = "checkpoints/minigpt.pt"
@@ -70,10 +70,10 @@ class Run:
         unknown = math.inf if metric.endswith("ppl") else math.nan
         return (unknown if values[-1] is None else values[-1]) if values else None
 
-    def best(self):
-        """(lowest validation loss, its step), or None."""
-        steps, losses = self.series("val/loss")
-        return min(zip(losses, steps, strict=True)) if losses else None
+    def best(self, metric="val/loss"):
+        """(lowest value, its step), or None."""
+        steps, values = self.series(metric)
+        return min(zip(values, steps, strict=True)) if values else None
 
     def facts(self):
         """What the comparison shows of this run: title → text."""
@@ -149,7 +149,8 @@ def _known(folder):
 
 
 def load(words):
-    """Load the runs, each only once, under distinct names. Those without a report so far are left out."""
+    """Load the runs, each only once, under distinct names, the best first and those never evaluated last. Those without
+    a report so far are left out."""
     found = [Run(path) for path in {path.resolve(): path for word in words for path in find(word)}.values()]
     runs = [run for run in found if run.rows]
     for run in found:
@@ -163,7 +164,8 @@ def load(words):
         for run in runs:
             if names.count(run.name) > 1:  # checkpoints/a/c.pt and checkpoints/b/c.pt: a/c and b/c
                 run.name = "/".join((*run.path.resolve().parts[-depth - 1:-1], run.path.name.removesuffix(ROWS)))
-    return runs
+    metric = comparable(runs)
+    return sorted(runs, key=lambda run: run.best(metric) or (math.inf,))
 
 
 def differences(runs):
@@ -232,8 +234,8 @@ def _heading(run):
 def _comparison(runs):
     """The table of all runs, and that of the flags that differ."""
     facts = [run.facts() for run in runs]
-    best = min((run.best() for run in runs if run.best()), default=None)
-    cells = [[f"<td{' class=best' * (name == 'best val loss' and run.best() == best and len(runs) > 1)}>"
+    best = runs[0].best() if len(runs) > 1 and comparable(runs) == "val/loss" else None
+    cells = [[f"<td{' class=best' * (name == 'best val loss' and best is not None and run.best() == best)}>"
               f"{_escape(text)}</td>" for name, text in mine.items()] for run, mine in zip(runs, facts, strict=True)]
     parts = [_table(runs, facts[0], cells)]
     if flags := differences(runs):

@@ -88,13 +88,13 @@ def test_a_page_of_two_runs_shows_what_their_rows_say(trainer):
         sample = next(record["text"] for record in run.records if record.get("event") == "sample")
         assert any(sample in shown for shown in page.texts), sample
     loaded = report.load([trainer.folder / "1e-3.pt", trainer.folder / "9e-3.pt"])
-    assert report.differences(loaded) == {"lr": [1e-3, 9e-3]}
+    assert report.differences(loaded) == {"lr": [9e-3, 1e-3]}  # the best first
     fig = figure(panels(loaded)[0], loaded)
     drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in fig.axes[0].lines]
     for run in runs:
         points = [(step, row["val/loss"]) for step, row in run.rows.items() if "val/loss" in row]
         assert tuple(map(list, zip(*points, strict=True))) in drawn
-    assert [text.get_text() for text in fig.axes[0].get_legend().texts][:2] == ["1e-3", "9e-3"]
+    assert [text.get_text() for text in fig.axes[0].get_legend().texts][:2] == ["9e-3", "1e-3"]
 
 
 def test_the_page_loads_nothing_and_shows_a_sample_as_text(tmp_path, monkeypatch, capsys):
@@ -199,6 +199,28 @@ def test_a_folder_means_all_runs_in_it_each_once(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("left out lr/begun.metrics.jsonl: no report in it yet")
     code, out, _ = in_process(monkeypatch, capsys, "lr/")
     assert code == 0 and out.startswith("wrote lr/report/index.html")
+
+
+def test_runs_are_listed_from_the_best_to_the_worst_and_then_those_never_evaluated(tmp_path):
+    def write(name, val, of="", bits=None):
+        config = dict(step=0, time=1, event="config", config=dict(tokenizer_hash=of))
+        rows = [{"step": step, "time": 1, "train/loss": 1.0, "val/loss": loss, "val/bits_per_byte": bits}
+                for step, loss in enumerate(val)] or [{"step": 1, "time": 1, "train/loss": 1.0}]
+        (tmp_path / f"{name}.metrics.jsonl").write_text("\n".join(map(json.dumps, [config, *rows])))
+
+    write("a", [])
+    write("b", [9, 4.5, 8])
+    write("c", [9, 5, 5])
+    write("d", [None])
+    write("e", [9, 4, None])
+    runs = report.load([tmp_path])
+    assert [run.name for run in runs] == ["e", "b", "c", "a", "d"]
+    assert report.page(runs, []).count("class=best>4.0000 at 1<") == report.page(runs, []).count("class=best") == 1
+    write("b", [9, 4.5], of="x", bits=1.0)  # whose tokens are others: its loss says nothing
+    write("e", [9, 4], bits=2.0)
+    write("c", [9, 5], bits=3.0)
+    runs = report.load([tmp_path])
+    assert [run.name for run in runs] == ["b", "e", "c", "a", "d"] and "class=best" not in report.page(runs, [])
 
 
 @pytest.mark.parametrize("args, says", [
