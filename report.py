@@ -28,6 +28,7 @@ from plots import MARKS, comparable, figure, looks, panels, short, terminal_plot
 ROWS = ".metrics.jsonl"
 DEFAULT = "checkpoints/minigpt.pt"
 NOT_FLAGS = ("command", "n_params", "corpus", "corpus_tokens", "tokenizer_hash")  # recorded beside them
+ROW = ("steps", "val loss", "best val loss", "tokens/s", "time")  # the facts of a run in one row of text
 EMPTY = "(nothing: the model ended the text at once)"
 X_METRICS = {"step": "step", "tokens": "train/tokens"}
 
@@ -281,11 +282,14 @@ def print_text(runs, x, smooth):
             continue
         height = 12 if panel.name == "loss" else 5
         print("\n".join(terminal_plot(panel, runs, x, smooth, min(size.columns, 100), height, color)) + "\n")
-    columns = [run.facts() | {name: show(values[i]) for name, values in differences(runs).items()}
-               for i, run in enumerate(runs)]
-    letters = [f"{MARKS[i % len(MARKS)]}  " if len(runs) > 1 else "" for i in range(len(runs))]
-    table = [["run", *(letter + run.name for letter, run in zip(letters, runs, strict=True))],
-             *([name, *(column[name] for column in columns)] for name in columns[0])]
+    columns, flags = [], differences(runs)
+    many = len(runs) > 4  # too many to fit beside each other: each gets a row, of its main facts
+    for i, run in enumerate(runs):
+        facts, letter = run.facts(), f"{MARKS[i % len(MARKS)]}  " if len(runs) > 1 else ""
+        columns.append({"run": letter + run.name} | {name: facts[name] for name in (ROW if many else facts)}
+                       | {name: show(values[i]) for name, values in flags.items()})
+    table = [list(columns[0]), *(list(column.values()) for column in columns)]
+    table = table if many else list(zip(*table, strict=True))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
         print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -3,6 +3,7 @@
 import html.parser
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -144,6 +145,19 @@ def test_the_terminal_needs_no_matplotlib(tmp_path):
     refused = run_report("a/c.pt", cwd=tmp_path, start=without)
     assert refused.returncode == 2 and "pip install matplotlib" in refused.stderr and "--terminal" in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
+
+
+def test_in_a_terminal_more_than_four_runs_have_a_row_each(tmp_path, monkeypatch, capsys):
+    for i in range(12):
+        write_run(tmp_path / f"rate-{i:02}.metrics.jsonl", lr=(i + 1) / 1000, steps=40 - 10 * (i == 7))
+    code, out, _ = in_process(monkeypatch, capsys, tmp_path, "--terminal")
+    lines = out.splitlines()
+    (start,) = [i for i, line in enumerate(lines) if line.startswith("run ")]
+    assert code == 0 and max(map(len, lines[start:start + 13])) < 80
+    assert re.split("  +", lines[start]) == "run,steps,val loss,best val loss,tokens/s,time,lr".split(",")
+    rows = [re.split("  +", line) for line in lines[start + 1:start + 13]]
+    assert [row[:2] for row in rows[:2] + rows[-1:]] == [["A", "rate-00"], ["B", "rate-01"], ["L", "rate-07"]]
+    assert rows[-1][2:] == ["30 of 40", "2.3140", "2.3140 at 30", "20k", "0:15:00", "0.008"]
 
 
 def test_a_run_that_was_resumed_and_is_still_going(tmp_path):
