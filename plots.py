@@ -29,6 +29,7 @@ class Panel:
     log_above: float = math.inf  # log scale if the maximum exceeds this many times the median
     from_zero: bool = False
     smooth: bool = True
+    log_x: bool = False
 
     def metrics(self):
         return [metric for metric in (self.line, self.points) if metric]
@@ -212,19 +213,18 @@ def _key(panel, runs, smooth):
 
 
 def _axes(ax, panel, runs, label):
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter
 
     values = [value for run in runs for metric in (*panel.metrics(), *panel.band)
               for value in run.series(metric, "step")[1]]
     ax.set_xlabel(label)
     ax.set_ylabel(panel.unit)
+    if panel.log_x:
+        ax.set_xscale("log")
+        _label_log(ax.xaxis, [at for run in runs for at in run.series(panel.points)[0]])
     if panel.is_log(values):
         ax.set_yscale("log")
-        decades = math.log10(max(values) / min(values))
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7) if decades < 1.5 else (1, 2, 5) if decades < 3
-                                              else (1,)))
-        ax.set_ylabel(panel.unit + ", log scale")
-        ax.yaxis.set_minor_formatter(NullFormatter())
+        _label_log(ax.yaxis, values)
     elif panel.from_zero:
         ax.set_ylim(0, 1.1 * max(values))
     ax.margins(x=0.015)
@@ -232,6 +232,15 @@ def _axes(ax, panel, runs, label):
         formatter = FuncFormatter(lambda value, _, like=greatest: short(value, like))
         formatter.format_ticks = lambda values, like=greatest: ticks(values, like)  # formats all ticks together
         direction.set_major_formatter(formatter)
+
+
+def _label_log(axis, values):
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    decades = math.log10(max(values) / min(values))
+    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7) if decades < 1.5 else (1, 2, 5) if decades < 3 else (1,)))
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_label_text(axis.get_label_text() + ", log scale")
 
 
 def terminal_plot(panel, runs, x="step", smooth=0, width=80, height=12, color=False):
@@ -256,8 +265,8 @@ def terminal_plot(panel, runs, x="step", smooth=0, width=80, height=12, color=Fa
 
     def place(at, value):
         """The dot's (x, y), counted from the upper left."""
-        y = (math.log(value / bottom) / math.log(top / bottom) if log else (value - bottom) / ((top - bottom) or 1))
-        return (round((at - left) / ((right - left) or 1) * (2 * columns - 1)), round((1 - y) * (4 * height - 1)))
+        x, y = _share(at, left, right, panel.log_x), _share(value, bottom, top, log)
+        return round(x * (2 * columns - 1)), round((1 - y) * (4 * height - 1))
 
     canvas = _Canvas(columns, height)
     for i, is_line, xs, ys in sorted(curves, key=lambda curve: not curve[1]):  # draw points over lines
@@ -270,9 +279,16 @@ def terminal_plot(panel, runs, x="step", smooth=0, width=80, height=12, color=Fa
     out = [f"{panel.title} ({panel.unit})" + (key if len(runs) == 1 and panel.line and panel.points else "")]
     for row, text in enumerate(canvas.rows(color)):
         out.append(f"{edges.get(row, ''):>{margin - 2}} {'┤' if row in edges else '│'}{text}")
+    label += ", log scale" * panel.log_x
     ends = f"{short(left):<{max(0, columns - len(label)) // 2}}{label}"
     return [*out, f"{'':{margin - 1}}└{'─' * columns}",
             f"{'':{margin}}{ends}{short(right):>{max(0, columns - len(ends))}}"]
+
+
+def _share(value, low, high, log):
+    """Where `value` is between `low` (0) and `high` (1)."""
+    value, low, high = map(math.log, (value, low, high)) if log else (value, low, high)
+    return (value - low) / ((high - low) or 1)
 
 
 class _Canvas:

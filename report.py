@@ -19,15 +19,17 @@ import signal
 import statistics
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-from config import Parser, UserError, is_launch_flag, needed_packages, one_line_errors, positive, visible
+from config import Parser, UserError, flag, is_launch_flag, needed_packages, one_line_errors, positive, visible
 from files import beside_run, read_records
-from plots import MARKS, comparable, figure, looks, panels, short, terminal_plot
+from plots import MARKS, Panel, comparable, figure, looks, panels, short, terminal_plot
 
 ROWS = ".metrics.jsonl"
 DEFAULT = "checkpoints/minigpt.pt"
-NOT_FLAGS = ("command", "n_params", "corpus", "corpus_tokens", "tokenizer_hash")  # recorded beside them
+# Recorded beside the flags, of which they follow.
+NOT_FLAGS = ("command", "n_params", "corpus", "corpus_tokens", "tokenizer_hash", "accum_steps")
 ROW = ("steps", "val loss", "best val loss", "tokens/s", "time")  # the facts of a run in one row of text
 EMPTY = "(nothing: the model ended the text at once)"
 X_METRICS = {"step": "step", "tokens": "train/tokens"}
@@ -177,6 +179,39 @@ def differences(runs):
             and any(run.config.get(name) != runs[0].config.get(name) for run in runs)}
 
 
+@dataclass
+class Point:
+    """A run in the plot of a sweep."""
+
+    name: str
+    at: float
+    value: float
+
+    def series(self, metric, x="step"):
+        return ([self.at], [self.value]) if metric else ([], [])
+
+
+def plots(runs, x):
+    """(panel, what it draws, the x axis) of every plot."""
+    found = [(panel, runs, x) for panel in panels(runs, x)]
+    return found[:1] + sweep(runs) + found[1:]
+
+
+def sweep(runs):
+    """The plot of the best loss against a flag, if it is the one in which the runs differ and has three values or more,
+    all numbers: a list of one or none. Runs that differ in the seed alone are trials of the same value."""
+    found = {name: values for name, values in differences(runs).items() if name not in ("seed", "device")}
+    values, metric = next(iter(found.values()), []), comparable(runs)
+    if len(found) != 1 or not all(map(_is_number, values)) or len(set(values)) < 3:
+        return []
+    points = [Point(run.name, at, best[0]) for run, at in zip(runs, values, strict=True) if (best := run.best(metric))]
+    low, high = min(values), max(values)
+    what, unit = ("loss", "nats per token") if metric == "val/loss" else ("bits per byte", "bits per byte")
+    panel = Panel("sweep", f"Best validation {what} against {(label := flag(*found))}", unit, points=metric,
+                  log_above=20, smooth=False, log_x=low > 0 and high > 10 * low)
+    return [(panel, points, label)] if points else []
+
+
 def show(value):
     return "–" if value in (None, "", []) else " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
@@ -263,10 +298,10 @@ def write_page(runs, folder, x, smooth):
     """Write index.html and the plots as PNG files to `folder` → the names of the PNG files."""
     folder.mkdir(parents=True, exist_ok=True)
     images = []
-    for panel in panels(runs, x):
+    for panel, drawn, axis in plots(runs, x):
         first = not images  # the first plot is as wide as the page
         png = io.BytesIO()
-        figure(panel, runs, x, smooth, size=(10, 4) if first else (6.4, 3.4)).savefig(png, dpi=150)
+        figure(panel, drawn, axis, smooth, size=(10, 4) if first else (6.4, 3.4)).savefig(png, dpi=150)
         (folder / f"{panel.name}.png").write_bytes(png.getvalue())
         images.append((panel, png.getvalue()))
     text = page(runs, [(panel.title, png) for panel, png in images])
@@ -277,11 +312,11 @@ def write_page(runs, folder, x, smooth):
 def print_text(runs, x, smooth):
     """Print the plots, the comparison and each run's last sample to the terminal."""
     size, color = shutil.get_terminal_size(), sys.stdout.isatty()
-    for panel in panels(runs, x):
+    for panel, drawn, axis in plots(runs, x):
         if panel.name == "perplexity":  # with so few lines, it shows no more than the loss
             continue
-        height = 12 if panel.name == "loss" else 5
-        print("\n".join(terminal_plot(panel, runs, x, smooth, min(size.columns, 100), height, color)) + "\n")
+        height = 12 if panel.name in ("loss", "sweep") else 5
+        print("\n".join(terminal_plot(panel, drawn, axis, smooth, min(size.columns, 100), height, color)) + "\n")
     columns, flags = [], differences(runs)
     many = len(runs) > 4  # too many to fit beside each other: each gets a row, of its main facts
     for i, run in enumerate(runs):

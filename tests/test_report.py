@@ -18,10 +18,10 @@ from plots import PANELS, figure, panels, short, smoothed, sparkline, ticks
 NASTY = "Once <script>alert('x')</script> & <img src=http://example.com/x.png>\n\x1b[31m```red \ud83d"
 
 
-def write_run(path, steps=40, lr=1e-3, code=0, extra=()):
+def write_run(path, steps=40, lr=1e-3, code=0, extra=(), **flags):
     """A metrics.jsonl as the tracker writes it, of a run of two ranks on a GPU, killed and resumed at step 20."""
     config = dict(arch="gpt2", lr=lr, num_steps=40, train_data=["a.txt", "b.txt"], command="python <train.py>",
-                  checkpoint_path=str(path), world_size=2, n_params=4_470_272)
+                  checkpoint_path=str(path), world_size=2, n_params=4_470_272) | flags
     records = [dict(step=0, time=0.0, event="config", config=config),
                {"step": 0, "time": 0.0, "val/loss": 800.0, "val/ppl": None, "train/tokens": 0}]
     for step in range(2, steps + 1, 2):
@@ -158,6 +158,43 @@ def test_in_a_terminal_more_than_four_runs_have_a_row_each(tmp_path, monkeypatch
     rows = [re.split("  +", line) for line in lines[start + 1:start + 13]]
     assert [row[:2] for row in rows[:2] + rows[-1:]] == [["A", "rate-00"], ["B", "rate-01"], ["L", "rate-07"]]
     assert rows[-1][2:] == ["30 of 40", "2.3140", "2.3140 at 30", "20k", "0:15:00", "0.008"]
+
+
+def test_a_sweep_is_shown_against_its_flag(tmp_path, monkeypatch, capsys):
+    for name, (lr, seed) in {"a": (1e-4, 1), "b": (2e-3, 1), "c": (1e-3, 1), "d": (1e-3, 2)}.items():
+        write_run(tmp_path / "lr" / f"{name}.metrics.jsonl", lr=lr, seed=seed, device=f"host {name}", accum_steps=name)
+    code, out, _ = in_process(monkeypatch, capsys, tmp_path / "lr", "--terminal")
+    title, *plot = out.split("\n\n")[1].splitlines()
+    assert code == 0 and title == "Best validation loss against --lr (nats per token)"
+    assert plot[-1].split() == ["0.0001", "--lr,", "log", "scale", "0.002"]
+    assert {mark for line in plot[:-1] for mark in line if mark.isalpha()} == {"A", "B", "D"}  # C lies under D
+    ((panel, points, label),) = report.sweep(report.load([tmp_path / "lr"]))
+    ax = figure(panel, points, label).axes[0]
+    loss = 2 + 6 * math.exp(-40 / 9) + 0.1 + 0.1
+    drawn = [(*line.get_xdata(), *line.get_ydata()) for line in ax.lines]
+    assert [x for x, _ in drawn] == [1e-4, 2e-3, 1e-3, 1e-3] and [y for _, y in drawn] == pytest.approx([loss] * 4)
+    assert ax.get_xscale() == "log" and ax.get_xlabel() == "--lr, log scale" and ax.get_yscale() == "linear"
+    assert {"0.0005", "0.001"} <= {text.get_text() for text in ax.get_xticklabels()}
+    code, out, _ = in_process(monkeypatch, capsys, tmp_path / "lr")
+    assert code == 0 and "sweep.png" in out
+
+
+@pytest.mark.parametrize("flags, shown", [
+    ([dict(dropout=0.0), dict(dropout=0.1), dict(dropout=0.9)], "linear"),
+    ([dict(batch_size=1), dict(batch_size=4), dict(batch_size=10)], "linear"),
+    ([dict(batch_size=1), dict(batch_size=4), dict(batch_size=11)], "log"),
+    ([dict(dropout=0.0), dict(dropout=0.1), dict(dropout=0.1)], None),  # two values: the table tells as much
+    ([dict(seed=1), dict(seed=2), dict(seed=3)], None),
+    ([dict(dropout=0.0, d_ff=1), dict(dropout=0.1, d_ff=2), dict(dropout=0.2, d_ff=3)], None),
+    ([dict(dropout=0.0), dict(dropout=0.1), dict(dropout=0.2, optimizer="muon")], None),
+    ([dict(min_lr=None), dict(min_lr=0.1), dict(min_lr=0.2), dict(min_lr=0.3)], None),
+    ([dict(arch="gpt2"), dict(arch="llama"), dict(arch="qwen3")], None),
+], ids=str)
+def test_a_sweep_is_of_one_flag_that_is_a_number(tmp_path, flags, shown):
+    runs = report.load([write_run(tmp_path / f"{i}.metrics.jsonl", **some) for i, some in enumerate(flags)])
+    found = report.sweep(runs)
+    assert ["log" if panel.log_x else "linear" for panel, *_ in found] == ([shown] if shown else [])
+    assert [panel.name for panel, *_ in report.plots(runs, "step")][:2] == ["loss", "sweep" if shown else "perplexity"]
 
 
 def test_a_run_that_was_resumed_and_is_still_going(tmp_path):
