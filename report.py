@@ -12,6 +12,7 @@ import datetime
 import html
 import io
 import math
+import os
 import re
 import shlex
 import shutil
@@ -47,7 +48,7 @@ class Run:
             event, step = record.get("event"), record["step"]
             if event == "config":  # one for each start or resume of the run
                 self.config, self.code = record["config"], None
-                self.starts.append(step)
+                self.starts.append((step, self.config))
             elif event == "sample":
                 self.samples.append((step, record["text"]))
             elif event == "alert":
@@ -104,13 +105,25 @@ class Run:
         except ValueError:
             return str(self.code)
 
+    def origin(self):
+        """The run that this one branched off from (its newest checkpoint, as it was named), or None."""
+        step, config = self.starts[0] if self.starts else (0, {})
+        source, own = (str(config.get(name) or "") for name in ("resume", "checkpoint_path"))
+        if not step or source in ("", "latest", "auto"):
+            return None
+        run = beside_run(source, ".pt")
+        return None if os.path.abspath(run) == os.path.abspath(beside_run(own, ".pt")) else run  # its metrics were lost
+
     def story(self):
         """Where and when the run ran, and other facts that the comparison table has no column for."""
         ranks, started = self.config.get("world_size"), datetime.datetime.fromtimestamp(self.rows[0]["time"])
         parts = [str(self.path), self.config.get("arch"), self.config.get("device"),
                  f"{ranks} rank{'s'[:ranks > 1]}" if ranks else "", f"first report {started:%Y-%m-%d %H:%M}"]
-        if resumed := self.starts[1:]:
-            parts.append("resumed at step " + ", ".join(f"{step:,}" for step in resumed))
+        resumed = [f"{step:,}" for step, _ in self.starts if step]
+        if origin := self.origin():
+            parts.append(f"branched from {origin} at step {resumed.pop(0)}")
+        if resumed:
+            parts.append("resumed at step " + ", ".join(resumed))
         if self.code is None:
             ago = datetime.timedelta(seconds=round(max(0, time.time() - self.rows[-1]["time"])))
             parts.append(f"running, or killed: last report {ago} ago")

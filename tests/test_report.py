@@ -210,6 +210,26 @@ def test_a_run_that_was_resumed_and_is_still_going(tmp_path):
     assert run.series("lr", "tokens")[0][-1] == 40 * 2048
 
 
+def test_a_branch_says_where_it_began(trainer):
+    flags = ["--save-steps", 4, "--eval-steps", 4, "--log-steps", 2]
+    trainer(*flags, "--num-steps", 8, "--keep-last", 3, checkpoint="a.pt")
+    trainer(*flags, "--num-steps", 8, "--resume", "a.step-00000004.pt", checkpoint="b.pt")
+    trainer(*flags, "--num-steps", 10, "--resume", checkpoint="b.pt")
+    (run,) = report.load([trainer.folder / "b.pt"])
+    assert run.rows[0]["step"] == 6 and run.story().endswith("branched from a.pt at step 4 · resumed at step 8")
+
+
+@pytest.mark.parametrize("resume, says", [
+    ("latest", "resumed at step 180"), ("auto", "resumed at step 180"), ("./c.best.pt", "resumed at step 180"),
+    ("c.kept-00000180.pt", "resumed at step 180"), ("old/c.prev.pt", "branched from old/c.pt at step 180")])
+def test_a_run_whose_first_metrics_were_lost_is_no_branch(tmp_path, resume, says):
+    config = dict(resume=resume, checkpoint_path="c.pt")
+    (tmp_path / "c.metrics.jsonl").write_text("\n".join(map(json.dumps, [
+        dict(step=180, time=1.0, event="config", config=config), {"step": 190, "time": 2.0, "train/loss": 1.0},
+        dict(step=190, time=1.0, event="exit", code=0)])))
+    assert report.Run(tmp_path / "c.metrics.jsonl").story().endswith(says)
+
+
 @pytest.mark.parametrize("line", [
     '{"step": "x", "time": 1, "train/loss": 9}', '{"step": 1, "time": "x", "train/loss": 9}',
     '{"step": -1, "time": 1, "train/loss": 9}', '{"step": 1, "time": 1e300, "train/loss": 9}',
