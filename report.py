@@ -342,7 +342,7 @@ def print_text(runs, x, smooth):
     for row in table:
         print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
     for run in runs:
-        print("\n" + "\n".join([run.story(), *map(visible, run.alerts)]))
+        print("\n" + visible("\n".join([run.story(), *run.alerts])))
         for step, text in run.samples[-1:]:
             print(f"\n{run.name}, sample at step {step:,}:\n{visible(text or EMPTY)}")
 
