@@ -112,7 +112,8 @@ class Run:
         if not step or source in ("", "latest", "auto"):
             return None
         run = beside_run(source, ".pt")
-        return None if os.path.abspath(run) == os.path.abspath(beside_run(own, ".pt")) else run  # its metrics were lost
+        is_own = os.path.abspath(run) == os.path.abspath(beside_run(own, ".pt"))  # and its earlier metrics are lost
+        return None if is_own else run
 
     def story(self):
         """Where and when the run ran, and other facts that the comparison table has no column for."""
@@ -218,10 +219,10 @@ def sweep(runs):
     if len(found) != 1 or not all(map(_is_number, values)) or len(set(values)) < 3:
         return []
     points = [Point(run.name, at, best[0]) for run, at in zip(runs, values, strict=True) if (best := run.best(metric))]
-    low, high = min(values), max(values)
-    what, unit = ("loss", "nats per token") if metric == "val/loss" else ("bits per byte", "bits per byte")
-    panel = Panel("sweep", f"Best validation {what} against {(label := flag(*found))}", unit, points=metric,
-                  log_above=20, smooth=False, log_x=low > 0 and high > 10 * low)
+    low, high, label = min(values), max(values), flag(*found)
+    what, unit = {"val/loss": ("loss", "nats per token")}.get(metric, ("bits per byte", "comparable across tokenizers"))
+    panel = Panel("sweep", f"Best validation {what} against {label}", unit, points=metric, log_above=20,
+                  smooth=False, log_x=low > 0 and high > 10 * low)
     return [(panel, points, label)] if points else []
 
 
