@@ -341,7 +341,7 @@ def print_text(runs, x, smooth):
     table = table if many else list(zip(*table, strict=True))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
-        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+        print(visible("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()))
     for run in runs:
         print("\n" + visible("\n".join([run.story(), *run.alerts])))
         for step, text in run.samples[-1:]:

@@ -160,6 +160,13 @@ def test_in_a_terminal_more_than_four_runs_have_a_row_each(tmp_path, monkeypatch
     assert rows[-1][2:] == ["30 of 40", "2.3140", "2.3140 at 30", "20k", "0:15:00", "0.008"]
 
 
+def test_no_flag_acts_on_the_terminal(tmp_path, monkeypatch, capsys):
+    for name in "ab":
+        write_run(tmp_path / f"{name}.metrics.jsonl", device=f"\x1b[31m{name}")
+    code, out, _ = in_process(monkeypatch, capsys, tmp_path, "--terminal")
+    assert code == 0 and "\x1b" not in out and out.count("\\x1b[31ma") == 2  # in the table, and in the run's story
+
+
 def test_a_sweep_is_shown_against_its_flag(tmp_path, monkeypatch, capsys):
     for name, (lr, seed) in {"a": (1e-4, 1), "b": (2e-3, 1), "c": (1e-3, 1), "d": (1e-3, 2)}.items():
         write_run(tmp_path / "lr" / f"{name}.metrics.jsonl", lr=lr, seed=seed, device=f"host {name}", accum_steps=name)
