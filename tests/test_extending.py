@@ -76,8 +76,8 @@ def test_every_diff_is_tested():
 
 
 def test_schedule(changed):
-    run = changed("A learning rate schedule", "--lr-scheduler", "sqrt", "--decay-steps", 4, "--num-steps", 20, "--lr", 1,
-                  "--min-lr", 0)
+    run = changed("A learning rate schedule", "--lr-scheduler", "sqrt", "--decay-steps", 4, "--num-steps", 20,
+                  "--lr", 1, "--min-lr", 0)
     decay = [row["lr"] for step, row in run.rows.items() if step > 15]
     assert decay == pytest.approx([1.0] + [1 - (step / 4) ** 0.5 for step in range(1, 5)])
 
