@@ -97,7 +97,8 @@ def resolve_init(cfg, resume_from):
         model = dataclasses.replace(model, **sizes)
     model.validate_sizes()
     if cfg.data.seq_len > model.max_position_embeddings:
-        advice = "lower it" if init.init_from else "raise the latter or lower the former"
+        longest = f"give --seq-len {model.max_position_embeddings} or less"
+        advice = longest if init.init_from else "raise the latter or lower the former"
         raise UserError(f"--seq-len {cfg.data.seq_len} is above --max-position-embeddings "
                         f"{model.max_position_embeddings}{init.init_from and ' of --init-from'}; {advice}")
     prepared = cfg.data.is_shards or cfg.data.use_toy_data  # both come with their tokenizer
