@@ -25,7 +25,7 @@ from config import UserError
 from data import Corpus, DataConfig
 from meter import Meter
 from optim import OptimConfig, StepGuard, make_optimizer
-from saver import NotSaved, Saver
+from saver import NotSaved, Saver, _buffers
 from sinks import JsonlSink
 from train import World
 
@@ -414,6 +414,15 @@ def test_a_copy_is_not_changed_by_the_steps_that_follow(tmp_path):
     weight.zero_()
     assert copied["a"][0].tolist() == [1.0] * 5 and copied["a"][1] == 3 and copied["b"] == {"c": "d"}
     assert saver._copied({"a": [weight, 4], "b": {"c": "d"}})["a"][0].data_ptr() == copied["a"][0].data_ptr()
+
+
+def test_copies_share_blocks_of_limited_size():
+    tensors = [torch.zeros(n, dtype=dtype) for n, dtype in ((3, torch.float32), (40, torch.float32), (9, torch.bool),
+                                                            (1, torch.int64), (30, torch.float32))]
+    copies = _buffers(tensors, block_bytes=150)
+    assert [(copy.shape, copy.dtype) for copy in copies] == [(tensor.shape, tensor.dtype) for tensor in tensors]
+    blocks = {copy.untyped_storage().data_ptr(): copy.untyped_storage().nbytes() for copy in copies}
+    assert sorted(blocks.values()) == [16, 32, 128, 160]
 
 
 # A step, or an evaluation, that hangs from some moment on.
