@@ -215,9 +215,9 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    def __init__(self, cfg):
-        """Initial weights come from torch's global generator, in the order of `named_parameters`; on the meta device
-        there are none. cfg.vocab_size must be set. Raises UserError for impossible sizes."""
+    def __init__(self, cfg, draw=True):
+        """Initial weights come from torch's global generator, in the order of `named_parameters`; unless `draw` they
+        are uninitialized memory, to be loaded. cfg.vocab_size must be set. Raises UserError for impossible sizes."""
         super().__init__()
         assert cfg.vocab_size > 0, "the vocabulary size comes from the tokenizer"
         cfg.validate_sizes()
@@ -233,7 +233,7 @@ class GPT(nn.Module):
         self.norm = make_norm(cfg.parts, cfg.d_model)
         self.head = None if cfg.tied else Linear(cfg.d_model, cfg.vocab_size, bias=False)
         for name, parameter in self.named_parameters():
-            if name.endswith((".weight", ".bias")):  # all of ours; one that you add stays as its module made it
+            if draw and name.endswith((".weight", ".bias")):  # all of ours; one that you add is left to its module
                 self.init_weight(name, parameter)
 
     @torch.no_grad()

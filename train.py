@@ -77,7 +77,8 @@ def train(cfg, world):
         lambda: checkpoint.load_for_resume(resume_from, cfg.checkpoint, identity, config, mends=not dry_run))
 
     torch.manual_seed(cfg.optim.seed)  # the same initial weights on every rank
-    raw = world.place(lambda: GPT(replace(cfg.model, vocab_size=vocab_size)))
+    raw = world.place(lambda draw: GPT(replace(cfg.model, vocab_size=vocab_size), draw),
+                      draw=not (saved or cfg.init.init_from))
     if not saved:
         load_initial(raw, cfg.init, world)
     optimizer = make_optimizer(raw, cfg.optim, world.device, precision.dtype, world.orthogonalize)

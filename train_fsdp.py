@@ -53,9 +53,9 @@ class FSDPWorld(DDPWorld):
             raise UserError(f"--check-replicas {cfg.ranks.check_replicas}: no two ranks hold the same weights; leave "
                             f"it out, or give --shard-ranks")
 
-    def place(self, make):
+    def place(self, make, draw):
         with torch.device("meta"):  # no rank has room for all the weights
-            model = make()
+            model = make(draw=False)
         # A block's parameters are all-gathered in autocast's dtype, which its matrix products need; norm gains, too,
         # are rounded to it. Inputs are not cast: GPT.hidden gives the residual stream its dtype.
         policy = MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -64,11 +64,12 @@ class FSDPWorld(DDPWorld):
             if self.compiles:  # also each block: train.py's torch.compile breaks its graph at FSDP's hooks
                 block.forward = torch.compile(block.forward)
         fully_shard(model, mesh=self.mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-        params, initial = dict(model.named_parameters()), {}
-        for name, like in params.items():  # one by one: drawn by the main rank, then scattered
+        params = dict(model.named_parameters())
+        weights = {name: torch.empty_like(like, device=self.device) for name, like in params.items() if not draw}
+        for name, like in params.items() if draw else ():  # one by one: drawn by the main rank, then scattered
             drawn = model.init_weight(name, torch.empty(like.shape, device="cpu" if self.is_main else "meta"))
-            initial |= self.distribute({name: drawn}, params)
-        model.load_state_dict(initial, assign=True)
+            weights |= self.distribute({name: drawn}, params)
+        model.load_state_dict(weights, assign=True)
         return model
 
     def wrap(self, model):

@@ -27,9 +27,10 @@ class World:
         self.device = hardware.choose_device(cfg.speed.device, self.local_rank, alone=not self.launchers)
         hardware.configure(cfg.speed, self.device, cfg.model.dropout)
 
-    def place(self, make):
-        """Collective. Calls `make()` for the model and puts it on the device: all of it, or this rank's shard."""
-        return make().to(self.device)
+    def place(self, make, draw):
+        """Collective. Calls `make(draw)` for the model and puts it on the device: all of it, or this rank's shard.
+        `draw`: whether it needs initial weights, and is not loaded."""
+        return make(draw).to(self.device)
 
     def wrap(self, model):
         """Collective. Returns the module whose backward pass averages gradients over the ranks."""
