@@ -4,6 +4,7 @@ Text becomes token shards in `token_cache.py`, once.
 """
 
 import contextlib
+import logging
 import os
 import shutil
 import tempfile
@@ -18,6 +19,8 @@ from token_cache import prepare
 from tokenizer import encode, open_tokenizer, tokenizer_hash
 
 CYCLE = 1000  # samples after which the turns of several sources repeat
+
+log = logging.getLogger("mini_llm")
 
 
 @dataclass
@@ -41,7 +44,7 @@ class DataConfig:
     use_toy_data: bool = arg(False, "train on text from a Markov chain, for which the best possible loss is known")
     max_tokens: int = arg(0, "use only the first N training tokens and, without --val-data, N x --val-ratio "
                              "validation tokens; 0: all; the length of training is --num-steps", ge=0)
-    data_seed: int = arg(1337, "seed of the order of the samples and of the choice of validation documents", ge=0)
+    data_seed: int = arg(1337, "seed of the order of the samples, and of the text of --use-toy-data", ge=0)
     cache_dir: str = arg("data/cache", "where token shards are kept", metavar="DIR", empty=False)
 
     def validate(self):
@@ -115,6 +118,11 @@ class Corpus:
         if checks:
             self.train.verify(self.meta, "train")
             self.val.verify(self.meta, "val")
+            if not (cfg.val_data or cfg.is_shards or cfg.use_toy_data):
+                share = self.val.count / (self.val.count + self.train.count)
+                if not cfg.val_ratio / 2 <= share <= cfg.val_ratio * 2:
+                    log.warning("validation has %.3g %% of the tokens, for a --val-ratio of %g: documents are few, or "
+                                "of unequal length; name text to validate on: --val-data", share * 100, cfg.val_ratio)
         self.vocab_size, self.eos, self.fingerprint = self.train.vocab_size, self.train.eos, self.meta["fingerprint"]
         self.start = self._start()
         # The micro-batch expected next: (number of its first sample, batch size), the positions of its windows.

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from config import UserError, first_line
+from holdout import place, spread, tail_start, takes_tails
 from shards import read_token_file, token_file_format
 from tokenizer import END_OF_TEXT, OWN, hub_reachable
 
@@ -260,15 +261,12 @@ class Piece:
     argument: int = 0  # that of its source
 
 
-def pieces(sources, split, val_ratio=0.0, seed=0) -> Iterator[Piece]:
+def pieces(sources, split, val_ratio=0.0, builtin=False) -> Iterator[Piece]:
     """The documents of the sources in order, in pieces of about PIECE characters; token files in blocks of ids.
 
-    With a `val_ratio`, whole documents are held out for validation, spread evenly over the corpus. If the sources are
-    too few text files for that, the tail of each is held out instead, cut at the end of a document or line.
+    With a `val_ratio`, part of them is held out for validation, as holdout.py says. `builtin`: these are the sources.
     """
-    texts = [source for source in sources if source.kind == "text"]
-    tails = val_ratio and len(texts) == len(sources) and len(texts) * val_ratio < 2
-    index = 0
+    tails, index = val_ratio and takes_tails(sources, val_ratio), 0
     for source in sources:
         if source.kind == "tokens":  # with their documents' ends
             yield from (Piece(ids, split, False, source.argument) for ids in read_token_file(source.path))
@@ -277,15 +275,15 @@ def pieces(sources, split, val_ratio=0.0, seed=0) -> Iterator[Piece]:
             cut = tail_start(source.path, val_ratio)
             # The tail comes first: with --max-tokens, the rest need not be read to the end.
             parts = [(text_pieces(source.path, cut), "val"), (text_pieces(source.path, 0, cut), "train")]
-        elif source.kind == "text":
-            parts = [(text_pieces(source.path), None)]
         else:
-            parts = [(table_pieces(source), None)]
+            parts = [(text_pieces(source.path) if source.kind == "text" else table_pieces(source), None)]
         for stream, part in parts:
+            chosen = part
             for text, ends in stream:
-                chosen = part or ("val" if is_validation(index, val_ratio, seed) else split)
+                chosen = chosen or ("val" if (spread(index) if builtin else place(text)) < val_ratio else split)
                 yield Piece(text, chosen, ends, source.argument)
-                index += ends
+                if ends:
+                    index, chosen = index + 1, part
 
 
 def take(stream, characters):
@@ -295,34 +293,6 @@ def take(stream, characters):
         batch.append(piece)
         characters -= len(piece.content)
     return batch
-
-
-def is_validation(index, ratio, seed):
-    """Whether document `index` is in the fraction `ratio` held out for validation: a low-discrepancy sequence
-    (multiples of the golden ratio), so that even a few dozen documents are split in the right proportion."""
-    return (index + seed % (1 << 20)) * 0.6180339887498949 % 1.0 < ratio  # a large seed would cost float precision
-
-
-def tail_start(file, ratio):
-    """The byte where the last `ratio` of a text file begins, moved on to the next end of a document (unless that leaves
-    less than half of it), else of a line."""
-    size, mark = os.path.getsize(file), END_OF_TEXT.encode()
-    start = int(size * (1 - ratio))
-    first = max(0, start - len(mark) + 1)  # a mark that begins here or later ends after `start`
-    with open(file, "rb") as stream:
-        stream.seek(first)
-        window = stream.read(1 << 20)
-    if (last := window.find(mark)) >= 0:
-        end, follows = first + last + len(mark), window[last + len(mark):].strip() or first + len(window) < size
-        if follows and size - end >= (size - start) / 2:
-            return end
-        start = min(start, first + last)  # not inside the file's last mark, nor in what is blank after it
-    window = window[start - first:last if last >= 0 else None]
-    if (found := window.find(b"\n")) >= 0 and start + found + 1 < size:
-        return start + found + 1
-    while window and window[0] & 0xC0 == 0x80:  # not inside a UTF-8 character
-        start, window = start + 1, window[1:]
-    return start
 
 
 def text_pieces(file, start=0, stop=None):

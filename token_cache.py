@@ -18,6 +18,7 @@ from tqdm import tqdm
 import toy
 from config import UserError
 from files import read_json, write_whole
+from holdout import takes_tails
 from processes import try_lock
 from shards import FORMAT, ShardWriter, read_meta
 from text import (
@@ -118,8 +119,11 @@ def _sources(cfg):
 def _key(cfg, vocab_size, tokenizer, sources, val_sources):
     """The name of the folder: a hash of everything that determines which tokens are in it."""
     key = hashlib.blake2b(digest_size=12)
+    # The split depended on --data-seed once (default: 1337). Where it is still the same, so is the folder.
+    by_text = cfg.train_data and not takes_tails(sources, cfg.val_ratio)
+    split = "by the text" if by_text else cfg.data_seed if cfg.use_toy_data else 1337
     settings = [CODE_VERSION, FORMAT, cfg.use_toy_data, cfg.max_tokens, cfg.text_column,
-                *([] if val_sources else [cfg.val_ratio, cfg.data_seed]),
+                *([] if val_sources else [cfg.val_ratio, split]),
                 cfg.tokenizer_name if tokenizer is None else tokenizer.to_str(),
                 vocab_size if cfg.tokenizer_name == "bpe" else 0,
                 tokenizer and end_of_text(tokenizer, cfg.tokenizer_name),
@@ -234,7 +238,7 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
     def stream():
         if cfg.use_toy_data:
             return iter([Piece(text, split, False) for split, text in toy.text(cfg.data_seed)])
-        own = pieces(sources, "train", 0.0 if val_sources else cfg.val_ratio, cfg.data_seed)
+        own = pieces(sources, "train", 0.0 if val_sources else cfg.val_ratio, not cfg.train_data)
         return chain(pieces(val_sources, "val"), own)
 
     entropy = None
