@@ -1,8 +1,8 @@
 """Dataclass fields that are command-line flags, help texts and TOML keys at once.
 
 A module declares its settings in a dataclass of `arg(...)` fields. A program composes such dataclasses into one, and
-`parse` fills it: defaults, then `--config FILE.toml`, then flags. Nothing is declared twice, and an undeclared name is
-rejected with the closest declared one as a suggestion.
+`parse` fills it: defaults, then each `--config FILE.toml`, then flags. Nothing is declared twice, and an undeclared name
+is rejected with the closest declared one as a suggestion.
 """
 
 import argparse
@@ -136,14 +136,15 @@ def flag(name):
 
 
 def parse(cls, argv=None):
-    """Fill `cls`, a dataclass of dataclasses, from `argv` (default: sys.argv) and the TOML file that it may name.
+    """Fill `cls`, a dataclass of dataclasses, from `argv` (default: sys.argv) and the TOML files that it may name.
 
     Raises UserError for anything unknown, of the wrong type, out of bounds, or rejected by a `validate()`.
     """
     fields = flag_fields(cls)
     parser = Parser(prog=Path(sys.argv[0]).name, description=cls.__doc__, allow_abbrev=False,
                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=118))
-    parser.add_argument("--config", metavar="FILE.toml", help="defaults for the flags below, which override it")
+    parser.add_argument("--config", metavar="FILE.toml", action="append", default=[],
+                        help="defaults for the flags below, which override it; may be given again: later ones win")
     for group in dataclasses.fields(cls):
         section = parser.add_argument_group(group.type.__doc__.strip().splitlines()[0].rstrip("."))
         for name, (owner, field, kind) in fields.items():
@@ -155,14 +156,18 @@ def parse(cls, argv=None):
     given = vars(given)
     if unknown:
         kind = "flag" if unknown[0].startswith("-") else "argument"
+        if kind == "argument" and unknown[0].endswith((".toml", ".py")):  # nanoGPT's way
+            raise UserError(f"argument {unknown[0]}: give it as --config {unknown[0]}")
         refuse_unknown(unknown[0], [flag(name) for name in fields] + ["--config"], kind)
 
-    path = given.pop("config", None)
-    values = {} if path is None else _read_toml(path, cls, fields)
-    if path and path.endswith(RUN_CONFIG) and "checkpoint_path" in fields:  # of that run, wherever it has been moved
-        values.setdefault("checkpoint_path", path.removesuffix(RUN_CONFIG) + ".pt")
-        if values.get("global_batch_tokens"):  # older files have both
-            values.pop("grad_accum_steps", None)
+    values = {}
+    for path in given.pop("config"):
+        found = _read_toml(path, cls, fields)
+        if path.endswith(RUN_CONFIG) and "checkpoint_path" in fields:  # of that run, wherever it has been moved
+            found.setdefault("checkpoint_path", path.removesuffix(RUN_CONFIG) + ".pt")
+            if found.get("global_batch_tokens"):  # older files have both
+                found.pop("grad_accum_steps", None)
+        values |= found
     values |= {name: coerce(flag(name), fields[name], value) for name, value in given.items()}
 
     groups = {}

@@ -52,6 +52,22 @@ def test_defaults_then_toml_then_flags(tmp_path):
     assert parse(Car, ["--config", str(file)]).engine.cylinders == 6
 
 
+def test_of_several_files_later_ones_win_and_flags_over_all(tmp_path):
+    (one := tmp_path / "one.toml").write_text('cylinders = 6\npower = 3\nstops = ["a", "b"]\n')
+    (two := tmp_path / "two.toml").write_text('[engine]\npower = 5\nidle-speed = 700\n[trip]\nstops = ["c"]\n')
+    car = parse(Car, ["--idle-speed", "800", "--config", str(one), "--config", str(two)])
+    assert car.engine == Engine(cylinders=6, power=5.0, idle_speed=800) and car.trip.stops == ["c"]
+    assert parse(Car, ["--config", str(two), "--config", str(one)]).engine.power == 3
+    assert parse(Car, []).engine == Engine(), "nothing of one call is left for the next"
+
+
+def test_a_runs_own_config_is_of_that_run_after_a_recipe_too(tmp_path):
+    (recipe := tmp_path / "recipe.toml").write_text('checkpoint_path = "recipe.pt"\ngrad_accum_steps = 2\n')
+    (own := tmp_path / "c.config.toml").write_text("num_steps = 7\n")
+    cfg = parse(Config, ["--config", str(recipe), "--config", str(own)])
+    assert cfg.checkpoint.checkpoint_path == str(tmp_path / "c.pt") and cfg.batch.grad_accum_steps == 2
+
+
 @pytest.mark.parametrize("lines", [1, 100_000], ids=["at its end", "midway"])
 def test_a_command_whose_reader_leaves_ends_without_a_word(lines):
     code = f"from config import one_line_errors\nwith one_line_errors():\n    print('word\\n' * {lines}, end='')"
@@ -103,6 +119,8 @@ def test_a_value_with_underscores_is_left_alone():
     (["--fuel", "deisel"], ["--fuel deisel", "did you mean diesel?"]),
     (["--config", "missing.toml"], ["missing.toml", "No such file"]),
     (["stray"], ["stray", "not known"]),
+    (["configs/x.toml", "--turbo"], ["argument configs/x.toml: give it as --config configs/x.toml"]),
+    (["config/train_gpt2.py"], ["argument config/train_gpt2.py: give it as --config config/train_gpt2.py"]),
     (["--power"], ["--power", "expected one argument"]),
 ])
 def test_mistakes_are_named_with_a_way_out(argv, words):
