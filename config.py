@@ -1,8 +1,8 @@
 """Dataclass fields that are command-line flags, help texts and TOML keys at once.
 
 A module declares its settings in a dataclass of `arg(...)` fields. A program composes such dataclasses into one, and
-`parse` fills it: defaults, then each `--config FILE.toml`, then flags. Nothing is declared twice, and an undeclared name
-is rejected with the closest declared one as a suggestion.
+`parse` fills it: defaults, then each `--config FILE.toml`, then flags. Nothing is declared twice, and an undeclared
+name is rejected with a similar declared one as a suggestion.
 """
 
 import argparse
@@ -25,7 +25,8 @@ import types
 import typing
 from pathlib import Path
 
-# Names of these flags in other projects (nanoGPT, nanochat, the Hugging Face Trainer), for "did you mean".
+# Names of these flags in other projects (nanoGPT, nanochat, the Hugging Face Trainer), for "did you mean"; or, with a
+# space, what to do where no flag is like it.
 ELSEWHERE = {"learning_rate": "lr", "max_iters": "num_steps", "max_steps": "num_steps", "block_size": "seq_len",
              "output_dir": "checkpoint_path", "out_dir": "checkpoint_path", "bf16": "amp_dtype", "fp16": "amp_dtype",
              "resume_from_checkpoint": "resume", "hidden_size": "d_model", "n_embd": "d_model", "dtype": "amp_dtype",
@@ -33,20 +34,36 @@ ELSEWHERE = {"learning_rate": "lr", "max_iters": "num_steps", "max_steps": "num_
              "max_grad_norm": "grad_clip_norm", "grad_clip": "grad_clip_norm", "log_interval": "log_steps",
              "eval_interval": "eval_steps", "dataset": "train_data", "tokenizer": "tokenizer_name",
              "data": "train_data", "epochs": "num_steps", "batch": "batch_size", "context_length": "seq_len",
-             "max_seq_len": "seq_len", "ckpt": "checkpoint_path", "wandb": "use_wandb", "model": "arch",
-             "model_name": "init_from", "save_interval": "save_steps", "always_save_checkpoint": "save_steps",
-             "per_device_train_batch_size": "batch_size", "micro_batch_size": "batch_size", "start": "prompt",
-             "gpu": "cuda", "precision": "amp_dtype", "gradient_checkpointing": "use_activation_checkpoint",
-             "num_train_epochs": "num_steps", "num_iterations": "num_steps", "eval_iters": "eval_tokens",
+             "max_seq_len": "seq_len", "sequence_length": "seq_len", "ckpt": "checkpoint_path", "wandb": "use_wandb",
+             "model": "arch", "model_name": "init_from", "save_interval": "save_steps", "steps": "num_steps",
+             "always_save_checkpoint": "save_steps", "per_device_train_batch_size": "batch_size",
+             "micro_batch_size": "batch_size", "start": "prompt", "gpu": "cuda", "precision": "amp_dtype",
+             "gradient_checkpointing": "use_activation_checkpoint", "vocab": "vocab_size",
+             "num_train_epochs": "num_steps", "num_epochs": "num_steps", "num_iterations": "num_steps",
+             "tokens": "num_steps", "train_tokens": "num_steps", "total_tokens": "num_steps",
+             "param_data_ratio": "num_steps", "target_param_data_ratio": "num_steps", "eval_iters": "eval_tokens",
              "depth": "n_layers", "device_batch_size": "batch_size", "total_batch_size": "global_batch_tokens",
              "matrix_lr": "muon_lr", "embedding_lr": "lr", "report_to": "use_wandb", "enable_wandb": "use_wandb",
              "run_name": "wandb_run_name", "run": "wandb_run_name", "save_every": "save_steps",
-             "eval_every": "eval_steps", "logging_steps": "log_steps", "warmup_iters": "warmup_steps",
-             # torchtitan's and torchtune's tables, Flyte's words. "": no flag is like it.
+             "checkpoint_every": "save_steps", "sample_every": "sample_steps", "eval_every": "eval_steps",
+             "logging_steps": "log_steps", "log_every": "log_steps", "val_interval": "eval_steps",
+             "validation_data": "val_data", "val_split": "val_ratio", "val_size": "val_ratio", "resume_from": "resume",
+             "resume_from_step": "resume", "adam_beta1": "beta1", "adam_beta2": "beta2", "wd": "weight_decay",
+             # The schedule.
+             "warmup": "warmup_steps", "warmup_iters": "warmup_steps", "warmup_ratio": "warmup_steps",
+             "lr_scheduler_type": "lr_scheduler", "decay_lr": "lr_scheduler", "lr_decay_iters": "num_steps",
+             "final_lr": "min_lr", "final_lr_frac": "min_lr", "decay_ratio": "decay_steps", "decay": "decay_steps",
+             "lr_decay_steps": "decay_steps", "decay_iters": "decay_steps", "warmdown": "decay_steps",
+             "warmdown_ratio": "decay_steps", "warmdown_steps": "decay_steps", "warmdown_iters": "decay_steps",
+             "cooldown": "decay_steps", "cooldown_steps": "decay_steps", "cooldown_ratio": "decay_steps",
+             # torchtitan's and torchtune's tables, Flyte's words.
              "metrics": "wandb", "metric_logger": "wandb", "run_mode": "wandb_run_mode", "project": "wandb_project",
-             "rank_scope": "wandb_rank_scope", "use_tensor_parallel": "", "tp": "", "fsdp": "", "moe": "",
-             "n_experts": "", "download_logs": "", "log_every": "log_steps",
-             "lr_decay_iters": "num_steps", "lr_scheduler_type": "lr_scheduler", "resume_from_step": "resume"}
+             "rank_scope": "wandb_rank_scope",
+             "eval_only": "run python evaluate.py", "bias": "it comes with --arch",
+             "z_loss": "docs/extending.md has it as a diff", "ema": "docs/extending.md has it as a diff",
+             "mlp_ratio": "the MLP's width is --d-ff",
+             "early_stop": "the best weights are kept in .best.pt", "patience": "the best weights are kept in .best.pt",
+             "early_stopping": "the best weights are kept in .best.pt"}
 # How a process is launched and where it writes, not what it trains; so are W&B's flags, wandb_…
 LAUNCH_FLAGS = {"resume", "overwrite", "dry_run", "checkpoint_path", "cache_dir", "heartbeat_file"}
 RUN_CONFIG = ".config.toml"  # a run keeps its flags under its checkpoint's name with this suffix
@@ -361,11 +378,12 @@ def _nearest(word, known):
     def plain(name):
         return name.lstrip("-").replace("-", "_")
 
-    meant = ELSEWHERE.get(plain(word))
-    close = [name for name in known if plain(name) == meant]
-    if not close and meant != "":
-        close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
+    names, meant = {plain(name): name for name in known}, ELSEWHERE.get(plain(word), "")
+    if " " in meant:
+        return f"; {meant}"
+    # Typing errors score above 0.8, words of another meaning below.
+    close = [meant] if meant in names else difflib.get_close_matches(plain(word), names, n=1, cutoff=0.8)
+    return f"; did you mean {names[close[0]]}?" if close else ""
 
 
 def _plain_flags(word, fields):

@@ -65,6 +65,11 @@ class InitConfig:
                              "name (GPT-2, Llama, Qwen3, NanoChat), or a checkpoint", metavar="DIR|NAME|FILE.pt",
                          empty=False)
 
+    def validate(self):
+        if self.init_from in ("resume", "scratch") and not os.path.exists(self.init_from):  # nanoGPT's words
+            advice = dict(resume="to continue a run, give --resume instead", scratch="leave it out for that")
+            raise UserError(f"--init-from {self.init_from}: {advice[self.init_from]}")
+
 
 def resolve_init(cfg, resume_from):
     """The (model, init) configs that the flags resolve to, on the main rank. Sizes come from --init-from's weights or,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 from conftest import ROOT
 
-from config import LAUNCH_FLAGS, UserError, arg, flag, flatten, one_line_errors, parse
+from config import LAUNCH_FLAGS, UserError, arg, flag, flag_fields, flatten, one_line_errors, parse, refuse_unknown
 from files import without_infinity
 from train import Config
 
@@ -195,6 +195,26 @@ def test_a_package_that_is_missing_is_named_with_what_installs_it(capsys):
 def test_what_is_not_here_is_answered_with_nothing(name):
     with pytest.raises(UserError, match=f"--{name} is not known \\(see --help\\)"):
         parse(Config, [f"--{name}", "1"])
+
+
+@pytest.mark.parametrize("words, answer", [
+    ("warmdown_ratio warmdown_iters decay-ratio lr-decay-steps cooldown", "did you mean --decay-steps?"),
+    ("tokens param-data-ratio steps", "did you mean --num-steps?"), ("eval-only", "run python evaluate.py"),
+    ("early-stop patience", ".best.pt"), ("bias=False", "--arch"),
+    ("z-loss ema", "docs/extending.md has it as a diff"),
+    ("adam-eps momentum num-workers val-frequency hidden-dim", "(see --help)"), ("final-lr-frac", "--min-lr?"),
+    ("warmup", "--warmup-steps?"), ("wamup-steps", "--warmup-steps?"), ("trian_data", "--train-data?")])
+def test_a_word_of_another_meaning_is_not_taken_for_a_typing_error(words, answer):
+    for word in words.split():
+        with pytest.raises(UserError) as caught:
+            refuse_unknown(flag(word), [*map(flag, flag_fields(Config)), "--config", "--decay-steps"], "flag")
+        assert str(caught.value).endswith(answer), caught.value
+
+
+@pytest.mark.parametrize("word, answer", [("resume", "give --resume instead"), ("scratch", "leave it out")])
+def test_the_words_of_nanogpts_init_from_are_answered(word, answer):
+    with pytest.raises(UserError, match=f"--init-from {word}: .*{answer}"):
+        parse(Config, [f"--init_from={word}"])
 
 
 def test_a_runs_config_of_before_may_have_both_ways_to_say_the_batch(tmp_path):
