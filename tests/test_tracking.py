@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import Clock
+from conftest import ROOT, Clock
 
 import hardware
 import meter as meter_module
@@ -258,6 +258,26 @@ def test_a_resumed_run_drops_what_it_writes_again_and_keeps_why_it_ended(tmp_pat
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     JsonlSink(path, 20).close(0)
     assert [json.loads(line) for line in path.read_text().splitlines()] == [rows[0], rows[2]]
+
+
+def test_the_events_of_metrics_jsonl_are_those_that_docs_describe(tmp_path, monkeypatch):
+    docs = (ROOT / "docs" / "metrics.md").read_text().split("\n## The format of metrics.jsonl\n")[1]
+    code = "".join(file.read_text() for file in ROOT.glob("*.py"))
+    calls = re.findall(r'_record\([\w.]+, event="(\w+)", (.*?)\)\n', code, re.S)
+    written = {event: re.findall(r"(\w+)=", arguments) for event, arguments in calls}
+    told = {event: re.findall(r"`(\w+)`", fields) for event, fields in re.findall(r"^\| `(\w+)` \| (.*?):", docs, re.M)}
+    assert told.pop("event", []) == [] and told == written and len(written) == code.count('event="')
+    pytest.importorskip("pandas")
+    path = tmp_path / "checkpoints" / "minigpt.metrics.jsonl"
+    path.parent.mkdir()
+    sink = JsonlSink(path, 0)
+    for step, record in [(0, dict(event="config", config={})), (0, {"val/loss": 5.0}), (9, {"train/loss": math.nan}),
+                         (9, dict(event="alert", title="A", text="B"))]:
+        sink.log(step, record)
+    sink.close(0)
+    monkeypatch.chdir(tmp_path)
+    exec(docs.split("```python\n")[1].split("```")[0], found := {})
+    assert list(found["d"].step) == [0, 9] and found["d"]["val/loss"].iloc[0] == 5 and found["d"].time.iloc[0] > 1e9
 
 
 def test_a_row_that_a_power_cut_has_torn_is_dropped_though_its_checkpoint_is_whole(tmp_path):
