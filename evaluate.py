@@ -69,7 +69,7 @@ class EvaluateConfig:
 
     checkpoint_path: str = arg("checkpoints/minigpt.pt", "the checkpoint to evaluate, or a Hugging Face folder (GPT-2, "
                                                          "Llama, Qwen3, NanoChat)", metavar="FILE.pt|DIR")
-    data: list[str] = arg([], "text: whatever --train-data takes, several with a loss each, or a folder of token "
+    data: list[str] = arg([], "text: whatever --train-data takes, several with figures of each, or a folder of token "
                               "shards, for its validation set; nothing: the run's own, if its --cache-dir is there",
                           metavar="PATH")
     text_column: str = arg("", "the column with the text, in files that have columns; unset: the run's")
@@ -113,7 +113,8 @@ def own_validation_set(saved):
 
 
 def open_data(paths, text_column, seq_len, tokenizer, eos, saved, folder):
-    """{name: Shard} of the data, and the bytes of text per token. Text is tokenized into `folder`. Raises UserError."""
+    """{name: Shard} of the data, and {name: bytes of text per token}, with that of all under "". Token shards know only
+    the latter. Text is tokenized into `folder`. Raises UserError."""
     prepared = Path(paths[0])
     if len(paths) == 1 and (prepared / "val.bin").is_file():
         meta, shard = read_meta(prepared), prepared / "val.bin"
@@ -122,21 +123,21 @@ def open_data(paths, text_column, seq_len, tokenizer, eos, saved, folder):
                             f"text itself")
         Shard(shard).verify(meta, "val")
         return (part_shards(shard, meta["val_sources"], seq_len),
-                meta["bytes"]["val"] / meta["tokens"]["val"])
+                {"": meta["bytes"]["val"] / meta["tokens"]["val"]})
     column = text_column or saved["config"].get("text_column", "text")
-    sources, n_bytes, left_out, shards = find_sources(paths, "--data", column), 0, 0, {}
+    sources, n_bytes, left_out, shards = find_sources(paths, "--data", column), {}, 0, {}
     require_hub(sources, "--data")
     if foreign := foreign_tokens(sources, saved["config"].get("tokenizer_name", "")):
         raise UserError(f"--data {foreign}: a token file of another tokenizer than the checkpoint's; give the text "
                         f"itself")
     for number, name in enumerate(source_names(paths) or [""]):
-        file = Path(folder) / f"{number}.bin"
+        file, n_bytes[name] = Path(folder) / f"{number}.bin", 0
         writer = ShardWriter(file, id_count(tokenizer), eos, bytes(32))
         stream = pieces([source for source in sources if source.argument == number], "val")
         while batch := take(stream, BATCH):
             for _, ids, size, lost in encode_pieces(tokenizer, batch, eos):
                 writer.write(ids)
-                n_bytes, left_out = n_bytes + size, left_out + lost
+                n_bytes[name], left_out = n_bytes[name] + size, left_out + lost
         writer.close()
         shards[name] = Shard(file)
     if prefix := saved.get("prefix"):
@@ -144,9 +145,10 @@ def open_data(paths, text_column, seq_len, tokenizer, eos, saved, folder):
               f"here no document has it: the loss is a little too high", file=sys.stderr)
     if left_out:
         print(f"warning: {left_out:,} characters are left out: the tokenizer has no token for them", file=sys.stderr)
-    if not n_bytes:
+    if not any(n_bytes.values()):
         raise UserError(f"--data {' '.join(paths)}: the tokenizer knows none of this text; give another")
-    return shards, n_bytes / sum(shard.count for shard in shards.values())
+    per_token = {name: size / shards[name].count for name, size in n_bytes.items() if size}
+    return shards, per_token | {"": sum(n_bytes.values()) / sum(shard.count for shard in shards.values())}
 
 
 def sliding_windows(n_targets, seq_len, stride):
@@ -220,11 +222,13 @@ def evaluate_text(model, shards, bytes_per_token, cfg, seq_len, precision, devic
         kind, clusters = "windows", np.concatenate([np.multiply(batch, weights[name]) for name, batches
                                                     in windows.items() for batch in batches], axis=1)
     nats, n_tokens = clusters.sum(1).tolist()
-    return figures(nats / n_tokens, bytes_per_token) | {
+    return figures(nats / n_tokens, bytes_per_token[""]) | {
         "ci95": interval(*clusters), "clusters": f"{clusters.shape[1]} {kind}",
         "tokens": int(sum(n for _, n in totals.values())),
         "seq_len": seq_len, "stride": cfg.stride, "precision": precision.name,
-        "losses": {name: part[0] / part[1] for name, part in totals.items() if name}}
+        "losses": {name: part[0] / part[1] for name, part in totals.items() if name},
+        "sources": {name: figures(float(part[0] / part[1]), bytes_per_token.get(name, math.nan))
+                    for name, part in totals.items() if name}}
 
 
 def report(found):
@@ -236,7 +240,10 @@ def report(found):
              + (f", {found['stride']} apart" if found["stride"] else "")
              + f", amp {found['precision']}; {found['checkpoint']}"
              + (f", step {found['step']}" if found["step"] is not None else "")]
-    return "\n".join(lines + [f"loss {loss:.4f} on {name}" for name, loss in found["losses"].items()])
+    for name, each in found["sources"].items():
+        line = "loss {loss:.4f}, perplexity {ppl:.2f}, {bits_per_byte:.4f} bits per byte".format(**each)
+        lines.append(f"{line.replace(', nan bits per byte', '')} on {name}")
+    return "\n".join(lines)
 
 
 @one_line_errors()

@@ -139,6 +139,10 @@ def test_the_command_repeats_the_runs_own_validation_loss(run_folder):
                                        identity={"the validation data": read_meta(shards)["fingerprint"]["val"]}))
     finally:
         shards.rename(run_folder / "cache" / "shards")
+    for name, each in named["sources"].items():
+        alone = evaluate(run_folder, "--data", f"{name}.txt")
+        assert each == {figure: pytest.approx(alone[figure], rel=1e-6) for figure in ("loss", "ppl", "bits_per_byte")}
+        assert own["sources"][name] == each | {"bits_per_byte": None}, "shards count only the bytes of all"
     assert own["step"] == 20 and own["seq_len"] == 32 and own["clusters"] == "60 documents"
     assert own["ci95"][0] < own["loss"] < own["ci95"][1]
 
@@ -218,7 +222,11 @@ def test_the_report_in_words(run_folder):
     found = evaluate(run_folder, "--data", "a.txt")
     assert f"loss {found['loss']:.4f} nats per token (95 %: " in done.stdout
     assert f"over {found['clusters']})" in done.stdout
-    assert f"perplexity {found['ppl']:.2f}, {found['bits_per_byte']:.4f} bits per byte" in done.stdout
+    figures = f"perplexity {found['ppl']:.2f}, {found['bits_per_byte']:.4f} bits per byte"
+    assert f"\n{figures}\n" in done.stdout
+    for flags, of_each in ((["--data", "a.txt", "b.txt"], figures), ([], figures.partition(",")[0])):
+        done = command(run_folder, "--checkpoint-path", "c.pt", "--no-amp", *flags, script="evaluate.py")
+        assert f"\nloss {found['loss']:.4f}, {of_each} on a\n" in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize("flags, words", [
