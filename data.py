@@ -126,7 +126,7 @@ class Corpus:
         self.vocab_size, self.eos, self.fingerprint = self.train.vocab_size, self.train.eos, self.meta["fingerprint"]
         self.start = self._start()
         # The micro-batch expected next: (number of its first sample, batch size), the positions of its windows.
-        self.next = None, None
+        self.prefetched = None, None
         spans = self.meta["val_sources"]
         if cfg.val_data:
             self.val_sources = {name: Shard(self.val.path, *span) for name, span in spans.items()}
@@ -191,8 +191,8 @@ class Corpus:
         cycle, place = np.divmod(first + np.arange(n), len(self.turns))  # the sources' turns repeat each cycle
         for source, shard in enumerate(self.train_sources.values()):
             mine, n_windows = np.flatnonzero(self.turns[place] == source), shard.windows(self.seq_len)
-            turns = np.cumsum(self.turns == source)  # of this source, up to and including each place of a cycle
-            nth = cycle[mine] * turns[-1] + turns[place[mine]] - 1  # which of the source's samples, counted from 0
+            had = np.cumsum(self.turns == source)  # this source's turns, up to and including each place of a cycle
+            nth = cycle[mine] * had[-1] + had[place[mine]] - 1  # which of the source's samples, counted from 0
             epochs, indices = np.divmod(nth, n_windows)
             for epoch in np.unique(epochs):
                 now = epochs == epoch
@@ -207,14 +207,14 @@ class Corpus:
         the same step as one on each of two ranks.
         """
         first = ((step * accum + micro) * size + rank) * batch_size  # number of the micro-batch's first sample
-        expected, positions = self.next
+        expected, positions = self.prefetched
         if expected != (first, batch_size):
             positions = self.samples(first, batch_size)
         windows = read_windows(self.train, positions, self.seq_len)
         # While this one trains, the operating system reads this rank's next micro-batch from the disk.
         first += size * batch_size
-        self.next = (first, batch_size), self.samples(first, batch_size)
-        for position in self.next[1]:
+        self.prefetched = (first, batch_size), self.samples(first, batch_size)
+        for position in self.prefetched[1]:
             self.train.expect(int(position), self.seq_len + 1)
         return windows
 
@@ -223,9 +223,10 @@ class Corpus:
         (B, T) int64 inputs and targets. `max_tokens` > 0 takes windows spread evenly over the set, at least one per
         source. Batches are padded by repeating a row, to keep their shape. Every rank yields as many batches, because a
         sharded model's forward pass needs all ranks."""
+        first = rank  # of a source's windows, this rank's first
         for name, indices in spread_windows(self.val_sources, self.seq_len, max_tokens).items():
-            chosen = indices[rank::size]
-            rank = (rank - len(indices)) % size  # the round robin continues across sources
+            chosen = indices[first::size]
+            first = (first - len(indices)) % size  # the round robin continues across sources
             for start in range(0, -(-len(indices) // size), batch_size):
                 rows = chosen[start:start + batch_size]
                 padded = rows + [rows[-1] if rows else 0] * (batch_size - len(rows))
