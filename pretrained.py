@@ -22,7 +22,7 @@ from archive import DamagedCheckpoint, load, peek
 from config import UserError, arg, first_line, flag, part_of
 from files import beside_run, read_json
 from model import GPT, GPTConfig
-from tokenizer import end_of_text, hub_reachable, id_count, load_tokenizer, open_tokenizer, tokenizer_hash
+from tokenizer import end_of_text, hub_problem, id_count, load_tokenizer, open_tokenizer, tokenizer_hash
 
 # Our parameter names → theirs; {i} is the block index. Our fused qkv is GPT-2's c_attn, and separate q, k, v elsewhere.
 LLAMA_NAMES = {
@@ -198,13 +198,13 @@ def _folder(source):
         except Exception:  # many types, of httpx and XET as well: a connection lost midway is not an OSError
             return source  # which is not a folder
 
-    folder, reachable = source, True
+    folder, problem = source, ""
     if not os.path.isdir(source) and not whole(folder := snapshot(local_files_only=True)):
-        reachable = hub_reachable()
-        folder = snapshot() if reachable else folder
+        problem = hub_problem(f"api/models/{source}/revision/main", f"{source}/resolve/main/config.json")
+        folder = folder if problem else snapshot()
     if not whole(folder):
-        why = ("no config.json with *.safetensors there" if reachable else
-               "no such folder, not whole in the local cache (HF_HOME), and the hub cannot be reached")
+        why = (f"no such folder, not whole in the local cache (HF_HOME), and {problem}" if problem else
+               "no config.json with *.safetensors there")
         raise UserError(f"--init-from {source}: {why}; give a folder that transformers' save_pretrained has written, "
                         f"or a checkpoint")
     for index in Path(folder).glob("*.index.json"):  # transformers would open any path that it names

@@ -21,7 +21,7 @@ import numpy as np
 from config import UserError, first_line
 from holdout import place, spread, tail_start, takes_tails
 from shards import read_token_file, token_file_format
-from tokenizer import END_OF_TEXT, OWN, hub_reachable
+from tokenizer import END_OF_TEXT, OWN, hub_problem
 
 log = logging.getLogger("mini_llm")
 
@@ -224,9 +224,9 @@ def _check_readable(file, kind, label):
 
 def require_hub(sources, label="--train-data"):
     """Raises UserError within seconds if any source is a Hub dataset and the Hub is unreachable."""
-    names = [source.path for source in sources if source.kind == "hub"]
-    if names and not hub_reachable():
-        raise UserError(f"{label} {names[0]}: no such file, and as a Hugging Face dataset it cannot be reached")
+    for path, name in [(one.path, re.split("[:@]", one.path)[0]) for one in sources if one.kind == "hub"]:
+        if problem := hub_problem(f"api/datasets/{name}", f"datasets/{name}/resolve/main/README.md"):
+            raise UserError(f"{label} {path}: no such file, and it cannot be fetched as a dataset: {problem}")
 
 
 def require_own_tokenizer(sources, val_sources, tokenizer_name):

@@ -5,7 +5,9 @@ import hashlib
 import json
 import os
 import threading
+import urllib.parse
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -191,9 +193,8 @@ def _pretrained(name):
 
     file, offline = os.path.join(name, "tokenizer.json"), f"offline choices: {', '.join(OWN)}, or a tokenizer's folder"
     if not os.path.isdir(name) and not (file := _hub_file(name, "tokenizer.json", local_files_only=True)):
-        if not hub_reachable():
-            raise UserError(f"--tokenizer-name {name}: not in the local cache (HF_HOME), and the hub cannot be "
-                            f"reached; {offline}")
+        if problem := hub_problem(f"{name}/resolve/main/tokenizer.json"):
+            raise UserError(f"--tokenizer-name {name}: not in the local cache (HF_HOME), and {problem}; {offline}")
         # Cached for the end-of-text lookup, and before tokenizer.json, whose presence other ranks check for.
         _hub_file(name, "tokenizer_config.json")
         file = _hub_file(name, "tokenizer.json")
@@ -235,23 +236,28 @@ def _hub_file(name, file, **options):
         return None
 
 
-def hub_reachable(seconds=3.0):
-    """Whether the Hugging Face Hub answers within that many seconds: its own clients try for a minute."""
+def hub_problem(*pages, seconds=3.0):
+    """Why the Hugging Face Hub will not serve these pages, which a download begins with; "" if it answers, if only that
+    there are none. Takes that many seconds for each at most: the Hub's own clients try for minutes."""
     if switched_on("HF_HUB_OFFLINE"):
-        return False
-    answered = threading.Event()
+        return "the hub cannot be reached (HF_HUB_OFFLINE is set)"
+    hub, found = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/"), []
 
-    def probe():
+    def probe(page):
         try:
-            urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=seconds).close()
-            answered.set()
-        except urllib.request.HTTPError:
-            answered.set()
-        except (OSError, ValueError):  # ValueError if HF_ENDPOINT is not a URL
+            urllib.request.urlopen(f"{hub}/{urllib.parse.quote(page)}", timeout=seconds).close()
+            found.append("")
+        except urllib.request.HTTPError as error:  # others, such as 404, are answers: the clients report them better
+            failed = error.code >= 500 or error.code in (407, 429)
+            found.append(f"the hub answered {error.code}" if failed else "")
+        except (OSError, ValueError, HTTPException):  # ValueError if HF_ENDPOINT is not a URL
             pass
 
-    # In a thread, because a DNS lookup that hangs ignores the timeout.
-    thread = threading.Thread(target=probe, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return answered.is_set()
+    for page in pages:
+        # In a thread, because a DNS lookup that hangs ignores the timeout.
+        thread = threading.Thread(target=probe, args=[page], daemon=True)
+        thread.start()
+        thread.join(seconds)
+        if problem := found.pop() if found else "the hub cannot be reached":
+            return problem
+    return ""
