@@ -36,10 +36,14 @@ def processes_of(server):
 @pytest.fixture
 def start(server, tmp_path):
     """`start(*command)` in a folder of its own. Nothing of it outlives the test."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # `wandb agent` runs "python"
-    tracked = server.environment | QUICK | dict(PATH=path)
+    here = str(Path(sys.executable).parent)
+    others = [folder for folder in os.environ["PATH"].split(os.pathsep) if folder != here]
+    tracked = server.environment | QUICK
 
     def start(*command, stream=subprocess.DEVNULL, **env):
+        # Agents run "python" and "torchrun": sweep.py has to make W&B's find those of this Python environment.
+        folders = others if command[1] == SWEEP[1] else [here, *others]
+        env |= dict(PATH=os.pathsep.join(folders))
         return subprocess.Popen(command, cwd=tmp_path, text=True, stdout=stream, stderr=stream,
                                 env=environment(**tracked | env))
 

@@ -149,6 +149,26 @@ def test_two_nodes_of_two_ranks_write_the_runs_that_the_table_says(trainer, serv
         assert means == pytest.approx({step: values(only_run(server))[step] for step in (10, 20)}, rel=1e-6)
 
 
+def test_no_other_rank_opens_a_shared_run_before_the_first(trainer, server):
+    """Whose upsert the server answers late."""
+    def upserts():
+        return [run_id for _, kind, run_id in list(server.requests) if kind == "upsert"]
+
+    server.fail("upsert", "hang")
+    flags = ["--use-wandb", "--wandb-run-mode", "shared", "--wandb-run-id", "b", "--num-steps", 20]
+    process = subprocess.Popen(trainer.arguments(flags, ranks=2), cwd=trainer.folder, text=True,
+                               env=environment(**server.environment | QUICK), stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)
+    eventually(upserts, 60)
+    time.sleep(3)  # by then the other rank's process is up, too
+    assert upserts() == ["b"]
+    server.heal()
+    out, _ = process.communicate(timeout=170)
+    run = only_run(server)
+    assert process.returncode == 0 and len(run.writers) == 2, out
+    assert any("val/loss" in row for row in run.history_of(run.writers[0]))
+
+
 #   fault                moment         what the console says
 FAULTS = [
     ("filestream 404", "mid-run", r"server takes no more rows.*sync c\.pt"),
@@ -282,7 +302,7 @@ def test_a_preempted_run_says_so_and_goes_on_in_the_same_chart(online, trainer, 
     run = online("--num-steps", step + 30, *flags, "--resume", "auto", "--wandb-run-mode", "shared", env=named)
     assert "was not shared before, and loses rows if it is written both ways: it stays so" in run.out
     assert run.code == 0 and (stored.state, stored.display_name, stored.tags) == ("finished", "renamed", ["seen"])
-    assert values(only_run(server)).keys() == run.rows.keys() - {0}
+    assert values(only_run(server)).keys() == run.rows.keys() - {0} and not stored.writers, "which a shared run has"
 
 
 def test_a_preempted_run_is_known_as_such_though_its_checkpoint_is_not_uploaded_in_time(online, trainer, server):
@@ -372,3 +392,4 @@ def test_a_resume_sends_the_rows_that_an_earlier_start_could_not(online, server)
     assert run.code == 0 and "rows of earlier starts that were not there: 2" in run.out, run.out
     assert column(only_run(server), "train/loss") == {
         step: [row["train/loss"]] for step, row in run.rows.items() if "train/loss" in row}
+    assert only_run(server).config["num_steps"] == 50 and "not logged" not in run.out, "its configuration is today's"
