@@ -17,7 +17,8 @@ ADVICE = [  # (pattern in W&B's error message, what to do)
     (r"api[ _]key|\blogin\b|\b401\b|authenticat|logged in|no-tty", "wandb login, or WANDB_API_KEY"),
     (r"no space left|\[errno 2\]|read-only|not a directory|file exists|\[errno 13\]|disk quota",
      "name a folder of your own with room: --wandb-dir"),
-    (r"\b409\b|previously created and deleted", "an id is given once: go on with --resume --wandb-run-id NEW"),
+    (r"\b409\b|previously created and deleted", "an id is given once: --wandb-run-id NEW, with --resume or "
+     "wandb_tools.py sync RUN"),
     (r"\b(403|404)\b|permission|not found|could not find|\bentity\b",
      "check --wandb-entity and --wandb-project (WANDB_ENTITY, WANDB_PROJECT), or the key's rights"),
     (r"cannot be read back", "in a few minutes, repeat this: it sends what is lacking then"),

@@ -2,6 +2,7 @@
 
 python wandb_tools.py check                              package, key, server, project; a row written and read back
 python wandb_tools.py sync checkpoints/minigpt.pt        send from metrics.jsonl what the server lacks of a run
+python wandb_tools.py sync RUN.pt --wandb-run-id NEW     send it as a new run: its own was deleted, or there was none
 python wandb_tools.py download PROJECT/RUN_ID [DIR]      files, history and artifacts of a run, or of a sweep's runs
 """
 
@@ -17,7 +18,7 @@ from collections import Counter, defaultdict
 from pathlib import Path, PurePosixPath
 
 from config import Parser, UserError
-from files import beside_run, matching_files, read_records
+from files import beside_run, matching_files, read_records, write_whole
 from processes import only_one
 from wandb_errors import advice, explained, reason
 from wandb_follower import LOST_CODE, Publisher, awaited, import_wandb, leave, open_run
@@ -102,28 +103,55 @@ def forget_environment():
 
 
 def sync(args):
-    """Send the rows of a run that the server lacks, from the files beside its checkpoint."""
+    """Send the rows of a run that the server lacks, from the files beside its checkpoint; to another W&B run than its
+    own, if one is named, and then from there on to that one."""
+    named = with_environment(WandbConfig(use_wandb=True, wandb_project=args.project, wandb_run_id=args.run_id))
     forget_environment()
     path = Path(args.run)
-    for memory, facts in memories(path):
+    if args.run_id:
+        named.validate()
+    if args.run_id and not known(path):  # it has been trained without W&B
+        init = dict(project=named.wandb_project, entity=named.wandb_entity or None, id=args.run_id)
+        found = [(beside_run(path, ".wandb.json"), dict(base=args.run_id, init=init))]
+    else:
+        found = [(file, renamed(facts, args.run_id, args.project)) for file, facts in memories(path)]
+    for memory, facts in found:
         with only_one(memory.with_suffix(".lock")) as alone, only_one(beside_run(path, ".lock")) as ended:
             if not alone or not ended:
                 raise UserError(f"{memory}: this run is still {'training' if alone else 'being sent'}; wait for it to "
                                 f"end")
             rows = memory.with_name(memory.name.replace(".wandb.json", ".metrics.jsonl"))
-            print(f"{rows}: {send(facts, rows)}", flush=True)
+            print(f"{rows}: {send(facts, rows, args.run_id)}", flush=True)
+            if args.run_id or args.project:
+                write_whole(memory, json.dumps(facts).encode())
     return 0
+
+
+def known(path):
+    """The files in which the ranks of the run at that checkpoint path keep what they know of their W&B runs."""
+    files = matching_files(beside_run(path, ""), r"(\.rank\d+)?\.wandb\.json")
+    # Shortest name first: rank 0, whose files have no tag, opens the run that other ranks may share.
+    return sorted(files, key=lambda file: (len(file.name), file.name))
+
+
+def renamed(facts, run_id, project):
+    """What is known of a W&B run, with the id and the project for its own if they are given: ids and groups of several
+    ranks' runs are made of the id."""
+    init = facts["init"] | (dict(project=project) if project else {})
+    if run_id:
+        pattern = re.escape(facts["base"]) + r"((-worker-\d+)?(-rank-\d+)?)"
+        init |= {name: run_id + made[1] for name in ("id", "group") if (made := re.fullmatch(pattern, init.get(name)
+                                                                                             or ""))}
+    return facts | dict(base=run_id or facts["base"], init=init)
 
 
 def memories(path):
     """[(file, what it has)] of what the ranks of the run at that checkpoint path know of their W&B runs. Raises
     UserError."""
-    files = matching_files(beside_run(path, ""), r"(\.rank\d+)?\.wandb\.json")
-    if not files:
+    if not (files := known(path)):
         raise UserError(f"{path}: no {beside_run(path, '.wandb.json').name} beside it: not a run that was started with "
-                        f"--use-wandb")
-    # Shortest name first: rank 0, whose files have no tag, opens the run that other ranks may share.
-    found = [(file, recalled(file)) for file in sorted(files, key=lambda file: (len(file.name), file.name))]
+                        f"--use-wandb; sync --wandb-run-id NEW makes one of it")
+    found = [(file, recalled(file)) for file in files]
     for file, facts in found:
         if not facts:
             raise UserError(f"{file}: damaged; restore it, or resume the run with --wandb-project and --wandb-run-id")
@@ -135,9 +163,9 @@ def target_of(facts, api):
     return "/".join([facts["init"]["entity"] or api.default_entity, facts["init"]["project"], facts["init"]["id"]])
 
 
-def send(facts, path):
+def send(facts, path, new_id=""):
     """Send the rows of `path`, a metrics.jsonl, that the server's run lacks, and end that run, also if only its end is
-    lacking → a message saying what was done."""
+    lacking → a message saying what was done. A run of a `new_id` may have no rows of others. Raises UserError."""
     wandb, records = import_wandb(), list(read_records(path))
     config = next((record["config"] for record in reversed(records) if record.get("event") == "config"), {})
     # If the run was resumed and then killed, its last exit event is that of an earlier start.
@@ -161,6 +189,8 @@ def send(facts, path):
         init = {name: init[name] for name in ("project", "entity", "id")}
     job = Job(init, config, live=False, **{name: facts[name] for name in IDENTITY if name in facts})
     missing = lacking(records, stored or [])
+    if new_id and stored and facts.get("primary", True) and len(missing) == len(lacking(records, [])):
+        raise UserError(f"--wandb-run-id {new_id}: {target} has rows of another run; give an id that is not taken")
     state = api.run(target).state if stored is not None else ""
     unended = state in ("running", "crashed", "preempting")
     if not missing and not unended:
@@ -298,6 +328,9 @@ def main():
     command.set_defaults(run_command=check)
     command = commands.add_parser("sync", help="send the rows of a run that the server lacks")
     command.add_argument("run", metavar="RUN", help="the run's checkpoint path")
+    command.add_argument("--wandb-run-id", dest="run_id", default="", help="send it as the W&B run of this new id, and "
+                         "from now on: its own was deleted, or it was trained without W&B")
+    command.add_argument("--wandb-project", dest="project", default="", help="in this project; else in its own")
     command.set_defaults(run_command=sync)
     command = commands.add_parser("download", help="fetch a run, or the runs of a sweep")
     command.add_argument("run", metavar="RUN", help="a run's checkpoint path, "

@@ -12,7 +12,7 @@ from conftest import QUICK, ROOT, command, environment, eventually, processes_wi
 from wandb_server import ServerSweep, WandbServer
 
 from wandb_errors import explained
-from wandb_tools import lacking
+from wandb_tools import lacking, renamed
 
 TOOLS = [sys.executable, str(ROOT / "wandb_tools.py")]
 FAILING = {  # what fails, and how → the step that says so, and what to do
@@ -118,8 +118,8 @@ def test_advice_is_given_once():
     missing = "the wandb package is missing: pip install wandb"
     assert explained(RuntimeError(missing)) == missing
     assert "older than the wandb package" in explained(RuntimeError('Cannot query field "parquetHistory"'))
-    assert explained(RuntimeError("409 Conflict")) == ("409 Conflict; an id is given once: go on with --resume "
-                                                       "--wandb-run-id NEW")
+    assert explained(RuntimeError("409 Conflict")) == ("409 Conflict; an id is given once: --wandb-run-id NEW, with "
+                                                       "--resume or wandb_tools.py sync RUN")
 
 
 def test_sync_completes_a_run_whose_uploads_had_failed(server, trainer, tool):
@@ -270,6 +270,50 @@ def test_sync_sends_every_rank_of_a_shared_run_and_no_neighbour(server, tool, tm
     values = [(row["step"], name, row[name]) for row in only_run(server).history for name in ("loss", "rank/1")
               if name in row]
     assert sorted(values) == [(0, "loss", 3), (0, "rank/1", 3.5), (1, "loss", 2), (1, "rank/1", 2.5)]
+
+
+def test_sync_sends_a_run_that_was_deleted_to_a_new_one(server, tool, tmp_path):
+    leave(tmp_path, "c", "one", [{"loss": 3.0}, {"loss": 2.0}, {"event": "exit", "code": 0}])
+    server.fail("upsert one", 409)
+    (tmp_path / "quick.py").write_text(  # else the SDK tries that for half a minute
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport functools, wandb_tools as tools\n"
+        "tools.Job = functools.partial(tools.Job, init_timeout=3)\ntools.main()\n")
+    done = zygote.run([sys.executable, "quick.py", "sync", "c.pt"], tmp_path, surroundings(server, tmp_path))
+    assert done.returncode == 1 and "--wandb-run-id NEW, with --resume or wandb_tools.py sync" in done.stderr
+    code, out, err = tool("sync", "c.pt", "--wandb-run-id", "two", "--wandb-project", "q")
+    assert (code, err) == (0, "") and "2 rows sent to loopback/q/two" in out
+    (run,) = server.runs.values()
+    assert (run.project, run.run_id, run.state) == ("q", "two", "finished")
+    assert [row["loss"] for row in run.history] == [3, 2]
+    assert "loopback/q/two has every row" in tool("sync", "c.pt")[1], "it is that run now"
+    leave(tmp_path, "d", "three", [{"loss": 7.0, "time": 1.9e9}])
+    code, out, err = tool("sync", "d.pt", "--wandb-run-id", "two", "--wandb-project", "q")
+    assert (code, err.count("\n")) == (2, 1) and "has rows of another run" in err and len(run.history) == 2
+
+
+def test_sync_makes_a_run_of_one_that_was_not_tracked(server, tool, tmp_path):
+    leave(tmp_path, "c", "", [{"event": "config", "config": {"lr": 1.0}}, {"loss": 3.0}, {"event": "exit", "code": 0}])
+    (tmp_path / "c.wandb.json").unlink()
+    assert "sync --wandb-run-id NEW" in tool("sync", "c.pt")[2]
+    code, out, err = tool("sync", "c.pt", "--wandb-run-id", "a/b")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "--wandb-run-id a/b: letters" in err
+    code, out, err = tool("sync", "c.pt", "--wandb-run-id", "two", WANDB_PROJECT="ours")
+    assert (code, err) == (0, "") and "1 rows sent to loopback/ours/two" in out
+    assert (only_run(server).state, only_run(server).config) == ("finished", {"lr": 1.0})
+    assert "loopback/ours/two has every row" in tool("sync", "c.pt")[1]
+    code, out, err = tool("sync", "none.pt", "--wandb-run-id", "three")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "none.metrics.jsonl: no such file" in err
+
+
+def test_the_runs_of_several_ranks_are_renamed_alike():
+    def facts(run_id, group):
+        return dict(base="b", init=dict(id=run_id, group=group, project="p"))
+
+    for end in "", "-rank-3", "-worker-1", "-worker-1-rank-3":
+        assert renamed(facts(f"b{end}", f"b{end}"), "n", "") == dict(base="n", init=dict(id=f"n{end}", group=f"n{end}",
+                                                                                         project="p"))
+    assert renamed(facts("b", "big"), "n", "q")["init"] == dict(id="n", group="big", project="q")
+    assert renamed(facts("b", None), "", "") == facts("b", None)
 
 
 def test_sync_puts_a_trial_into_its_sweep(server, tool, tmp_path):

@@ -240,7 +240,7 @@ class WandbServer:
 
     def fail(self, endpoint, how, times=None):
         """`how`: an HTTP status, "html", "hang" or "refuse". `endpoint`: "viewer", "upsert", "graphql", "filestream",
-        "upload", "artifact", "all", or the name of a GraphQL operation."""
+        "upload", "artifact", "all", or the name of a GraphQL operation; "upsert RUN_ID" and the like, of one run."""
         with self._lock:
             self._faults[endpoint] = [how, math.inf if times is None else times]
 
@@ -615,6 +615,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             kind = "filestream" if parts[-2] == "file_stream" else "upload" if self.command == "PUT" else "download"
             names, run_id = ["all", kind], parts[3] if parts[0] == "files" and len(parts) > 3 else ""
+        names.append(f"{kind} {run_id}")
         state._seen(kind, run_id)
         how, healed = state._fault(names)
         if how == "hang":
