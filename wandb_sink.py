@@ -26,6 +26,7 @@ from wandb_runs import UPLOADS, Job, recalled, remember, uncommitted
 
 FOLLOWER = Path(__file__).with_name("wandb_follower.py")
 FAILURE_TIMEOUT = 15  # maximum seconds for uploads after a signal or an error: other ranks may be waiting
+QUIET = 2  # seconds for which the wait for W&B at the end needs no word
 
 log = logging.getLogger("mini_llm.wandb")
 log.setLevel(logging.INFO)  # even on ranks whose other messages are suppressed
@@ -152,9 +153,15 @@ class WandbSink:
             self.process.stdin.write(json.dumps([exit_code, seconds]) + "\n")
         with contextlib.suppress(OSError):
             self.process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=min(QUIET, seconds))
+        rest = max(0, seconds - QUIET)
+        if rest and self.process.poll() is None:
+            self._say(logging.INFO, f"waiting up to {rest:g} s for W&B; Ctrl-C leaves the rest for later: "
+                                    f"{self.job.sync}")
         # The follower enforces the timeout itself; if it is frozen it cannot, and is killed here.
         try:
-            self.process.wait(timeout=seconds)
+            self.process.wait(timeout=rest)
         except subprocess.TimeoutExpired:
             self.given_up = True
             kill([self.process.pid, *child_processes(self.process.pid)])

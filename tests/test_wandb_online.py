@@ -252,6 +252,21 @@ def test_a_failing_wandb_costs_training_nothing_and_sync_recovers_every_row(onli
     print(f"| {fault} | {moment} | {lines[-1][22:]} | {run.code} | {ended - finished:.0f} | yes | {held} → 20 of 20 |")
 
 
+def test_the_wait_for_wandb_at_the_end_is_told_and_ctrl_c_ends_it(trainer, server):
+    server.fail("filestream", "hang")
+    process = subprocess.Popen(trainer.arguments(["--use-wandb", "--num-steps", 20]), cwd=trainer.folder, text=True,
+                               env=environment(**server.environment | QUICK), stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT,
+                               # A shell starts what is to run in its background with Ctrl-C ignored.
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    told = next(line for line in process.stdout if "waiting" in line)
+    assert re.search(r"waiting up to 58 s for W&B; Ctrl-C leaves the rest for later: python .*sync c\.pt", told)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20)[0] == "" and process.returncode == 130
+    server.heal()
+    eventually(lambda: only_run(server).state == "finished", 60)
+
+
 def test_an_outage_in_the_middle_loses_nothing(online, server):
     def outage():
         eventually(lambda: any(len(run.history) >= 3 for run in server.runs.values()), 60)
