@@ -25,6 +25,7 @@ import types
 import typing
 from pathlib import Path
 
+SHARDING = "train_fsdp.py shards the model over all ranks"
 # Names of these flags in other projects (nanoGPT, nanochat, the Hugging Face Trainer), for "did you mean"; or, with a
 # space, what to do where no flag is like it.
 ELSEWHERE = {"learning_rate": "lr", "max_iters": "num_steps", "max_steps": "num_steps", "block_size": "seq_len",
@@ -59,6 +60,8 @@ ELSEWHERE = {"learning_rate": "lr", "max_iters": "num_steps", "max_steps": "num_
              # torchtitan's and torchtune's tables, Flyte's words.
              "metrics": "wandb", "metric_logger": "wandb", "run_mode": "wandb_run_mode", "project": "wandb_project",
              "rank_scope": "wandb_rank_scope",
+             **dict.fromkeys(("use_tensor_parallel", "tensor_parallel", "tp", "fsdp", "use_fsdp"), SHARDING),
+             "download_logs": "after the run: python wandb_tools.py download RUN.pt",
              "eval_only": "run python evaluate.py", "bias": "it comes with --arch",
              "z_loss": "docs/extending.md has it as a diff", "ema": "docs/extending.md has it as a diff",
              "mlp_ratio": "the MLP's width is --d-ff",

@@ -20,8 +20,8 @@ def spread(index):
 
 
 def takes_tails(sources, ratio):
-    """Whether the tail of each source is held out: they are text files, too few to hold out whole ones. Of 50, a tenth by
-    hash is no file at all once in two hundred times."""
+    """Whether the tail of each source is held out: they are text files, too few to hold out whole ones. A tenth of 50,
+    by their hash, is none once in two hundred times."""
     return len(sources) * ratio < 5 and all(source.kind == "text" for source in sources)
 
 

@@ -355,9 +355,13 @@ def console_line(step, num_steps, m, seconds_per_step, amp):
     return " | ".join([*parts, f"amp {amp}"])
 
 
-def make_profiler(enabled, path):
-    """A torch.profiler that skips three steps and traces the next three, or a null object with the same `step()`."""
-    if not enabled:
+def make_profiler(enabled, path, num_steps):
+    """A torch.profiler that skips three steps and traces the next three of the `num_steps` to come, or a null object
+    with the same `step()`."""
+    if enabled and num_steps < 4:
+        log.warning("--use-profiler: no trace, which begins with the fourth step of a start: there are %d to come; "
+                    "raise --num-steps", num_steps)
+    if not enabled or num_steps < 4:
         return contextlib.nullcontext(types.SimpleNamespace(step=lambda: None))
 
     def on_ready(profiler):

@@ -177,7 +177,8 @@ def train(cfg, world):
 
     facts = config | corpus.facts | dict(n_params=raw.num_params(), accum_steps=accum)
     with (Tracker(cfg, world, state, global_batch_size / corpus.n_windows, precision.name, facts) as track,
-          make_profiler(cfg.tracking.use_profiler and world.is_main, cfg.checkpoint.beside(".trace.json")) as profiler,
+          make_profiler(cfg.tracking.use_profiler and world.is_main, cfg.checkpoint.beside(".trace.json"),
+                        num_steps - state.step) as profiler,
           stop, Watchdog(meter, state, cfg, world.rank)):
         saver = Saver(cfg.checkpoint, world, state, track)
         save_due = False  # --save-steps has asked for a save that is still to come

@@ -191,9 +191,12 @@ def test_a_package_that_is_missing_is_named_with_what_installs_it(capsys):
                                        "a_package_that_nobody_has\n")
 
 
-@pytest.mark.parametrize("name", ["use-tensor-parallel", "tp", "fsdp", "download-logs", "n-experts"])
-def test_what_is_not_here_is_answered_with_nothing(name):
-    with pytest.raises(UserError, match=f"--{name} is not known \\(see --help\\)"):
+@pytest.mark.parametrize("name, answer", [
+    ("use-tensor-parallel", "; train_fsdp.py shards"), ("tp", "; train_fsdp.py shards"), ("moe", " (see --help)"),
+    ("fsdp", "; train_fsdp.py shards"), ("download-logs", "; after the run: python wandb_tools.py download RUN.pt"),
+    ("n-experts", " (see --help)")])
+def test_what_no_flag_is_like_is_answered_with_where_it_is_if_anywhere(name, answer):
+    with pytest.raises(UserError, match=re.escape(f"--{name} is not known{answer}")):
         parse(Config, [f"--{name}", "1"])
 
 

@@ -507,6 +507,11 @@ def test_the_profiler_writes_a_trace_and_names_it(trainer):
     assert "c.trace.json" in run.out
     events = json.loads((trainer.folder / "c.trace.json").read_text())["traceEvents"]
     assert len({event["name"] for event in events if event["name"].startswith("ProfilerStep#")}) == 3
+    (trainer.folder / "c.trace.json").unlink()
+    for last, there in (11, False), (15, True):  # 3 steps and 4
+        run = trainer("--num-steps", last, "--use-profiler", "--resume")
+        assert run.code == 0 and (trainer.folder / "c.trace.json").exists() == there
+        assert ("no trace, which begins with the fourth step of a start: there are 3 to come" in run.out) != there
 
 
 def test_help_answers_at_once_and_has_every_flag():
