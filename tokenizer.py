@@ -193,7 +193,8 @@ def _pretrained(name):
 
     file, offline = os.path.join(name, "tokenizer.json"), f"offline choices: {', '.join(OWN)}, or a tokenizer's folder"
     if not os.path.isdir(name) and not (file := _hub_file(name, "tokenizer.json", local_files_only=True)):
-        if problem := hub_problem(f"{name}/resolve/main/tokenizer.json"):
+        files = "tokenizer.json", "tokenizer_config.json"
+        if problem := hub_problem(*(f"{name}/resolve/main/{wanted}" for wanted in files)):
             raise UserError(f"--tokenizer-name {name}: not in the local cache (HF_HOME), and {problem}; {offline}")
         # Cached for the end-of-text lookup, and before tokenizer.json, whose presence other ranks check for.
         _hub_file(name, "tokenizer_config.json")

@@ -681,7 +681,7 @@ def test_the_end_of_text_token_of_the_hub_is_what_its_config_says(tmp_path, text
         return str(tmp_path / file) if file in fetched else None
 
     monkeypatch.setattr(tokenizer_module, "_hub_file", hub_file)
-    monkeypatch.setattr(tokenizer_module, "hub_problem", lambda page: "")
+    monkeypatch.setattr(tokenizer_module, "hub_problem", lambda *pages: "")
     corpus = Corpus(config(text, tmp_path / "cache", tokenizer_name="someone/model"))
     assert corpus.eos == source.token_to_id("<|end of sentence|>")
     stated[0] = "<|turn|>"

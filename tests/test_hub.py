@@ -43,7 +43,8 @@ def hub(answer):
 @pytest.mark.parametrize("answer, said", [
     (lambda path: 503, "the hub answered 503"),
     (lambda path: 200 if path in ("", "/") else None, "the hub cannot be reached"),  # a proxy may answer for it
-], ids=["503", "hangs"])
+    (lambda path: None if path.endswith(("config.json", "README.md")) else 200, "the hub cannot be reached"),
+], ids=["503", "hangs", "hangs at files"])
 def test_a_hub_that_fails_is_given_up_within_seconds(tmp_path, answer, said, flags):
     with hub(answer) as there:
         run = zygote.run([*command("train.py"), *TINY, "--num-steps", 1, *flags], tmp_path,
