@@ -26,7 +26,7 @@ TINY = ["--n-layers", "2", "--n-heads", "2", "--d-model", "32", "--seq-len", "32
 
 
 # Modules that take minutes: they begin first, so that both workers end at about the same time.
-LONG = ("train", "wandb_online", "ddp", "wandb", "faults", "ranks", "sweep")
+LONG = ("train", "wandb_online", "ddp", "fsdp", "wandb", "faults", "ranks", "sweep", "emulated_cuda", "extending")
 
 
 def pytest_collection_modifyitems(items):
