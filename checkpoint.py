@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from processes import lock_until_exit
 FORMAT = 1
 DATA_FLAGS = ("tokenizer_name", "train_data", "val_data", "val_ratio", "max_tokens", "text_column", "use_toy_data",
               "train_weights", "data_seed", "vocab_size")  # those that decide what the tokens are
+# Of what a resumed run must have, that which its weights could do without.
+ANY_MODEL = {*map(flag, DATA_FLAGS), "--seq-len", "--optimizer", "sequences in a step"}
 SUFFIXES = (".prev.pt", ".best.pt", ".nonfinite.pt", ".log", ".metrics.jsonl", ".config.toml", ".tokenizer",
             ".tensorboard", ".trace.json", ".wandb.json")
 PATIENCE = 180  # seconds --resume waits for the previous run's lock: it may still be saving, or its node may be gone
@@ -254,12 +257,15 @@ def _require_same_run(source, payload, identity, config):
     if changed:
         samples = changed.get("sequences in a step")
         hint = f" (--batch-size x --grad-accum-steps x ranks has to be {samples[0]})" if samples else ""
+        own, tokenizer = shlex.quote(str(source)), shlex.quote(str(beside_run(source, ".tokenizer")))
+        anew = f"train its weights in a new run: --init-from {own} --tokenizer-name {tokenizer}"
+        if any(name not in ANY_MODEL and not name.startswith("the ") for name in changed):  # a flag of the model
+            anew = "start anew"
         changed = [f"{name} is another" if name.startswith("the ") else f"{name} was {before}, is {now}"
                    for name, (before, now) in changed.items()]
         raise UserError(f"--resume: {source} is of another run: {'; '.join(changed)}{hint}; give the flags and data "
-                        f"that it was started with (--config {beside_run(source, '.config.toml')}), or train its "
-                        f"weights in a new run: --init-from {source} --tokenizer-name "
-                        f"{beside_run(source, '.tokenizer')} with another --checkpoint-path")
+                        f"that it was started with (--config {beside_run(source, '.config.toml')}), or {anew} with "
+                        f"another --checkpoint-path")
 
 
 def _one_file(a, b):

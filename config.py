@@ -30,6 +30,7 @@ SHARDING = "train_fsdp.py shards the model over all ranks"
 # space, what to do where no flag is like it.
 ELSEWHERE = {"learning_rate": "lr", "max_iters": "num_steps", "max_steps": "num_steps", "block_size": "seq_len",
              "output_dir": "checkpoint_path", "out_dir": "checkpoint_path", "bf16": "amp_dtype", "fp16": "amp_dtype",
+             "bfloat16": "bf16", "float16": "fp16",
              "resume_from_checkpoint": "resume", "hidden_size": "d_model", "n_embd": "d_model", "dtype": "amp_dtype",
              "gradient_accumulation_steps": "grad_accum_steps", "wandb_log": "use_wandb",
              "max_grad_norm": "grad_clip_norm", "grad_clip": "grad_clip_norm", "log_interval": "log_steps",
@@ -177,7 +178,9 @@ def parse(cls, argv=None):
     if unknown:
         kind = "flag" if unknown[0].startswith("-") else "argument"
         if kind == "argument" and unknown[0].endswith((".toml", ".py")):  # nanoGPT's way
-            raise UserError(f"argument {unknown[0]}: give it as --config {unknown[0]}")
+            toml = unknown[0].removesuffix(".py").removesuffix(".toml") + ".toml"
+            written = "write it as TOML, as in configs/, and " * unknown[0].endswith(".py")
+            raise UserError(f"argument {unknown[0]}: {written}give it as --config {toml}")
         refuse_unknown(unknown[0], [flag(name) for name in fields] + ["--config"], kind)
 
     values = {}
@@ -374,18 +377,19 @@ def _toml_values(path, table, cls, fields):
 def refuse_unknown(word, known, what, otherwise=" (see --help)"):
     """Raises UserError, with the name among `known` that is most like `word`, if there is one."""
     word = word.split("=")[0]
-    raise UserError(f"{what} {word} is not known{_nearest(word, known) or otherwise}")
+    meant = ELSEWHERE.get(_plain(word), "")
+    answer = f"; {meant}" if " " in meant else _nearest(word, known) or otherwise
+    raise UserError(f"{what} {word} is not known{answer}")
+
+
+def _plain(name):
+    return name.lstrip("-").replace("-", "_")
 
 
 def _nearest(word, known):
-    def plain(name):
-        return name.lstrip("-").replace("-", "_")
-
-    names, meant = {plain(name): name for name in known}, ELSEWHERE.get(plain(word), "")
-    if " " in meant:
-        return f"; {meant}"
+    names, meant = {_plain(name): name for name in known}, ELSEWHERE.get(_plain(word), "")
     # Typing errors score above 0.8, words of another meaning below.
-    close = [meant] if meant in names else difflib.get_close_matches(plain(word), names, n=1, cutoff=0.8)
+    close = [meant] if meant in names else difflib.get_close_matches(_plain(word), names, n=1, cutoff=0.8)
     return f"; did you mean {names[close[0]]}?" if close else ""
 
 

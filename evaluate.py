@@ -241,8 +241,8 @@ def report(found):
              + f", amp {found['precision']}; {found['checkpoint']}"
              + (f", step {found['step']}" if found["step"] is not None else "")]
     for name, each in found["sources"].items():
-        line = "loss {loss:.4f}, perplexity {ppl:.2f}, {bits_per_byte:.4f} bits per byte".format(**each)
-        lines.append(f"{line.replace(', nan bits per byte', '')} on {name}")
+        bits = "" if math.isnan(each["bits_per_byte"]) else f", {each['bits_per_byte']:.4f} bits per byte"
+        lines.append(f"loss {each['loss']:.4f}, perplexity {each['ppl']:.2f}{bits} on {name}")
     return "\n".join(lines)
 
 

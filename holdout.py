@@ -8,9 +8,9 @@ from tokenizer import END_OF_TEXT
 
 
 def place(text):
-    """A document's place in [0, 1), a hash of its first piece: it validates if that is below --val-ratio, as does every
-    copy of it."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6, person=b"validation").digest()) / 2**48
+    """A document's place in [0, 1), a hash of its first piece without the blanks around it, which depend on the kind of
+    file: it validates if that is below --val-ratio, as does every copy of it."""
+    return int.from_bytes(hashlib.blake2b(text.strip().encode(), digest_size=6, person=b"validation").digest()) / 2**48
 
 
 def spread(index):

@@ -48,6 +48,8 @@ class OptimConfig:
     def validate(self):
         if self.min_lr is not None and self.min_lr > self.lr:
             raise UserError(f"--min-lr {self.min_lr} is above --lr {self.lr}; lower it, or leave it out for lr / 10")
+        if self.decay_steps and self.lr_scheduler == "none":
+            raise UserError(f"--decay-steps {self.decay_steps}: --lr-scheduler none has no decay; take wsd")
 
 
 def state_sizes(optimizer):

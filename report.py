@@ -162,7 +162,7 @@ def _known(folder):
     if len(runs) > 5:
         return f"; for all {len(runs)} runs there: python report.py {shlex.quote(str(folder))}"
     names = runs or sorted({str(rows.parent) for rows in folder.glob("*/*" + ROWS)})
-    return f"; there: {shlex.join(names)}" if names else f"; {folder} has no run: python train.py makes one"
+    return f"; there: {shlex.join(names[:5])}" if names else f"; {folder} has no run: python train.py makes one"
 
 
 def load(words):

@@ -79,7 +79,8 @@ def prepare(cfg, vocab_size=0, writes=True, scratch=None, before=None):
             raise
         folder, changed = None, str(error)
     else:
-        changed = before and folder.name != Path(before).name and "the text, or what makes tokens of it, has changed"
+        other = before and folder.name != Path(before).name
+        changed = other and "the text has changed, or what splits it or makes tokens of it"
     if changed and not os.path.isdir(before):
         raise UserError(f"{changed}, and the tokens that this run began with, {before}, are not on this machine; copy "
                         f"them there")
@@ -119,9 +120,10 @@ def _sources(cfg):
 def _key(cfg, vocab_size, tokenizer, sources, val_sources):
     """The name of the folder: a hash of everything that determines which tokens are in it."""
     key = hashlib.blake2b(digest_size=12)
-    # The split depended on --data-seed once (default: 1337). Where it is still the same, so is the folder.
-    by_text = cfg.train_data and not takes_tails(sources, cfg.val_ratio)
-    split = "by the text" if by_text else cfg.data_seed if cfg.use_toy_data else 1337
+    # The split once depended on --data-seed, 1337 by default. Where it is the same as with that, so is the folder.
+    tails = takes_tails(sources, cfg.val_ratio)
+    as_before = not cfg.train_data or tails and len(sources) * cfg.val_ratio < 2
+    split = cfg.data_seed if cfg.use_toy_data else 1337 if as_before else "tails" if tails else "by the text"
     settings = [CODE_VERSION, FORMAT, cfg.use_toy_data, cfg.max_tokens, cfg.text_column,
                 *([] if val_sources else [cfg.val_ratio, split]),
                 cfg.tokenizer_name if tokenizer is None else tokenizer.to_str(),

@@ -198,10 +198,11 @@ class Tracker:
             before = recalled(memory) if cfg.checkpoint.resume else {}
             if cfg.checkpoint.resume and memory.exists() and not before:
                 log.warning("%s cannot be read: the W&B project is that of flags and environment", memory)
-            if state.wandb_run_id not in ("", before.get("base")):  # the file is of another run
+            # `was`: wandb_tools.py has sent it as another W&B run than the checkpoint's.
+            if state.wandb_run_id not in ("", before.get("base"), before.get("was")):  # the file is of another run
                 before = {}
             wandb = with_environment(cfg.wandb, before=before.get("init"))
-            run_id = sweep_trial() or wandb.wandb_run_id or state.wandb_run_id or before.get("base") or new_run_id()
+            run_id = sweep_trial() or wandb.wandb_run_id or before.get("base") or state.wandb_run_id or new_run_id()
             plan = plan_run(wandb.wandb_run_mode, wandb.wandb_rank_scope, run_id, distributed_info(world))
             if (wandb.wandb_mode == "online" and plan.run_id == before.get("init", {}).get("id")
                     and plan.shared != before.get("shared", plan.shared)):

@@ -156,7 +156,7 @@ class WandbSink:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=min(QUIET, seconds))
         rest = max(0, seconds - QUIET)
-        if rest and self.process.poll() is None:
+        if rest and self.process.poll() is None and self.job.label == "rank-0":
             self._say(logging.INFO, f"waiting up to {rest:g} s for W&B; Ctrl-C leaves the rest for later: "
                                     f"{self.job.sync}")
         # The follower enforces the timeout itself; if it is frozen it cannot, and is killed here.

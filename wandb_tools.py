@@ -104,13 +104,16 @@ def forget_environment():
 
 def sync(args):
     """Send the rows of a run that the server lacks, from the files beside its checkpoint; to another W&B run than its
-    own, if one is named, and then from there on to that one."""
+    own, if one is named, which is its own from there on."""
+    if args.project and not args.run_id:
+        raise UserError(f"--wandb-project {args.project}: that of a new run; give --wandb-run-id NEW, too")
     named = with_environment(WandbConfig(use_wandb=True, wandb_project=args.project, wandb_run_id=args.run_id))
     forget_environment()
     path = Path(args.run)
     if args.run_id:
         named.validate()
     if args.run_id and not known(path):  # it has been trained without W&B
+        next(read_records(beside_run(path, ".metrics.jsonl")), None)  # raises if there is none
         init = dict(project=named.wandb_project, entity=named.wandb_entity or None, id=args.run_id)
         found = [(beside_run(path, ".wandb.json"), dict(base=args.run_id, init=init))]
     else:
@@ -122,7 +125,7 @@ def sync(args):
                                 f"end")
             rows = memory.with_name(memory.name.replace(".wandb.json", ".metrics.jsonl"))
             print(f"{rows}: {send(facts, rows, args.run_id)}", flush=True)
-            if args.run_id or args.project:
+            if args.run_id:
                 write_whole(memory, json.dumps(facts).encode())
     return 0
 
@@ -136,13 +139,13 @@ def known(path):
 
 def renamed(facts, run_id, project):
     """What is known of a W&B run, with the id and the project for its own if they are given: ids and groups of several
-    ranks' runs are made of the id."""
-    init = facts["init"] | (dict(project=project) if project else {})
-    if run_id:
-        pattern = re.escape(facts["base"]) + r"((-worker-\d+)?(-rank-\d+)?)"
-        init |= {name: run_id + made[1] for name in ("id", "group") if (made := re.fullmatch(pattern, init.get(name)
-                                                                                             or ""))}
-    return facts | dict(base=run_id or facts["base"], init=init)
+    ranks' runs are made of the id. The checkpoint still has the one before (`was`)."""
+    if not run_id:
+        return facts
+    init, pattern = facts["init"] | (dict(project=project) if project else {}), r"((-worker-\d+)?(-rank-\d+)?)"
+    init |= {name: run_id + made[1] for name in ("id", "group")
+             if (made := re.fullmatch(re.escape(facts["base"]) + pattern, init.get(name) or ""))}
+    return facts | dict(base=run_id, was=facts.get("was", facts["base"]), init=init)
 
 
 def memories(path):
@@ -328,9 +331,9 @@ def main():
     command.set_defaults(run_command=check)
     command = commands.add_parser("sync", help="send the rows of a run that the server lacks")
     command.add_argument("run", metavar="RUN", help="the run's checkpoint path")
-    command.add_argument("--wandb-run-id", dest="run_id", default="", help="send it as the W&B run of this new id, and "
-                         "from now on: its own was deleted, or it was trained without W&B")
-    command.add_argument("--wandb-project", dest="project", default="", help="in this project; else in its own")
+    command.add_argument("--wandb-run-id", dest="run_id", default="", help="send it as the W&B run of this new id, "
+                         "also when it is resumed: its own was deleted, or it was trained without W&B")
+    command.add_argument("--wandb-project", dest="project", default="", help="the new run's; else as before")
     command.set_defaults(run_command=sync)
     command = commands.add_parser("download", help="fetch a run, or the runs of a sweep")
     command.add_argument("run", metavar="RUN", help="a run's checkpoint path, "

@@ -120,7 +120,8 @@ def test_a_value_with_underscores_is_left_alone():
     (["--config", "missing.toml"], ["missing.toml", "No such file"]),
     (["stray"], ["stray", "not known"]),
     (["configs/x.toml", "--turbo"], ["argument configs/x.toml: give it as --config configs/x.toml"]),
-    (["config/train_gpt2.py"], ["argument config/train_gpt2.py: give it as --config config/train_gpt2.py"]),
+    (["config/train_gpt2.py"], ["argument config/train_gpt2.py: write it as TOML, as in configs/, and give it as "
+                                "--config config/train_gpt2.toml"]),
     (["--power"], ["--power", "expected one argument"]),
 ])
 def test_mistakes_are_named_with_a_way_out(argv, words):
@@ -212,6 +213,14 @@ def test_a_word_of_another_meaning_is_not_taken_for_a_typing_error(words, answer
         with pytest.raises(UserError) as caught:
             refuse_unknown(flag(word), [*map(flag, flag_fields(Config)), "--config", "--decay-steps"], "flag")
         assert str(caught.value).endswith(answer), caught.value
+
+
+@pytest.mark.parametrize("argv, answer", [
+    (["--arch", "bias"], "qwen3, nanochat"), (["--amp-dtype", "bfloat16"], "did you mean bf16?")], ids=str)
+def test_a_value_is_answered_with_a_value(argv, answer):
+    with pytest.raises(UserError) as caught:
+        parse(Config, argv)
+    assert str(caught.value).endswith(answer), caught.value
 
 
 @pytest.mark.parametrize("word, answer", [("resume", "give --resume instead"), ("scratch", "leave it out")])

@@ -40,6 +40,11 @@ def test_the_decay_may_have_a_length_of_its_own(scheduler):
     assert rates(lr_scheduler=scheduler, decay_steps=95) == rates(lr_scheduler=scheduler, decay_steps=90)
 
 
+def test_a_schedule_without_a_decay_has_no_length_of_it():
+    with pytest.raises(UserError, match="--decay-steps 10: --lr-scheduler none has no decay"):
+        OptimConfig(decay_steps=10, lr_scheduler="none").validate()
+
+
 def test_none_is_constant_after_the_warm_up():
     assert set(rates(lr_scheduler="none")[9:]) == {1.0}
 

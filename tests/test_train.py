@@ -177,7 +177,7 @@ def test_a_run_keeps_its_tokens_if_its_text_changes(trainer, text, change):
     tried = trainer(*flags, "--num-steps", 20, "--resume", "--dry-run")
     resumed = trainer(*flags, "--num-steps", 20, "--resume")
     assert resumed.code == tried.code == 0 and same(resumed, straight), resumed.err + tried.err
-    told = {"appended to": "the text, or what makes tokens of it, has changed",
+    told = {"appended to": "the text has changed, or what splits it or makes tokens of it",
             "removed": "--train-data own.txt: no such file or folder"}[change]
     assert f"{told}: this run goes on with the tokens that it began with" in resumed.out
     assert "tokenized" not in resumed.out

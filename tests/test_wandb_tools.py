@@ -303,6 +303,9 @@ def test_sync_makes_a_run_of_one_that_was_not_tracked(server, tool, tmp_path):
     assert "loopback/ours/two has every row" in tool("sync", "c.pt")[1]
     code, out, err = tool("sync", "none.pt", "--wandb-run-id", "three")
     assert (code, out, err.count("\n")) == (2, "", 1) and "none.metrics.jsonl: no such file" in err
+    assert not list(tmp_path.glob("none*")), "nothing is left of a typing error"
+    code, out, err = tool("sync", "c.pt", "--wandb-project", "q")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "give --wandb-run-id NEW, too" in err
 
 
 def test_the_runs_of_several_ranks_are_renamed_alike():
@@ -310,10 +313,24 @@ def test_the_runs_of_several_ranks_are_renamed_alike():
         return dict(base="b", init=dict(id=run_id, group=group, project="p"))
 
     for end in "", "-rank-3", "-worker-1", "-worker-1-rank-3":
-        assert renamed(facts(f"b{end}", f"b{end}"), "n", "") == dict(base="n", init=dict(id=f"n{end}", group=f"n{end}",
-                                                                                         project="p"))
+        new = renamed(facts(f"b{end}", f"b{end}"), "n", "")
+        assert new == dict(base="n", was="b", init=dict(id=f"n{end}", group=f"n{end}", project="p"))
     assert renamed(facts("b", "big"), "n", "q")["init"] == dict(id="n", group="big", project="q")
+    assert renamed(renamed(facts("b", None), "n", ""), "m", "")["was"] == "b", "which the checkpoint still has"
     assert renamed(facts("b", None), "", "") == facts("b", None)
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+def test_a_run_that_was_sent_as_another_is_resumed_as_that(trainer, tmp_path, tracked):
+    flags, path = ["--save-steps", 2, *["--use-wandb"] * tracked], tmp_path / "c.wandb.json"
+    assert trainer(*flags, "--num-steps", 4).code == 0
+    before = json.loads(path.read_text()) if tracked else dict(base="n", init=dict(project="q", entity=None, id="n"))
+    path.write_text(json.dumps(renamed(before, "n", "q") if tracked else before))
+    for steps in (6, 8):
+        run = trainer("--save-steps", 2, "--use-wandb", "--num-steps", steps, "--resume")
+        after = json.loads(path.read_text())
+        assert run.code == 0, run.err
+        assert (after["base"], after["init"]["id"], after["init"]["project"]) == ("n", "n", "q")
 
 
 def test_sync_puts_a_trial_into_its_sweep(server, tool, tmp_path):

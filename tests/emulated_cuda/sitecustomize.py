@@ -28,7 +28,11 @@ def library(torch):
     """The path of emulated_cuda.cpp, compiled for the PyTorch in the folder `torch`."""
     version = (torch / "version.py").read_text()
     name = hashlib.sha256((version + SOURCE.read_text()).encode()).hexdigest()[:16]
-    path = Path(tempfile.gettempdir(), f"emulated_cuda-{os.getuid()}-{name}.so")
+    folder = Path(tempfile.gettempdir(), f"emulated_cuda-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise ImportError(f"{folder} is another user's: remove it, or set TMPDIR")
+    path = folder / f"{name}.so"
     if not path.exists():
         draft = path.with_suffix(f".{os.getpid()}")
         include, lib = torch / "include", torch / "lib"
