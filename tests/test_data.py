@@ -308,7 +308,7 @@ def test_a_document_stays_on_its_side_whatever_is_added_in_whatever_order(tmp_pa
     first = prepare(config(tmp_path / "m", cache))
     assert prepare(config(tmp_path / "m", cache, data_seed=5)) == first, "the seed is of the order alone"
     write("m/a.jsonl", [*(f"another {i}" for i in range(77)), *old[::-3]])  # sorts first, and has copies
-    (tmp_path / "m" / "c.txt").write_text("".join(f"{text}\n{END_OF_TEXT}\n" for text in reversed(old)))
+    (tmp_path / "m" / "c.txt").write_text(f"\n{END_OF_TEXT}\n".join(reversed(old)))
     after = sides("m")
     assert len(after) == 2077 and {text: after[text] for text in old} == before
     wider = sides("m", ratio=0.2)
@@ -342,7 +342,7 @@ def test_a_folder_has_the_name_of_old_where_the_split_is_that_of_old(tmp_path, m
     """Files of which 20 once were whole on one side: their tokens must not be taken for those of tails."""
     def name(files, **changes):
         cfg = config(tmp_path, tmp_path / "cache", **changes)
-        return token_cache._key(cfg, 0, None, [Source(path, "text") for path in files], [])
+        return token_cache._key(cfg, 0, None, [Source("text", str(path)) for path in files], [])
 
     files = [tmp_path / f"{i}.txt" for i in range(60)]
     for i, file in enumerate(files):
