@@ -4,9 +4,9 @@
 before), `.best.pt` (lowest validation loss), `.step-N.pt` and `.kept-N.pt` (with `--keep-last`, `--keep-every`), and
 the run's log and metrics.
 
-train.py calls, in this order: `plan_together` (which file to resume from), `earlier_shards` (its token shards),
-`run_identity` and `load_for_resume` (is it this run's?), `restore`; then, before the first step, `claim` (lock, disk
-space) and `begin` (removes what a replaced run left).
+train.py calls, in this order: `plan_together` (which file to resume from), `identity_of_flags` and `earlier_shards` (is
+it this run's, by its flags? its token shards), `run_identity` and `load_for_resume` (and by its data?), `restore`;
+then, before the first step, `claim` (lock, disk space) and `begin` (removes what a replaced run left).
 """
 
 import contextlib
@@ -30,8 +30,8 @@ from processes import lock_until_exit
 FORMAT = 1
 DATA_FLAGS = ("tokenizer_name", "train_data", "val_data", "val_ratio", "max_tokens", "text_column", "use_toy_data",
               "train_weights", "data_seed", "vocab_size")  # those that decide what the tokens are
-# Of what a resumed run must have, that which its weights could do without.
-ANY_MODEL = {*map(flag, DATA_FLAGS), "--seq-len", "--optimizer", "sequences in a step"}
+# The names in a run's identity that do not describe its model: another run may train its weights with other values.
+NOT_THE_MODEL = {*map(flag, DATA_FLAGS), "--seq-len", "--optimizer", "sequences in a step"}
 SUFFIXES = (".prev.pt", ".best.pt", ".nonfinite.pt", ".log", ".metrics.jsonl", ".config.toml", ".tokenizer",
             ".tensorboard", ".trace.json", ".wandb.json")
 PATIENCE = 180  # seconds --resume waits for the previous run's lock: it may still be saving, or its node may be gone
@@ -259,7 +259,7 @@ def _require_same_run(source, payload, identity, config):
         hint = f" (--batch-size x --grad-accum-steps x ranks has to be {samples[0]})" if samples else ""
         own, tokenizer = shlex.quote(str(source)), shlex.quote(str(beside_run(source, ".tokenizer")))
         anew = f"train its weights in a new run: --init-from {own} --tokenizer-name {tokenizer}"
-        if any(name not in ANY_MODEL and not name.startswith("the ") for name in changed):  # a flag of the model
+        if any(name not in NOT_THE_MODEL and not name.startswith("the ") for name in changed):
             anew = "start anew"
         changed = [f"{name} is another" if name.startswith("the ") else f"{name} was {before}, is {now}"
                    for name, (before, now) in changed.items()]

@@ -226,7 +226,6 @@ def evaluate_text(model, shards, bytes_per_token, cfg, seq_len, precision, devic
         "ci95": interval(*clusters), "clusters": f"{clusters.shape[1]} {kind}",
         "tokens": int(sum(n for _, n in totals.values())),
         "seq_len": seq_len, "stride": cfg.stride, "precision": precision.name,
-        "losses": {name: part[0] / part[1] for name, part in totals.items() if name},
         "sources": {name: figures(float(part[0] / part[1]), bytes_per_token.get(name, math.nan))
                     for name, part in totals.items() if name}}
 

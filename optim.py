@@ -33,8 +33,8 @@ class OptimConfig:
     lr_scheduler: str = arg("cosine", "shape after the warm-up; wsd: constant, then linear over the last fifth",
                             choices=tuple(SCHEDULES))
     warmup_steps: int = arg(100, "steps over which the learning rate rises to its peak", ge=0)
-    decay_steps: int = arg(0, "steps over which it falls, the run's last; before, it is constant; 0: all after the "
-                              "warm-up, of wsd a fifth of the run", ge=0)
+    decay_steps: int = arg(0, "the run's last steps, over which the learning rate falls; 0: all after the warm-up, or "
+                              "for wsd the last fifth of the run", ge=0)
     weight_decay: float = arg(0.1, "decoupled, on matrices only", ge=0)
     beta1: float = arg(0.9, "AdamW's decay of the first moment", ge=0, lt=1)
     beta2: float = arg(0.95, "AdamW's decay of the second moment", ge=0, lt=1)

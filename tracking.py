@@ -356,13 +356,14 @@ def console_line(step, num_steps, m, seconds_per_step, amp):
     return " | ".join([*parts, f"amp {amp}"])
 
 
-def make_profiler(enabled, path, num_steps):
-    """A torch.profiler that skips three steps and traces the next three of the `num_steps` to come, or a null object
-    with the same `step()`."""
-    if enabled and num_steps < 4:
+def make_profiler(enabled, path, steps_left):
+    """A torch.profiler that skips three steps and traces the next three of the `steps_left`, or a null object with the
+    same `step()`."""
+    if enabled and steps_left < 4:
         log.warning("--use-profiler: no trace, which begins with the fourth step of a start: there are %d to come; "
-                    "raise --num-steps", num_steps)
-    if not enabled or num_steps < 4:
+                    "raise --num-steps", steps_left)
+        enabled = False
+    if not enabled:
         return contextlib.nullcontext(types.SimpleNamespace(step=lambda: None))
 
     def on_ready(profiler):

@@ -112,7 +112,7 @@ def sync(args):
     path = Path(args.run)
     if args.run_id:
         named.validate()
-    if args.run_id and not known(path):  # it has been trained without W&B
+    if args.run_id and not memory_files(path):  # it has been trained without W&B
         next(read_records(beside_run(path, ".metrics.jsonl")), None)  # raises if there is none
         init = dict(project=named.wandb_project, entity=named.wandb_entity or None, id=args.run_id)
         found = [(beside_run(path, ".wandb.json"), dict(base=args.run_id, init=init))]
@@ -130,7 +130,7 @@ def sync(args):
     return 0
 
 
-def known(path):
+def memory_files(path):
     """The files in which the ranks of the run at that checkpoint path keep what they know of their W&B runs."""
     files = matching_files(beside_run(path, ""), r"(\.rank\d+)?\.wandb\.json")
     # Shortest name first: rank 0, whose files have no tag, opens the run that other ranks may share.
@@ -151,7 +151,7 @@ def renamed(facts, run_id, project):
 def memories(path):
     """[(file, what it has)] of what the ranks of the run at that checkpoint path know of their W&B runs. Raises
     UserError."""
-    if not (files := known(path)):
+    if not (files := memory_files(path)):
         raise UserError(f"{path}: no {beside_run(path, '.wandb.json').name} beside it: not a run that was started with "
                         f"--use-wandb; sync --wandb-run-id NEW makes one of it")
     found = [(file, recalled(file)) for file in files]

@@ -131,7 +131,7 @@ def test_the_command_repeats_the_runs_own_validation_loss(run_folder):
     own, named = evaluate(run_folder), evaluate(run_folder, "--data", "a.txt", "b.txt", "--batch-size", 3)
     for found in (own, named):
         for name, value in (("loss", found["loss"]), ("ppl", found["ppl"]), ("bits_per_byte", found["bits_per_byte"]),
-                            ("loss/a", found["losses"]["a"]), ("loss/b", found["losses"]["b"])):
+                            *((f"loss/{name}", found["sources"][name]["loss"]) for name in "ab")):
             assert value == pytest.approx(row[f"val/{name}"], rel=1e-6), name
     shards = next(run_folder.glob("cache/*/val.bin")).parent.rename(run_folder / "shards")
     try:  # of a run on token shards, which lie where it found them
@@ -152,7 +152,7 @@ def test_of_few_windows_each_text_counts_by_its_own_size(run_folder):
     found = evaluate(run_folder, "--data", "a.txt", "b.txt", "--eval-tokens", 64)
     sizes = {name: (len(encoded(run_folder, f"{name}.txt")) - 1) // 32 for name in ("a", "b")}
     assert found["tokens"] == 64 and sizes["a"] > sizes["b"] and found["clusters"] == "2 windows"
-    mean = sum(found["losses"][name] * size for name, size in sizes.items()) / sum(sizes.values())
+    mean = sum(found["sources"][name]["loss"] * size for name, size in sizes.items()) / sum(sizes.values())
     assert found["loss"] == pytest.approx(mean, rel=1e-9)
     assert found["ci95"][0] < mean < found["ci95"][1]
 
