@@ -18,7 +18,7 @@ QUICK = ("(no-compile or fp16 and training_on or between_reports or activation a
 @pytest.mark.parametrize("which", [["-k", QUICK], pytest.param([], marks=pytest.mark.full)], ids=["quick", "all"])
 @pytest.mark.timeout(2400)
 def test_what_needs_a_gpu_passes_on_emulated_ones(tmp_path, which):
-    env = environment(EMULATE_CUDA="4", PYTHONPATH=str(ROOT / "tests" / "emulated_cuda"))
+    env = environment(EMULATE_CUDA="4", PYTHONPATH="tests/emulated_cuda")  # as its docstring has it
     run = subprocess.run([sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "--basetemp",
                           tmp_path / "tests", "tests/test_gpu.py", *which], cwd=ROOT, env=env, text=True,
                          capture_output=True)

@@ -172,3 +172,5 @@ class Importer(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 if os.environ.get("EMULATE_CUDA"):
     sys.meta_path.insert(0, Importer())
+    # Processes that this one starts in other folders find this module, too.
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, os.environ["PYTHONPATH"].split(os.pathsep)))
