@@ -32,6 +32,8 @@ DATA_FLAGS = ("tokenizer_name", "train_data", "val_data", "val_ratio", "max_toke
               "train_weights", "data_seed", "vocab_size")  # those that decide what the tokens are
 # The names in a run's identity that do not describe its model: another run may train its weights with other values.
 NOT_THE_MODEL = {*map(flag, DATA_FLAGS), "--seq-len", "--optimizer", "sequences in a step"}
+# Those that decide which samples a run reads, and in which order.
+ORDER = ("--seq-len", "--data-seed", "--train-weights", "the mixture", "the tokenizer", "the training data")
 SUFFIXES = (".prev.pt", ".best.pt", ".nonfinite.pt", ".log", ".metrics.jsonl", ".config.toml", ".tokenizer",
             ".tensorboard", ".trace.json", ".wandb.json")
 PATIENCE = 180  # seconds --resume waits for the previous run's lock: it may still be saving, or its node may be gone
@@ -106,6 +108,7 @@ class State:
     best_val: float = math.inf
     val_loss: float | None = None  # the latest
     wandb_run_id: str = ""
+    first_sample: int = 0  # of the data, by number: with --keep-optimizer another run may have read those before it
 
 
 def plan(cfg, locks=True):
@@ -261,6 +264,8 @@ def _require_same_run(source, payload, identity, config):
         anew = f"train its weights in a new run: --init-from {own} --tokenizer-name {tokenizer}"
         if any(name not in NOT_THE_MODEL and not name.startswith("the ") for name in changed):
             anew = "start anew"
+        elif "--optimizer" not in changed:
+            anew += " --keep-optimizer"
         changed = [f"{name} is another" if name.startswith("the ") else f"{name} was {before}, is {now}"
                    for name, (before, now) in changed.items()]
         raise UserError(f"--resume: {source} is of another run: {'; '.join(changed)}{hint}; give the flags and data "
@@ -286,16 +291,8 @@ def restore(payload, parts, continues, world):
     """Load a restored payload into a run's parts (name → object with load_state_dict) → its State. Raises UserError.
     Collective."""
     try:
-        optimizer, groups = payload["optimizer"], parts["optimizer"].state_dict()["param_groups"]
-        was, now = ([name for group in of for name in group.get("param_names", ())]
-                    for of in (optimizer["param_groups"], groups))
-        if was and was != now:  # its state is saved by place: a parameter would get the moments of another
-            raise ValueError("the optimizer has other parameters, or in another order")
-        optimizer["param_groups"] = groups  # weight decay and betas come from the flags, not from the checkpoint
         payload["model"] = world.distribute(payload["model"], dict(parts["model"].named_parameters()))
-        params = [p for group in parts["optimizer"].param_groups for p in group["params"]]
-        for index, state in optimizer["state"].items():
-            state.update(world.distribute(state, dict.fromkeys(state, params[index])))
+        distribute_moments(payload["optimizer"], parts["optimizer"], world)
         for name, part in parts.items():
             if payload.get(name):  # a scaler's state is empty except in fp16
                 part.load_state_dict(payload[name])
@@ -307,6 +304,20 @@ def restore(payload, parts, continues, world):
                         f"{' '.join(str(error).split())[:300]}); name another with --resume FILE, or start anew "
                         f"with another --checkpoint-path") from None
     return state if continues else dataclasses.replace(state, wandb_run_id="")  # a branch is a separate run
+
+
+def distribute_moments(saved, optimizer, world):
+    """Makes the optimizer state of a checkpoint, `saved`, one for `optimizer` to load: this rank's part of each tensor,
+    with the weight decay and betas of the flags. Raises ValueError if it is of other parameters. Collective."""
+    groups = optimizer.state_dict()["param_groups"]
+    was, now = ([name for group in of for name in group.get("param_names", ())]
+                for of in (saved["param_groups"], groups))
+    if was and was != now:  # its state is saved by place: a parameter would get the moments of another
+        raise ValueError("the optimizer has other parameters, or in another order")
+    saved["param_groups"] = groups
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, state in saved["state"].items():
+        state.update(world.distribute(state, dict.fromkeys(state, params[index])))
 
 
 def begin(cfg, resume_from, state, eval_tokens):

@@ -45,7 +45,7 @@ ELSEWHERE = {"learning_rate": "lr", "max_iters": "num_steps", "max_steps": "num_
              "tokens": "num_steps", "train_tokens": "num_steps", "total_tokens": "num_steps",
              "param_data_ratio": "num_steps", "target_param_data_ratio": "num_steps", "eval_iters": "eval_tokens",
              "depth": "n_layers", "device_batch_size": "batch_size", "total_batch_size": "global_batch_tokens",
-             "matrix_lr": "muon_lr", "embedding_lr": "lr", "report_to": "use_wandb", "enable_wandb": "use_wandb",
+             "matrix_lr": "muon_lr", "load_optimizer": "keep_optimizer", "embedding_lr": "lr", "report_to": "use_wandb", "enable_wandb": "use_wandb",
              "run_name": "wandb_run_name", "run": "wandb_run_name", "save_every": "save_steps",
              "checkpoint_every": "save_steps", "sample_every": "sample_steps", "eval_every": "eval_steps",
              "logging_steps": "log_steps", "log_every": "log_steps", "val_interval": "eval_steps",

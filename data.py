@@ -40,7 +40,8 @@ class DataConfig:
                            gt=0, lt=1)
     tokenizer_name: str = arg("bpe", "bpe (trained on the text), byte, char, or a Hugging Face tokenizer's name or "
                                      "folder, such as gpt2", metavar="NAME", empty=False)
-    seq_len: int = arg(256, "tokens in a training sequence", ge=1)
+    seq_len: int = arg(256, "tokens in a training sequence; unset with --init-from: as many as those weights were "
+                            "trained with, 1024 at most from a Hugging Face folder", ge=1)
     use_toy_data: bool = arg(False, "train on text from a Markov chain, for which the best possible loss is known")
     max_tokens: int = arg(0, "use only the first N training tokens and, without --val-data, N x --val-ratio "
                              "validation tokens; 0: all; the length of training is --num-steps", ge=0)
@@ -125,6 +126,7 @@ class Corpus:
                                 "of unequal length; name text to validate on: --val-data", share * 100, cfg.val_ratio)
         self.vocab_size, self.eos, self.fingerprint = self.train.vocab_size, self.train.eos, self.meta["fingerprint"]
         self.start = self._start()
+        self.first_sample = 0  # where in the order of the samples the run begins (State.first_sample)
         # The micro-batch expected next: (number of its first sample, batch size), the positions of its windows.
         self.prefetched = None, None
         spans = self.meta["val_sources"]
@@ -184,11 +186,11 @@ class Corpus:
         return self.meta["bytes"]["val"] / self.meta["tokens"]["val"]
 
     def samples(self, first, n):
-        """Token positions, (n,), at which the windows of samples `first` to `first + n - 1` of training begin (counted
+        """Token positions, (n,), at which the windows of samples `first` to `first + n - 1` of the run begin (counted
         from 0). Sources take turns; each is read without replacement within an epoch of it, in a new order each epoch.
         """
-        positions = np.empty(n, dtype=np.int64)
-        cycle, place = np.divmod(first + np.arange(n), len(self.turns))  # the sources' turns repeat each cycle
+        positions, numbers = np.empty(n, dtype=np.int64), self.first_sample + first + np.arange(n)
+        cycle, place = np.divmod(numbers, len(self.turns))  # the sources' turns repeat each cycle
         for source, shard in enumerate(self.train_sources.values()):
             mine, n_windows = np.flatnonzero(self.turns[place] == source), shard.windows(self.seq_len)
             had = np.cumsum(self.turns == source)  # this source's turns, up to and including each place of a cycle

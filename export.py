@@ -22,9 +22,10 @@ from data import BatchConfig, DataConfig
 from files import beside_run, read_json, read_records
 from generate import TEMPERATURE, TOP_K
 from hardware import SpeedConfig
+from hugging_face import hugging_face_config, to_hugging_face
 from model import GPTConfig
 from optim import OptimConfig
-from pretrained import hugging_face_config, load_run, to_hugging_face, tokenizer_folder
+from pretrained import load_run, tokenizer_folder
 from tokenizer import id_count
 
 SAMPLING = dict(do_sample=True, temperature=TEMPERATURE, top_k=TOP_K)

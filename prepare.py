@@ -25,7 +25,7 @@ class Preparation(Config):
 def main():
     cfg = parse(Preparation)
     setup_logging(is_main=True)
-    model, _ = resolve_init(cfg, None)
+    model, _, cfg.data.seq_len = resolve_init(cfg, None)
     corpus = Corpus(cfg.data, model.vocab_size)
     tokens = corpus.meta["tokens"]
     print(f"{corpus.folder}: {tokens['train']:,} tokens to train on, {tokens['val']:,} to validate on")

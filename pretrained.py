@@ -1,15 +1,12 @@
 """Trained weights from any source: our checkpoints, and Hugging Face folders of GPT-2, Llama, Qwen3 and NanoChat.
 
 `--init-from` starts a run from them: `resolve_init` adopts their sizes, `load_initial` loads the weights.
-
-`to_hugging_face` and `from_hugging_face` convert weights both ways for all architectures, with equal logits.
 """
 
 import contextlib
 import dataclasses
 import logging
 import os
-import re
 import sys
 from dataclasses import dataclass
 from itertools import takewhile
@@ -19,38 +16,13 @@ import torch
 
 import checkpoint
 from archive import DamagedCheckpoint, load, peek
+from checkpoint import State
 from config import UserError, arg, first_line, flag, part_of
 from files import beside_run, read_json
+from hugging_face import from_hugging_face, gpt_config
 from model import GPT, GPTConfig
 from tokenizer import end_of_text, hub_problem, id_count, load_tokenizer, open_tokenizer, tokenizer_hash
 
-# Our parameter names → theirs; {i} is the block index. Our fused qkv is GPT-2's c_attn, and separate q, k, v elsewhere.
-LLAMA_NAMES = {
-    "tok_emb": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",
-    "blocks.{i}.attn_norm": "model.layers.{i}.input_layernorm",
-    "blocks.{i}.attn.proj": "model.layers.{i}.self_attn.o_proj",
-    "blocks.{i}.attn.q_norm": "model.layers.{i}.self_attn.q_norm",
-    "blocks.{i}.attn.k_norm": "model.layers.{i}.self_attn.k_norm",
-    "blocks.{i}.mlp_norm": "model.layers.{i}.post_attention_layernorm",
-    "blocks.{i}.mlp.up": "model.layers.{i}.mlp.up_proj", "blocks.{i}.mlp.gate": "model.layers.{i}.mlp.gate_proj",
-    "blocks.{i}.mlp.down": "model.layers.{i}.mlp.down_proj",
-}
-NAMES = {
-    "gpt2": {
-        "tok_emb": "transformer.wte", "pos_emb": "transformer.wpe", "norm": "transformer.ln_f", "head": "lm_head",
-        "blocks.{i}.attn_norm": "transformer.h.{i}.ln_1", "blocks.{i}.attn.qkv": "transformer.h.{i}.attn.c_attn",
-        "blocks.{i}.attn.proj": "transformer.h.{i}.attn.c_proj", "blocks.{i}.mlp_norm": "transformer.h.{i}.ln_2",
-        "blocks.{i}.mlp.up": "transformer.h.{i}.mlp.c_fc", "blocks.{i}.mlp.down": "transformer.h.{i}.mlp.c_proj",
-    },
-    "llama": LLAMA_NAMES, "qwen3": LLAMA_NAMES,  # a Llama has no q_norm and k_norm
-    "nanochat": LLAMA_NAMES | {"blocks.{i}.mlp.up": "model.layers.{i}.mlp.fc1",
-                               "blocks.{i}.mlp.down": "model.layers.{i}.mlp.fc2"},
-}
-
-# Fields of transformers' configurations that do not affect logits, or that GPTConfig has under other names.
-NO_MATTER = re.compile(r"_name_or_path|architectures|\w*dtype|transformers_version|\w+_token_id|\w*p?drop(out)?|"
-                       r"initializer_range|use_cache|id2label|label2id|problem_type|return_dict|output_\w+|summary_\w+|"
-                       r"chunk_size_feed_forward|reorder_and_upcast_attn|max_window_layers|n_inner")
 # The flags that the weights decide.
 SIZES = [field.name for field in dataclasses.fields(GPTConfig) if field.name not in GPTConfig.RUN_FLAGS]
 
@@ -64,17 +36,22 @@ class InitConfig:
     init_from: str = arg("", "start from trained weights, which decide the model's sizes: a Hugging Face folder or "
                              "name (GPT-2, Llama, Qwen3, NanoChat), or a checkpoint", metavar="DIR|NAME|FILE.pt",
                          empty=False)
+    keep_optimizer: bool = arg(False, "with a checkpoint's weights, take its optimizer state, too; if the data is the "
+                                      "same, it is read on from there")
 
     def validate(self):
+        if self.keep_optimizer and not self.init_from:
+            raise UserError("--keep-optimizer goes with --init-from FILE.pt; --resume takes the optimizer state anyway")
         if self.init_from in ("resume", "scratch") and not os.path.exists(self.init_from):  # nanoGPT's words
             advice = dict(resume="to continue a run, give --resume instead", scratch="leave it out for that")
             raise UserError(f"--init-from {self.init_from}: {advice[self.init_from]}")
 
 
 def resolve_init(cfg, resume_from):
-    """The (model, init) configs that the flags resolve to, on the main rank. Sizes come from --init-from's weights or,
-    when resuming a run that started from some, from its checkpoint: --init-from is not read again. Raises UserError."""
-    model, init = cfg.model, cfg.init
+    """The (model, init) configs and the --seq-len that the flags resolve to, on the main rank. Sizes come from
+    --init-from's weights or, when resuming a run that started from some, from its checkpoint: --init-from is not read
+    again. Raises UserError."""
+    model, init, seq_len = cfg.model, cfg.init, cfg.data.seq_len
     stated = {name: value for name in SIZES if name in cfg.given  # None and 0 mean not stated
               and ((value := getattr(model, name)) or value is False)}
     saved = _saved_config(resume_from, cfg.checkpoint) if resume_from else {}
@@ -82,29 +59,36 @@ def resolve_init(cfg, resume_from):
         if init.init_from:
             log.info("--init-from %s is not read: the weights are those of %s", init.init_from, resume_from)
         model = dataclasses.replace(model, **{name: saved[name] for name in SIZES if name in saved} | stated)
-        init = InitConfig(saved.get("init_from", ""))
+        init = part_of(InitConfig, saved)
+        seq_len = seq_len if "seq_len" in cfg.given else saved["seq_len"]
     elif init.init_from:
         if cfg.checkpoint.overwrite and cfg.checkpoint.continues(init.init_from):
             raise UserError(f"--init-from {init.init_from}: --overwrite would remove it; name another "
                             f"--checkpoint-path")
         source = _source_config(init.init_from)
-        if source.parts.rope_theta:
-            # No weights belong to a position: it may be trained on longer sequences than before.
-            source.max_position_embeddings = max(source.max_position_embeddings, cfg.data.seq_len)
-        sizes = _sizes(source)
         # The flags that a checkpoint's own run was started with fit it, too, though positions that were not trained on
         # are dropped (model_parts).
         own = checkpoint.saved(init.init_from)["config"] if os.path.isfile(init.init_from) else {}
+        if "seq_len" not in cfg.given:
+            seq_len = own.get("seq_len", min(1024, source.max_position_embeddings))
+        if source.parts.rope_theta:
+            # No weights belong to a position: it may be trained on longer sequences than before.
+            source.max_position_embeddings = max(source.max_position_embeddings, seq_len)
+        sizes = _sizes(source)
+        if init.keep_optimizer and own.get("optimizer") != cfg.optim.optimizer:
+            has = f"that of --optimizer {own['optimizer']}: give this, too" if own else "none: no run has written it"
+            raise UserError(f"--keep-optimizer: the optimizer state in {init.init_from} is {has}, or leave "
+                            f"--keep-optimizer out")
         for name, value in stated.items():
             if value not in (sizes[name], own.get(name)):
                 raise UserError(f"{flag(name)} {value}: the weights of --init-from {init.init_from} have "
                                 f"{sizes[name]}; leave it out")
         model = dataclasses.replace(model, **sizes)
     model.validate_sizes()
-    if cfg.data.seq_len > model.max_position_embeddings:
+    if seq_len > model.max_position_embeddings:
         longest = f"give --seq-len {model.max_position_embeddings} or less"
         advice = longest if init.init_from else "raise the latter or lower the former"
-        raise UserError(f"--seq-len {cfg.data.seq_len} is above --max-position-embeddings "
+        raise UserError(f"--seq-len {seq_len} is above --max-position-embeddings "
                         f"{model.max_position_embeddings}{init.init_from and ' of --init-from'}; {advice}")
     prepared = cfg.data.is_shards or cfg.data.use_toy_data  # both come with their tokenizer
     learned = cfg.data.tokenizer_name in ("bpe", "char")
@@ -115,7 +99,7 @@ def resolve_init(cfg, resume_from):
     if model.vocab_size and not learned and not prepared:  # before a text is tokenized
         size = id_count(load_tokenizer(cfg.data.tokenizer_name))
         resolve_vocab_size(model, init, size, cfg.data.tokenizer_name)
-    return model, init
+    return model, init, seq_len
 
 
 def resolve_vocab_size(model, init, size, tokenizer_name):
@@ -130,11 +114,23 @@ def resolve_vocab_size(model, init, size, tokenizer_name):
     return max(model.vocab_size, size)
 
 
-def load_initial(raw, init, world):
-    """Load the weights that --init-from names into `raw`: the main rank reads and broadcasts them. Collective."""
-    if init.init_from:
+def load_initial(raw, optimizer, init, identity, world):
+    """Load the weights that --init-from names into `raw` and, with --keep-optimizer, the state into `optimizer`: the
+    main rank reads and broadcasts them. Returns the State that a run of this `identity` begins with. Collective."""
+    if not init.init_from:
+        return State()
+    if not init.keep_optimizer:
         weights = world.from_main(lambda: _source_weights(init.init_from, raw.cfg))
         raw.load_state_dict(world.distribute(weights, dict(raw.named_parameters())))
+        return State()
+    weights, moments, first_sample = world.from_main(lambda: _source_state(init.init_from, identity))
+    raw.load_state_dict(world.distribute(weights, dict(raw.named_parameters())))
+    try:
+        checkpoint.distribute_moments(moments, optimizer, world)
+    except ValueError as error:
+        raise UserError(f"--keep-optimizer: {init.init_from}: {error}; leave it out") from None
+    optimizer.load_state_dict(moments)
+    return State(first_sample=first_sample)
 
 
 def _saved_config(path, cfg):
@@ -165,6 +161,25 @@ def _source_weights(source, cfg):
             raise UserError(f"--init-from {source}: {len(names)} tensors are {what}, such as {names[0]}; the weights "
                             f"are not complete, or of another model than config.json says")
     return from_hugging_face(cfg, theirs.state_dict())
+
+
+def _source_state(source, identity):
+    """Of --init-from's checkpoint: the weights, the optimizer state, and the number of the sample that its run would
+    have read next, if `identity` has its data, in its order; else 0."""
+    saved = _checkpoint(source, "--init-from")
+    (_, weights), moments, state, was = model_parts(saved), saved["optimizer"], saved["state"], saved["identity"]
+    params, names = ([param for group in moments["param_groups"] for param in group[key]]
+                     for key in ("params", "param_names"))
+    for index, name in zip(params, names, strict=True):
+        if name == "pos_emb.weight":  # the positions that model_parts has kept
+            moments["state"][index] = {key: tensor[:len(weights[name])] if tensor.ndim else tensor
+                                       for key, tensor in moments["state"][index].items()}
+    if any(was.get(name) != identity[name] for name in checkpoint.ORDER):
+        log.info("the data, or its order, is not that of %s: it is read from its first sample", source)
+        return weights, moments, 0
+    first_sample = state.get("first_sample", 0) + state["step"] * was["sequences in a step"]
+    log.info("the data is that of %s: it is read on from there, sample %d", source, first_sample)
+    return weights, moments, first_sample
 
 
 def _hugging_face(auto, source, **options):
@@ -222,111 +237,6 @@ def _sizes(cfg):
     """The flags of SIZES, with derived values filled in."""
     return {name: getattr(cfg, name) for name in SIZES} | dict(
         n_kv_heads=cfg.kv_heads, d_ff=cfg.ff_size, head_dim=cfg.head_size, tie_embeddings=cfg.tied)
-
-
-def gpt_config(theirs, source):
-    """transformers' configuration → GPTConfig. Raises UserError, naming the field, for what GPT does not support."""
-    if theirs.model_type not in NAMES:
-        raise UserError(f"--init-from {source}: model_type {theirs.model_type} is none of {', '.join(NAMES)}")
-
-    def first(*names, default=None):
-        return next((value for name in names if (value := getattr(theirs, name, None)) is not None), default)
-
-    width, heads = theirs.hidden_size, theirs.num_attention_heads
-    cfg = GPTConfig(arch=theirs.model_type, n_layers=theirs.num_hidden_layers, n_heads=heads, d_model=width,
-                    n_kv_heads=first("num_key_value_heads", default=heads),
-                    d_ff=first("intermediate_size", "n_inner", default=4 * width),
-                    head_dim=first("head_dim", default=width // heads), vocab_size=theirs.vocab_size,
-                    rope_theta=float(first("rope_parameters", default={}).get("rope_theta", 0)),
-                    max_position_embeddings=theirs.max_position_embeddings, tie_embeddings=theirs.tie_word_embeddings)
-    cfg.validate_sizes()
-    # Fields in both configurations must agree. Fields missing from ours are allowed, except in rope_parameters.
-    stated, ours = _flat(theirs.to_dict()), _flat(hugging_face_config(cfg).to_dict())
-    for name, value in stated.items():
-        missing = None if name.startswith("rope_parameters.") else value
-        if not NO_MATTER.fullmatch(name) and value != ours.get(name, missing):
-            raise UserError(f"--init-from {source}: {name} is {value}, and {cfg.arch} here has {ours.get(name)}")
-    if "quantization_config" in stated:
-        raise UserError(f"--init-from {source}: quantization_config is set; give weights that are not quantized")
-    if set(stated.get("auto_map") or ()) - {"AutoTokenizer", "AutoProcessor"}:
-        raise UserError(f"--init-from {source}: auto_map is set: its model is code of its own, which is not run here")
-    return cfg
-
-
-def _flat(fields):
-    """{"rope_parameters": {"rope_theta": 1e4}} → {"rope_parameters.rope_theta": 1e4}"""
-    flat = {}
-    for name, value in fields.items():
-        nested = isinstance(value, dict) and name == "rope_parameters"
-        flat |= {f"{name}.{key}": item for key, item in value.items()} if nested else {name: value}
-    return flat
-
-
-def hugging_face_config(cfg, eos=None):
-    """The transformers configuration equivalent to this GPTConfig. Raises UserError if there is none."""
-    import transformers
-
-    if cfg.arch not in NAMES:
-        raise UserError(f"--arch {cfg.arch}: transformers has no such model, so that it cannot be exported")
-    common = dict(vocab_size=cfg.vocab_size, bos_token_id=eos, eos_token_id=eos, tie_word_embeddings=cfg.tied)
-    if cfg.arch == "gpt2":
-        if (cfg.kv_heads, cfg.head_size * cfg.n_heads) != (cfg.n_heads, cfg.d_model):
-            raise UserError("--arch: GPT-2 has as many key/value heads as query heads, of d_model / n_heads each; "
-                            "transformers' class cannot hold this model")
-        return transformers.GPT2Config(n_positions=cfg.max_position_embeddings, n_embd=cfg.d_model,
-                                       n_layer=cfg.n_layers, n_head=cfg.n_heads, n_inner=cfg.ff_size,
-                                       layer_norm_epsilon=cfg.parts.norm_eps,
-                                       resid_pdrop=cfg.dropout, embd_pdrop=cfg.dropout, attn_pdrop=cfg.dropout,
-                                       **common)
-    if cfg.arch == "llama" and cfg.d_model % cfg.n_heads:
-        raise UserError(f"--arch llama: transformers' class holds no --d-model {cfg.d_model} that --n-heads "
-                        f"{cfg.n_heads} does not divide")
-    shape = dict(hidden_size=cfg.d_model, intermediate_size=cfg.ff_size, num_hidden_layers=cfg.n_layers,
-                 num_attention_heads=cfg.n_heads, num_key_value_heads=cfg.kv_heads, head_dim=cfg.head_size,
-                 max_position_embeddings=cfg.max_position_embeddings, rms_norm_eps=cfg.parts.norm_eps,
-                 rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta or cfg.parts.rope_theta},
-                 attention_dropout=cfg.dropout)
-    kind, own = {"llama": (transformers.LlamaConfig, {}),
-                 "qwen3": (transformers.Qwen3Config, dict(use_sliding_window=False)),
-                 "nanochat": (transformers.NanoChatConfig, dict(final_logit_softcapping=cfg.parts.softcap,
-                                                                pad_token_id=None))}[cfg.arch]
-    return kind(**shape, **common, **own)
-
-
-def to_hugging_face(cfg, state):
-    """Our state dict → theirs."""
-    sizes, theirs = [n * cfg.head_size for n in (cfg.n_heads, cfg.kv_heads, cfg.kv_heads)], {}
-    for name, tensor in state.items():
-        names, tensor = _their_names(cfg, name), _oriented(cfg, name, tensor)
-        parts = tensor.split(sizes) if len(names) == 3 else [tensor]
-        theirs |= {name: part.contiguous() for name, part in zip(names, parts, strict=True)}
-    return theirs
-
-
-def from_hugging_face(cfg, theirs):
-    """Their state dict → ours, for a GPT of `cfg`."""
-    ours = {}
-    with torch.device("meta"):
-        shapes = GPT(cfg).state_dict()
-    for name, tensor in shapes.items():
-        parts = [_oriented(cfg, name, theirs[part]) for part in _their_names(cfg, name)]
-        ours[name] = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()  # no copy where none is needed
-        assert ours[name].shape == tensor.shape, (name, ours[name].shape, tensor.shape)
-    return ours
-
-
-def _their_names(cfg, name):
-    """Our parameter's name → theirs: one, or three for the parts of our fused qkv."""
-    stem, _, kind = name.rpartition(".")
-    layer, stem = "".join(re.findall(r"\.(\d+)\.", stem)), re.sub(r"\.\d+\.", ".{i}.", stem)
-    if stem.endswith("qkv") and cfg.arch != "gpt2":
-        return [f"model.layers.{layer}.self_attn.{letter}_proj.{kind}" for letter in "qkv"]
-    return [f"{NAMES[cfg.arch][stem]}.{kind}".replace("{i}", layer)]
-
-
-def _oriented(cfg, name, tensor):
-    """Transposes where needed: GPT-2's layers within a block are Conv1D, (in, out); ours are Linear, (out, in)."""
-    return tensor.T if cfg.arch == "gpt2" and name.startswith("blocks") and tensor.ndim == 2 else tensor
 
 
 def load_model(path):

@@ -172,10 +172,11 @@ class Tracker:
     """Sends each report to the console and to every sink. Ranks other than the main one have no console output, and
     have sinks only if --wandb-run-mode makes them write to W&B."""
 
-    def __init__(self, cfg, world, state, epochs_per_step, amp, config):
+    def __init__(self, cfg, world, state, epochs, amp, config):
         """`cfg`: the whole configuration; `config`: the facts to record with the run. `state` is read at each record,
-        and gets the id of the W&B run. Collective with --use-wandb."""
-        self.state, self.epochs_per_step, self.amp = state, epochs_per_step, amp
+        and gets the id of the W&B run; `epochs(state)`: how often the data has been read. Collective with --use-wandb.
+        """
+        self.state, self.epochs, self.amp = state, epochs, amp
         self.num_steps, self.exit_code = cfg.optim.num_steps, 0
         self.beside, self.is_main, self.sinks, self.file = cfg.checkpoint.beside, world.is_main, [], None
         self.drawn = {title: [] for title in DRAWN}
@@ -278,7 +279,7 @@ class Tracker:
         logged only where ranks write to W&B separately."""
         metrics = {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
         step = self.state.step
-        metrics |= {"train/tokens": self.state.tokens, "train/epoch": step * self.epochs_per_step,
+        metrics |= {"train/tokens": self.state.tokens, "train/epoch": self.epochs(self.state),
                     "amp": float(self.amp != "off")}
         began, first = self.lately[0]
         per_step = (time.perf_counter() - began) / max(1, step - first)  # evaluations and saves included
@@ -314,7 +315,7 @@ class Tracker:
         """Called after the main rank has written a checkpoint: upload it to W&B if wanted."""
         if self.wandb and (link := self.wandb.checkpoint_to_upload(path, state.step, best)):
             self._record(state.step, event="checkpoint", path=link, best=best, tokens=state.tokens,
-                         epoch=state.step * self.epochs_per_step, num_steps=self.num_steps, val_loss=state.val_loss)
+                         epoch=self.epochs(state), num_steps=self.num_steps, val_loss=state.val_loss)
 
     def finished(self, files):
         def number(value):

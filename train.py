@@ -8,7 +8,7 @@ import torch
 
 import checkpoint
 import hardware
-from checkpoint import CheckpointConfig, State
+from checkpoint import CheckpointConfig
 from config import RunFailed, UserError, flag, flatten, leave_on_sigterm, needed_packages, parse
 from data import BatchConfig, Corpus, DataConfig
 from evaluate import evaluate
@@ -54,7 +54,7 @@ def train(cfg, world):
                         f"ranks; take that, or --shard-ranks 0")
     world.require_same({flag(name): value for name, value in flatten(cfg).items()}, "flags")
     resume_from = checkpoint.plan_together(cfg.checkpoint, world, dry_run)
-    cfg.model, cfg.init = world.from_main(lambda: resolve_init(cfg, resume_from))
+    cfg.model, cfg.init, cfg.data.seq_len = world.from_main(lambda: resolve_init(cfg, resume_from))
     accum = cfg.batch.accum_steps(world.size, cfg.data.seq_len)
 
     # The data, and what defines the run.
@@ -79,15 +79,15 @@ def train(cfg, world):
     torch.manual_seed(cfg.optim.seed)  # the same initial weights on every rank
     raw = world.place(lambda draw: GPT(replace(cfg.model, vocab_size=vocab_size), draw),
                       draw=not (saved or cfg.init.init_from))
-    if not saved:
-        load_initial(raw, cfg.init, world)
     optimizer = make_optimizer(raw, cfg.optim, world.device, precision.dtype, world.orthogonalize)
     scaler = precision.scaler()
     meter = Meter(world, raw.flops_per_token(corpus.seq_len), hardware.peak_flops(world.device), cfg.wandb.wandb_watch,
                   batch_size)
     guard = StepGuard(cfg.optim, optimizer, scaler, world.device)
     parts = dict(model=raw, optimizer=optimizer, scaler=scaler, guard=guard, meter=meter)
-    state = checkpoint.restore(saved, parts, cfg.checkpoint.continues(resume_from), world) if saved else State()
+    state = (checkpoint.restore(saved, parts, cfg.checkpoint.continues(resume_from), world) if saved else
+             load_initial(raw, optimizer, cfg.init, identity, world))
+    corpus.first_sample = state.first_sample
     del saved  # else its tensors stay in memory for the whole run
     fast = torch.compile(raw) if hardware.should_compile(cfg.speed, world.device) else raw
     world.require_replicas(raw, optimizer)
@@ -99,6 +99,9 @@ def train(cfg, world):
     def due(every, ahead=0):
         """Whether step `state.step + ahead` is a multiple of `every` (0: of none) or the run's last."""
         return state.step + ahead == num_steps or (every and (state.step + ahead) % every == 0)
+
+    def epochs(at):
+        return (at.first_sample + at.step * global_batch_size) / corpus.n_windows
 
     def forward_backward(micro):
         """One micro-batch of this rank → its loss. Gradients accumulate; the last averages them over the ranks."""
@@ -163,7 +166,7 @@ def train(cfg, world):
     # A warm-up pass whose gradients are discarded, with memory held for the optimizer state: OOM and compile errors
     # show before any file is replaced. It is not optional: after its first backward pass DDP regroups the gradients,
     # and then adds those of 3 or more ranks in another order.
-    held = [] if state.step else [size // world.shards for size in moment_bytes]  # a resumed run has them already
+    held = [] if optimizer.state else [size // world.shards for size in moment_bytes]  # loaded: they are there already
     with Watchdog(meter, state, cfg, world.rank), hardware.reserved(held, world.device):
         for micro in sorted({0, accum - 1}):  # under DDP without the all-reduce, and with it
             forward_backward(micro)
@@ -176,7 +179,7 @@ def train(cfg, world):
             lambda: checkpoint.begin(cfg.checkpoint, resume_from, state, cfg.report.eval_tokens))
 
     facts = config | corpus.facts | dict(n_params=raw.num_params(), accum_steps=accum)
-    with (Tracker(cfg, world, state, global_batch_size / corpus.n_windows, precision.name, facts) as track,
+    with (Tracker(cfg, world, state, epochs, precision.name, facts) as track,
           make_profiler(cfg.tracking.use_profiler and world.is_main, cfg.checkpoint.beside(".trace.json"),
                         num_steps - state.step) as profiler,
           stop, Watchdog(meter, state, cfg, world.rank)):

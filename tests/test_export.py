@@ -13,8 +13,9 @@ from conftest import ROOT, environment
 import export
 from config import UserError
 from generate import generate
+from hugging_face import hugging_face_config
 from model import ARCHS, GPTConfig
-from pretrained import hugging_face_config, load_model, load_run
+from pretrained import load_model, load_run
 
 PROMPT = "The king sings"
 

@@ -51,6 +51,18 @@ def test_shards_train_as_replicas_do_and_each_goes_on_from_the_other(trainer, fl
         assert torch.allclose(weight, back.weights()[name], atol=1e-4), name
 
 
+def test_a_sharded_run_takes_optimizer_state_along_as_one_process_does(trainer):
+    flags = ["--no-amp", "--lr-scheduler", "none", "--warmup-steps", 0, "--optimizer", "muon", "--log-steps", 1]
+    first = trainer(*flags, "--num-steps", 4, "--batch-size", 8, checkpoint="first.pt")
+    flags += ["--init-from", "first.pt", "--tokenizer-name", "first.tokenizer", "--keep-optimizer", "--num-steps", 4,
+              "--eval-tokens", 512, "--device", "cpu"]
+    one = trainer(*flags, "--batch-size", 8, checkpoint="one.pt", tiny=False)
+    sharded = trainer(*flags, "--batch-size", 4, checkpoint="sharded.pt", tiny=False, **SHARDED)
+    assert first.code == one.code == sharded.code == 0, first.err + one.err + sharded.err
+    assert "sample 32" in one.out and "sample 32" in sharded.out
+    goes_on_as(sharded, one, 0)
+
+
 @full
 def test_three_shards_resume_bit_for_bit(trainer):
     flags = ["--no-amp", "--optimizer", "muon", "--lr-scheduler", "none", "--dropout", 0.1]

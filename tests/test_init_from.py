@@ -10,8 +10,9 @@ from archive import save
 from checkpoint import FORMAT
 from config import UserError, parse
 from data import DataConfig, prepare
+from hugging_face import gpt_config, hugging_face_config
 from model import ARCHS, GPT, GPTConfig
-from pretrained import SIZES, gpt_config, hugging_face_config, load_initial, load_model, resolve_init
+from pretrained import SIZES, load_initial, load_model, resolve_init
 from train import Config, World
 
 
@@ -45,7 +46,7 @@ def test_a_resumed_run_needs_the_folder_no_more(trainer, tuned):
     config.write_text("\n".join(line for line in config.read_text().splitlines() if line.split(" =")[0] not in gone))
     flags = ["--config", config, "--checkpoint-path", trainer.folder / "gpt2.pt", "--resume"]  # all but the model's
     without = parse(Config, list(map(str, flags)))
-    model, init = resolve_init(without, without.checkpoint.checkpoint_path)
+    model, init, _ = resolve_init(without, without.checkpoint.checkpoint_path)
     assert (model.n_heads, model.d_model) == (4, 32) and init.init_from == str(tuned["gpt2"][0])
     run = trainer(*flags, "--num-steps", 42, "--init-from", "gone", checkpoint="gpt2.pt", tiny=False, data=False,
                   env=dict(OMP_NUM_THREADS="1"))
@@ -104,7 +105,7 @@ def test_resuming_from_nanogpts_checkpoint_is_refused_before_any_text_is_read(tm
 def test_flags_that_agree_with_the_weights_are_fine(argv):
     make, _ = argv
     cfg = parse(Config, make("--arch", "gpt2", "--n-heads", "4", "--d-ff", "0", "--tie-embeddings", "--dropout", "0.1"))
-    model, init = resolve_init(cfg, None)
+    model, init, _ = resolve_init(cfg, None)
     assert (model.d_model, model.d_ff, model.vocab_size, model.dropout) == (32, 128, 257, 0.1) and init == cfg.init
 
 
@@ -135,10 +136,10 @@ def test_what_our_architecture_is_not_is_refused_by_its_field(arch, field, value
 def test_one_of_our_own_checkpoints_will_do_too(tuned):
     run = tuned["nanochat"][1]
     cfg = parse(Config, ["--init-from", str(run.checkpoint), "--tokenizer-name", "byte", "--seq-len", "32"])
-    model, _ = resolve_init(cfg, None)
+    model, *_ = resolve_init(cfg, None)
     assert (model.arch, model.d_ff, model.n_kv_heads, model.vocab_size) == ("nanochat", 56, 2, TUNED["nanochat"])
     raw = GPT(model)
-    load_initial(raw, cfg.init, World(cfg))
+    load_initial(raw, None, cfg.init, {}, World(cfg))
     assert all(torch.equal(tensor, raw.state_dict()[name]) for name, tensor in run.weights().items())
 
 
@@ -171,9 +172,9 @@ def test_rope_goes_as_far_as_it_was_trained_and_may_be_trained_further(tmp_path)
                                  identity={"--vocab-size": 300}, config=shape | dict(seq_len=32, vocab_size=0)))
     assert load_model(tmp_path / "c.pt")[0].cfg.max_position_embeddings == 32
     cfg = parse(Config, ["--init-from", str(tmp_path / "c.pt"), "--tokenizer-name", "byte", "--seq-len", "48"])
-    model, _ = resolve_init(cfg, None)
+    model, *_ = resolve_init(cfg, None)
     assert model.max_position_embeddings == 48
-    load_initial(GPT(model), cfg.init, World(cfg))
+    load_initial(GPT(model), None, cfg.init, {}, World(cfg))
 
 
 def test_weights_that_are_not_whole_are_refused(tuned, tmp_path):
@@ -187,17 +188,17 @@ def test_weights_that_are_not_whole_are_refused(tuned, tmp_path):
     save_file({name: tensor for name, tensor in tensors.items() if "h.1.mlp.c_fc.bias" not in name},
               folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"1 tensors are missing, such as transformer.h.1.mlp.c_fc.bias"):
-        load_initial(raw, cfg.init, World(cfg))
+        load_initial(raw, None, cfg.init, {}, World(cfg))
     save_file(tensors | {"transformer.h.1.attn.masked_bias": torch.tensor(-1e4)}, folder / "model.safetensors",
               metadata={"format": "pt"})  # as transformers did before 4.27
-    load_initial(raw, cfg.init, World(cfg))
+    load_initial(raw, None, cfg.init, {}, World(cfg))
     save_file(tensors | {"transformer.h.1.more": torch.ones(2)}, folder / "model.safetensors",
               metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"1 tensors are unexpected, such as transformer.h.1.more"):
-        load_initial(raw, cfg.init, World(cfg))
+        load_initial(raw, None, cfg.init, {}, World(cfg))
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
     with pytest.raises(UserError, match="^--init-from [^\n]+$"):
-        load_initial(raw, cfg.init, World(cfg))
+        load_initial(raw, None, cfg.init, {}, World(cfg))
 
 
 def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused_in_one_line(trainer, tuned, tmp_path):
@@ -211,3 +212,78 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused_in_one_line(
                   env=dict(OMP_NUM_THREADS="1"))
     assert run.code == 2 and len(run.err.strip().splitlines()) == 1, run.err
     assert all(word in run.err for word in ("error: --init-from", "257 tokens", "259 tokens", "wide"))
+
+
+STEADY = ["--max-tokens", 1600, "--lr-scheduler", "none", "--warmup-steps", 0, "--no-amp", "--log-steps", 1,
+          "--save-steps", 0, "--seed", 3]
+ANEW = ["--batch-size", 4, "--eval-tokens", 512, "--device", "cpu", "--init-from", "first.pt", "--tokenizer-name",
+        "first.tokenizer", "--keep-optimizer", *STEADY]
+
+
+@pytest.fixture
+def first(trainer):
+    """A run of 16 steps, in the second epoch at its end (49 windows, 4 a step), and the same one of 8 steps."""
+    def make(*flags):
+        runs = [trainer(*STEADY, *flags, "--num-steps", steps, checkpoint=f"{name}.pt")
+                for name, steps in (("straight", 16), ("first", 8))]
+        assert not any(run.code for run in runs), runs[0].err + runs[1].err
+        return runs
+    return make
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_with_its_optimizer_state_a_run_trains_on_as_if_it_had_not_ended(trainer, first, optimizer):
+    """Positions 32 to 63 are without training, and the new run has none of them."""
+    straight, _ = first("--optimizer", optimizer)
+    then = trainer(*ANEW, "--optimizer", optimizer, "--num-steps", 8, tiny=False, checkpoint="then.pt")
+    assert then.code == 0 and "it is read on from there, sample 32" in then.out, then.out + then.err
+    weights, expected = then.weights(), straight.weights()
+    assert weights["pos_emb.weight"].shape == (32, 32) and expected["pos_emb.weight"].shape == (64, 32)
+    assert all(torch.equal(weights[name], expected[name][:len(weights[name])]) for name in expected)
+    assert [then.rows[step]["train/loss"] for step in range(1, 9)] == [
+        straight.rows[step]["train/loss"] for step in range(9, 17)]
+    assert then.rows[8]["train/epoch"] == straight.rows[16]["train/epoch"] == 64 / 49
+    assert then.rows[8]["train/tokens"] == 1024
+
+    parts = [trainer(*ANEW, "--optimizer", optimizer, "--num-steps", steps, *flags, tiny=False, checkpoint="parts.pt")
+             for steps, flags in ((3, []), (8, ["--resume"]))]
+    assert "Resumed at step 3" in parts[1].out and "another --keep-optimizer" not in parts[1].out, parts[1].out
+    assert all(torch.equal(weights[name], tensor) for name, tensor in parts[1].weights().items())
+    onward = trainer(*ANEW, "--optimizer", optimizer, "--init-from", "parts.pt", "--num-steps", 1, tiny=False,
+                     checkpoint="onward.pt")
+    assert "read on from there, sample 64" in onward.out, onward.out + onward.err
+
+
+def test_another_batch_goes_on_in_the_data_and_other_data_begins_at_its_first_sample(trainer, first, text):
+    straight, _ = first("--lr", 1e-9)
+    wider = trainer(*ANEW, "--lr", 1e-9, "--batch-size", 8, "--num-steps", 1, tiny=False, checkpoint="wider.pt")
+    assert "sample 32" in wider.out and wider.rows[1]["train/loss"] == pytest.approx(
+        straight.rows[9]["train/loss"] / 2 + straight.rows[10]["train/loss"] / 2, abs=1e-5)
+    for flags in ["--data-seed", 5], ["--seq-len", 16], ["--max-tokens", 3200]:
+        other = trainer(*ANEW, *flags, "--num-steps", 1, tiny=False, checkpoint=f"other{flags[0]}.pt")
+        assert other.code == 0 and "it is read from its first sample" in other.out, other.out + other.err
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--optimizer", "muon"], "of --optimizer adamw: give this, too"),
+    (["--init-from", "{folder}"], "no run has written")])
+def test_optimizer_state_that_does_not_fit_is_refused(trainer, tuned, flags, words):
+    trainer(*STEADY, "--num-steps", 1, checkpoint="first.pt")
+    flags = [flag.format(folder=tuned["gpt2"][0]) for flag in flags]
+    run = trainer(*ANEW, *flags, tiny=False, checkpoint="x/then.pt")
+    assert run.code == 2 and words in run.err and run.err.count("\n") == 1, run.err
+    assert not (trainer.folder / "x").exists()
+
+
+def test_there_is_no_optimizer_state_without_weights():
+    with pytest.raises(UserError, match="--keep-optimizer goes with --init-from"):
+        parse(Config, ["--keep-optimizer"])
+
+
+def test_sequences_are_as_long_as_the_weights_know_unless_given(tuned, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder, run = tuned["llama"]  # 64 positions, of which the run trained on 32
+    for source, given, expected in ((folder, [], 64), (run.checkpoint, [], 32), (folder, ["--seq-len", "80"], 80)):
+        cfg = parse(Config, ["--init-from", str(source), "--tokenizer-name", "byte", *given])
+        assert resolve_init(cfg, None)[2] == expected
+    assert resolve_init(parse(Config, ["--tokenizer-name", "byte"]), run.checkpoint)[2] == 32, "resumed without it"
