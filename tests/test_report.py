@@ -224,6 +224,10 @@ def test_a_branch_says_where_it_began(trainer):
     trainer(*flags, "--num-steps", 10, "--resume", checkpoint="b.pt")
     (run,) = report.load([trainer.folder / "b.pt"])
     assert run.rows[0]["step"] == 6 and run.story().endswith("branched from a.pt at step 4 · resumed at step 8")
+    trainer(*flags, "--num-steps", 4, "--init-from", "a.pt", "--tokenizer-name", "a.tokenizer", "--keep-optimizer",
+            "--device", "cpu", checkpoint="c.pt", tiny=False)
+    (run,) = report.load([trainer.folder / "c.pt"])
+    assert run.story().endswith(" · weights and optimizer state from a.pt")
 
 
 @pytest.mark.parametrize("resume, says", [
