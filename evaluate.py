@@ -127,7 +127,8 @@ def open_data(paths, text_column, seq_len, tokenizer, eos, saved, folder):
     column = text_column or saved["config"].get("text_column", "text")
     sources, n_bytes, left_out, shards = find_sources(paths, "--data", column), {}, 0, {}
     require_hub(sources, "--data")
-    if foreign := foreign_tokens(sources, saved["config"].get("tokenizer_name", "")):
+    trained_on = saved["config"].get("tokenizer_name", ""), saved["identity"]["the tokenizer"]
+    if foreign := foreign_tokens(sources, *trained_on):
         raise UserError(f"--data {foreign}: a token file of another tokenizer than the checkpoint's; give the text "
                         f"itself")
     for number, name in enumerate(source_names(paths) or [""]):

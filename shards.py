@@ -158,26 +158,29 @@ def read_windows(shard, firsts, seq_len):
 
 
 def token_file_format(path):
-    """(bytes of its header, dtype) of a token file of llm.c or, without a header, of nanoGPT. Raises UserError."""
+    """(bytes of its header, dtype, hash of the tokenizer or None) of a token file: ours, llm.c's or, without a header,
+    nanoGPT's. Raises UserError."""
     with open(path, "rb") as file:
         head = file.read(LLM_C_HEADER)
     size, words = os.path.getsize(path), np.frombuffer(head[:12].ljust(12, b"\0"), np.int32).tolist()
     if head.startswith(MAGIC):
-        raise UserError(f"{path}: a token shard of mini-llm; give the folder that it is in")
+        shard = Shard(path)  # checks its header
+        os.close(shard.fd)
+        return HEADER.size, shard.dtype, shard.tokenizer_hash
     if dtype := LLM_C_DTYPES.get(tuple(words[:2])):
         if size != LLM_C_HEADER + words[2] * dtype().itemsize:
             raise UserError(f"{path}: {size:,} bytes are not the {words[2]:,} tokens that its header says; copy it "
                             f"again")
-        return LLM_C_HEADER, dtype
+        return LLM_C_HEADER, dtype, None
     if size % 2:
         raise UserError(f"{path}: {size:,} bytes cannot be 16-bit token ids; give a token file of llm.c or nanoGPT, or "
                         f"text")
-    return 0, np.uint16
+    return 0, np.uint16, None
 
 
 def read_token_file(path, block=1 << 16):
     """Yields the ids of such a file, in arrays of `block` ids."""
-    header, dtype = token_file_format(path)
+    header, dtype, _ = token_file_format(path)
     with open(path, "rb") as file:
         file.seek(header)
         while len(ids := np.fromfile(file, dtype, block)):

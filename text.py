@@ -80,7 +80,8 @@ def find_sources(paths, label="--train-data", column="text"):
             if not files:
                 raise UserError(f"{label} {path}: no file matches; quote the pattern and check it with ls")
         elif os.path.isdir(path):
-            files = [str(file) for file in _texts_and_tables(Path(path))]
+            shard = Path(path, "train.bin" if label == "--train-data" else "val.bin")  # of a folder of token shards
+            files = [str(shard)] if shard.exists() else list(map(str, _texts_and_tables(Path(path))))
             if not files:
                 raise UserError(f"{label} {path}: no {', '.join(sorted(IN_FOLDERS))} file in this folder")
         elif os.path.exists(path):
@@ -229,23 +230,37 @@ def require_hub(sources, label="--train-data"):
             raise UserError(f"{label} {path}: no such file, and it cannot be fetched as a dataset: {problem}")
 
 
-def require_own_tokenizer(sources, val_sources, tokenizer_name):
-    """Raises UserError if there are token files without the tokenizer that made them, or none to validate on."""
-    if foreign := foreign_tokens([*sources, *val_sources], tokenizer_name):
+def require_own_tokenizer(sources, val_sources, tokenizer_name, tokenizer_hash):
+    """Raises UserError if there are token files without the tokenizer that made them, or none to validate on.
+    `tokenizer_hash`: of the tokenizer of that name, in hexadecimal; "" if it is yet to be trained."""
+    if foreign := foreign_tokens([*sources, *val_sources], tokenizer_name, tokenizer_hash):
         if is_by_character(foreign):
             raise UserError(f"--tokenizer-name {tokenizer_name}: the tokens of {foreign} are characters (meta.pkl); "
                             f"give their text with --tokenizer-name char, or the .tokenizer folder of a run on it")
+        own = Path(foreign).with_name("tokenizer")
         raise UserError(f"--tokenizer-name {tokenizer_name}: name the tokenizer that made the tokens of {foreign}, "
-                        f"such as gpt2")
+                        f"such as {own if own.is_dir() else 'gpt2'}")
     if not val_sources and (files := [source.path for source in sources if source.kind == "tokens"]):
         # The ends of documents, where a split may be, are not known.
-        raise UserError(f"--train-data {files[0]}: a token file is trained on as a whole; give --val-data, too")
+        both = "the folders as --val-data" if Path(files[0]).with_name("meta.json").exists() else "--val-data"
+        raise UserError(f"--train-data {files[0]}: a token file is trained on as a whole; give {both}, too")
 
 
-def foreign_tokens(sources, tokenizer_name):
-    """The first token file among the sources that the tokenizer of that name cannot have made, or None."""
-    return next((source.path for source in sources if source.kind == "tokens" and not os.path.isdir(tokenizer_name)
-                 and (tokenizer_name in OWN or is_by_character(source.path))), None)
+def foreign_tokens(sources, tokenizer_name, tokenizer_hash):
+    """The first token file among the sources that the tokenizer of that name, whose hash in hexadecimal begins with
+    `tokenizer_hash`, cannot have made, or None."""
+    made_with = {source.path: token_file_format(source.path)[2] for source in sources if source.kind == "tokens"}
+    # Beside shards is the tokenizer that made them, though another version of `tokenizers` may write, and hash, it
+    # otherwise now.
+    beside = os.path.realpath(tokenizer_name)
+    fitting = {made_by for path, made_by in made_with.items()
+               if made_by and os.path.realpath(Path(path).with_name("tokenizer")) == beside}
+    for path, made_by in made_with.items():
+        if made_by and made_by not in fitting and not (tokenizer_hash and made_by.hex().startswith(tokenizer_hash)):
+            return path
+        if not made_by and not os.path.isdir(tokenizer_name) and (tokenizer_name in OWN or is_by_character(path)):
+            return path
+    return None
 
 
 def is_by_character(token_file):

@@ -1,5 +1,6 @@
 """Token files of llm.c and nanoGPT are trained on as if the text had been given."""
 
+import shutil
 import sys
 
 import numpy as np
@@ -86,12 +87,41 @@ def test_bytes_of_a_token_file_are_those_of_its_text(text, name):
 WRONG = {
     "cut off": (llm_c(range(100))[:-2], {}, "1,222 bytes are not the 100 tokens that its header says"),
     "odd": (b"abc", {}, "--train-data {file}: 3 bytes cannot be 16-bit token ids"),
-    "ours": (MAGIC + bytes(HEADER.size), {}, "a token shard of mini-llm; give the folder that it is in"),
+    "ours, cut off": (MAGIC + bytes(HEADER.size), {}, "{file}: not of format 1, or not as long as its header says"),
     "empty": (b"", {}, "the file is empty"),
     "of a larger vocabulary": (nanogpt([65_000] * 100), {}, "none of the tokenizer's 300 tokens has the id 65,000"),
     "no tokenizer": (nanogpt(range(100)), {"tokenizer_name": "bpe"}, "bpe: name the tokenizer that made"),
     "nothing to validate on": (nanogpt(range(100)), {"val_data": []}, "give --val-data, too"),
 }
+
+
+def test_several_folders_of_token_shards_are_one_corpus(trainer, prepared, cache):
+    """Each has the tokens of one document; with weights, as with their texts."""
+    texts = {}
+    for split in ("train", "val"):
+        for part, document in enumerate((prepared / f"{split}.txt").read_text().split("<|endoftext|>")):
+            texts[split, part] = trainer.folder / f"{split}{part}.txt"
+            texts[split, part].write_text(document)
+    flags = ["--num-steps", 4, "--log-steps", 2, "--eval-tokens", 0, "--cache-dir", cache, "--tokenizer-name",
+             prepared / "tokenizer", "--train-weights", 0.3, 0.7]
+    of_texts = trainer(*flags, "--train-data", texts["train", 0], texts["train", 1], "--val-data", texts["val", 0],
+                       texts["val", 1], data=False)
+    for part in range(2):
+        shards = prepare(DataConfig(train_data=[str(texts["train", part])], val_data=[str(texts["val", part])],
+                                    tokenizer_name=str(prepared / "tokenizer"), cache_dir=str(cache)))
+        shutil.copytree(shards, trainer.folder / f"part{part}")
+    folders = ["--train-data", "part0", "part1", "--val-data", "part0", "part1"]
+    run = trainer(*flags, *folders, "--tokenizer-name", "part1/tokenizer", data=False, checkpoint="shards.pt")
+    assert of_texts.code == run.code == 0 and run.losses() == of_texts.losses(), run.err
+    assert run.rows[4]["val/loss/part0"] == of_texts.rows[4]["val/loss/val0"]
+    for name, says in ("byte", "made the tokens of part0/train.bin, such as part0/tokenizer"), ("part0/tokenizer", ""):
+        refused = trainer(*flags, *folders[:3], *folders[3:] * bool(says), "--tokenizer-name", name, data=False,
+                          checkpoint="x.pt")
+        assert refused.code == 2 and (says or "give the folders as --val-data, too") in refused.err, refused.err
+    found = [zygote.run([sys.executable, ROOT / "evaluate.py", "--checkpoint-path", "c.pt", "--data", *paths],
+                        trainer.folder, environment()).stdout
+             for paths in (["part0", "part1"], [texts["val", 0], texts["val", 1]])]
+    assert "bits per byte on part1" in found[0] and found[0].splitlines()[:3] == found[1].splitlines()[:3]
 
 
 @pytest.mark.parametrize("case", WRONG)
