@@ -24,9 +24,12 @@ class DamagedCheckpoint(Exception):
     pass
 
 
-def load(path):
+def load(path, mapped=False):
     """A verified checkpoint with its tensors on the CPU. Raises DamagedCheckpoint, naming file and problem, or
-    UserError if it may be intact but cannot be read now, so that the caller does not fall back to an older one."""
+    UserError if it may be intact but cannot be read now, so that the caller does not fall back to an older one.
+
+    `mapped`: memory is taken only by tensors that are used; the file has to stay as long as they are (Linux only).
+    """
     try:
         if os.path.exists(path) and not os.path.isfile(path):  # a pipe would block, a device may be endless
             raise DamagedCheckpoint(f"{path} is not a file")
@@ -39,7 +42,9 @@ def load(path):
             if stated != actual:
                 raise DamagedCheckpoint(f"{path} is damaged (its SHA-256 is not the one it was written with)")
             file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
+            opened = f"/proc/self/fd/{file.fileno()}"  # torch.load maps by name only; `path` may be another file now
+            mapped = mapped and os.path.exists(opened)
+            return torch.load(opened if mapped else file, map_location="cpu", mmap=mapped, weights_only=True)
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{path} is missing") from None
     except DamagedCheckpoint:

@@ -166,7 +166,7 @@ def _source_weights(source, cfg):
 def _source_state(source, identity):
     """Of --init-from's checkpoint: the weights, the optimizer state, and the number of the sample that its run would
     have read next, if `identity` has its data, in its order; else 0."""
-    saved = _checkpoint(source, "--init-from")
+    saved = _checkpoint(source, "--init-from", mapped=False)  # a run on a CPU goes on in the optimizer's own tensors
     (_, weights), moments, state, was = model_parts(saved), saved["optimizer"], saved["state"], saved["identity"]
     params, names = ([param for group in moments["param_groups"] for param in group[key]]
                      for key in ("params", "param_names"))
@@ -244,7 +244,8 @@ def load_model(path):
     saved = _checkpoint(path, "--checkpoint-path")
     try:
         cfg, weights = model_parts(saved)
-        model = GPT.of(cfg, {name: weight.float() for name, weight in weights.items()})  # if saved again in 16 bits
+        # fp32 even if saved again in 16 bits; copies, as a shared file system may not keep a file that is replaced.
+        model = GPT.of(cfg, {name: weight.to(torch.float32, copy=True) for name, weight in weights.items()})
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, UserError) as error:
         raise UserError(f"--checkpoint-path {path}: its weights do not fit its own configuration "
                         f"({' '.join(str(error).split())[:300]})") from None
@@ -321,9 +322,9 @@ def model_parts(saved):
     return dataclasses.replace(cfg, max_position_embeddings=trained), weights
 
 
-def _checkpoint(path, named_by):
+def _checkpoint(path, named_by, mapped=True):
     try:
-        saved = load(path)
+        saved = load(path, mapped)
     except DamagedCheckpoint as error:
         others = sorted(str(file) for file in Path(path).parent.glob("*.pt") if file != Path(path))
         advice = f"beside it: {', '.join(others[:5])}" if others else "python train.py makes one"

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import PEAK_MB, ROOT
 
 import archive
 import checkpoint
@@ -44,6 +44,23 @@ def test_a_checkpoint_is_plain_torch_and_zip(tmp_path):
     assert torch.load(tmp_path / "c.pt", weights_only=True)["step"] == 7
     with zipfile.ZipFile(tmp_path / "c.pt") as whole_file:
         assert whole_file.testzip() is None and whole_file.comment.startswith(b"sha256:")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="only Linux names an open file")
+def test_to_use_a_model_takes_no_memory_for_its_optimizer(tmp_path):
+    path, used = tmp_path / "c.pt", torch.arange(1000.0)
+    save(path, dict(used=used, other=torch.ones(75_000_000)))
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import os, torch, archive; before = {PEAK_MB}\n"
+            f"found = archive.load({str(path)!r}, mapped=True); os.replace(sys.argv[1], {str(path)!r})\n"
+            f"assert found['used'].equal(torch.arange(1000.0)) and found['other'][-1] == 1, 'replaced meanwhile'\n"
+            f"print({PEAK_MB} - before)")
+    save(tmp_path / "next.pt", dict(used=used + 1))
+    run = subprocess.run([sys.executable, "-c", code, tmp_path / "next.pt"], capture_output=True, text=True)
+    assert run.returncode == 0 and int(run.stdout) < 100, run.stderr
+    assert load(path, mapped=True)["used"].equal(used + 1)
+    path.write_bytes(path.read_bytes()[:-200] + bytes(100) + path.read_bytes()[-100:])
+    with pytest.raises(DamagedCheckpoint, match="SHA-256"):
+        load(path, mapped=True)
 
 
 @pytest.mark.parametrize("damage", [
