@@ -230,9 +230,9 @@ def require_hub(sources, label="--train-data"):
             raise UserError(f"{label} {path}: no such file, and it cannot be fetched as a dataset: {problem}")
 
 
-def require_own_tokenizer(sources, val_sources, tokenizer_name, tokenizer_hash):
+def require_own_tokenizer(sources, val_sources, tokenizer_name, tokenizer_hash=None):
     """Raises UserError if there are token files without the tokenizer that made them, or none to validate on.
-    `tokenizer_hash`: of the tokenizer of that name, in hexadecimal; "" if it is yet to be trained."""
+    `tokenizer_hash`: in hexadecimal, once that tokenizer is loaded; "" if it is yet to be trained."""
     if foreign := foreign_tokens([*sources, *val_sources], tokenizer_name, tokenizer_hash):
         if is_by_character(foreign):
             raise UserError(f"--tokenizer-name {tokenizer_name}: the tokens of {foreign} are characters (meta.pkl); "
@@ -246,21 +246,22 @@ def require_own_tokenizer(sources, val_sources, tokenizer_name, tokenizer_hash):
         raise UserError(f"--train-data {files[0]}: a token file is trained on as a whole; give {both}, too")
 
 
-def foreign_tokens(sources, tokenizer_name, tokenizer_hash):
-    """The first token file among the sources that the tokenizer of that name, whose hash in hexadecimal begins with
-    `tokenizer_hash`, cannot have made, or None."""
+def foreign_tokens(sources, tokenizer_name, tokenizer_hash=None):
+    """The first token file among the sources that the tokenizer of that name cannot have made, or None. Of ours, with
+    its `tokenizer_hash` in hexadecimal, or the beginning of it: token shards have their tokenizer's."""
     made_with = {source.path: token_file_format(source.path)[2] for source in sources if source.kind == "tokens"}
     # Beside shards is the tokenizer that made them, though another version of `tokenizers` may write, and hash, it
     # otherwise now.
-    beside = os.path.realpath(tokenizer_name)
-    fitting = {made_by for path, made_by in made_with.items()
-               if made_by and os.path.realpath(Path(path).with_name("tokenizer")) == beside}
-    for path, made_by in made_with.items():
-        if made_by and made_by not in fitting and not (tokenizer_hash and made_by.hex().startswith(tokenizer_hash)):
-            return path
-        if not made_by and not os.path.isdir(tokenizer_name) and (tokenizer_name in OWN or is_by_character(path)):
-            return path
-    return None
+    own = os.path.realpath(tokenizer_name)
+    known = {made_by for path, made_by in made_with.items()
+             if os.path.realpath(Path(path).with_name("tokenizer")) == own}
+
+    def fits(path, made_by):
+        if made_by is None:
+            return os.path.isdir(tokenizer_name) or tokenizer_name not in OWN and not is_by_character(path)
+        return tokenizer_hash is None or made_by in known or tokenizer_hash and made_by.hex().startswith(tokenizer_hash)
+
+    return next((path for path, made_by in made_with.items() if not fits(path, made_by)), None)
 
 
 def is_by_character(token_file):

@@ -71,6 +71,7 @@ def prepare(cfg, vocab_size=0, writes=True, scratch=None, before=None):
         return Path(cfg.train_data[0])
     try:
         sources, val_sources = _sources(cfg)
+        require_own_tokenizer(sources, val_sources, cfg.tokenizer_name)  # before one of that name is looked for
         tokenizer = load_tokenizer(cfg.tokenizer_name)
         known = tokenizer_hash(tokenizer).hex() if tokenizer else ""
         require_own_tokenizer(sources, val_sources, cfg.tokenizer_name, known)
