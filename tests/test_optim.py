@@ -8,7 +8,7 @@ from conftest import ROOT
 
 from config import UserError
 from model import GPT, GPTConfig
-from optim import MuonAdamW, OptimConfig, lr_at, make_optimizer, orthogonalize, set_lr, state_sizes
+from optim import MuonAdamW, OptimConfig, StepGuard, lr_at, make_optimizer, orthogonalize, set_lr, state_sizes
 
 OPTIMIZERS = OptimConfig.__dataclass_fields__["optimizer"].metadata["choices"]
 
@@ -188,6 +188,35 @@ def test_an_overflow_in_fp16_changes_nothing_but_the_scale(name, device):
         same = [torch.equal(value, before[key]) for key, value in model.state_dict().items()]
         assert all(same) if spoil else not any(same)
         assert scaler.get_scale() == 4.0
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_guarded_step_is_the_same_whether_the_host_reads_the_flag_or_the_kernels_do(name):
+    models, cfg = [tiny(), tiny()], OptimConfig(optimizer=name)
+    optimizers = [make_optimizer(model, cfg, torch.device(device))
+                  for model, device in zip(models, ("cpu", "mps"), strict=True)]
+    guards = [StepGuard(cfg, optimizer, torch.amp.GradScaler("cpu", enabled=False), torch.device("cpu"))
+              for optimizer in optimizers]
+    for norm in (1.0, torch.nan, 1.0):
+        before = deepcopy(models[0].state_dict())
+        draw_gradients(*models)
+        assert all(guard.step(torch.tensor(norm), 0).item() == (norm == 1.0) for guard in guards)
+        for (key, a), b in zip(models[0].state_dict().items(), models[1].state_dict().values(), strict=True):
+            assert torch.allclose(a, b, atol=1e-6) and torch.equal(a, before[key]) == (norm != 1.0), key
+
+
+@pytest.mark.parametrize("dtype, expected", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32),
+                                             (None, torch.float32)], ids=str)
+def test_muon_multiplies_in_bf16_where_the_model_does(dtype, expected):
+    def identity(matrices, _, dtype):
+        found.append(dtype)
+        return matrices.to(dtype)
+
+    model, found = tiny(), []
+    optimizer = make_optimizer(model, OptimConfig(optimizer="muon"), torch.device("cpu"), dtype, identity)
+    draw_gradients(model)
+    optimizer.step()
+    assert set(found) == {expected}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
