@@ -258,10 +258,11 @@ def positive(text):
 
 
 class Parser(argparse.ArgumentParser):
-    """The parser of every command: errors are one line, and output to a closed stdout or stderr is dropped."""
+    """The parser of every command: errors are one line, and output to a closed stdout or stderr is dropped. By default
+    its description is shown as it is written."""
 
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
+    def __init__(self, formatter_class=argparse.RawDescriptionHelpFormatter, **options):
+        super().__init__(formatter_class=formatter_class, **options)
         # Spares the end of every command half a second, in which the last collection would go through all of torch; the
         # price: objects in cycles are not finalized.
         atexit.register(gc.freeze)

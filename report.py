@@ -6,7 +6,6 @@ python report.py checkpoints/lr                         all runs in a folder →
 python report.py checkpoints/minigpt.pt --terminal      the same as text, over ssh
 """
 
-import argparse
 import base64
 import datetime
 import html
@@ -352,7 +351,7 @@ def print_text(runs, x, smooth):
 
 @one_line_errors()
 def main():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("runs", metavar="RUN", nargs="*", default=[DEFAULT],
                         help=f"checkpoint path, metrics.jsonl, or a folder of runs (default: {DEFAULT})")
     parser.add_argument("--output", metavar="DIR", help="the folder to write (default: .report beside the first run; "

@@ -9,7 +9,6 @@ parameters as flags. Each trial is a separate run with its own checkpoint (check
 in this folder, where the programs of a sweep are.
 """
 
-import argparse
 import contextlib
 import ctypes
 import os
@@ -164,7 +163,7 @@ def _end_with_this_process():
 
 
 def main():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="create|agent")
     command = commands.add_parser("create", help="make a sweep from a TOML or YAML file")
     command.add_argument("sweep", metavar="FILE")

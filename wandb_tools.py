@@ -6,7 +6,6 @@ python wandb_tools.py sync RUN.pt --wandb-run-id NEW     send it as a new run: i
 python wandb_tools.py download PROJECT/RUN_ID [DIR]      files, history and artifacts of a run, or of a sweep's runs
 """
 
-import argparse
 import json
 import os
 import re
@@ -323,7 +322,7 @@ def run_command(parser):
 
 
 def main():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="check|sync|download")
     command = commands.add_parser("check", help="check everything that a tracked run needs, and say how to fix it")
     command.add_argument("--wandb-project", dest="project", default="", help="WANDB_PROJECT; else mini-llm")
