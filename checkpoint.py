@@ -24,7 +24,7 @@ from pathlib import Path
 import hardware
 from archive import DamagedCheckpoint, link, load, peek
 from config import UserError, arg, flag, is_launch_flag
-from files import beside_run, exists, matching_files
+from files import OTHER_CHECKPOINT, beside_run, exists, matching_files
 from processes import lock_until_exit
 
 FORMAT = 1
@@ -86,7 +86,7 @@ class CheckpointConfig:
 
     def drafts(self):
         """Temporary files left by killed saves."""
-        return self.matching(r"(\.(prev|best|best-of-\d+|nonfinite|(step|kept)-\d+))?\.pt\.tmp")
+        return self.matching(rf"({OTHER_CHECKPOINT})?\.pt\.tmp")
 
     def numbered(self):
         """The checkpoints kept by --keep-last and --keep-every, oldest first."""

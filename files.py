@@ -9,6 +9,8 @@ import os
 import re
 from pathlib import Path
 
+# What the names of a run's other checkpoints have between its stem and `.pt`, as a regex.
+OTHER_CHECKPOINT = r"\.(best(-of-\d+)?|prev|nonfinite|(step|kept)-\d+)"
 # The fields that a record of metrics.jsonl must have if it is an event, by kind of event.
 EVENTS = dict(config=dict(config=dict), sample=dict(text=str), alert=dict(title=str, text=str), exit=dict(code=int))
 
@@ -70,7 +72,7 @@ def beside_run(path, suffix):
     `path`: any of those checkpoints, or the run's metrics.jsonl."""
     path = Path(path)
     stem = path.name.removesuffix(".metrics.jsonl") if path.name.endswith(".metrics.jsonl") else path.stem
-    return path.with_name(re.sub(r"\.(best(-of-\d+)?|prev|nonfinite|(step|kept)-\d+)$", "", stem) + suffix)
+    return path.with_name(re.sub(rf"{OTHER_CHECKPOINT}$", "", stem) + suffix)
 
 
 def matching_files(prefix, pattern):
