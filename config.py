@@ -324,18 +324,14 @@ def coerce(label, declared, value):
         return number
     if not isinstance(value, base) or (isinstance(value, bool) and base is not bool):
         raise UserError(f"{label} {value!r}: expected {base.__name__}{_example(field)}")
-    if base is str and not _is_text(value):
+    if base is str and ("\0" in value or any("\ud800" <= char <= "\udfff" for char in value)):
+        # Neither a file's content nor its name: it would fail when first written.
         raise UserError(f"{label} {value!r}: not UTF-8 text, or it contains a NUL")
     if value == "" and not meta["empty"]:
         raise UserError(f"{label} '': is empty; name a file, or leave it out")
     if meta["choices"] and value not in meta["choices"]:
         raise UserError(f"{label} {value}: not one of {', '.join(meta['choices'])}{_nearest(value, meta['choices'])}")
     return value
-
-
-def _is_text(value):
-    """Whether `value` is text that is valid as a file's content and name; else it would fail when first written."""
-    return isinstance(value, str) and "\0" not in value and not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def _example(field):
