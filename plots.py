@@ -243,10 +243,10 @@ def _label_log(axis, values):
     axis.set_label_text(axis.get_label_text() + ", log scale")
 
 
-def terminal_plot(panel, runs, x="step", smooth=0, width=80, height=12, color=False):
+def terminal_plot(panel, runs, x, smooth, width, height, color):
     """The lines of a text plot of `width` characters. Curves are drawn in braille. Points are ● if there is one run,
     else the run's letter, which also marks the end of its curve."""
-    label, scale = axis(runs, x)
+    (label, scale), several = axis(runs, x), len(runs) > 1
     curves = []  # (run index, is_line, xs, ys)
     for i, run in enumerate(runs):
         for metric in panel.metrics():
@@ -273,10 +273,11 @@ def terminal_plot(panel, runs, x="step", smooth=0, width=80, height=12, color=Fa
         dots = [place(at, value) for at, value in zip(xs, ys, strict=True)]
         if is_line:
             canvas.line(dots, i)
-        for column, row in dots if not is_line else dots[-1:] if len(runs) > 1 else []:
-            canvas.mark(column, row, MARKS[i % len(MARKS)] if len(runs) > 1 else "●", i + (len(runs) == 1))
-    key = f"   {'⠒ ' + panel.line_label if panel.line else ''}{'   ● validation' if panel.points else ''}"
-    out = [f"{panel.title} ({panel.unit})" + (key if len(runs) == 1 and panel.line and panel.points else "")]
+            dots = dots[-1:] if several else []
+        for dot in dots:
+            canvas.mark(*dot, *(MARKS[i % len(MARKS)], i) if several else ("●", 1))  # 1: the second color
+    key = f"   ⠒ {panel.line_label}   ● validation" * bool(panel.line and panel.points)
+    out = [f"{panel.title} ({panel.unit})" + ("" if several else key)]
     for row, text in enumerate(canvas.rows(color)):
         out.append(f"{edges.get(row, ''):>{margin - 2}} {'┤' if row in edges else '│'}{text}")
     label += ", log scale" * panel.log_x
@@ -315,10 +316,8 @@ class _Canvas:
     def rows(self, color):
         for row in range(self.n_rows):
             cells = [(row, column) for column in range(self.columns)]
-            yield "".join(self._paint(self._text(cell), self.owner.get(cell), color) for cell in cells).rstrip()
+            yield "".join(self._text(cell, color) for cell in cells).rstrip()
 
-    def _text(self, cell):
-        return self.marks.get(cell) or (chr(0x2800 + self.dots[cell]) if cell in self.dots else " ")
-
-    def _paint(self, text, run, color):
-        return f"\033[{ANSI[run % len(ANSI)]}m{text}\033[0m" if color and run is not None else text
+    def _text(self, cell, color):
+        text = self.marks.get(cell) or (chr(0x2800 + self.dots[cell]) if cell in self.dots else " ")
+        return f"\033[{ANSI[self.owner[cell] % len(ANSI)]}m{text}\033[0m" if color and cell in self.owner else text
