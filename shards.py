@@ -191,14 +191,15 @@ def read_meta(folder):
     """The meta.json beside the shards. Raises UserError if it is unreadable or malformed."""
     try:
         meta = read_json(folder / "meta.json")
-        counts = [meta[what][split] for what in ("tokens", "bytes") for split in ("train", "val")]
-        texts = [meta["tokenizer"], meta["tokenizer_hash"], *(meta["fingerprint"][split] for split in ("train", "val"))]
-        for split, count in zip(("train", "val"), counts, strict=False):  # a single source has no name
-            meta[f"{split}_sources"] = meta.get(f"{split}_sources") or {"": [0, count]}
-        spans = [number for split in ("train", "val") for start, count in meta[f"{split}_sources"].values()
-                 for number in (start, count)]
-        if not (all(type(number) is int and number >= 0 for number in [*counts, *spans])
-                and counts[1] and all(isinstance(text, str) for text in texts)
+        numbers, texts = [], [meta["tokenizer"], meta["tokenizer_hash"]]
+        for split in ("train", "val"):
+            count, name = meta["tokens"][split], f"{split}_sources"
+            meta[name] = meta.get(name) or {"": [0, count]}  # a single source has no name
+            numbers += [count, meta["bytes"][split]]
+            numbers += [number for start, length in meta[name].values() for number in (start, length)]
+            texts.append(meta["fingerprint"][split])
+        if not (all(type(number) is int and number >= 0 for number in numbers)
+                and meta["tokens"]["val"] and all(isinstance(text, str) for text in texts)
                 and isinstance(meta["entropy_rate"], float | None) and meta.keys() >= {"vocab_size", "eos"}):
             raise TypeError("a value of it is of another type")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
