@@ -103,9 +103,9 @@ class Corpus:
         deleted once they are open. `earlier`: the folder of shards that a resumed run had with these flags."""
         if scratch:
             with tempfile.TemporaryDirectory(prefix="mini-llm-", ignore_cleanup_errors=True) as folder:
-                self._open(cfg, prepare(cfg, vocab_size, scratch=folder, before=earlier), checks=True)
+                self._open(cfg, prepare(cfg, vocab_size, scratch=folder, earlier=earlier), checks=True)
         else:
-            folder = prepare(cfg, vocab_size, writes, before=earlier)
+            folder = prepare(cfg, vocab_size, writes, earlier=earlier)
             self._open(cfg, folder, checks=writes)  # once per node: a failure ends all ranks
 
     def _open(self, cfg, folder, checks):
@@ -144,8 +144,8 @@ class Corpus:
         if len(cfg.train_weights) > 1:
             self.train_sources = {name: Shard(self.train.path, *span) for name, span in spans.items()}
             self.shares = (np.bincount(self.turns) / len(self.turns)).tolist()
-        self.n_windows, self.n_val_windows = (sum(shard.windows(self.seq_len) for shard in sources.values())
-                                              for sources in (self.train_sources, self.val_sources))
+        self.n_windows = sum(shard.windows(self.seq_len) for shard in self.train_sources.values())
+        self.n_val_windows = sum(shard.windows(self.seq_len) for shard in self.val_sources.values())
         self._require_windows(cfg)
 
     def _require_windows(self, cfg):

@@ -54,12 +54,12 @@ PREPARE_PATIENCE = 900  # seconds without progress after which a process stops w
 log = logging.getLogger("mini_llm")
 
 
-def prepare(cfg, vocab_size=0, writes=True, scratch=None, before=None):
+def prepare(cfg, vocab_size=0, writes=True, scratch=None, earlier=None):
     """The folder of token shards that `cfg` describes, created if it does not exist. Safe against concurrent processes
     and against being killed: one process writes, under a lock that is released when it dies, into a draft folder that
     is renamed only when complete; the next one goes on from its last `Progress`. Without `writes`, waits for another
     process to write it. With `scratch`, a folder provided by the caller, shards that are not in the cache are created
-    there. `before`: the folder that a resumed run had with these flags; if the text has changed since, it keeps it.
+    there. `earlier`: the folder that a resumed run had with these flags; if the text has changed since, it keeps it.
 
     Raises UserError for unusable text, and then leaves nothing behind.
     """
@@ -77,19 +77,19 @@ def prepare(cfg, vocab_size=0, writes=True, scratch=None, before=None):
         require_own_tokenizer(sources, val_sources, cfg.tokenizer_name, known)
         folder = Path(cfg.cache_dir) / _key(cfg, vocab_size, tokenizer, sources, val_sources)
     except UserError as error:
-        if not before:
+        if not earlier:
             raise
         folder, changed = None, str(error)
     else:
-        other = before and folder.name != Path(before).name
+        other = earlier and folder.name != Path(earlier).name
         changed = other and "the text has changed, or what splits it or makes tokens of it"
-    if changed and not os.path.isdir(before):
-        raise UserError(f"{changed}, and the tokens that this run began with, {before}, are not on this machine; copy "
+    if changed and not os.path.isdir(earlier):
+        raise UserError(f"{changed}, and the tokens that this run began with, {earlier}, are not on this machine; copy "
                         f"them there")
     if changed:
         log.warning("%s: this run goes on with the tokens that it began with, %s; for others, start a new run with "
-                    "--init-from", changed, before)
-        return Path(before)
+                    "--init-from", changed, earlier)
+        return Path(earlier)
     if scratch and not os.path.exists(folder):  # unlike Path.exists, not an error where access is denied
         folder, writes = Path(scratch) / folder.name, True
     if writes and not os.path.exists(folder):

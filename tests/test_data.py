@@ -331,7 +331,7 @@ def test_tokens_of_another_rule_of_the_split_are_kept_by_their_run_and_taken_by_
         before.setattr(token_cache, "takes_tails", lambda *_: True)  # a number in the folder's key, as it was
         old = prepare(cfg)
     assert prepare(cfg) != old
-    assert prepare(cfg, before=old) == old and "goes on with the tokens that it began with" in caplog.text
+    assert prepare(cfg, earlier=old) == old and "goes on with the tokens that it began with" in caplog.text
 
 
 def test_tokens_of_tails_are_found_whatever_the_seed(text, tmp_path):
