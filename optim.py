@@ -164,7 +164,7 @@ class MuonAdamW(Optimizer):
 
     found_inf = None  # a scalar tensor on the device: 1.0 skips the step
 
-    def __init__(self, groups, matmul_dtype=None, orthogonalizer=None):
+    def __init__(self, groups, matmul_dtype, orthogonalizer):
         self.orthogonalize = orthogonalizer or (lambda matrices, _, dtype: orthogonalize(matrices, dtype))
         self.dtype = torch.bfloat16 if matmul_dtype == torch.bfloat16 else torch.float32
         # Makes GradScaler set found_inf (after unscale_) instead of reading it back; only fused AdamW supports this.
