@@ -204,7 +204,8 @@ def write_texts(model, tokenizer, eos, saved, cfg, out):
     prompts = cfg.prompts()
     texts = [text for text in prompts for _ in range(cfg.num_samples)]
     start, prefix = saved.get("start", eos or 0), saved.get("prefix", [])
-    ids = [one for text in prompts for one in [prompt_ids(tokenizer, start, text, prefix)] * cfg.num_samples]
+    encoded = [prompt_ids(tokenizer, start, text, prefix) for text in prompts]
+    ids = [one for one in encoded for _ in range(cfg.num_samples)]
     seeds = [[cfg.seed, *divmod(row, cfg.num_samples)] for row in range(len(texts))]
     finished, n_tokens, n_written = {}, 0, 0
 
