@@ -168,15 +168,15 @@ def plan_together(cfg, world, dry_run=False):
 def claim(cfg, resume_from, n_bytes, step):
     """Locks the run's checkpoint path against others while this process lives. Raises UserError if another run writes
     there, or has since `plan`, or if the disk cannot hold the checkpoints from `step` on, `n_bytes` each."""
-    require_space(cfg.checkpoint, n_bytes, cfg.optim.num_steps - step, cfg.wandb.uploads)
-    cfg = cfg.checkpoint
+    own = cfg.checkpoint
+    require_space(own, n_bytes, cfg.optim.num_steps - step, cfg.wandb.uploads)
     try:
-        cfg.beside(".lock").parent.mkdir(parents=True, exist_ok=True)
-        free = lock_until_exit(cfg.beside(".lock"))
+        own.beside(".lock").parent.mkdir(parents=True, exist_ok=True)
+        free = lock_until_exit(own.beside(".lock"))
     except OSError as error:
-        raise UserError(f"--checkpoint-path {cfg.checkpoint_path}: {error.strerror}; give another path") from None
-    if not free or (resume_from is None and not cfg.overwrite and os.path.exists(cfg.checkpoint_path)):
-        raise _in_use(cfg)
+        raise UserError(f"--checkpoint-path {own.checkpoint_path}: {error.strerror}; give another path") from None
+    if not free or (resume_from is None and not own.overwrite and os.path.exists(own.checkpoint_path)):
+        raise _in_use(own)
 
 
 def _in_use(cfg):
@@ -330,7 +330,8 @@ def begin(cfg, resume_from, state, eval_tokens):
     if cfg.overwrite and goes_on:
         link(Path(resume_from), path)
         stale += [file for file in cfg.numbered() if step_of(file) > state.step]
-        stale += [best] * (saved(best)["state"].get("step", 0) > state.step)
+        if saved(best)["state"].get("step", 0) > state.step:
+            stale.append(best)
     elif not goes_on:  # any such files belong to another run, even if that one never saved a checkpoint
         shutil.rmtree(cfg.beside(".tensorboard"), ignore_errors=True)
         stale += [cfg.beside(".metrics.jsonl"), cfg.beside(".log")]

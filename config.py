@@ -25,50 +25,6 @@ import types
 import typing
 from pathlib import Path
 
-SHARDING = "train_fsdp.py shards the model over all ranks"
-# Names of these flags in other projects (nanoGPT, nanochat, the Hugging Face Trainer), for "did you mean"; or, with a
-# space, what to do where no flag is like it.
-ELSEWHERE = {"learning_rate": "lr", "max_iters": "num_steps", "max_steps": "num_steps", "block_size": "seq_len",
-             "output_dir": "checkpoint_path", "out_dir": "checkpoint_path", "bf16": "amp_dtype", "fp16": "amp_dtype",
-             "bfloat16": "bf16", "float16": "fp16",
-             "resume_from_checkpoint": "resume", "hidden_size": "d_model", "n_embd": "d_model", "dtype": "amp_dtype",
-             "gradient_accumulation_steps": "grad_accum_steps", "wandb_log": "use_wandb",
-             "max_grad_norm": "grad_clip_norm", "grad_clip": "grad_clip_norm", "log_interval": "log_steps",
-             "eval_interval": "eval_steps", "dataset": "train_data", "tokenizer": "tokenizer_name",
-             "data": "train_data", "epochs": "num_steps", "batch": "batch_size", "context_length": "seq_len",
-             "max_seq_len": "seq_len", "sequence_length": "seq_len", "ckpt": "checkpoint_path", "wandb": "use_wandb",
-             "model": "arch", "model_name": "init_from", "save_interval": "save_steps", "steps": "num_steps",
-             "always_save_checkpoint": "save_steps", "per_device_train_batch_size": "batch_size",
-             "micro_batch_size": "batch_size", "start": "prompt", "gpu": "cuda", "precision": "amp_dtype",
-             "gradient_checkpointing": "use_activation_checkpoint", "vocab": "vocab_size",
-             "num_train_epochs": "num_steps", "num_epochs": "num_steps", "num_iterations": "num_steps",
-             "tokens": "num_steps", "train_tokens": "num_steps", "total_tokens": "num_steps",
-             "param_data_ratio": "num_steps", "target_param_data_ratio": "num_steps", "eval_iters": "eval_tokens",
-             "depth": "n_layers", "device_batch_size": "batch_size", "total_batch_size": "global_batch_tokens",
-             "matrix_lr": "muon_lr", "embedding_lr": "lr", "report_to": "use_wandb", "enable_wandb": "use_wandb",
-             "run_name": "wandb_run_name", "run": "wandb_run_name", "save_every": "save_steps",
-             "checkpoint_every": "save_steps", "sample_every": "sample_steps", "eval_every": "eval_steps",
-             "logging_steps": "log_steps", "log_every": "log_steps", "val_interval": "eval_steps",
-             "validation_data": "val_data", "val_split": "val_ratio", "val_size": "val_ratio", "resume_from": "resume",
-             "resume_from_step": "resume", "adam_beta1": "beta1", "adam_beta2": "beta2", "wd": "weight_decay",
-             "load_optimizer": "keep_optimizer", "load_optimizer_state": "keep_optimizer",
-             # The schedule.
-             "warmup": "warmup_steps", "warmup_iters": "warmup_steps", "warmup_ratio": "warmup_steps",
-             "lr_scheduler_type": "lr_scheduler", "decay_lr": "lr_scheduler", "lr_decay_iters": "num_steps",
-             "final_lr": "min_lr", "final_lr_frac": "min_lr", "decay_ratio": "decay_steps", "decay": "decay_steps",
-             "lr_decay_steps": "decay_steps", "decay_iters": "decay_steps", "warmdown": "decay_steps",
-             "warmdown_ratio": "decay_steps", "warmdown_steps": "decay_steps", "warmdown_iters": "decay_steps",
-             "cooldown": "decay_steps", "cooldown_steps": "decay_steps", "cooldown_ratio": "decay_steps",
-             # torchtitan's and torchtune's tables, Flyte's words.
-             "metrics": "wandb", "metric_logger": "wandb", "run_mode": "wandb_run_mode", "project": "wandb_project",
-             "rank_scope": "wandb_rank_scope",
-             **dict.fromkeys(("use_tensor_parallel", "tensor_parallel", "tp", "fsdp", "use_fsdp"), SHARDING),
-             "download_logs": "after the run: python wandb_tools.py download RUN.pt",
-             "eval_only": "run python evaluate.py", "bias": "it comes with --arch",
-             "z_loss": "docs/extending.md has it as a diff", "ema": "docs/extending.md has it as a diff",
-             "mlp_ratio": "the MLP's width is --d-ff",
-             "early_stop": "the best weights are kept in .best.pt", "patience": "the best weights are kept in .best.pt",
-             "early_stopping": "the best weights are kept in .best.pt"}
 # How a process is launched and where it writes, not what it trains; so are W&B's flags, wandb_…
 LAUNCH_FLAGS = {"resume", "overwrite", "dry_run", "checkpoint_path", "cache_dir", "heartbeat_file"}
 RUN_CONFIG = ".config.toml"  # a run keeps its flags under its checkpoint's name with this suffix
@@ -169,9 +125,9 @@ def parse(cls, argv=None):
                         help="defaults for the flags below, which override it; may be given again: later ones win")
     for group in dataclasses.fields(cls):
         section = parser.add_argument_group(group.type.__doc__.strip().splitlines()[0].rstrip("."))
-        for name, (owner, field, kind) in fields.items():
-            if owner == group.name:
-                _add_flag(section, name, field, kind)
+        for declared in fields.values():
+            if declared.group == group.name:
+                _add_flag(section, declared)
 
     argv = [word for given in (sys.argv[1:] if argv is None else argv) for word in _plain_flags(given, fields)]
     given, unknown = parser.parse_known_args(argv)
@@ -189,14 +145,12 @@ def parse(cls, argv=None):
         found = _read_toml(path, cls, fields)
         if path.endswith(RUN_CONFIG) and "checkpoint_path" in fields:  # of that run, wherever it has been moved
             found.setdefault("checkpoint_path", path.removesuffix(RUN_CONFIG) + ".pt")
-            if found.get("global_batch_tokens"):  # older files have both
-                found.pop("grad_accum_steps", None)
         values |= found
     values |= {name: coerce(flag(name), fields[name], value) for name, value in given.items()}
 
     groups = {}
     for group in dataclasses.fields(cls):
-        own = {name: value for name, value in values.items() if fields[name][0] == group.name}
+        own = {name: value for name, value in values.items() if fields[name].group == group.name}
         groups[group.name] = group.type(**own)
     config = cls(**groups)
     config.given = frozenset(values)  # set explicitly, rather than left at their defaults
@@ -206,20 +160,29 @@ def parse(cls, argv=None):
     return config
 
 
+class Declared(typing.NamedTuple):
+    """A flag as a dataclass declares it. `group`: the name of this dataclass in the composed one."""
+
+    group: str
+    field: dataclasses.Field
+    kind: type
+
+
 def flag_fields(cls):
-    """name → (group name, dataclass field, type) for every flag of `cls`."""
+    """name → Declared, for every flag of `cls`."""
     found = {}
     for group in dataclasses.fields(cls):
         hints = typing.get_type_hints(group.type)
         for field in dataclasses.fields(group.type):
             assert field.name not in found, f"two groups declare {field.name}"
-            found[field.name] = (group.name, field, hints[field.name])
+            found[field.name] = Declared(group.name, field, hints[field.name])
     return found
 
 
 def flatten(config):
     """A filled dataclass of dataclasses as one flat dict: what is logged, tracked and saved."""
-    return {name: getattr(getattr(config, group), name) for name, (group, _, _) in flag_fields(type(config)).items()}
+    groups = {name: declared.group for name, declared in flag_fields(type(config)).items()}
+    return {name: getattr(getattr(config, group), name) for name, group in groups.items()}
 
 
 def is_launch_flag(name):
@@ -274,8 +237,9 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def _add_flag(section, name, field, kind):
-    meta, default = field.metadata, _default(field)
+def _add_flag(section, declared):
+    _, field, kind = declared
+    name, meta, default = field.name, field.metadata, _default(field)
     shown = "" if default in (None, "", [], False) else f" (default: {default})"
     options = dict(dest=name, default=argparse.SUPPRESS, help=(meta["help"] + shown).replace("%", "%%"))
     base = _base_type(kind)
@@ -304,10 +268,11 @@ def _base_type(kind):
 
 def coerce(label, declared, value):
     """Convert a command-line string or a TOML value to the type that the field declares, checking its bounds."""
-    group, field, kind = declared
+    _, field, kind = declared
     base, meta = _base_type(kind), field.metadata
     if typing.get_origin(kind) is list:
-        return [coerce(label, (group, field, base), item) for item in (value if isinstance(value, list) else [value])]
+        single = declared._replace(kind=base)
+        return [coerce(label, single, item) for item in (value if isinstance(value, list) else [value])]
     if base in (int, float) and not isinstance(value, bool) and isinstance(value, (str, int, float)):
         try:
             number = base(value)
@@ -372,6 +337,52 @@ def _toml_values(path, table, cls, fields):
     return values
 
 
+SHARDING = "train_fsdp.py shards the model over all ranks"
+# Names of these flags in other projects (nanoGPT, nanochat, the Hugging Face Trainer), for "did you mean"; or, with a
+# space, what to do where no flag is like it.
+ELSEWHERE = {"learning_rate": "lr", "max_iters": "num_steps", "max_steps": "num_steps", "block_size": "seq_len",
+             "output_dir": "checkpoint_path", "out_dir": "checkpoint_path", "bf16": "amp_dtype", "fp16": "amp_dtype",
+             "bfloat16": "bf16", "float16": "fp16",
+             "resume_from_checkpoint": "resume", "hidden_size": "d_model", "n_embd": "d_model", "dtype": "amp_dtype",
+             "gradient_accumulation_steps": "grad_accum_steps", "wandb_log": "use_wandb",
+             "max_grad_norm": "grad_clip_norm", "grad_clip": "grad_clip_norm", "log_interval": "log_steps",
+             "eval_interval": "eval_steps", "dataset": "train_data", "tokenizer": "tokenizer_name",
+             "data": "train_data", "epochs": "num_steps", "batch": "batch_size", "context_length": "seq_len",
+             "max_seq_len": "seq_len", "sequence_length": "seq_len", "ckpt": "checkpoint_path", "wandb": "use_wandb",
+             "model": "arch", "model_name": "init_from", "save_interval": "save_steps", "steps": "num_steps",
+             "always_save_checkpoint": "save_steps", "per_device_train_batch_size": "batch_size",
+             "micro_batch_size": "batch_size", "start": "prompt", "gpu": "cuda", "precision": "amp_dtype",
+             "gradient_checkpointing": "use_activation_checkpoint", "vocab": "vocab_size",
+             "num_train_epochs": "num_steps", "num_epochs": "num_steps", "num_iterations": "num_steps",
+             "tokens": "num_steps", "train_tokens": "num_steps", "total_tokens": "num_steps",
+             "param_data_ratio": "num_steps", "target_param_data_ratio": "num_steps", "eval_iters": "eval_tokens",
+             "depth": "n_layers", "device_batch_size": "batch_size", "total_batch_size": "global_batch_tokens",
+             "matrix_lr": "muon_lr", "embedding_lr": "lr", "report_to": "use_wandb", "enable_wandb": "use_wandb",
+             "run_name": "wandb_run_name", "run": "wandb_run_name", "save_every": "save_steps",
+             "checkpoint_every": "save_steps", "sample_every": "sample_steps", "eval_every": "eval_steps",
+             "logging_steps": "log_steps", "log_every": "log_steps", "val_interval": "eval_steps",
+             "validation_data": "val_data", "val_split": "val_ratio", "val_size": "val_ratio", "resume_from": "resume",
+             "resume_from_step": "resume", "adam_beta1": "beta1", "adam_beta2": "beta2", "wd": "weight_decay",
+             "load_optimizer": "keep_optimizer", "load_optimizer_state": "keep_optimizer",
+             # The schedule.
+             "warmup": "warmup_steps", "warmup_iters": "warmup_steps", "warmup_ratio": "warmup_steps",
+             "lr_scheduler_type": "lr_scheduler", "decay_lr": "lr_scheduler", "lr_decay_iters": "num_steps",
+             "final_lr": "min_lr", "final_lr_frac": "min_lr", "decay_ratio": "decay_steps", "decay": "decay_steps",
+             "lr_decay_steps": "decay_steps", "decay_iters": "decay_steps", "warmdown": "decay_steps",
+             "warmdown_ratio": "decay_steps", "warmdown_steps": "decay_steps", "warmdown_iters": "decay_steps",
+             "cooldown": "decay_steps", "cooldown_steps": "decay_steps", "cooldown_ratio": "decay_steps",
+             # torchtitan's and torchtune's tables, Flyte's words.
+             "metrics": "wandb", "metric_logger": "wandb", "run_mode": "wandb_run_mode", "project": "wandb_project",
+             "rank_scope": "wandb_rank_scope",
+             **dict.fromkeys(("use_tensor_parallel", "tensor_parallel", "tp", "fsdp", "use_fsdp"), SHARDING),
+             "download_logs": "after the run: python wandb_tools.py download RUN.pt",
+             "eval_only": "run python evaluate.py", "bias": "it comes with --arch",
+             "z_loss": "docs/extending.md has it as a diff", "ema": "docs/extending.md has it as a diff",
+             "mlp_ratio": "the MLP's width is --d-ff",
+             "early_stop": "the best weights are kept in .best.pt", "patience": "the best weights are kept in .best.pt",
+             "early_stopping": "the best weights are kept in .best.pt"}
+
+
 def refuse_unknown(word, known, what, otherwise=" (see --help)"):
     """Raises UserError, with the name among `known` that is most like `word`, if there is one."""
     word = word.split("=")[0]
@@ -399,7 +410,7 @@ def _plain_flags(word, fields):
     name, equals, value = word[2:].partition("=")
     name = name.replace("-", "_")
     no = "no_" if name.startswith("no_") and name not in fields else ""
-    _, _, kind = fields.get(name.removeprefix(no), (None, None, None))
+    kind = fields[name.removeprefix(no)].kind if name.removeprefix(no) in fields else None
     if kind and _base_type(kind) is bool and value.lower() in ("true", "false"):
         on = (value.lower() == "true") is not bool(no)
         return [flag(name.removeprefix(no) if on else "no_" + name.removeprefix(no))]

@@ -214,7 +214,7 @@ class Pulse(NoPulse):
         with self.leaving:  # the main thread or the pulse thread, whichever comes first
             try:
                 code, reason = self.store.compare_set("reason", "", f"{code} {reason}").decode().split(" ", 1)
-                for _ in range(30 * (self.rank > 0)):
+                for _ in range(30 if self.rank else 0):
                     if self.store.check(["said"]):
                         break
                     time.sleep(0.1)

@@ -118,7 +118,7 @@ class Run:
         """Where and when the run ran, and other facts that the comparison table has no column for."""
         ranks, started = self.config.get("world_size"), datetime.datetime.fromtimestamp(self.rows[0]["time"])
         parts = [str(self.path), self.config.get("arch"), self.config.get("device"),
-                 f"{ranks} rank{'s'[:ranks > 1]}" if ranks else "", f"first report {started:%Y-%m-%d %H:%M}"]
+                 f"{ranks} rank{'s' * (ranks > 1)}" if ranks else "", f"first report {started:%Y-%m-%d %H:%M}"]
         if weights := self.config.get("init_from"):
             parts.append(f"weights{' and optimizer state' * bool(self.config.get('keep_optimizer'))} from {weights}")
         resumed = [f"{step:,}" for step, _ in self.starts if step]

@@ -122,10 +122,9 @@ def _sources(cfg):
 def _key(cfg, vocab_size, tokenizer, sources, val_sources):
     """The name of the folder: a hash of everything that determines which tokens are in it."""
     key = hashlib.blake2b(digest_size=12)
-    # The split once depended on --data-seed, 1337 by default. Where it is the same as with that, so is the folder.
-    tails = takes_tails(sources, cfg.val_ratio)
-    as_before = not cfg.train_data or tails and len(sources) * cfg.val_ratio < 2
-    split = cfg.data_seed if cfg.use_toy_data else 1337 if as_before else "tails" if tails else "by the text"
+    split = "tails" if takes_tails(sources, cfg.val_ratio) else "by the text"
+    if not cfg.train_data:
+        split = cfg.data_seed if cfg.use_toy_data else "built in"
     settings = [CODE_VERSION, FORMAT, cfg.use_toy_data, cfg.max_tokens, cfg.text_column,
                 *([] if val_sources else [cfg.val_ratio, split]),
                 cfg.tokenizer_name if tokenizer is None else tokenizer.to_str(),

@@ -132,7 +132,7 @@ def log_facts(cfg, world, corpus, raw, optimizer_bytes, precision, accum, state,
     compiled = should_compile(cfg.speed, world.device)
     fixed = state_bytes(raw, optimizer_bytes, world, accum)
     activations = activation_bytes(raw, micro, precision.dtype, compiled)
-    log.info(f"Using device: {world.device} ({device_name(world.device)}), {world.size} rank{'s'[:world.size > 1]}"
+    log.info(f"Using device: {world.device} ({device_name(world.device)}), {world.size} rank{'s' * (world.size > 1)}"
              + f", each {world.shards} of which hold a replica of the model" * (1 < world.shards < world.size)
              + ", which share one replica of the model" * (1 < world.shards == world.size))
     log.info("Arguments: " + " ".join(f"{name}={value}" for name, value in flatten(cfg).items()

@@ -229,12 +229,6 @@ def test_the_words_of_nanogpts_init_from_are_answered(word, answer):
         parse(Config, [f"--init_from={word}"])
 
 
-def test_a_runs_config_of_before_may_have_both_ways_to_say_the_batch(tmp_path):
-    (tmp_path / "c.config.toml").write_text("global_batch_tokens = 4096\ngrad_accum_steps = 1\n")
-    cfg = parse(Config, ["--config", str(tmp_path / "c.config.toml")])
-    assert cfg.batch.accum_steps(1, 256) == 2 and cfg.checkpoint.checkpoint_path == str(tmp_path / "c.pt")
-
-
 def test_a_table_of_another_trainer_is_answered_with_ours(tmp_path):
     (tmp_path / "c.toml").write_text("[metrics]\nenable_wandb = true\n")
     with pytest.raises(UserError, match="section metrics is not known; did you mean wandb?"):
