@@ -36,6 +36,7 @@ NOT_THE_MODEL = {*map(flag, DATA_FLAGS), "--seq-len", "--optimizer", "sequences 
 ORDER = ("--seq-len", "--data-seed", "--train-weights", "the mixture", "the tokenizer", "the training data")
 SUFFIXES = (".prev.pt", ".best.pt", ".nonfinite.pt", ".log", ".metrics.jsonl", ".config.toml", ".tokenizer",
             ".tensorboard", ".trace.json", ".wandb.json")
+OTHER_BEST = r"\.best-of-\d+\.pt"  # the best by losses over another number of --eval-tokens
 PATIENCE = 180  # seconds --resume waits for the previous run's lock: it may still be saving, or its node may be gone
 
 log = logging.getLogger("mini_llm")
@@ -218,9 +219,11 @@ def earlier_shards(path, cfg, config, known):
     for file in (path, cfg.beside(".prev.pt")) if path else ():
         if is_of_a_run(found := peek(file)):  # else damaged
             _require_same_run(file, found, known, config)
-            same = all(found["config"].get(name) == config.get(name) for name in DATA_FLAGS)
-            folder = str(found.get("tokens", ""))
-            return folder if same and os.path.isdir(folder) else None
+            if any(found["config"].get(name) != config.get(name) for name in DATA_FLAGS):
+                return None
+            folder = str(found.get("tokens", ""))  # as it was named, and in this project wherever that has been moved
+            here = os.path.join(config["cache_dir"], os.path.basename(folder))
+            return next(filter(os.path.isdir, (folder, here)), None)
     return None
 
 
@@ -242,8 +245,10 @@ def load_for_resume(path, cfg, identity, config, mends=True):
         if compared and flags.get(name, value) != value:
             log.info("resumed with another %s: was %s, is %s", flag(name), flags[name], value)
     if source != path and mends:
-        if _one_file(cfg.beside(".best.pt"), path):  # its loss would be the one to beat, its weights are damaged
-            cfg.beside(".best.pt").unlink()
+        # The damaged file's other names: the best would be the one to beat, one that is kept would take its turn.
+        for file in [cfg.beside(".best.pt"), *cfg.numbered()]:
+            if _one_file(file, path):
+                file.unlink()
         link(source, path)  # else the next save would replace the good file with the damaged one
     return payload
 
@@ -260,7 +265,8 @@ def _require_same_run(source, payload, identity, config):
     if changed:
         samples = changed.get("sequences in a step")
         hint = f" (--batch-size x --grad-accum-steps x ranks has to be {samples[0]})" if samples else ""
-        own, tokenizer = shlex.quote(str(source)), shlex.quote(str(beside_run(source, ".tokenizer")))
+        own, flags_file, tokenizer = (shlex.quote(str(path)) for path in (
+            source, beside_run(source, ".config.toml"), beside_run(source, ".tokenizer")))
         anew = f"train its weights in a new run: --init-from {own} --tokenizer-name {tokenizer}"
         if any(name not in NOT_THE_MODEL and not name.startswith("the ") for name in changed):
             anew = "start anew"
@@ -269,7 +275,7 @@ def _require_same_run(source, payload, identity, config):
         changed = [f"{name} is another" if name.startswith("the ") else f"{name} was {before}, is {now}"
                    for name, (before, now) in changed.items()]
         raise UserError(f"--resume: {source} is of another run: {'; '.join(changed)}{hint}; give the flags and data "
-                        f"that it was started with (--config {beside_run(source, '.config.toml')}), or {anew} with "
+                        f"that it was started with (--config {flags_file}), or {anew} with "
                         f"another --checkpoint-path")
 
 
@@ -330,8 +336,8 @@ def begin(cfg, resume_from, state, eval_tokens):
     if cfg.overwrite and goes_on:
         link(Path(resume_from), path)
         stale += [file for file in cfg.numbered() if step_of(file) > state.step]
-        if saved(best)["state"].get("step", 0) > state.step:
-            stale.append(best)
+        bests = [best, *cfg.matching(OTHER_BEST)]
+        stale += [file for file in bests if saved(file)["state"].get("step", 0) > state.step]
     elif not goes_on:  # any such files belong to another run, even if that one never saved a checkpoint
         shutil.rmtree(cfg.beside(".tensorboard"), ignore_errors=True)
         stale += [cfg.beside(".metrics.jsonl"), cfg.beside(".log")]
@@ -339,22 +345,26 @@ def begin(cfg, resume_from, state, eval_tokens):
         if resume_from is not None or cfg.resume != "auto":  # auto continues the W&B run of a start that saved nothing
             stale += cfg.matching(r"\.wandb\.json|\.rank\d+\.(wandb\.json|metrics\.jsonl)")
         if cfg.overwrite:  # a branch's path gets its own first checkpoint: that of `resume_from` names another W&B run
-            stale += [path, best, *cfg.numbered(), *cfg.matching(r"\.best-of-\d+\.pt")]
+            stale += [path, best, *cfg.numbered(), *cfg.matching(OTHER_BEST)]
     for file in stale:
         file.unlink(missing_ok=True)
     return _loss_to_beat(cfg, state, eval_tokens)
 
 
 def _loss_to_beat(cfg, state, eval_tokens):
-    """The loss of `.best.pt`, which may be newer than the checkpoint resumed from; infinity if there is none or it was
-    measured with another `eval_tokens`."""
+    """The loss of `.best.pt`, which may be newer than the checkpoint resumed from; infinity if there is none. One that
+    was measured with another `eval_tokens` is not comparable: it is kept under a name with that number, and the best
+    of before with this number, if there was one, is the best again."""
     found = saved(best := cfg.beside(".best.pt"))
-    if not found["state"]:  # missing, or not readable: the next evaluation writes one
-        return math.inf
-    if (of := found["config"].get("eval_tokens", eval_tokens)) != eval_tokens:
+    of = found["config"].get("eval_tokens", eval_tokens)
+    if of != eval_tokens:
         link(best, kept := cfg.beside(f".best-of-{of}.pt"))
         log.info("the best loss so far is over --eval-tokens %d: not comparable; its weights stay in %s", of, kept)
-        return math.inf
+    if of != eval_tokens or not found["state"]:  # not comparable, missing or not readable
+        found = saved(before := cfg.beside(f".best-of-{eval_tokens}.pt"))
+        if not found["state"]:  # the next evaluation writes one
+            return math.inf
+        os.replace(before, best)
     return found["state"].get("best_val", state.best_val)
 
 
@@ -409,5 +419,5 @@ def _way_back(cfg):
     for file in (*reversed(cfg.numbered()), cfg.beside(".best.pt")):
         with contextlib.suppress(DamagedCheckpoint, UserError):
             load(file)
-            return f"--resume {file} --overwrite goes back to that one, which is whole"
+            return f"--resume {shlex.quote(str(file))} --overwrite goes back to that one, which is whole"
     return f"no other checkpoint beside {cfg.checkpoint_path} is whole; --overwrite starts over"

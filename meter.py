@@ -23,9 +23,9 @@ class Meter:
     compiled and memory is allocated.
     """
 
-    def __init__(self, world, flops_per_token, peak_flops, watch="none", batch_size=1):
-        """`batch_size`: sequences per micro-batch."""
-        self.batch_size = batch_size
+    def __init__(self, world, flops_per_token, peak_flops, watch="none", batch_size=1, log_steps=1):
+        """`batch_size`: sequences per micro-batch; `log_steps`: steps in an interval."""
+        self.batch_size, self.log_steps = batch_size, log_steps
         self.world, self.flops_per_token, self.peak_flops = world, flops_per_token, peak_flops
         self.watch_what = watch if world.is_main else "none"
         self.watched = {}  # the histograms for the next report
@@ -141,13 +141,14 @@ class Meter:
     def state_dict(self):
         """The unfinished interval, for the checkpoint: a resumed run reports the whole interval's loss. Collective."""
         loss_sum, count = self.totals()
-        return dict(loss_sum=loss_sum, micro_batches=count, batch_size=self.batch_size, smoothed=dict(self.smoothed),
-                    skipped=[self.skipped.item(), self.skipped_in_row.item()])
+        return dict(loss_sum=loss_sum, micro_batches=count, batch_size=self.batch_size, log_steps=self.log_steps,
+                    smoothed=dict(self.smoothed), skipped=[self.skipped.item(), self.skipped_in_row.item()])
 
     def load_state_dict(self, state):
         self.smoothed = dict(state["smoothed"])
-        # A resumed run may split the batch into micro-batches of another size: rescale the restored totals to it.
-        share = state["batch_size"] / self.batch_size
+        # A resumed run may split the batch into micro-batches of another size: rescale the restored totals to it. Of
+        # intervals of another length they are no part.
+        share = state["batch_size"] / self.batch_size if state.get("log_steps", self.log_steps) == self.log_steps else 0
         self.restored = [state["loss_sum"] * share, state["micro_batches"] * share]
         for count, before in zip((self.skipped, self.skipped_in_row), state["skipped"], strict=True):
             count.fill_(before)

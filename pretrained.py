@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import shlex
 import sys
 from dataclasses import dataclass
 from itertools import takewhile
@@ -95,7 +96,7 @@ def resolve_init(cfg, resume_from):
     if init.init_from and learned and not prepared:
         own = beside_run(init.init_from, ".tokenizer") if os.path.isfile(init.init_from) else init.init_from
         raise UserError(f"--init-from {init.init_from}: its weights fit only the tokenizer they were trained with; add "
-                        f"--tokenizer-name {own}")
+                        f"--tokenizer-name {shlex.quote(str(own))}")
     if model.vocab_size and not learned and not prepared:  # before a text is tokenized
         size = id_count(load_tokenizer(cfg.data.tokenizer_name))
         resolve_vocab_size(model, init, size, cfg.data.tokenizer_name)

@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -106,7 +107,7 @@ def create(args):
         raise UserError(f"a sweep needs W&B online, and WANDB_MODE or `wandb offline` says {settings.wandb_mode}")
     entity = settings.wandb_entity or wandb.Api(timeout=30).default_entity
     sweep_id = wandb.sweep(sweep, project=settings.wandb_project, entity=entity)
-    print(f"python sweep.py agent {entity}/{settings.wandb_project}/{sweep_id}")
+    print(shlex.join(["python", "sweep.py", "agent", f"{entity}/{settings.wandb_project}/{sweep_id}"]))
     return 0
 
 

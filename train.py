@@ -1,6 +1,7 @@
 """Pretrain a GPT on one device: `python train.py`. The other modes run this loop, each with a `World` of its own."""
 
 import logging
+import os
 import time
 from dataclasses import asdict, dataclass, field, replace
 
@@ -21,7 +22,7 @@ from pretrained import InitConfig, load_initial, resolve_init, resolve_vocab_siz
 from processes import RanksConfig, StopSignal, stop_when_orphaned
 from saver import Saver, raise_nonfinite
 from tracking import ReportConfig, Tracker, TrackingConfig, log_facts, make_profiler, setup_logging
-from wandb_runs import WandbConfig, sweep_trial
+from wandb_runs import WandbConfig, sweep_trial, sync_command
 from watchdog import Watchdog
 from world import World
 
@@ -82,7 +83,7 @@ def train(cfg, world):
     optimizer = make_optimizer(raw, cfg.optim, world.device, precision.dtype, world.orthogonalize)
     scaler = precision.scaler()
     meter = Meter(world, raw.flops_per_token(corpus.seq_len), hardware.peak_flops(world.device), cfg.wandb.wandb_watch,
-                  batch_size)
+                  batch_size, cfg.report.log_steps)
     guard = StepGuard(cfg.optim, optimizer, scaler, world.device)
     parts = dict(model=raw, optimizer=optimizer, scaler=scaler, guard=guard, meter=meter)
     state = (checkpoint.restore(saved, parts, cfg.checkpoint.continues(resume_from), world) if saved else
@@ -134,7 +135,7 @@ def train(cfg, world):
         world.require_replicas(raw, optimizer)
         return world.full_state({name: part.state_dict() for name, part in parts.items()}) | dict(
             format=checkpoint.FORMAT, state=asdict(state), identity=identity, config=config, start=corpus.start,
-            tokens=str(corpus.folder), torch=str(torch.__version__))
+            tokens=os.path.abspath(corpus.folder), torch=str(torch.__version__))
 
     def halt():
         """Saves the weights and raises NonFinite, naming the samples of the last step. Collective."""
@@ -158,7 +159,8 @@ def train(cfg, world):
         log.info("one step: loss %.4f in %.2f s; nothing written", losses.mean().item(), time.perf_counter() - began)
         return 0
     if state.step >= num_steps:
-        log.info("already at step %d of %d: raise --num-steps to go on", state.step, num_steps)
+        send = f"; rows that W&B lacks: {sync_command(cfg.checkpoint.beside('.pt'))}" * cfg.wandb.use_wandb
+        log.info("already at step %d of %d: raise --num-steps to go on%s", state.step, num_steps, send)
         return 0
 
     world.from_main(lambda: checkpoint.claim(cfg, resume_from, 4 * raw.num_params() + sum(moment_bytes), state.step))

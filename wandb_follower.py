@@ -6,6 +6,7 @@ killed without affecting training.
 
 import contextlib
 import functools
+import glob
 import json
 import math
 import os
@@ -216,7 +217,7 @@ def describe(run, job):
     for name, text in job.files.items():
         path = Path(run.dir, name)
         path.write_text(text, "utf-8")
-        run.save(str(path), base_path=run.dir, policy="now")
+        run.save(glob.escape(str(path)), base_path=run.dir, policy="now")
 
 
 def offline_folder(run):

@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import secrets
+import shlex
 import string
 import subprocess
 import sys
@@ -196,6 +197,12 @@ def sweep_trial(environ=os.environ):
 
 def new_run_id():
     return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
+
+
+def sync_command(path):
+    """The command that sends what W&B lacks of the run with this checkpoint path."""
+    tool = os.path.relpath(Path(__file__).with_name("wandb_tools.py"))
+    return shlex.join(["python", tool, "sync", str(path)])
 
 
 def recalled(path):

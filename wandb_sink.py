@@ -11,7 +11,6 @@ import dataclasses
 import json
 import logging
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 import archive
 from files import matching_files
 from processes import child_processes, kill, only_one
-from wandb_runs import UPLOADS, Job, recalled, remember, uncommitted
+from wandb_runs import UPLOADS, Job, recalled, remember, sync_command, uncommitted
 
 FOLLOWER = Path(__file__).with_name("wandb_follower.py")
 FAILURE_TIMEOUT = 15  # maximum seconds for uploads after a signal or an error: other ranks may be waiting
@@ -46,14 +45,13 @@ class WandbSink:
                     name=cfg.wandb_run_name and cfg.wandb_run_name[:128 - len(ending)] + ending or None,
                     group=cfg.wandb_group or plan.group or None, job_type=cfg.wandb_job_type or None,
                     tags=cfg.wandb_tags or None, notes=cfg.wandb_notes or None, dir=cfg.wandb_dir or None)
-        tool = os.path.relpath(FOLLOWER.with_name("wandb_tools.py"))
         diff = uncommitted()
         files = {beside(".config.toml").name: toml} | ({"diff.patch": diff} if diff else {})
         self.job = Job(init, config, mode=cfg.wandb_mode, shared=plan.shared, primary=plan.primary, label=plan.label,
                        monitors=config["local_rank"] == 0, policy=cfg.wandb_log_checkpoints, files=files,
                        init_timeout=cfg.wandb_init_timeout, finish_timeout=cfg.wandb_finish_timeout, rows=rows,
                        console=console, lock=str(beside(f"{tag}.wandb.lock")), tokenizer=str(beside(".tokenizer")),
-                       sync=f"python {shlex.quote(tool)} sync {shlex.quote(str(beside('.pt')))}")
+                       sync=sync_command(beside(".pt")))
         self.beside, self.tag, self.process = beside, tag, None
         self.closing = self.given_up = False
         sent = recalled(memory := beside(f"{tag}.wandb.json")).get("sent", {})

@@ -478,7 +478,40 @@ def test_a_run_that_goes_on_from_before_its_best_checkpoint_has_that_to_beat(tmp
     assert checkpoint.begin(cfg, tmp_path / "c.pt", State(step=60, best_val=3.2), 0) == math.inf  # of another set
     assert load(tmp_path / f"c.best-of-{EVAL_TOKENS}.pt")["state"]["step"] == 100
     (tmp_path / "c.best.pt").write_bytes(b"damaged")  # there are no best weights: the next evaluation makes some
-    assert checkpoint.begin(cfg, tmp_path / "c.pt", State(step=60, best_val=3.2), EVAL_TOKENS) == math.inf
+    assert checkpoint.begin(cfg, tmp_path / "c.pt", State(step=60, best_val=3.2), 0) == math.inf
+
+
+def test_the_best_over_some_tokens_is_the_best_again_when_they_are_those_again(tmp_path):
+    def best_of(eval_tokens, loss, step):
+        """A start with so many --eval-tokens → the loss to beat; then a best checkpoint, if `loss` is below that."""
+        to_beat = checkpoint.begin(cfg, tmp_path / "c.pt", State(step=60), eval_tokens)
+        if loss < to_beat:
+            saved = whole(step) | dict(state=dict(step=step, best_val=loss), config=dict(eval_tokens=eval_tokens))
+            save_run(cfg, saved, step, latest=False, best=True)
+        return to_beat, load(tmp_path / "c.best.pt")["state"]["step"]
+
+    cfg = config(tmp_path, resume="latest")
+    save_run(cfg, whole(60), 60, latest=True, best=False)
+    assert best_of(512, 3.3, 70) == (math.inf, 70)
+    assert best_of(1024, 3.2, 80) == (math.inf, 80)
+    assert best_of(512, 3.6, 90) == (3.3, 70)  # the worse one does not replace the first
+    assert best_of(1024, 3.1, 100) == (3.2, 100)
+    assert best_of(512, 3.0, 110) == (3.3, 110)
+    assert [file.name for file in cfg.matching(checkpoint.OTHER_BEST)] == ["c.best-of-1024.pt"]
+    back = config(tmp_path, overwrite=True)
+    checkpoint.begin(back, tmp_path / "c.pt", State(step=60), 512)  # a rollback: of later steps there is no best
+    assert not back.matching(r"\.best.*\.pt")
+
+
+def test_a_damaged_checkpoint_leaves_with_all_its_names(tmp_path):
+    cfg = config(tmp_path, keep_last=2, keep_every=20, resume="latest")
+    for step in (30, 40):
+        save_run(cfg, whole(step), step, latest=True, best=step == 40, kept=step == 40)
+    with open(tmp_path / "c.pt", "r+b") as file:  # in place, as a bad sector would
+        file.seek(500)
+        file.write(b"damaged")
+    assert checkpoint.load_for_resume(tmp_path / "c.pt", cfg, {}, {})["step"] == 30
+    assert sorted(file.name for file in tmp_path.glob("*.pt")) == ["c.prev.pt", "c.pt", "c.step-00000030.pt"]
 
 
 def test_files_of_a_run_whose_name_begins_alike_are_left_alone(tmp_path):
@@ -517,6 +550,7 @@ def test_a_checkpoint_that_came_while_this_run_tokenized_is_not_written_over(tmp
 
 
 def test_where_the_newest_are_damaged_the_error_names_one_that_is_whole(tmp_path):
+    tmp_path = tmp_path / "a folder"  # its name as a shell takes it
     cfg = config(tmp_path, keep_last=2)
     for step in (10, 20, 30):
         save_run(cfg, whole(step), step, latest=True, best=step == 10)
@@ -525,10 +559,10 @@ def test_where_the_newest_are_damaged_the_error_names_one_that_is_whole(tmp_path
         (tmp_path / name).write_bytes(b"x")
     with pytest.raises(UserError) as error:
         load_latest(tmp_path / "c.pt", cfg)
-    assert f"--resume {tmp_path / 'c.step-00000030.pt'} --overwrite goes back to that one" in str(error.value)
+    assert f"--resume '{tmp_path / 'c.step-00000030.pt'}' --overwrite goes back to that one" in str(error.value)
     for file in cfg.numbered():
         file.unlink()
-    with pytest.raises(UserError, match=r"--resume \S+c\.best\.pt --overwrite"):
+    with pytest.raises(UserError, match=r"--resume '.+c\.best\.pt' --overwrite"):
         load_latest(tmp_path / "c.pt", cfg)
     (tmp_path / "c.best.pt").unlink()
     with pytest.raises(UserError, match=r"c\.pt is .*c\.prev\.pt is .*no other checkpoint .*--overwrite starts over"):

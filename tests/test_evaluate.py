@@ -125,6 +125,11 @@ def brute_force(folder, ids, seq_len, stride):
     return losses
 
 
+def test_the_runs_own_validation_set_is_found_from_any_folder(run_folder, tmp_path):
+    found = json.loads(shown(main, tmp_path, "--checkpoint-path", run_folder / "c.pt", "--no-amp", "--json"))
+    assert found["loss"] == evaluate(run_folder)["loss"]
+
+
 def test_the_command_repeats_the_runs_own_validation_loss(run_folder):
     rows = map(json.loads, (run_folder / "c.metrics.jsonl").read_text().splitlines())
     row = [row for row in rows if "val/loss" in row][-1]

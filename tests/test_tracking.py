@@ -227,6 +227,14 @@ def test_an_interval_that_a_resume_cuts_has_the_same_loss_to_the_bit():
     assert second.report()["train/loss"] == straight.report()["train/loss"]
 
 
+def test_a_resume_with_other_intervals_averages_its_own_steps_only():
+    first, second = (Meter(Alone(), 1.0, None, log_steps=log_steps) for log_steps in (10, 4))
+    for meter, loss in (first, 9.0), (second, 1.0):
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        meter.add(torch.tensor([loss]), torch.ones(()), torch.tensor(True), tokens=1)
+    assert second.report()["train/loss"] == 1.0
+
+
 def test_smoothing_moves_a_tenth_of_the_way():
     meter = Meter(Alone(), 1.0, None)
     for loss in (10.0, 20.0):

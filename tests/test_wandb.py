@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -50,6 +52,15 @@ def test_a_run_is_tracked_with_all_its_config_and_rows(trainer):
     assert again.code == 0 and "d_model=32" in again.out, again.err
     log = (tracked.folder / "files" / "output.log").read_text()
     assert "step 20/20" in log and "Training finished" in log
+
+
+def test_a_checkpoint_path_with_the_signs_of_a_pattern(trainer):
+    run = trainer("--num-steps", 2, *WANDB, checkpoint="it's r[1].pt")
+    (tracked,) = run_files(trainer.folder)
+    assert run.code == 0 and "it's r[1].config.toml" in tracked.files, run.err
+    again = trainer("--num-steps", 2, *WANDB, "--resume", checkpoint="it's r[1].pt")
+    send = again.out.rsplit("rows that W&B lacks: ")[1].splitlines()[0]
+    assert shlex.split(send)[1:] == [os.path.relpath(ROOT / "wandb_tools.py", trainer.folder), "sync", "it's r[1].pt"]
 
 
 @pytest.mark.parametrize("command", ["offline", "disabled"])

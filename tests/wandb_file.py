@@ -35,6 +35,7 @@ class RunFile:
     def __init__(self, path):
         self.folder, self.rows, self.samples, self.config, self.axes = path.parent, [], [], {}, {}
         self.run_id = self.name = self.project = self.group = self.exit_code = None
+        self.files = []  # those to upload, by name
         for record in records(path):
             kind = record.WhichOneof("record_type")
             if kind == "history":
@@ -49,6 +50,8 @@ class RunFile:
                 self.config |= {item.key: json.loads(item.value_json) for item in record.config.update}
             elif kind == "metric":
                 self.axes[record.metric.glob_name or record.metric.name] = record.metric.step_metric
+            elif kind == "files":
+                self.files += [item.path for item in record.files.files]
             elif kind == "exit":
                 self.exit_code = record.exit.exit_code
 
