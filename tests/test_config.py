@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT
 
 from config import LAUNCH_FLAGS, UserError, arg, flag, flag_fields, flatten, one_line_errors, parse, refuse_unknown
+from data import BatchConfig
 from files import without_infinity
 from train import Config
 
@@ -148,6 +149,14 @@ def test_mistakes_in_toml_are_named_too(tmp_path, toml, words):
     with pytest.raises(UserError) as caught:
         parse(Car, ["--config", str(file)])
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+def test_accumulation_follows_from_the_tokens_of_a_step():
+    batch = BatchConfig(batch_size=4, global_batch_tokens=3072)
+    assert [batch.accum_steps(ranks, 32) for ranks in (1, 2, 3, 24)] == [24, 12, 8, 1]
+    with pytest.raises(UserError, match="not a multiple of --batch-size 4 x 5 ranks x --seq-len 32 = 640; try 3200"):
+        batch.accum_steps(5, 32)
+    assert BatchConfig(grad_accum_steps=3).accum_steps(5, 32) == 3 and BatchConfig().accum_steps(5, 32) == 1
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.toml")), ids=lambda file: file.name)
