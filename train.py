@@ -81,15 +81,17 @@ def train(cfg, world):
     raw = world.place(lambda draw: GPT(replace(cfg.model, vocab_size=vocab_size), draw),
                       draw=not (saved or cfg.init.init_from))
     optimizer = make_optimizer(raw, cfg.optim, world.device, precision.dtype, world.orthogonalize)
+    if not saved:
+        state = load_initial(raw, optimizer, cfg.init, identity, world)
     scaler = precision.scaler()
     meter = Meter(world, raw.flops_per_token(corpus.seq_len), hardware.peak_flops(world.device), cfg.wandb.wandb_watch,
                   batch_size, cfg.report.log_steps)
     guard = StepGuard(cfg.optim, optimizer, scaler, world.device)
     parts = dict(model=raw, optimizer=optimizer, scaler=scaler, guard=guard, meter=meter)
-    state = (checkpoint.restore(saved, parts, cfg.checkpoint.continues(resume_from), world) if saved else
-             load_initial(raw, optimizer, cfg.init, identity, world))
-    corpus.first_sample = state.first_sample
+    if saved:
+        state = checkpoint.restore(saved, parts, cfg.checkpoint.continues(resume_from), world)
     del saved  # else its tensors stay in memory for the whole run
+    corpus.first_sample = state.first_sample
     fast = torch.compile(raw) if hardware.should_compile(cfg.speed, world.device) else raw
     world.require_replicas(raw, optimizer)
     model = world.wrap(fast)  # `model` takes the training steps, `fast` evaluates, `raw` is saved
