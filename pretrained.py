@@ -118,19 +118,21 @@ def resolve_vocab_size(model, init, size, tokenizer_name):
 def load_initial(raw, optimizer, init, identity, world):
     """Load the weights that --init-from names into `raw` and, with --keep-optimizer, the state into `optimizer`: the
     main rank reads and broadcasts them. Returns the State that a run of this `identity` begins with. Collective."""
+    def read():
+        if init.keep_optimizer:
+            return _source_state(init.init_from, identity)
+        return _source_weights(init.init_from, raw.cfg), None, 0
+
     if not init.init_from:
         return State()
-    if not init.keep_optimizer:
-        weights = world.from_main(lambda: _source_weights(init.init_from, raw.cfg))
-        raw.load_state_dict(world.distribute(weights, dict(raw.named_parameters())))
-        return State()
-    weights, moments, first_sample = world.from_main(lambda: _source_state(init.init_from, identity))
+    weights, moments, first_sample = world.from_main(read)
     raw.load_state_dict(world.distribute(weights, dict(raw.named_parameters())))
-    try:
-        checkpoint.distribute_moments(moments, optimizer, world)
-    except ValueError as error:
-        raise UserError(f"--keep-optimizer: {init.init_from}: {error}; leave it out") from None
-    optimizer.load_state_dict(moments)
+    if moments:
+        try:
+            checkpoint.distribute_moments(moments, optimizer, world)
+        except ValueError as error:
+            raise UserError(f"--keep-optimizer: {init.init_from}: {error}; leave it out") from None
+        optimizer.load_state_dict(moments)
     return State(first_sample=first_sample)
 
 
