@@ -109,7 +109,7 @@ class State:
     best_val: float = math.inf
     val_loss: float | None = None  # the latest
     wandb_run_id: str = ""
-    first_sample: int = 0  # of the data, by number: with --keep-optimizer another run may have read those before it
+    first_sample: int = 0  # at which the run began in the data; --init-from's run has read those before it
 
 
 def plan(cfg, locks=True):
@@ -246,7 +246,7 @@ def load_for_resume(path, cfg, identity, config, mends=True):
             log.info("resumed with another %s: was %s, is %s", flag(name), flags[name], value)
     if source != path and mends:
         # The damaged file's other names: the best would be the one to beat, one that is kept would take its turn.
-        for file in [cfg.beside(".best.pt"), *cfg.numbered()]:
+        for file in [cfg.beside(".best.pt"), *cfg.matching(OTHER_BEST), *cfg.numbered()]:
             if _one_file(file, path):
                 file.unlink()
         link(source, path)  # else the next save would replace the good file with the damaged one

@@ -146,10 +146,11 @@ class Meter:
 
     def load_state_dict(self, state):
         self.smoothed = dict(state["smoothed"])
-        # A resumed run may split the batch into micro-batches of another size: rescale the restored totals to it. Of
-        # intervals of another length they are no part.
-        share = state["batch_size"] / self.batch_size if state.get("log_steps", self.log_steps) == self.log_steps else 0
-        self.restored = [state["loss_sum"] * share, state["micro_batches"] * share]
+        # A resumed run may split the batch into micro-batches of another size: rescale the restored totals to it. If
+        # its intervals have another length, they belong to none of them.
+        share = state["batch_size"] / self.batch_size
+        if state.get("log_steps", self.log_steps) == self.log_steps:
+            self.restored = [state["loss_sum"] * share, state["micro_batches"] * share]
         for count, before in zip((self.skipped, self.skipped_in_row), state["skipped"], strict=True):
             count.fill_(before)
 

@@ -275,7 +275,8 @@ def terminal_plot(panel, runs, x, smooth, width, height, color):
             canvas.line(dots, i)
             dots = dots[-1:] if several else []
         for dot in dots:
-            canvas.mark(*dot, *(MARKS[i % len(MARKS)], i) if several else ("●", 1))  # 1: the second color
+            letter, color_of = (MARKS[i % len(MARKS)], i) if several else ("●", 1)
+            canvas.mark(*dot, letter, color_of)
     key = f"   ⠒ {panel.line_label}   ● validation" * bool(panel.line and panel.points)
     out = [f"{panel.title} ({panel.unit})" + ("" if several else key)]
     for row, text in enumerate(canvas.rows(color)):

@@ -37,8 +37,8 @@ class InitConfig:
     init_from: str = arg("", "start from trained weights, which decide the model's sizes: a Hugging Face folder or "
                              "name (GPT-2, Llama, Qwen3, NanoChat), or a checkpoint", metavar="DIR|NAME|FILE.pt",
                          empty=False)
-    keep_optimizer: bool = arg(False, "with a checkpoint's weights, take its optimizer state, too; if the data is the "
-                                      "same, it is read on from there")
+    keep_optimizer: bool = arg(False, "with a checkpoint's weights, take its optimizer state, too; the same data is "
+                                      "read on from where its run was, other data from the first sample")
 
     def validate(self):
         if self.keep_optimizer and not self.init_from:
@@ -77,9 +77,8 @@ def resolve_init(cfg, resume_from):
             source.max_position_embeddings = max(source.max_position_embeddings, seq_len)
         sizes = _sizes(source)
         if init.keep_optimizer and own.get("optimizer") != cfg.optim.optimizer:
-            has = f"that of --optimizer {own['optimizer']}: give this, too" if own else "none: no run has written it"
-            raise UserError(f"--keep-optimizer: the optimizer state in {init.init_from} is {has}, or leave "
-                            f"--keep-optimizer out")
+            state = f"that of --optimizer {own['optimizer']}; give this, too" if own else "no optimizer state"
+            raise UserError(f"--keep-optimizer: {init.init_from} has {state}, or leave --keep-optimizer out")
         for name, value in stated.items():
             if value not in (sizes[name], own.get(name)):
                 raise UserError(f"{flag(name)} {value}: the weights of --init-from {init.init_from} have "
@@ -117,10 +116,11 @@ def resolve_vocab_size(model, init, size, tokenizer_name):
 
 def load_initial(raw, optimizer, init, identity, world):
     """Load the weights that --init-from names into `raw` and, with --keep-optimizer, the state into `optimizer`: the
-    main rank reads and broadcasts them. Returns the State that a run of this `identity` begins with. Collective."""
+    main rank reads and broadcasts them. Returns the State in which a run of this `identity` begins. Raises UserError.
+    Collective."""
     def read():
         if init.keep_optimizer:
-            return _source_state(init.init_from, identity)
+            return _source_weights_and_moments(init.init_from, identity)
         return _source_weights(init.init_from, raw.cfg), None, 0
 
     if not init.init_from:
@@ -166,22 +166,22 @@ def _source_weights(source, cfg):
     return from_hugging_face(cfg, theirs.state_dict())
 
 
-def _source_state(source, identity):
+def _source_weights_and_moments(source, identity):
     """Of --init-from's checkpoint: the weights, the optimizer state, and the number of the sample that its run would
     have read next, if `identity` has its data, in its order; else 0."""
     saved = _checkpoint(source, "--init-from", mapped=False)  # a run on a CPU goes on in the optimizer's own tensors
     (_, weights), moments, state, was = model_parts(saved), saved["optimizer"], saved["state"], saved["identity"]
-    params, names = ([param for group in moments["param_groups"] for param in group[key]]
-                     for key in ("params", "param_names"))
-    for index, name in zip(params, names, strict=True):
-        if name == "pos_emb.weight":  # the positions that model_parts has kept
-            moments["state"][index] = {key: tensor[:len(weights[name])] if tensor.ndim else tensor
-                                       for key, tensor in moments["state"][index].items()}
+    for group in moments["param_groups"]:
+        for index, name in zip(group["params"], group.get("param_names", ()), strict=False):
+            if name == "pos_emb.weight":  # the positions that model_parts has kept; else all would be saved with them
+                kept = moments["state"].get(index, {})
+                kept.update({key: value[:len(weights[name])].clone() for key, value in kept.items() if value.ndim})
     if any(was.get(name) != identity[name] for name in checkpoint.ORDER):
         log.info("the data, or its order, is not that of %s: it is read from its first sample", source)
         return weights, moments, 0
     first_sample = state.get("first_sample", 0) + state["step"] * was["sequences in a step"]
-    log.info("the data is that of %s: it is read on from there, sample %d", source, first_sample)
+    log.info("the data is that of %s: it is read on from sample %d, which its run would have read next", source,
+             first_sample)
     return weights, moments, first_sample
 
 
@@ -216,6 +216,8 @@ def _folder(source):
         except Exception:  # many types, of httpx and XET as well: a connection lost midway is not an OSError
             return source  # which is not a folder
 
+    if source.endswith(".pt"):
+        raise UserError(f"--init-from {source}: no such file")
     folder, problem = source, ""
     if not os.path.isdir(source) and not whole(folder := snapshot(local_files_only=True)):
         problem = hub_problem(f"api/models/{source}/revision/main", f"{source}/resolve/main/config.json")

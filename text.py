@@ -80,8 +80,10 @@ def find_sources(paths, label="--train-data", column="text"):
             if not files:
                 raise UserError(f"{label} {path}: no file matches; quote the pattern and check it with ls")
         elif os.path.isdir(path):
-            shard = Path(path, "train.bin" if label == "--train-data" else "val.bin")  # of a folder of token shards
-            files = [str(shard)] if shard.exists() else list(map(str, _texts_and_tables(Path(path))))
+            shard = Path(path, "train.bin" if label == "--train-data" else "val.bin")
+            files = [str(shard)] if _has_shards(Path(path)) else list(map(str, _texts_and_tables(Path(path))))
+            if files == [str(shard)] and not shard.exists():
+                raise UserError(f"{label} {path}: a folder of token shards without {shard.name}")
             if not files:
                 raise UserError(f"{label} {path}: no {', '.join(sorted(IN_FOLDERS))} file in this folder")
         elif os.path.exists(path):
@@ -140,6 +142,11 @@ def _is_hub_name(path):
     return (re.fullmatch(r"\w[\w-]*(/[\w.-]+)?(:[\w.-]+)?(@[\w.-]+)?", path)
             and _suffix(path) not in IN_FOLDERS | KINDS.keys() | UNREADABLE.keys()
             and not os.path.isdir(Path(path).parts[0]))
+
+
+def _has_shards(folder):
+    """Whether it is a folder of token shards, as token_cache.py writes them."""
+    return (folder / "meta.json").exists() and any((folder / f"{split}.bin").exists() for split in ("train", "val"))
 
 
 def _texts_and_tables(folder):
@@ -247,21 +254,25 @@ def require_own_tokenizer(sources, val_sources, tokenizer_name, tokenizer_hash=N
 
 
 def foreign_tokens(sources, tokenizer_name, tokenizer_hash=None):
-    """The first token file among the sources that the tokenizer of that name cannot have made, or None. Of ours, with
-    its `tokenizer_hash` in hexadecimal, or the beginning of it: token shards have their tokenizer's."""
-    made_with = {source.path: token_file_format(source.path)[2] for source in sources if source.kind == "tokens"}
+    """The first token file among the sources that the tokenizer of that name cannot have made, or None. Ours, which
+    state their tokenizer's hash, are compared if `tokenizer_hash` is given: it or its beginning, in hexadecimal; "" is
+    that of none."""
+    made_by = {source.path: token_file_format(source.path)[2] for source in sources if source.kind == "tokens"}
     # Beside shards is the tokenizer that made them, though another version of `tokenizers` may write, and hash, it
     # otherwise now.
-    own = os.path.realpath(tokenizer_name)
-    known = {made_by for path, made_by in made_with.items()
-             if os.path.realpath(Path(path).with_name("tokenizer")) == own}
+    named = os.path.realpath(tokenizer_name)
+    fitting = {made for path, made in made_by.items() if os.path.realpath(Path(path).with_name("tokenizer")) == named}
 
-    def fits(path, made_by):
-        if made_by is None:
-            return os.path.isdir(tokenizer_name) or tokenizer_name not in OWN and not is_by_character(path)
-        return tokenizer_hash is None or made_by in known or tokenizer_hash and made_by.hex().startswith(tokenizer_hash)
+    def fits(path, made):
+        if made is None and os.path.isdir(tokenizer_name):
+            return True
+        if made is None:
+            return tokenizer_name not in OWN and not is_by_character(path)
+        if tokenizer_hash is None or made in fitting:
+            return True
+        return tokenizer_hash != "" and made.hex().startswith(tokenizer_hash)
 
-    return next((path for path, made_by in made_with.items() if not fits(path, made_by)), None)
+    return next((path for path, made in made_by.items() if not fits(path, made)), None)
 
 
 def is_by_character(token_file):

@@ -510,6 +510,7 @@ def test_a_damaged_checkpoint_leaves_with_all_its_names(tmp_path):
     with open(tmp_path / "c.pt", "r+b") as file:  # in place, as a bad sector would
         file.seek(500)
         file.write(b"damaged")
+    os.link(tmp_path / "c.pt", tmp_path / "c.best-of-1.pt")
     assert checkpoint.load_for_resume(tmp_path / "c.pt", cfg, {}, {})["step"] == load(tmp_path / "c.pt")["step"] == 30
     assert sorted(file.name for file in tmp_path.glob("*.pt")) == ["c.prev.pt", "c.pt", "c.step-00000030.pt"]
 

@@ -236,7 +236,7 @@ def test_with_its_optimizer_state_a_run_trains_on_as_if_it_had_not_ended(trainer
     """Positions 32 to 63 are without training, and the new run has none of them."""
     straight, _ = first("--optimizer", optimizer)
     then = trainer(*ANEW, "--optimizer", optimizer, "--num-steps", 8, tiny=False, checkpoint="then.pt")
-    assert then.code == 0 and "it is read on from there, sample 32" in then.out, then.out + then.err
+    assert then.code == 0 and "it is read on from sample 32" in then.out, then.out + then.err
     weights, expected = then.weights(), straight.weights()
     assert weights["pos_emb.weight"].shape == (32, 32) and expected["pos_emb.weight"].shape == (64, 32)
     assert all(torch.equal(weights[name], expected[name][:len(weights[name])]) for name in expected)
@@ -251,7 +251,10 @@ def test_with_its_optimizer_state_a_run_trains_on_as_if_it_had_not_ended(trainer
     assert all(torch.equal(weights[name], tensor) for name, tensor in parts[1].weights().items())
     onward = trainer(*ANEW, "--optimizer", optimizer, "--init-from", "parts.pt", "--num-steps", 1, tiny=False,
                      checkpoint="onward.pt")
-    assert "read on from there, sample 64" in onward.out, onward.out + onward.err
+    assert "read on from sample 64" in onward.out, onward.out + onward.err
+    saved = torch.load(then.checkpoint, weights_only=True)["optimizer"]["state"].values()
+    tensors = [value for state in saved for value in state.values()]
+    assert all(value.untyped_storage().nbytes() == value.nbytes for value in tensors), "what was cut off is gone"
 
 
 def test_another_batch_goes_on_in_the_data_and_other_data_begins_at_its_first_sample(trainer, first, text):
@@ -265,10 +268,15 @@ def test_another_batch_goes_on_in_the_data_and_other_data_begins_at_its_first_sa
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--optimizer", "muon"], "of --optimizer adamw: give this, too"),
-    (["--init-from", "{folder}"], "no run has written")])
+    (["--optimizer", "muon"], "of --optimizer adamw; give this, too"),
+    (["--init-from", "{folder}"], "has no optimizer state, or leave"),
+    (["--init-from", "gone.pt"], "--init-from gone.pt: no such file"),
+    (["--init-from", "reversed.pt"], "leave it out")])
 def test_optimizer_state_that_does_not_fit_is_refused(trainer, tuned, flags, words):
     trainer(*STEADY, "--num-steps", 1, checkpoint="first.pt")
+    other = torch.load(trainer.folder / "first.pt", weights_only=True)
+    other["optimizer"]["param_groups"][0]["param_names"].reverse()
+    save(trainer.folder / "reversed.pt", other)
     flags = [flag.format(folder=tuned["gpt2"][0]) for flag in flags]
     run = trainer(*ANEW, *flags, tiny=False, checkpoint="x/then.pt")
     assert run.code == 2 and words in run.err and run.err.count("\n") == 1, run.err

@@ -11,6 +11,7 @@ from conftest import ROOT, environment
 from config import UserError
 from data import DataConfig, prepare
 from shards import HEADER, MAGIC, Shard, read_token_file
+from text import find_sources
 from tokenizer import count_bytes, encode, load_tokenizer, train_tokenizer
 
 
@@ -122,6 +123,16 @@ def test_several_folders_of_token_shards_are_one_corpus(trainer, prepared, cache
                         trainer.folder, environment()).stdout
              for paths in (["part0", "part1"], [texts["val", 0], texts["val", 1]])]
     assert "bits per byte on part1" in found[0] and found[0].splitlines()[:3] == found[1].splitlines()[:3]
+    (trainer.folder / "part1" / "val.bin").unlink()
+    with pytest.raises(UserError, match="--val-data .*part1: a folder of token shards without val.bin"):
+        find_sources([str(trainer.folder / "part1")], "--val-data")
+
+
+def test_a_folder_of_nanogpts_beside_another_path_is_read_as_text(tmp_path):
+    for name in ("train.bin", "val.bin", "meta.pkl"):
+        (tmp_path / name).write_bytes(nanogpt(range(100)))
+    (tmp_path / "input.txt").write_text("text")
+    assert [source.path for source in find_sources([str(tmp_path)])] == [str(tmp_path / "input.txt")]
 
 
 @pytest.mark.parametrize("case", WRONG)
