@@ -213,6 +213,41 @@ def test_the_interval_holds_the_truth_19_times_in_20():
     assert 0.91 < hits / 300 < 0.98
 
 
+def test_the_interval_of_two_clusters():
+    assert interval(np.array([2.0, 4.0]), np.array([1, 1])) == pytest.approx([3 - 1.96, 3 + 1.96])
+
+
+def test_its_clusters_are_the_documents(run_folder, tmp_path):
+    """Token by token: which document a target is in, and its loss."""
+    model, tokenizer, eos, saved = load_run(run_folder / "c.pt")
+    shards, _ = open_data([str(run_folder / "a.txt")], "", 32, tokenizer, eos, saved, tmp_path)
+    ids = torch.from_numpy(shards[""].read(0, shards[""].count).astype(np.int64))
+    nats, tokens = [0.0], [0]
+    for first in range(0, len(ids) - 32, 32):
+        with torch.no_grad():
+            losses = torch.nn.functional.cross_entropy(model(ids[None, first:first + 32])[0],
+                                                       ids[first + 1:first + 33], reduction="none")
+        for place, loss in enumerate(losses.tolist(), first + 1):
+            if ids[place - 1] == eos:
+                nats.append(0.0)
+                tokens.append(0)
+            nats[-1], tokens[-1] = nats[-1] + loss, tokens[-1] + 1
+    found = evaluate(run_folder, "--data", "a.txt")
+    assert found["clusters"] == f"{len(nats)} documents" and found["tokens"] == sum(tokens)
+    assert found["ci95"] == pytest.approx(interval(np.array(nats), np.array(tokens)), rel=1e-4)
+
+
+def test_of_some_windows_each_source_counts_by_its_own_size(run_folder, tmp_path):
+    model, tokenizer, eos, saved = load_run(run_folder / "c.pt")
+    paths = [str(run_folder / name) for name in ("a.txt", "b.txt")]
+    shards, _ = open_data(paths, "", 32, tokenizer, eos, saved, tmp_path)
+    sizes = [shards[name].windows(32) for name in "ab"]
+    found = evaluate(run_folder, "--data", "a.txt", "b.txt", "--eval-tokens", 64)
+    losses = [found["sources"][name]["loss"] for name in "ab"]
+    assert sizes[0] != sizes[1] and abs(losses[0] - losses[1]) > 1e-3
+    assert found["loss"] == pytest.approx(np.average(losses, weights=sizes), rel=1e-6)
+
+
 def test_a_perplexity_beyond_all_numbers_is_infinite():
     assert figures(800.0, 4.0)["ppl"] == math.inf and figures(0.0, 4.0)["ppl"] == 1
 

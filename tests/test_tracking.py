@@ -114,7 +114,7 @@ def test_the_loss_is_the_mean_over_every_micro_batch_since_the_last_report():
     for step in range(4):
         meter.add(torch.tensor([1.0 + step, 3.0 + step]), torch.tensor(0.5), torch.tensor(True), tokens=10)
     metrics = meter.report()
-    assert metrics["train/loss"] == 3.5 and metrics["train/grad_norm"] == 0.5
+    assert metrics["train/loss"] == metrics["rank/loss"] == 3.5 and metrics["train/grad_norm"] == 0.5
     meter.add(torch.tensor([9.0]), torch.tensor(0.5), torch.tensor(True), tokens=10)
     assert meter.report()["train/loss"] == 9.0
 
@@ -168,6 +168,12 @@ def test_speed_counts_training_time_only(monkeypatch):
     assert metrics["time/warmup_sec"] == pytest.approx(0.01) and metrics["time/eval_sec"] == pytest.approx(0.2)
     assert metrics["time/checkpoint_sec"] == pytest.approx(0.1)
     assert metrics["time/dt_sec"] == pytest.approx(0.41)
+    for _ in range(3):
+        clock.sleep(0.02)
+        meter.add(torch.ones(1), torch.ones(()), torch.tensor(True), tokens=100)
+    metrics = meter.report()  # of its own interval
+    assert metrics["tokens_per_sec_per_rank"] == pytest.approx(100 / 0.02) and "time/eval_sec" not in metrics
+    assert metrics["train/step_time_sec"] == pytest.approx(0.02) and metrics["time/dt_sec"] == pytest.approx(0.06)
 
 
 def test_a_step_that_an_evaluation_interrupts_has_taken_no_longer(monkeypatch):
@@ -196,7 +202,7 @@ def test_what_a_resumed_run_has_smoothed_and_skipped_goes_on():
 
 
 def test_global_speed_is_all_tokens_over_the_slowest_ranks_time():
-    meter = Meter(Pair(), 1.0, None)
+    meter = Meter(Pair(), 1e9, None)
     meter.add(torch.ones(1), torch.ones(()), torch.tensor(True), tokens=100)
     time.sleep(0.02)
     meter.add(torch.ones(1), torch.ones(()), torch.tensor(True), tokens=100)
@@ -204,6 +210,7 @@ def test_global_speed_is_all_tokens_over_the_slowest_ranks_time():
     fast, slow = metrics["tokens_per_sec_per_rank/max"], metrics["tokens_per_sec_per_rank/min"]
     assert fast == pytest.approx(2 * slow) and metrics["tokens_per_sec_per_rank"] == pytest.approx(1.5 * slow)
     assert metrics["global_tokens_per_sec"] == pytest.approx(2 * slow)
+    assert metrics["train/tflops_per_rank"] == pytest.approx(slow * 1e9 / 1e12)  # the slow one's time is both's
 
 
 def test_an_unknown_peak_gives_no_mfu():
