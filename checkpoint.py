@@ -221,8 +221,8 @@ def earlier_shards(path, cfg, config, known):
             _require_same_run(file, found, known, config)
             if any(found["config"].get(name) != config.get(name) for name in DATA_FLAGS):
                 return None
-            folder = str(found.get("tokens", ""))  # as it was named, and in this project wherever that has been moved
-            here = os.path.join(config["cache_dir"], os.path.basename(folder))
+            folder = str(found.get("tokens", ""))
+            here = os.path.join(config["cache_dir"], os.path.basename(folder))  # if all has been moved, cache included
             return next(filter(os.path.isdir, (folder, here)), None)
     return None
 

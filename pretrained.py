@@ -216,7 +216,7 @@ def _folder(source):
         except Exception:  # many types, of httpx and XET as well: a connection lost midway is not an OSError
             return source  # which is not a folder
 
-    if source.endswith(".pt"):
+    if source.endswith(".pt") and not os.path.isdir(source):
         raise UserError(f"--init-from {source}: no such file")
     folder, problem = source, ""
     if not os.path.isdir(source) and not whole(folder := snapshot(local_files_only=True)):

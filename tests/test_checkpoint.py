@@ -503,6 +503,21 @@ def test_the_best_over_some_tokens_is_the_best_again_when_they_are_those_again(t
     assert not back.matching(r"\.best.*\.pt")
 
 
+def test_the_tokens_of_a_run_are_found_where_it_left_them_or_in_a_cache_that_has_been_moved(tmp_path):
+    flags = dict.fromkeys(checkpoint.DATA_FLAGS) | dict(cache_dir=str(tmp_path / "cache"))
+    saved = whole(1) | dict(config=flags, tokens=str(tmp_path / "then" / "name"))
+    save_run(cfg := config(tmp_path), saved, 1, latest=True, best=False)
+
+    def find(**changes):
+        return checkpoint.earlier_shards(tmp_path / "c.pt", cfg, flags | changes, {})
+
+    assert find() is None
+    (tmp_path / "cache" / "name").mkdir(parents=True)
+    assert find() == str(tmp_path / "cache" / "name") and find(max_tokens=9) is None
+    (tmp_path / "then" / "name").mkdir(parents=True)
+    assert find() == str(tmp_path / "then" / "name")
+
+
 def test_a_damaged_checkpoint_leaves_with_all_its_names(tmp_path):
     cfg = config(tmp_path, keep_last=2, keep_every=20, resume="latest")
     for step in (30, 40):
