@@ -145,8 +145,8 @@ def parse(cls, argv=None):
         found = _read_toml(path, cls, fields)
         if path.endswith(RUN_CONFIG) and "checkpoint_path" in fields:  # of that run, wherever it has been moved
             found.setdefault("checkpoint_path", path.removesuffix(RUN_CONFIG) + ".pt")
-        values |= found
-    values |= {name: coerce(flag(name), fields[name], value) for name, value in given.items()}
+        _override(values, found, cls)
+    _override(values, {name: coerce(flag(name), fields[name], value) for name, value in given.items()}, cls)
 
     groups = {}
     for group in dataclasses.fields(cls):
@@ -158,6 +158,19 @@ def parse(cls, argv=None):
         if hasattr(part, "validate"):
             part.validate()
     return config
+
+
+def _override(values, later, cls):
+    """Puts the values of a later source into `values`. Of a group's ALTERNATIVES, which say the same thing in different
+    units, the one that the later source gives replaces the others. Raises UserError if it gives several."""
+    for group in dataclasses.fields(cls):
+        names = getattr(group.type, "ALTERNATIVES", ())
+        chosen = [name for name in names if later.get(name)]
+        if len(chosen) > 1:
+            raise UserError(f"{' and '.join(map(flag, chosen))}: one decides the other; give one of them")
+        for name in names if chosen else ():
+            values.pop(name, None)
+    values |= later
 
 
 class Declared(typing.NamedTuple):
@@ -347,15 +360,15 @@ ELSEWHERE = {"learning_rate": "lr", "max_iters": "num_steps", "max_steps": "num_
              "gradient_accumulation_steps": "grad_accum_steps", "wandb_log": "use_wandb",
              "max_grad_norm": "grad_clip_norm", "grad_clip": "grad_clip_norm", "log_interval": "log_steps",
              "eval_interval": "eval_steps", "dataset": "train_data", "tokenizer": "tokenizer_name",
-             "data": "train_data", "epochs": "num_steps", "batch": "batch_size", "context_length": "seq_len",
+             "data": "train_data", "epochs": "num_epochs", "batch": "batch_size", "context_length": "seq_len",
              "max_seq_len": "seq_len", "sequence_length": "seq_len", "ckpt": "checkpoint_path", "wandb": "use_wandb",
              "model": "arch", "model_name": "init_from", "save_interval": "save_steps", "steps": "num_steps",
              "always_save_checkpoint": "save_steps", "per_device_train_batch_size": "batch_size",
              "micro_batch_size": "batch_size", "start": "prompt", "gpu": "cuda", "precision": "amp_dtype",
              "gradient_checkpointing": "use_activation_checkpoint", "vocab": "vocab_size",
-             "num_train_epochs": "num_steps", "num_epochs": "num_steps", "num_iterations": "num_steps",
-             "tokens": "num_steps", "train_tokens": "num_steps", "total_tokens": "num_steps",
-             "param_data_ratio": "num_steps", "target_param_data_ratio": "num_steps", "eval_iters": "eval_tokens",
+             "num_train_epochs": "num_epochs", "num_iterations": "num_steps",
+             "tokens": "num_tokens", "train_tokens": "num_tokens", "total_tokens": "num_tokens",
+             "param_data_ratio": "num_tokens", "target_param_data_ratio": "num_tokens", "eval_iters": "eval_tokens",
              "depth": "n_layers", "device_batch_size": "batch_size", "total_batch_size": "global_batch_tokens",
              "matrix_lr": "muon_lr", "embedding_lr": "lr", "report_to": "use_wandb", "enable_wandb": "use_wandb",
              "run_name": "wandb_run_name", "run": "wandb_run_name", "save_every": "save_steps",

@@ -44,7 +44,7 @@ class DataConfig:
                             "trained with, 1024 at most from a Hugging Face folder", ge=1)
     use_toy_data: bool = arg(False, "train on text from a Markov chain, for which the best possible loss is known")
     max_tokens: int = arg(0, "use only the first N training tokens and, without --val-data, N x --val-ratio "
-                             "validation tokens; 0: all; the length of training is --num-steps", ge=0)
+                             "validation tokens; 0: all; the length of training is --num-tokens", ge=0)
     data_seed: int = arg(1337, "seed of the order of the samples, and of the text of --use-toy-data", ge=0)
     cache_dir: str = arg("data/cache", "where token shards are kept", metavar="DIR", empty=False)
 
@@ -70,16 +70,12 @@ class DataConfig:
 class BatchConfig:
     """Batch"""
 
+    ALTERNATIVES = "grad_accum_steps", "global_batch_tokens"
     batch_size: int = arg(8, "sequences in one micro-batch of one rank", ge=1, le=10**7)
     grad_accum_steps: int | None = arg(None, "micro-batches per optimizer step; unset: 1, or as many as "
                                              "--global-batch-tokens needs", ge=1, le=10**6)
     global_batch_tokens: int = arg(0, "tokens in one step of all ranks, from which --grad-accum-steps follows", ge=0)
     dry_run: bool = arg(False, "print the model's size and what a step costs, take one step, write nothing")
-
-    def validate(self):
-        if self.global_batch_tokens and self.grad_accum_steps:
-            raise UserError(f"--global-batch-tokens {self.global_batch_tokens} decides --grad-accum-steps: give one of "
-                            f"them, or --global-batch-tokens 0 if it is the recipe's")
 
     def accum_steps(self, world_size, seq_len):
         """Micro-batches per rank in one optimizer step. Raises UserError if the global batch does not divide evenly."""

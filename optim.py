@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.optim import Optimizer
@@ -24,9 +24,12 @@ MOMENTUM = 0.95  # Muon's, as in modded-nanogpt and nanochat
 class OptimConfig:
     """Optimization"""
 
+    ALTERNATIVES = "num_steps", "num_tokens", "num_epochs"
     optimizer: str = arg("adamw", "muon: Muon for the matrices inside the blocks, AdamW for all else",
                          choices=("adamw", "muon"))
     num_steps: int = arg(1000, "optimizer steps in all", ge=1, le=10**9)
+    num_tokens: float = arg(0.0, "the length of the run in tokens instead of steps, such as 10e9", ge=0, le=1e15)
+    num_epochs: float = arg(0.0, "the length of the run in passes over the training text, such as 1.5", ge=0, le=10**6)
     lr: float = arg(1e-3, "peak learning rate", gt=0)
     muon_lr: float = arg(0.02, "Muon's peak learning rate; rises and falls with the schedule of --lr", gt=0)
     min_lr: float | None = arg(None, "learning rate at the end of the schedule; unset: lr / 10", ge=0)
@@ -50,6 +53,12 @@ class OptimConfig:
             raise UserError(f"--min-lr {self.min_lr} is above --lr {self.lr}; lower it, or leave it out for lr / 10")
         if self.decay_steps and self.lr_scheduler == "none":
             raise UserError(f"--decay-steps {self.decay_steps}: --lr-scheduler none has no decay; take wsd")
+
+    def in_steps(self, step_sequences, seq_len, epoch_sequences):
+        """These settings with the length of the run in steps, rounded up, however it was given."""
+        sequences = self.num_epochs * epoch_sequences or self.num_tokens / seq_len
+        num_steps = math.ceil(sequences / step_sequences) or self.num_steps
+        return replace(self, num_steps=num_steps, num_tokens=0.0, num_epochs=0.0)
 
 
 def state_sizes(optimizer):

@@ -59,11 +59,12 @@ def train(cfg, world):
     accum = cfg.batch.accum_steps(world.size, cfg.data.seq_len)
 
     # The data, and what defines the run.
-    config = flatten(cfg)
     global_batch_size = batch_size * accum * world.size
     known = checkpoint.identity_of_flags(cfg, global_batch_size)
-    earlier = world.from_main(lambda: checkpoint.earlier_shards(resume_from, cfg.checkpoint, config, known))
+    earlier = world.from_main(lambda: checkpoint.earlier_shards(resume_from, cfg.checkpoint, flatten(cfg), known))
     corpus = Corpus(cfg.data, cfg.model.vocab_size, writes=world.local_rank == 0, scratch=dry_run, earlier=earlier)
+    cfg.optim = cfg.optim.in_steps(global_batch_size, corpus.seq_len, corpus.n_windows)
+    config = flatten(cfg)
     vocab_size = resolve_vocab_size(cfg.model, cfg.init, corpus.vocab_size, cfg.data.tokenizer_name)
     identity = checkpoint.run_identity(cfg, corpus, vocab_size, global_batch_size)
     precision = hardware.choose_precision(cfg.speed, world.device)

@@ -29,6 +29,9 @@ class Engine:
 class Trip:
     """Trip"""
 
+    ALTERNATIVES = "days", "weeks"
+    days: int = arg(1, "how long")
+    weeks: float = arg(0.0, "how long")
     stops: list[str] = arg([], "places")
     resume: str = arg("", "go on", const="latest")
 
@@ -60,6 +63,17 @@ def test_of_several_files_later_ones_win_and_flags_over_all(tmp_path):
     assert car.engine == Engine(cylinders=6, power=5.0, idle_speed=800) and car.trip.stops == ["c"]
     assert parse(Car, ["--config", str(two), "--config", str(one)]).engine.power == 3
     assert parse(Car, []).engine == Engine(), "nothing of one call is left for the next"
+
+
+def test_of_two_ways_to_say_the_same_the_later_source_decides(tmp_path):
+    (toml := tmp_path / "c.toml").write_text("days = 9\nweeks = 0\n")
+    (other := tmp_path / "d.toml").write_text("weeks = 2\n")
+    for argv, days, weeks in ([[], 9, 0], [["--weeks", "3"], 1, 3], [["--config", str(other)], 1, 2],
+                              [["--config", str(other), "--days", "4"], 4, 0], [["--weeks", "0"], 9, 0]):
+        trip = parse(Car, ["--config", str(toml), *argv]).trip
+        assert (trip.days, trip.weeks) == (days, weeks), argv
+    with pytest.raises(UserError, match="^--days and --weeks: one decides the other; give one of them$"):
+        parse(Car, ["--weeks", "3", "--days", "1"])
 
 
 def test_a_runs_own_config_is_of_that_run_after_a_recipe_too(tmp_path):
@@ -212,7 +226,8 @@ def test_what_no_flag_is_like_is_answered_with_where_it_is_if_anywhere(name, ans
 
 @pytest.mark.parametrize("words, answer", [
     ("warmdown_ratio warmdown_iters decay-ratio lr-decay-steps cooldown", "did you mean --decay-steps?"),
-    ("tokens param-data-ratio steps", "did you mean --num-steps?"), ("eval-only", "run python evaluate.py"),
+    ("tokens param-data-ratio", "did you mean --num-tokens?"), ("epochs", "did you mean --num-epochs?"),
+    ("eval-only", "run python evaluate.py"),
     ("early-stop patience", ".best.pt"), ("bias=False", "--arch"),
     ("z-loss ema", "docs/extending.md has it as a diff"),
     ("adam-eps momentum num-workers val-frequency hidden-dim", "(see --help)"), ("final-lr-frac", "--min-lr?"),

@@ -236,6 +236,24 @@ def test_a_finished_run_has_nothing_to_resume(trainer):
     assert again.code == 0 and "already at step 5 of 5: raise --num-steps" in again.out
 
 
+@pytest.mark.parametrize("length", [["--num-epochs", 1.5], ["--num-tokens", "1e3"]], ids=str)
+def test_a_run_is_as_long_as_so_many_epochs_or_tokens(trainer, length):
+    flags = ["--max-tokens", 3200, "--log-steps", 10, "--warmup-steps", 2]
+    run = trainer(*flags, *length)
+    assert run.code == 0, run.err
+    n_windows = int(re.search(r"train dataset size: ([\d,]+)", run.out)[1].replace(",", ""))
+    n = max(run.rows)
+    assert n == math.ceil({"--num-epochs": 1.5 * n_windows, "--num-tokens": 1e3 / 32}[length[0]] / 4)
+    assert run.rows[n]["train/epoch"] == pytest.approx(4 * n / n_windows)
+    assert run.rows[n]["lr"] == pytest.approx(1e-4), "the schedule ends with the run"
+    toml = (trainer.folder / "c.config.toml").read_text()
+    assert f"num_steps = {n}\n" in toml and "num_epochs = 0.0" in toml and "num_tokens = 0.0" in toml
+    for again in (flags + length, ["--config", "c.config.toml"]):
+        run = trainer(*again, "--resume", tiny=again[0] != "--config")
+        assert run.code == 0 and f"already at step {n} of {n}" in run.out, run.err
+        assert "resumed with another" not in run.out
+
+
 def test_the_log_of_a_resumed_run_goes_on(trainer):
     trainer("--num-steps", 5)
     assert trainer("--num-steps", 8, "--resume").code == 0
@@ -581,6 +599,7 @@ WRONG = {
     "batch that does not divide": (["--global-batch-tokens", "1000", "--cache-dir", "not yet"],
                                    ["--global-batch-tokens 1000", "try 1024"]),
     "two ways to say the batch": (["--global-batch-tokens", "1024", "--grad-accum-steps", "1"], ["give one of them"]),
+    "two lengths": (["--num-tokens", "1e6", "--num-epochs", "2"], ["--num-tokens and --num-epochs: ", "give one"]),
     "negative learning rate": (["--lr", "-1"], ["--lr -1", "greater than 0"]),
     "learning rate that is no number": (["--lr", "nan"], ["--lr nan", "finite"]),
     "negative steps": (["--num-steps", "-5"], ["--num-steps -5", "at least 1"]),
