@@ -24,6 +24,7 @@ class DDPWorld(World):
     script, launchers = "train_ddp.py", 1  # torchrun, or Slurm's step
     replicas = None  # the process group of those that hold the same weights; None: of all
     pulse = NoPulse()  # how this rank reports faults and exits; of the class: errors can occur before there is a World
+    SENT_LATER = 2**16  # elements of a tensor of which `from_main` gives the others the shape, for `distribute`
 
     def __init__(self, cfg):
         self.rank, self.size, self.local_rank, self.local_size, self.node_rank = launched(self.script)
@@ -73,15 +74,19 @@ class DDPWorld(World):
         dist.broadcast_object_list(outcome)
         if outcome[0] is not None:
             raise outcome[0]
-        # Tensors are broadcast one by one, so that a checkpoint is never pickled as a whole.
-        return tree_map_only(torch.Tensor, self.broadcast, value if self.is_main else outcome[1])
+        return tree_map_only(torch.Tensor, lambda tensor: tensor if tensor.numel() >= self.SENT_LATER else
+                             self.broadcast(tensor).cpu(), value if self.is_main else outcome[1])
+
+    def distribute(self, tensors, like):
+        return {name: self.broadcast(tensor) if torch.is_tensor(tensor) and tensor.numel() >= self.SENT_LATER else
+                tensor for name, tensor in tensors.items()}
 
     def broadcast(self, tensor):
-        """The main rank's tensor, on the CPU of every rank; the others give a meta tensor of its shape."""
+        """The main rank's tensor, on the device of every rank; the others give a meta tensor of its shape."""
         # Through the GPU: between nodes NCCL finds the fast network, gloo takes the one that the host's name leads to.
         sent = tensor.to(self.device) if self.is_main else torch.empty_like(tensor, device=self.device)
         dist.broadcast(sent, 0)
-        return tensor if self.is_main else sent.cpu()
+        return sent
 
     @property
     def saving(self):

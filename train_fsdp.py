@@ -22,9 +22,6 @@ from model import GPT
 from train import main
 from train_ddp import DDPWorld
 
-# Of tensors with as many elements `from_main` gives the other ranks the shape alone, and `distribute` sends the shards.
-SENT_IN_SHARDS = 2**16
-
 
 class FSDPWorld(DDPWorld):
     script = "train_fsdp.py"
@@ -108,9 +105,6 @@ class FSDPWorld(DDPWorld):
             return whole.to("cpu", copy=whole is tensor) if self.is_main else whole.to("meta")
 
         return tree_map_only(torch.Tensor, gather, state)
-
-    def broadcast(self, tensor):
-        return tensor if tensor.numel() >= SENT_IN_SHARDS else super().broadcast(tensor)
 
     def distribute(self, tensors, like):
         def scatter(tensor, parameter):

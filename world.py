@@ -55,8 +55,9 @@ class World:
         return state
 
     def distribute(self, tensors, like):
-        """Collective; reverses `full_state`. `tensors`, by name, are what `from_main` returned. Under sharding, each
-        that has the shape of the parameter of its name in `like` is returned as this rank's shard."""
+        """Collective; reverses `full_state`. `tensors`, by name, are what `from_main` returned; they are returned on
+        every rank, on its device. Under sharding, each that has the shape of the parameter of its name in `like` is
+        returned as this rank's shard."""
         return tensors
 
     def full_model(self, model):
@@ -77,8 +78,8 @@ class World:
         return [int(max(column)) for column in zip(*self.gather(values), strict=True)]
 
     def from_main(self, make):
-        """Collective. Calls `make()` on the main rank only; every rank gets its result, or raises its exception. Under
-        sharding, the others get only the shapes of large tensors, for `distribute`."""
+        """Collective. Calls `make()` on the main rank only; every rank gets its result, or raises its exception. The
+        others get only the shapes of large tensors, for `distribute`: a node need not hold a checkpoint for each."""
         return make()
 
     def begin_step(self, step):

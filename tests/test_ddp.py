@@ -126,6 +126,21 @@ def test_an_error_that_cannot_be_sent_reaches_every_rank_by_its_words(monkeypatc
         world.from_main(fails)
 
 
+def test_a_node_holds_no_checkpoint_for_each_of_its_ranks(monkeypatch):
+    """What the main rank reads comes to the others in shapes, and then one by one to their device."""
+    import train_ddp
+
+    value, sent = dict(large=torch.empty(2**16, device="meta"), small=torch.empty(3, device="meta"), step=5), []
+    monkeypatch.setattr(train_ddp.dist, "broadcast_object_list", lambda outcome: outcome.__setitem__(1, value))
+    monkeypatch.setattr(train_ddp.dist, "broadcast", lambda tensor, source: sent.append(tensor.fill_(7)))
+    world = train_ddp.DDPWorld.__new__(train_ddp.DDPWorld)
+    world.is_main, world.device = False, torch.device("cpu")
+    got = world.from_main(None)
+    assert got["large"].is_meta and got["small"].tolist() == [7, 7, 7] and got["step"] == 5 and len(sent) == 1
+    got = world.distribute(got, {})
+    assert len(sent) == 2 and got["large"] is sent[1] and got["step"] == 5
+
+
 @full
 def test_a_task_of_srun_notices_that_the_other_is_killed(trainer):
     tasks = srun(trainer, "--num-steps", 10**6, checkpoint="endless.pt")
@@ -196,7 +211,7 @@ def test_accumulation_over_ranks_averages_every_gradient_once(trainer):
     ids=["fp32", "bf16", "fp16", "3 ranks"])
 def test_ranks_resume_bit_for_bit(trainer, ranks, precision):
     flags = ["--max-tokens", 3200, "--grad-accum-steps", 2, "--dropout", 0.2, "--log-steps", 5, "--eval-steps", 4,
-             "--save-steps", 6, "--lr-scheduler", "none", *precision]
+             "--save-steps", 6, "--lr-scheduler", "none", "--d-model", 128, *precision]  # tensors of 2**16 elements
     straight = trainer(*flags, "--num-steps", 14, ranks=ranks, checkpoint="straight.pt")
     first = trainer(*flags, "--num-steps", 9, ranks=ranks, checkpoint="resumed.pt")
     second = trainer(*flags, "--num-steps", 14, "--resume", ranks=ranks, checkpoint="resumed.pt")
