@@ -3,6 +3,7 @@
 Also reads the token files of llm.c, which modded-nanogpt uses, too, and of nanoGPT.
 """
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -117,7 +118,7 @@ class Shard:
 
     def expect(self, first, n):
         """Tell the operating system that these tokens are read soon: from a slow disk they then come meanwhile."""
-        if hasattr(os, "posix_fadvise"):  # not on macOS
+        with contextlib.suppress(AttributeError, OSError):  # not on macOS, nor on every file system
             at = HEADER.size + (self.start + first) * self.dtype.itemsize
             os.posix_fadvise(self.fd, at, n * self.dtype.itemsize, os.POSIX_FADV_WILLNEED)
 

@@ -79,6 +79,13 @@ def test_what_is_read_next_is_announced(text, cache, monkeypatch):
         alone = Corpus(config(text, cache)).batch(step, 4, micro, accum=2, rank=1, size=3)
         assert all(np.array_equal(a, b) for a, b in zip(batch, alone, strict=True))
 
+    def refuse(*_):
+        raise OSError(errno.EINVAL, "not on this file system")
+
+    monkeypatch.setattr(os, "posix_fadvise", refuse)
+    assert all(np.array_equal(a, b) for a, b in zip(Corpus(config(text, cache)).batch(5, 4), corpus.batch(5, 4),
+                                                    strict=True))
+
 
 def test_sources_take_turns_by_their_weights():
     assert take_turns([5]).tolist() == [0]
