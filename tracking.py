@@ -252,7 +252,7 @@ class Tracker:
     def __exit__(self, kind, error, _):
         self.bar.close()
         if kind:
-            self.exit_code = 1
+            self.exit_code = {UserError: 2, KeyboardInterrupt: 130}.get(kind, 1)  # as train.main does
             log.error("stopped by %s: %s", kind.__name__, error)
             if self.file and not issubclass(kind, (RunFailed, KeyboardInterrupt)):  # else only stderr has it
                 with contextlib.suppress(OSError):

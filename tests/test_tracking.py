@@ -14,7 +14,7 @@ import hardware
 import meter as meter_module
 import tracking
 from checkpoint import State
-from config import visible
+from config import UserError, visible
 from meter import Meter, histograms
 from sinks import JsonlSink, TensorboardSink
 from tracking import Tracker, console_line
@@ -100,8 +100,10 @@ def test_an_error_is_one_alert_though_all_ranks_write(tmp_path):
         tracker.bar, tracker.file, tracker.beside = SimpleNamespace(close=int), None, lambda suffix: tmp_path / suffix
         tracker.sinks = [SimpleNamespace(log=lambda step, record, to=records: to.append(record), close=int)]
         tracker.exit_code, tracker.state, tracker.is_main = 0, State(step=9), is_main
-        tracker.__exit__(ValueError, ValueError("planted"), None)
-        assert [record["event"] for record in records] == events and records[-1]["code"] == 1
+        for kind, code in (ValueError, 1), (UserError, 2), (KeyboardInterrupt, 130):
+            records.clear()
+            tracker.__exit__(kind, kind("planted"), None)
+            assert [record["event"] for record in records] == events and records[-1]["code"] == code
 
 
 def test_a_line_leaves_out_what_was_not_measured():
