@@ -188,6 +188,15 @@ def read_token_file(path, block=1 << 16):
             yield ids
 
 
+def require_whole(path):
+    """Raises UserError if a token file in a folder of shards is damaged, unless it is above 1 GiB (Shard.verify)."""
+    ours = token_file_format(path)[2] and path.name in ("train.bin", "val.bin")
+    if ours and (path.parent / "meta.json").exists():
+        shard = Shard(path)
+        shard.verify(read_meta(path.parent), path.stem)
+        os.close(shard.fd)
+
+
 def read_meta(folder):
     """The meta.json beside the shards. Raises UserError if it is unreadable or malformed."""
     try:

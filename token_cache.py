@@ -20,7 +20,7 @@ from config import UserError
 from files import read_json, write_whole
 from holdout import takes_tails
 from processes import try_lock
-from shards import FORMAT, ShardWriter, read_meta
+from shards import FORMAT, ShardWriter, read_meta, require_whole
 from text import (
     PIECE,
     Piece,
@@ -244,6 +244,9 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
         own = pieces(sources, "train", 0.0 if val_sources else cfg.val_ratio, not cfg.train_data)
         return chain(pieces(val_sources, "val"), own)
 
+    for source in [*sources, *val_sources]:
+        if source.kind == "tokens":  # a copy of damaged tokens would count as whole
+            require_whole(Path(source.path))
     entropy = None
     if cfg.use_toy_data:
         tokenizer, entropy = train_tokenizer("char", [toy.ALPHABET], 0), toy.entropy_rate(cfg.data_seed)

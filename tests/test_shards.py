@@ -123,6 +123,11 @@ def test_several_folders_of_token_shards_are_one_corpus(trainer, prepared, cache
                         trainer.folder, environment()).stdout
              for paths in (["part0", "part1"], [texts["val", 0], texts["val", 1]])]
     assert "bits per byte on part1" in found[0] and found[0].splitlines()[:3] == found[1].splitlines()[:3]
+    with open(trainer.folder / "part1" / "train.bin", "r+b") as file:
+        file.seek(HEADER.size + 200)
+        file.write(bytes(8))
+    damaged = trainer(*flags, *folders, "--tokenizer-name", "part0/tokenizer", data=False, checkpoint="x.pt")
+    assert damaged.code == 2 and "part1/train.bin is damaged" in damaged.err, damaged.err
     (trainer.folder / "part1" / "val.bin").unlink()
     with pytest.raises(UserError, match="--val-data .*part1: a folder of token shards without val.bin"):
         find_sources([str(trainer.folder / "part1")], "--val-data")
