@@ -10,6 +10,7 @@ import re
 import time
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ PEAK_FLOPS = {r"H100( SXM5)? \d+GB HBM3": 989e12, r"H100 PCIe": 756e12, r"H100 N
               r"GeForce RTX 4090": 165e12, r"GeForce RTX 3090": 71e12,
               r"AMD Instinct MI250X": 191.5e12, r"AMD Instinct MI300X": 1307e12}  # an MI250X shows as two devices
 
+CPU_LIMIT = "/sys/fs/cgroup/cpu.max"  # of a container (docker --cpus, Kubernetes' limits.cpu): microseconds, of so many
 NVIDIA = "/dev/nvidia[0-9]*"  # its GPUs, whether PyTorch can use them or not
 
 
@@ -70,7 +72,8 @@ class Precision:
 
 
 def choose_device(name, local_rank=0, alone=True):
-    """auto|cuda|cpu|mps → torch.device. Raises UserError if the device is not available."""
+    """auto|cuda|cpu|mps → torch.device; for a CPU, limits PyTorch's threads to the cores that this process may use.
+    Raises UserError if the device is not available."""
     has_mps = torch.backends.mps.is_available()
     if name == "auto":  # Metal has no collectives
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps and alone else "cpu"
@@ -88,6 +91,9 @@ def choose_device(name, local_rank=0, alone=True):
         return torch.device("cuda", local_rank)
     if name == "mps" and not has_mps:
         raise UserError("--device mps: this PyTorch has no Metal support; use --device cpu")
+    if name == "cpu" and "OMP_NUM_THREADS" not in os.environ and usable_cores() < torch.get_num_threads():
+        # A container's limit is not in the affinity that PyTorch counts: waiting threads would use up its time.
+        torch.set_num_threads(usable_cores())
     return torch.device(name)
 
 
@@ -218,7 +224,12 @@ def to_device(device, *arrays):
 
 
 def usable_cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """The cores that this process may use: by its affinity and, in a container, by its share of their time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with contextlib.suppress(OSError, ValueError):  # there is no such file, or no limit in it ("max")
+        quota, period = map(int, Path(CPU_LIMIT).read_text().split())
+        cores = min(cores, max(1, quota // period))
+    return cores
 
 
 def synchronize(device):

@@ -60,6 +60,22 @@ def test_the_cores_are_those_that_this_process_may_use(monkeypatch):
     assert hardware.usable_cores() == 3
 
 
+@pytest.mark.parametrize("limit, cores", [("max 100000", 6), ("250000 100000", 2), ("20000 100000", 1), ("", 6)])
+def test_a_container_has_as_many_threads_as_its_limit_has_cores(monkeypatch, tmp_path, limit, cores):
+    calls = []
+    (tmp_path / "cpu.max").write_text(limit + "\n")
+    monkeypatch.setattr(hardware, "CPU_LIMIT", tmp_path / "cpu.max")
+    monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    monkeypatch.setattr(torch, "set_num_threads", calls.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    hardware.choose_device("cpu")
+    assert hardware.usable_cores() == cores and calls == [cores] * (cores < 6)
+    monkeypatch.setenv("OMP_NUM_THREADS", "6")
+    hardware.choose_device("cpu")
+    assert len(calls) <= 1
+
+
 def test_half_precision_on_metal_is_refused_where_its_mask_is_wrong(monkeypatch):
     cfg = hardware.SpeedConfig(amp_dtype="bf16")
     for version, refused in ("2.12.1", True), ("2.13.0", False):
