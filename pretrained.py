@@ -119,6 +119,10 @@ def load_initial(raw, optimizer, init, identity, world):
     main rank reads and broadcasts them. Returns the State in which a run of this `identity` begins. Raises UserError.
     Collective."""
     def read():
+        theirs = checkpoint.saved(init.init_from).get("identity", {}).get("the tokenizer")  # a folder states none
+        if theirs not in (None, identity["the tokenizer"]):
+            log.warning("the tokens are not of the tokenizer that %s was trained with, or not as it was then",
+                        init.init_from)
         if init.keep_optimizer:
             return _source_weights_and_moments(init.init_from, identity)
         return _source_weights(init.init_from, raw.cfg), None, 0

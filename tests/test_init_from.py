@@ -283,6 +283,15 @@ def test_optimizer_state_that_does_not_fit_is_refused(trainer, tuned, flags, wor
     assert not (trainer.folder / "x").exists()
 
 
+def test_tokens_of_another_tokenizer_are_told(trainer):
+    trainer("--num-steps", 1, checkpoint="first.pt")
+    for flags in ["--use-toy-data"], ["--tokenizer-name", "first.tokenizer"]:
+        run = trainer("--init-from", "first.pt", *flags, "--num-steps", 1, "--seq-len", 16, tiny=False,
+                      data="--use-toy-data" not in flags, checkpoint=f"{len(flags)}.pt")
+        assert run.code == 0, run.err
+        assert ("not of the tokenizer that first.pt was trained with" in run.out) == ("--use-toy-data" in flags)
+
+
 def test_there_is_no_optimizer_state_without_weights():
     with pytest.raises(UserError, match="--keep-optimizer goes with --init-from"):
         parse(Config, ["--keep-optimizer"])
