@@ -356,6 +356,9 @@ def _loss_to_beat(cfg, state, eval_tokens):
     was measured with another `eval_tokens` is not comparable: it is kept under a name with that number, and the best
     of before with this number, if there was one, is the best again."""
     found = saved(best := cfg.beside(".best.pt"))
+    if not found["state"] and exists(best):  # raises UserError if it cannot be read now: it would be written over
+        with contextlib.suppress(DamagedCheckpoint):
+            found = whole if is_of_a_run(whole := load(best)) else found
     of = found["config"].get("eval_tokens", eval_tokens)
     if of != eval_tokens:
         link(best, kept := cfg.beside(f".best-of-{of}.pt"))

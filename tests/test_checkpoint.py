@@ -481,6 +481,20 @@ def test_a_run_that_goes_on_from_before_its_best_checkpoint_has_that_to_beat(tmp
     assert checkpoint.begin(cfg, tmp_path / "c.pt", State(step=60, best_val=3.2), 0) == math.inf
 
 
+def test_a_best_checkpoint_that_cannot_be_read_for_a_moment_is_not_written_over(tmp_path, monkeypatch):
+    cfg = config(tmp_path, resume="latest")
+    save_run(cfg, whole(100) | {"state": dict(step=100, best_val=3.1)}, 100, latest=False, best=True)
+    monkeypatch.setattr(checkpoint, "peek", lambda path: {})  # as on a file system without mmap
+    assert checkpoint.begin(cfg, tmp_path / "c.pt", State(step=60), EVAL_TOKENS) == 3.1
+
+    def fail(path):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(archive, "file_digest", fail)
+    with pytest.raises(UserError, match=r"c\.best\.pt cannot be read now"):
+        checkpoint.begin(cfg, tmp_path / "c.pt", State(step=60), EVAL_TOKENS)
+
+
 def test_the_best_over_some_tokens_is_the_best_again_when_they_are_those_again(tmp_path):
     def best_of(eval_tokens, loss, step):
         """A start with so many --eval-tokens → the loss to beat; then a best checkpoint, if `loss` is below that."""
