@@ -2,15 +2,19 @@
 
     python prepare.py --config configs/gpt2-124m.toml --train-data 'fineweb/*.parquet'
 
-It takes train.py's flags. Training with the same flags then finds the shards in the cache; or copy the folder that it
-prints to another machine, and pass that as --train-data.
+It takes train.py's flags. Training with the same flags then finds the shards in the cache; or copy the folder, which is
+the last line that it prints, to another machine, and pass that as --train-data.
 """
+
+import logging
 
 from config import UserError, one_line_errors, parse
 from data import Corpus
 from pretrained import resolve_init
 from tracking import setup_logging
 from train import Config
+
+log = logging.getLogger("mini_llm")
 
 
 class Preparation(Config):
@@ -28,7 +32,8 @@ def main():
     model, _, cfg.data.seq_len = resolve_init(cfg, None)
     corpus = Corpus(cfg.data, model.vocab_size)
     tokens = corpus.meta["tokens"]
-    print(f"{corpus.folder}: {tokens['train']:,} tokens to train on, {tokens['val']:,} to validate on")
+    log.info("%s tokens to train on, %s to validate on", f"{tokens['train']:,}", f"{tokens['val']:,}")
+    print(corpus.folder)
 
 
 if __name__ == "__main__":

@@ -440,7 +440,7 @@ def test_prepared_tokens_are_those_that_the_same_flags_train_on(trainer, text):
     command = [str(ROOT / "prepare.py") if word.endswith("train.py") else word for word in
                trainer.arguments(["--val-ratio", 0.2, "--cache-dir", "here", "--num-steps", 5])]
     done = zygote.run(command, trainer.folder, environment())
-    folder = done.stdout.splitlines()[-1].partition(":")[0]
+    folder = done.stdout.splitlines()[-1]
     assert done.returncode == 0 and "tokenized" in done.stdout, done.stderr
     assert sorted(path.name for path in trainer.folder.iterdir()) == ["here"], "no run was begun"
     found = trainer("--val-ratio", 0.2, "--cache-dir", "here", "--num-steps", 5)
