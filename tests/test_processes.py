@@ -101,12 +101,13 @@ def test_an_orphan_is_asked_to_stop_and_a_process_with_its_parents_is_not(tmp_pa
            "child = subprocess.Popen([sys.executable, '-c', *sys.argv[1:]], stdout=subprocess.PIPE)\n"
            "print(child.stdout.readline().decode(), flush=True); time.sleep(60)")
     told = tmp_path / "told"
-    process = subprocess.Popen([sys.executable, "-c", top, middle, orphan, str(ROOT), str(told)],
-                               stdout=subprocess.PIPE, text=True)
-    pid = int(process.stdout.readline())
+    shell = subprocess.Popen(["sh", "-c", '"$@" & read x', "sh", sys.executable, "-c", top, middle, orphan, str(ROOT),
+                              str(told)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pid = int(shell.stdout.readline())
+    shell.stdin.close()  # the user leaves
+    assert shell.wait(10)
     with pytest.raises(AssertionError):
-        eventually(told.exists, 2.5)  # all are there
-    process.kill()  # the grandparent
-    process.wait()
+        eventually(told.exists, 2.5)  # both are there
+    os.kill(parent_of(parent_of(pid)), signal.SIGKILL)
     eventually(told.exists, 10)
     eventually(lambda: not parent_of(pid), 10)
