@@ -136,6 +136,12 @@ def test_settings_that_wandb_would_refuse_are_refused_at_once(wrong):
         WandbConfig(use_wandb=True, **wrong).validate()
 
 
+def test_what_wandb_just_takes_is_not_refused():
+    WandbConfig(use_wandb=True, wandb_mode="offline", wandb_run_id="i" * 64, wandb_project="p" * 128,
+                wandb_run_name="n" * 128, wandb_group="g" * 128, wandb_job_type="j" * 64,
+                wandb_tags=["t", "t" * 64]).validate()
+
+
 def test_a_resumed_run_stays_in_its_project(tmp_path):
     path = tmp_path / "c.wandb.json"
     remember(path, "kept", Job(init=dict(project="ours", entity=None, name="first"), config={}), sent={})

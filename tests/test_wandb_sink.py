@@ -141,6 +141,9 @@ def test_waiting_uploads_take_a_bounded_space_and_the_newest_is_among_them(sink,
     for step in range(1, 10):
         main.checkpoint_to_upload(tmp_path / "c.pt", step, False)
     assert len(links(tmp_path)) == UPLOADS
+    on, off = (WandbConfig(use_wandb=use_wandb, wandb_log_checkpoints="all").uploads for use_wandb in (True, False))
+    assert (on, off) == (UPLOADS - 2, 0), "what the disk has to have room for: the newest and the one before it has"
+    assert WandbConfig(use_wandb=True).uploads == 0
     assert links(tmp_path)[0] == "c.upload-00000001.pt", "the one that may be under way"
     assert links(tmp_path)[-1] == "c.upload-00000009.pt"
 
