@@ -27,6 +27,7 @@ from meter import Meter
 from optim import OptimConfig, StepGuard, make_optimizer
 from saver import NotSaved, Saver, _buffers
 from sinks import JsonlSink
+from tracking import TrackingConfig
 from train import World
 
 SMALL_FILES = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1)); " \
@@ -473,6 +474,8 @@ def test_a_heartbeat_file_that_cannot_be_written_is_refused(trainer):
     assert [path.name for path in trainer.folder.iterdir()] == ["c.pt"]
     assert run.code == 2 and run.err.startswith("error: --heartbeat-file missing/beat: cannot be written")
     assert len(run.err.strip().splitlines()) == 1
+    with pytest.raises(UserError, match="cannot be written"):
+        TrackingConfig(heartbeat_file=str(trainer.folder)).validate()
 
 
 def test_a_console_on_a_full_disk_costs_its_lines_only(trainer):

@@ -16,6 +16,7 @@ import tracking
 from checkpoint import State
 from config import UserError, visible
 from meter import Meter, histograms
+from saver import NonFinite
 from sinks import JsonlSink, TensorboardSink
 from tracking import Tracker, console_line
 from train import World
@@ -52,15 +53,15 @@ def test_the_console_line_is_the_documented_one():
 def test_the_time_left_is_of_all_that_comes_between_steps_but_not_of_the_first_evaluation(monkeypatch):
     clock = Clock(monkeypatch, tracking)
     tracker = Tracker.__new__(Tracker)
-    tracker.num_steps, tracker.amp, tracker.is_main, tracker.plan, tracker.sinks = 100, "off", True, None, []
+    tracker.num_steps, tracker.amp, tracker.is_main, tracker.plan, tracker.sinks = 150, "off", True, None, []
     tracker.epochs = lambda state: 0.1 * state.step
-    tracker.lately, tracker.drawn = deque([(clock.now, 0)], 100), {title: [] for title in tracking.DRAWN}
+    tracker.lately, tracker.drawn = deque([(clock.now, 50)], 100), {title: [] for title in tracking.DRAWN}
     lines = []
     monkeypatch.setattr(tracking.log, "info", lambda form, line: lines.append(line))
-    for step, seconds in ((0, 50), (10, 10), (20, 30)):  # an evaluation, steps, steps with an evaluation
+    for step, seconds in ((50, 50), (60, 10), (70, 30)):  # an evaluation, steps, steps with an evaluation
         clock.sleep(seconds)
         tracker.state = State(step=step)
-        tracker.report({"lr": 0.1} if step else {"val/loss": 1.0})
+        tracker.report({"lr": 0.1} if step > 50 else {"val/loss": 1.0})
     assert [re.findall(r"eta (\S+)", line) for line in lines] == [[], ["0:01:30"], ["0:02:40"]]
 
 
@@ -94,16 +95,20 @@ def test_a_log_that_the_disk_cannot_take_ends_no_run_that_is_done(tmp_path):
     tracker.__exit__(None, None, None)
 
 
-def test_an_error_is_one_alert_though_all_ranks_write(tmp_path):
-    for is_main, events in (True, ["alert", "exit"]), (False, ["exit"]):
-        records, tracker = [], Tracker.__new__(Tracker)
-        tracker.bar, tracker.file, tracker.beside = SimpleNamespace(close=int), None, lambda suffix: tmp_path / suffix
-        tracker.sinks = [SimpleNamespace(log=lambda step, record, to=records: to.append(record), close=int)]
-        tracker.exit_code, tracker.state, tracker.is_main = 0, State(step=9), is_main
-        for kind, code in (ValueError, 1), (UserError, 2), (KeyboardInterrupt, 130):
-            records.clear()
-            tracker.__exit__(kind, kind("planted"), None)
-            assert [record["event"] for record in records] == events and records[-1]["code"] == code
+@pytest.mark.parametrize("is_main, error, events, code", [
+    (True, ValueError("planted"), ["alert", "exit"], 1), (False, NonFinite("x"), ["exit"], 1),
+    (True, UserError("planted"), ["alert", "exit"], 2), (True, KeyboardInterrupt(), ["alert", "exit"], 130)], ids=repr)
+def test_an_error_is_one_alert_of_all_ranks_and_names_the_checkpoint_to_go_on_from(
+        tmp_path, caplog, is_main, error, events, code):
+    (tmp_path / ".best.pt").touch()
+    records, tracker = [], Tracker.__new__(Tracker)
+    tracker.bar, tracker.file, tracker.beside = SimpleNamespace(close=int), None, lambda suffix: tmp_path / suffix
+    tracker.sinks = [SimpleNamespace(log=lambda step, record, to=records: to.append(record), close=int)]
+    tracker.exit_code, tracker.state, tracker.is_main = 0, State(step=9), is_main
+    tracker.__exit__(type(error), error, None)
+    assert [record["event"] for record in records] == events and records[-1]["code"] == code
+    named = f"the last checkpoint is {tmp_path / '.best.pt'}" in caplog.text
+    assert named != isinstance(error, NonFinite), "which says itself from where"
 
 
 def test_a_line_leaves_out_what_was_not_measured():
