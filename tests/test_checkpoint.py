@@ -645,6 +645,20 @@ def test_no_good_checkpoint_goes_for_two_of_steps_that_are_not_finite(tmp_path):
         assert before is None or load(tmp_path / "c.prev.pt")["state"]["step"] == before, step
 
 
+def test_a_run_without_a_finite_loss_is_told_the_newest_checkpoint_from_before(tmp_path):
+    cfg = config(tmp_path, keep_last=9)
+    for step in (1, 5, 8, 12):
+        save_run(cfg, whole(step), step, latest=True, best=False)
+    for at, way in ((13, "--resume"), (12, f"--resume {tmp_path}/c.prev.pt --overwrite"),
+                    (8, f"--resume {tmp_path}/c.step-00000005.pt --overwrite"),
+                    (2, f"--resume {tmp_path}/c.step-00000001.pt --overwrite"), (1, None)):
+        last = whole(at + 3) | dict(config=dict(optimizer="muon"), meter=dict(skipped=[3, 3]))
+        way = f"; {way} with a lower --lr and --muon-lr goes on" if way else "no checkpoint is from before step 1"
+        with pytest.raises(saver.NonFinite, match=f"not finite in 3 steps .* at step {at + 3}, .*{way}"):
+            saver.raise_nonfinite(cfg, last, World.saving, [])
+        assert load(tmp_path / "c.nonfinite.pt")["state"]["step"] == at + 3
+
+
 def test_saving_again_leaves_no_draft_behind(tmp_path):
     cfg = config(tmp_path)
     for _ in range(3):

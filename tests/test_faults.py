@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from types import SimpleNamespace
@@ -54,6 +55,7 @@ def test_a_checkpoint_that_cannot_be_written_costs_a_warning_and_the_next_one_is
     assert sum("File too large" in line for line in out) >= 2
     run = trainer(*flags, "--resume")  # nothing left to do: only to read its results
     assert same(run, whole)
+    assert [record["title"] for record in run.records if record.get("event") == "alert"] == ["not saved"]
     assert not list(trainer.folder.glob("*.tmp"))
 
 
@@ -409,8 +411,15 @@ def test_what_a_thread_fails_to_save_is_told_undone_and_tried_again(tmp_path, ca
 
 
 def test_a_copy_is_not_changed_by_the_steps_that_follow(tmp_path):
-    saver = Saver(CheckpointConfig(checkpoint_path=str(tmp_path / "c.pt"), async_save=True), Alone(), State(), None)
-    weight = torch.ones(5)
+    saver = Saver(CheckpointConfig(checkpoint_path=str(tmp_path / "c.pt"), async_save=True), Alone(), State(),
+                  SimpleNamespace(saved=lambda *_: None))
+    weight, saver.world.saving = torch.ones(5), threading.Lock()
+    with saver.world.saving:  # the thread has not begun to write
+        saver.save(lambda: {"weight": weight}, latest=True, best=False, last=False)
+        weight.zero_()
+    saver.conclude()
+    assert torch.load(tmp_path / "c.pt", weights_only=True)["weight"].tolist() == [1.0] * 5
+    weight.fill_(1.0)
     copied = saver._copied({"a": [weight, 3], "b": {"c": "d"}})
     weight.zero_()
     assert copied["a"][0].tolist() == [1.0] * 5 and copied["a"][1] == 3 and copied["b"] == {"c": "d"}
