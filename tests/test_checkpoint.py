@@ -634,6 +634,9 @@ def test_milestones_are_kept_for_good_beside_the_newest_few(tmp_path):
     for step in (100, 110):
         save_run(cfg, payload(step), step, latest=True, best=False)
     assert names() == [".kept-00000040", ".kept-00000095", ".step-00000100", ".step-00000110"]
+    cfg.keep_every, state.step = 1, 111
+    again.save(now, latest=True, best=False, last=False)
+    assert ".kept-00000111" in names()
 
 
 def test_no_good_checkpoint_goes_for_two_of_steps_that_are_not_finite(tmp_path):

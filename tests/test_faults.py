@@ -426,6 +426,23 @@ def test_a_copy_is_not_changed_by_the_steps_that_follow(tmp_path):
     assert saver._copied({"a": [weight, 4], "b": {"c": "d"}})["a"][0].data_ptr() == copied["a"][0].data_ptr()
 
 
+def test_what_a_thread_has_saved_is_told_at_the_first_look_after(tmp_path):
+    told = []
+    saver = Saver(CheckpointConfig(checkpoint_path=str(tmp_path / "c.pt"), async_save=True), Alone(), State(),
+                  SimpleNamespace(saved=lambda path, *_: told.append(path.name)))
+    saver.world.saving = threading.Lock()
+    saver.save(dict, latest=True, best=False, last=False)
+    saver.future.result()
+    saver.conclude(wait=False)
+    assert told == ["c.pt"]
+    with saver.world.saving:
+        saver.save(dict, latest=False, best=True, last=False)
+        saver.conclude(wait=False)
+        assert told == ["c.pt"]
+    saver.conclude()
+    assert told == ["c.pt", "c.best.pt"]
+
+
 def test_copies_share_blocks_of_limited_size():
     tensors = [torch.zeros(n, dtype=dtype) for n, dtype in ((3, torch.float32), (40, torch.float32), (9, torch.bool),
                                                             (1, torch.int64), (30, torch.float32))]
