@@ -16,9 +16,10 @@ import tracking
 from checkpoint import State
 from config import UserError, visible
 from meter import Meter, histograms
+from model import GPT, GPTConfig
 from saver import NonFinite
 from sinks import JsonlSink, TensorboardSink
-from tracking import Tracker, console_line
+from tracking import Tracker, console_line, state_bytes
 from train import World
 
 
@@ -109,6 +110,19 @@ def test_an_error_is_one_alert_of_all_ranks_and_names_the_checkpoint_to_go_on_fr
     assert [record["event"] for record in records] == events and records[-1]["code"] == code
     named = f"the last checkpoint is {tmp_path / '.best.pt'}" in caplog.text
     assert named != isinstance(error, NonFinite), "which says itself from where"
+
+
+def test_each_rank_is_told_to_need_what_it_keeps():
+    model = GPT(GPTConfig(vocab_size=99, max_position_embeddings=16, n_layers=4, n_heads=2, d_model=16))
+    weights, blocks = (4 * sum(p.numel() for p in part.parameters()) for part in (model, model.blocks))
+
+    def needed(ranks, shards, accum):
+        return state_bytes(model, 2 * weights, SimpleNamespace(size=ranks, shards=shards), accum)
+
+    assert needed(1, 1, 1) == needed(1, 1, 2) == needed(2, 1, 1) == 4 * weights, "gradients, and the optimizer's"
+    assert needed(2, 1, 2) == 5 * weights, "and the buckets of DDP"
+    gathered = 2 * (weights - blocks + blocks // 2)  # two of four blocks, and their gradients
+    assert needed(2, 2, 2) == 4 * weights // 2 + gathered and needed(8, 4, 1) == 4 * weights // 4 + gathered
 
 
 def test_a_line_leaves_out_what_was_not_measured():

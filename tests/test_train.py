@@ -41,11 +41,13 @@ def test_a_run_reports_what_is_documented_and_writes_what_it_says(trainer):
     assert names <= run.rows[20].keys(), names - run.rows[20].keys()
     assert run.rows[20]["val/ppl"] == pytest.approx(math.exp(run.rows[20]["val/loss"]))
     assert run.rows[20]["train/tokens"] == 20 * 4 * 32
+    assert f": {run.rows[20]['train/epoch']:.3g} epochs, " in run.out
     line = next(line for line in run.out.splitlines() if "step 10/20" in line)
     assert re.fullmatch(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] epoch 1 step 10/20 \| lr \S+ \| step time "
                         r"\S+s \| tok/s \S+/rank \S+ global \| train loss \S+ \| val loss \S+ \| val ppl \S+ \| "
                         r"val bpb \S+ \| grad norm \S+ \| (mfu \S+%|\S+ TFLOP/s) \| dt \S+s \| eta \S+ \| amp \S+",
                         line), line
+    assert run.rows[10]["amp"] == (not line.endswith("amp off"))
     assert "\r" not in run.out + run.err, "a progress bar in a pipe"
     written = {path.name for path in run.checkpoint.parent.iterdir()}
     assert written == {"c.pt", "c.prev.pt", "c.best.pt", "c.log", "c.metrics.jsonl", "c.config.toml", "c.tokenizer",
@@ -259,6 +261,7 @@ def test_the_log_of_a_resumed_run_goes_on(trainer):
     assert trainer("--num-steps", 8, "--resume").code == 0
     log = (trainer.folder / "c.log").read_text()
     assert "step 5/5" in log and "step 8/8" in log
+    assert log.count("Starting from scratch") == log.count("Resumed at step 5 from c.pt") == 1
 
 
 def test_the_configuration_of_a_run_that_replaced_another_replaces_none(trainer):
@@ -512,11 +515,12 @@ def test_a_run_stopped_before_its_first_step_says_so_and_leaves_what_was_there(t
 
 
 def test_a_dry_run_says_the_size_takes_a_step_and_writes_nothing(trainer, text):
-    run = trainer("--train-data", text, "--dry-run", "--grad-accum-steps", 3, data=False)
+    run = trainer("--train-data", text, "--dry-run", "--grad-accum-steps", 3, "--vocab-size", 40_000, data=False)
     assert run.code == 0, run.err
     for fact in ("parameters", "FLOPs per token", "GB", "384 tokens = batch 4 x sequence 32 x accumulation 3",
                  "one step:"):
         assert fact in run.out, fact
+    assert "M1 and M2" not in run.out, "on another device"
     assert not list(trainer.folder.iterdir())
 
 
