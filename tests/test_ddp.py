@@ -195,6 +195,7 @@ def test_accumulation_over_ranks_averages_every_gradient_once(trainer):
     wide = trainer(*flags, "--grad-accum-steps", 4, checkpoint="wide.pt")
     ranks = trainer(*flags, "--global-batch-tokens", 4 * 4 * 32, ranks=2, checkpoint="ranks.pt")
     assert "512 tokens = batch 4 x sequence 32 x accumulation 2 x ranks 2" in ranks.out
+    assert "step/s" not in ranks.out + ranks.err, "a progress bar of the other rank"
     close(wide, ranks, 1e-5)
     assert wide.rows[6]["train/tokens"] == ranks.rows[6]["train/tokens"] == 6 * 512
     assert wide.rows[6]["train/epoch"] == ranks.rows[6]["train/epoch"] > 0
