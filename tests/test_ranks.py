@@ -308,6 +308,17 @@ def test_a_pulse_that_ends_is_a_fault_or_none(pulse, peer, words):
     assert (words in said[0]) if words else said == []
 
 
+@pytest.mark.parametrize("left", [False, True])
+def test_a_rank_that_the_others_wait_for_has_the_timeout_to_move(pulse, left):
+    beats, said, pulse.timeout = iter(range(100)), [], 4
+    pulse._read = lambda rank: dict(name=f"rank {rank}", pid=os.getpid(), node="0", moves=3 - rank,
+                                    left=left and rank == 1, beat=next(beats))
+    pulse.fail = lambda reason="", **_: said.append((reason.split(";")[0], len(pulse.slept)))
+    with pytest.raises(KeyboardInterrupt):
+        pulse._run()
+    assert said[:1] == ([] if left else [("rank 1 has stopped at step 3: nothing from it for 4 s (--timeout)", 5)])
+
+
 def test_a_rank_that_leaves_lets_a_save_in_progress_end(pulse, monkeypatch):
     ended, codes = threading.Event(), []
     monkeypatch.setattr(ranks.os, "_exit", lambda code: codes.append((code, ended.is_set())))
@@ -345,11 +356,37 @@ def test_a_rank_that_torchrun_ends_leaves_time_to_say_which_one_died(pulse, monk
     assert codes == [143]
 
 
+@pytest.mark.parametrize(("restarts", "code", "left_with"), [("0", 143, 143), ("3", 143, 0), ("3", 1, 1),
+                                                             (None, 143, 143)])
+def test_a_rank_that_was_asked_to_stop_says_so_by_its_code_unless_torchrun_would_restart_it(
+        pulse, monkeypatch, restarts, code, left_with):
+    codes = []
+    monkeypatch.setattr(ranks.os, "_exit", codes.append)
+    monkeypatch.delenv("TORCHELASTIC_MAX_RESTARTS", raising=False)
+    if restarts:
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    pulse.leave(code)
+    assert codes == [left_with] and pulse.me["left"]
+
+
+def test_ranks_that_have_stopped_are_named_with_the_limit_that_they_are_over(pulse):
+    one, other = dict(name="rank 1"), dict(name="rank 2")
+    assert pulse._stopped([one], 99).startswith("rank 1 has stopped at step 3: nothing from it for 99 s; ")
+    assert pulse._stopped([one, other], 100).startswith(
+        "rank 1, rank 2 have stopped at step 3: nothing from them for 100 s (--timeout); ")
+
+
 def test_of_many_ranks_the_odd_one_is_named():
     odd, usual = {"a": 2, "b": 1}, {"a": 1, "b": 1}
     assert differences({0: odd, 1: usual, 2: usual, 3: usual}) == "rank 0 has a 2 instead of 1"
     assert differences({1: usual, 3: usual, 5: odd}) == "rank 5 has a 2 instead of 1"
     assert differences({1: usual, 2: usual, 3: usual}) == ""
+    many = {rank: dict.fromkeys("abcde", rank * (rank % 2)) for rank in range(11)}
+    text = differences(many)
+    assert text.startswith("rank 1 has a 1 instead of 0, b 1 instead of 0, c 1 instead of 0 and 2 more; rank 3 has")
+    assert text.endswith("and 1 ranks more") and "rank 7 has" in text and "rank 9" not in text
+    fewer = differences({rank: one for rank, one in many.items() if rank != 9})
+    assert "rank 7 has" in fewer and fewer.endswith("and 2 more")
 
 
 def test_a_rank_whose_torchrun_was_killed_before_it_came_leaves(trainer):
