@@ -33,6 +33,7 @@ def test_a_run_is_tracked_with_all_its_config_and_rows(trainer):
     assert (tracked.project, tracked.name, tracked.group, tracked.exit_code) == ("mini-llm", "named", "g", 0)
     expected = dict(d_model=32, lr=1e-3, world_size=1, rank=0, wandb_tags=["a", "b"], device=tracked.config["device"])
     assert expected.items() <= tracked.config.items()
+    assert sys.version.startswith(tracked.config["version/python"])
     assert "train.py" in tracked.config["command"] and torch.__version__.startswith(tracked.config["version/torch"])
     commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
     assert commit.returncode or tracked.config["git_commit"] == commit.stdout.strip()

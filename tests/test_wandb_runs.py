@@ -1,5 +1,6 @@
 """Who writes which W&B run, and where its settings come from: pure functions, on every row of their tables."""
 
+import json
 from contextlib import nullcontext
 
 import pytest
@@ -151,6 +152,10 @@ def test_a_resumed_run_stays_in_its_project(tmp_path):
                                     ("mine", dict(WANDB_PROJECT="theirs"), "mine")):
         found = with_environment(WandbConfig(wandb_project=given), environ, before["init"])
         assert (found.wandb_project, found.wandb_entity, found.wandb_run_name) == (project, "", "")
+    path.write_text(json.dumps(dict(base="kept", was="other", init={})))
+    for base, was in ("kept", "other"), ("new", None):  # an id that it was sent as is of that run alone
+        remember(path, base, Job(init={}, config={}), sent={})
+        assert recalled(path).get("was") == was
     for damaged in ("torn", "[]", '{"base": "x"}', '{"base": "x", "init": 1}'):
         path.write_text(damaged)
         assert recalled(path) == {}
@@ -162,6 +167,7 @@ def test_a_sweep_decides_the_project_of_its_trials():
 
 
 def test_uncommitted_changes_are_kept_unless_code_is_not_wanted(monkeypatch):
+    assert wandb_runs.git("rev-parse", "HEAD", "no-such-name") == "", "it fails, and prints all the same"
     monkeypatch.setattr(wandb_runs, "git", lambda *words: "+ mine" if words == ("diff", "HEAD") else "")
     assert wandb_runs.uncommitted() == "+ mine\n"
     monkeypatch.setenv("WANDB_DISABLE_CODE", "true")
