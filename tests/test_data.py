@@ -817,12 +817,19 @@ def test_a_text_of_one_sequence_will_do_and_one_token_less_will_not(tmp_path, te
 def test_a_tokenizer_is_trained_on_no_text_that_validates(tmp_path, text):
     (val := tmp_path / "val.txt").write_text("xylograph " * 2000)
     folder = prepare(config(text, tmp_path / "cache", val_data=[str(val)], tokenizer_name="bpe"), 400)
-    assert not [token for token in open_tokenizer(folder / "tokenizer").get_vocab() if "xy" in token]
+    vocabulary = open_tokenizer(folder / "tokenizer").get_vocab()
+    assert any("bright" in token for token in vocabulary) and not [token for token in vocabulary if "xy" in token]
+    assert read_meta(folder)["tokenizer"] == "bpe"
+    folder = prepare(config(text, tmp_path / "cache", val_data=[str(val)], tokenizer_name="char"))
+    assert {"x", "y"} <= open_tokenizer(folder / "tokenizer").get_vocab().keys(), "characters are of all text"
 
 
 def test_text_that_cannot_be_used_leaves_no_cache(tmp_path):
     (tmp_path / "short.txt").write_text("too short")
     with pytest.raises(UserError, match="fewer than one sequence"):
+        prepare(config(tmp_path / "short.txt", tmp_path / "cache"))
+    (tmp_path / "short.txt").write_text("long enough for training alone, with a tail of a word")
+    with pytest.raises(UserError, match="val tokens are fewer than one sequence .*or a larger --val-ratio"):
         prepare(config(tmp_path / "short.txt", tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()
 
