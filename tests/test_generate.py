@@ -126,6 +126,7 @@ def test_without_seeds_every_text_has_one_of_its_own():
     steps = list(generate(model, [[1], [1]], 12))
     assert steps == list(generate(model, [[1], [1]], 12, seeds=[0, 1]))
     assert [a for a, _ in steps] != [b for _, b in steps]
+    assert model.training, "as before: a sample turns no dropout off"
 
 
 @pytest.fixture(scope="module")

@@ -207,9 +207,10 @@ def test_a_sweep_that_is_refused_is_one_line(run, tmp_path, contents, words):
 
 @pytest.mark.parametrize(("flags", "words"), [
     (["--agents", "21"], "at most 20"), (["--count", "0"], "--count: 0: expected a whole number, at least 1"),
-    (["--nproc-per-node", "x"], "--nproc-per-node: x: expected"), (["--cuont", "1"], "--cuont")])
+    (["--nproc-per-node", "x"], "--nproc-per-node: x: expected"), (["--cuont", "1"], "--cuont"),
+    (None, "create|agent")])
 def test_a_wrong_flag_is_one_line(run, flags, words):
-    code, out, err = run(*SWEEP, "agent", "loopback/mini-llm/sweep0", *flags)
+    code, out, err = run(*SWEEP, *([] if flags is None else ["agent", "loopback/mini-llm/sweep0", *flags]))
     assert (code, out, err.count("\n")) == (2, "", 1) and words in err
 
 
