@@ -83,7 +83,7 @@ def create(run, tmp_path, text, cache):
         code, out, err = run(*SWEEP, "create", file)
         assert code == 0, err
         command, sweep_id = out.splitlines()[-1].rsplit(" ", 1)
-        assert command == "python sweep.py agent"
+        assert command == "python sweep.py agent" and sweep_id.startswith("loopback/trials/"), "the key's own entity"
         return sweep_id
 
     return create
