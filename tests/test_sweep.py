@@ -239,6 +239,9 @@ def test_trials_have_the_users_temporary_folder_and_compile_cache(monkeypatch):
     monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
     assert sweep.agent(SimpleNamespace(sweep="us/p/1", agents=1, nproc_per_node=None, count=None)) == 0
     assert [env["TMPDIR"] for env in environments] == ["mine"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")  # one is enough for an agent
+    assert sweep.agent(SimpleNamespace(sweep="us/p/1", agents=2, nproc_per_node=None, count=None)) == 0
+    assert [env["CUDA_VISIBLE_DEVICES"] for env in environments[1:]] == ["4", "5"]
 
 
 def test_processes_are_refused_where_torchrun_does_not_start_the_trials(create, run):
