@@ -96,10 +96,13 @@ def test_a_page_of_two_runs_shows_what_their_rows_say(trainer):
         points = [(step, row["val/loss"]) for step, row in run.rows.items() if "val/loss" in row]
         assert tuple(map(list, zip(*points, strict=True))) in drawn
     assert [text.get_text() for text in fig.axes[0].get_legend().texts][:2] == ["9e-3", "1e-3"]
+    assert len({line.get_color() for line in fig.axes[0].get_legend().get_lines()[:2]}) == 2
 
 
 def test_the_page_loads_nothing_and_shows_a_sample_as_text(tmp_path, monkeypatch, capsys):
-    write_run(tmp_path / "c.metrics.jsonl")
+    alert = dict(step=1030, time=1.0, event="alert", title="steps skipped", text="two of <them>", level="WARN")
+    write_run(tmp_path / "c.metrics.jsonl", extra=[alert])
+    assert "steps skipped: two of <them> (step 1,030)" in in_process(monkeypatch, capsys, tmp_path, "--terminal")[1]
     code, out, _ = in_process(monkeypatch, capsys, tmp_path / "c.metrics.jsonl", "--output", tmp_path / "o")
     assert code == 0, out
     assert {file.stem for file in (tmp_path / "o").glob("*.png")} == {panel.name for panel in PANELS} - {
@@ -109,7 +112,8 @@ def test_the_page_loads_nothing_and_shows_a_sample_as_text(tmp_path, monkeypatch
     assert "script" not in page.tags and "link" not in page.tags and "default-src 'none'" in text
     assert page.links and all(link.startswith("data:image/png;base64,") for link in page.links)
     assert any("<script>alert('x')</script> &" in shown for shown in page.texts)
-    assert {"python <train.py>", "a.txt b.txt", "40", "4.47M", "20k", "0:20:00"} <= set(page.texts)
+    assert {"python <train.py>", "a.txt b.txt", "40", "4.47M", "20k", "0:20:00",
+            "steps skipped: two of <them> (step 1,030)"} <= set(page.texts)
 
 
 def test_a_browser_shows_the_page(tmp_path):
@@ -148,6 +152,11 @@ def test_the_terminal_needs_no_matplotlib(tmp_path):
 
 
 def test_in_a_terminal_more_than_four_runs_have_a_row_each(tmp_path, monkeypatch, capsys):
+    for i in range(4):
+        write_run(tmp_path / f"{i}.metrics.jsonl")
+    assert "train loss" in in_process(monkeypatch, capsys, *(tmp_path / f"{i}.pt" for i in range(4)), "--terminal")[1]
+    for i in range(4):
+        (tmp_path / f"{i}.metrics.jsonl").unlink()
     for i in range(12):
         write_run(tmp_path / f"rate-{i:02}.metrics.jsonl", lr=(i + 1) / 1000, steps=40 - 10 * (i == 7))
     code, out, _ = in_process(monkeypatch, capsys, tmp_path, "--terminal")
