@@ -19,6 +19,7 @@ from token_cache import prepare
 from tokenizer import encode, open_tokenizer, tokenizer_hash
 
 CYCLE = 1000  # samples after which the turns of several sources repeat
+GOLDEN = 0x9E3779B97F4A7C15  # 2**64 by the golden ratio
 
 log = logging.getLogger("mini_llm")
 
@@ -183,8 +184,8 @@ class Corpus:
 
     def samples(self, first, n):
         """Token positions, (n,), at which the windows of samples `first` to `first + n - 1` of the run begin (counted
-        from 0). Sources take turns; each is read without replacement within an epoch of it, in a new order each epoch.
-        """
+        from 0). Sources take turns; each is read without replacement within an epoch of it. Each epoch has an order of
+        its own and, after the first, other cuts between its windows."""
         positions, numbers = np.empty(n, dtype=np.int64), self.first_sample + first + np.arange(n)
         cycle, place = np.divmod(numbers, len(self.turns))  # the sources' turns repeat each cycle
         for source, shard in enumerate(self.train_sources.values()):
@@ -193,9 +194,12 @@ class Corpus:
             nth = cycle[mine] * had[-1] + had[place[mine]] - 1  # which of the source's samples, counted from 0
             epochs, indices = np.divmod(nth, n_windows)
             for epoch in np.unique(epochs):
-                now = epochs == epoch
-                order = permute(indices[now], n_windows, self.seed * 1_000_003 + int(epoch) + (source << 40))
-                positions[mine[now]] = shard.start + order * self.seq_len
+                now, key = epochs == epoch, self.seed * 1_000_003 + int(epoch) + (source << 40)
+                # Tokens at the start of a window are predicted from little: not the same ones again (LOG.md). Fibonacci
+                # hashing (Knuth) of the key spreads the shifts of a few epochs evenly.
+                shift = key * GOLDEN % 2**64 * self.seq_len >> 64 if epoch else 0
+                starts = permute(indices[now], n_windows, key) * self.seq_len + shift
+                positions[mine[now]] = shard.start + np.minimum(starts, shard.count - 1 - self.seq_len)
         return positions
 
     def batch(self, step, batch_size, micro=0, accum=1, rank=0, size=1):
@@ -263,7 +267,7 @@ def permute(index, n, key):
 
 def _mix(x, key):
     """splitmix64's finalizer (Steele et al. 2014) on a uint64 array x, keyed by `key`."""
-    x = x + np.uint64((key + 1) * 0x9E3779B97F4A7C15 % (1 << 64))
+    x = x + np.uint64((key + 1) * GOLDEN % (1 << 64))
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -53,13 +53,18 @@ def test_permute_is_a_permutation(n):
         assert np.abs(np.corrcoef(order, np.arange(n))[0, 1]) < 0.1
 
 
-def test_an_epoch_shows_every_window_once_and_the_next_in_another_order(text, cache):
+def test_an_epoch_shows_every_window_once_and_the_next_other_windows_in_another_order(text, cache):
     corpus = Corpus(config(text, cache))
-    n, batch = corpus.n_windows, 7
-    seen = np.concatenate([corpus.samples(step * batch, batch) for step in range(2 * n // batch + 1)])
-    every = list(range(0, 32 * n, 32))
-    assert sorted(seen[:n]) == every and sorted(seen[n:2 * n]) == every
-    assert not np.array_equal(seen[:n], seen[n:2 * n])
+    n, batch, longest = corpus.n_windows, 7, corpus.train.count - 1 - 32
+    seen = np.concatenate([corpus.samples(step * batch, batch) for step in range(9 * n // batch + 1)])[:9 * n]
+    starts, orders = [], set()
+    for epoch in np.split(seen, 9):
+        starts.append(min(epoch))
+        # One after the other but for the last, which has to fit into what is left.
+        assert sorted(epoch) == [min(starts[-1] + 32 * i, longest) for i in range(n)]
+        orders.add(tuple((epoch - starts[-1]) // 32))
+    assert len(orders) == 9 and starts[0] == 0 and len(set(starts)) == 9 and max(starts) < 32
+    assert np.diff(sorted(starts[1:])).max() <= 8, "spread evenly"
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no such advice")
@@ -112,8 +117,9 @@ def test_samples_come_from_each_source_as_often_as_its_weight_says(tmp_path):
     assert of_a.sum() == 320
     assert np.array_equal(seen, np.concatenate([corpus.samples(first, 50) for first in range(0, 400, 50)]))
     a = seen[of_a]
-    assert len(set(a[:windows[0]])) == windows[0] and not np.array_equal(a[:windows[0]], a[windows[0]:2 * windows[0]])
-    assert set(a[:windows[0]]) == set(a[windows[0]:2 * windows[0]]) and len(set(seen[~of_a])) == 80
+    first, second = a[:windows[0]], a[windows[0]:2 * windows[0]]
+    assert len(set(first)) == len(set(second)) == windows[0] and len(set(seen[~of_a])) == 80
+    assert not np.array_equal(first, second - min(second)) and max(second) <= corpus.train_sources["a"].count - 17
     x, y = corpus.batch(3, 100)
     kinds = [set(map(int, row)) - {corpus.eos} for row in np.concatenate([x, y], axis=1)]
     assert all(len(kind) == 1 for kind in kinds) and len({min(kind) for kind in kinds}) == 2
