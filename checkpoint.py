@@ -297,7 +297,8 @@ def restore(payload, parts, continues, world):
     """Load a restored payload into a run's parts (name → object with load_state_dict) → its State. Raises UserError.
     Collective."""
     try:
-        payload["model"] = world.distribute(payload["model"], dict(parts["model"].named_parameters()))
+        for name, parameter in parts["model"].named_parameters():
+            payload["model"][name] = world.distribute(payload["model"][name], parameter)
         distribute_moments(payload["optimizer"], parts["optimizer"], world)
         for name, part in parts.items():
             if payload.get(name):  # a scaler's state is empty except in fp16
@@ -323,7 +324,7 @@ def distribute_moments(saved, optimizer, world):
     saved["param_groups"] = groups
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for index, state in saved["state"].items():
-        state.update(world.distribute(state, dict.fromkeys(state, params[index])))
+        state.update({name: world.distribute(value, params[index]) for name, value in state.items()})
 
 
 def begin(cfg, resume_from, state, eval_tokens):

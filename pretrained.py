@@ -120,7 +120,7 @@ def load_initial(raw, optimizer, init, identity, world):
     Collective."""
     def read():
         theirs = checkpoint.saved(init.init_from).get("identity", {}).get("the tokenizer")  # a folder states none
-        if theirs not in (None, identity["the tokenizer"]):
+        if theirs not in (None, identity.get("the tokenizer")):
             log.warning("the tokens are not of the tokenizer that %s was trained with, or not as it was then",
                         init.init_from)
         if init.keep_optimizer:
@@ -130,7 +130,7 @@ def load_initial(raw, optimizer, init, identity, world):
     if not init.init_from:
         return State()
     weights, moments, first_sample = world.from_main(read)
-    raw.load_state_dict(world.distribute(weights, dict(raw.named_parameters())))
+    raw.load_state_dict(weights | {name: world.distribute(weights[name], p) for name, p in raw.named_parameters()})
     if moments:
         try:
             checkpoint.distribute_moments(moments, optimizer, world)

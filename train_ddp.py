@@ -77,9 +77,8 @@ class DDPWorld(World):
         return tree_map_only(torch.Tensor, lambda tensor: tensor if tensor.numel() >= self.SENT_LATER else
                              self.broadcast(tensor).cpu(), value if self.is_main else outcome[1])
 
-    def distribute(self, tensors, like):
-        return {name: self.broadcast(tensor) if torch.is_tensor(tensor) and tensor.numel() >= self.SENT_LATER else
-                tensor for name, tensor in tensors.items()}
+    def distribute(self, value, like):
+        return self.broadcast(value) if torch.is_tensor(value) and value.numel() >= self.SENT_LATER else value
 
     def broadcast(self, tensor):
         """The main rank's tensor, on the device of every rank; the others give a meta tensor of its shape."""

@@ -53,19 +53,20 @@ class FSDPWorld(DDPWorld):
     def place(self, make, draw):
         with torch.device("meta"):  # no rank has room for all the weights
             model = make(draw=False)
-        # A block's parameters are all-gathered in autocast's dtype, which its matrix products need; norm gains, too,
+        # Parameters are all-gathered in autocast's dtype, which matrix products need; norm gains and embeddings, too,
         # are rounded to it. Inputs are not cast: GPT.hidden gives the residual stream its dtype.
         policy = MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in model.blocks:
-            fully_shard(block, mesh=self.mesh, mp_policy=policy)
+            # The last block's stay for the backward pass, which begins with it.
+            fully_shard(block, mesh=self.mesh, mp_policy=policy, reshard_after_forward=block is not model.blocks[-1])
             if self.compiles:  # also each block: train.py's torch.compile breaks its graph at FSDP's hooks
                 block.forward = torch.compile(block.forward)
-        fully_shard(model, mesh=self.mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-        params = dict(model.named_parameters())
-        weights = {name: torch.empty_like(like, device=self.device) for name, like in params.items() if not draw}
-        for name, like in params.items() if draw else ():  # one by one: drawn by the main rank, then scattered
-            drawn = model.init_weight(name, torch.empty(like.shape, device="cpu" if self.is_main else "meta"))
-            weights |= self.distribute({name: drawn}, params)
+        fully_shard(model, mesh=self.mesh, mp_policy=policy)  # embeddings, final norm and head
+        weights = {}
+        for name, like in model.named_parameters():  # one by one: drawn by the main rank, then scattered
+            if draw:
+                drawn = model.init_weight(name, torch.empty(like.shape, device="cpu" if self.is_main else "meta"))
+            weights[name] = self.distribute(drawn, like) if draw else torch.empty_like(like, device=self.device)
         model.load_state_dict(weights, assign=True)
         return model
 
@@ -106,17 +107,14 @@ class FSDPWorld(DDPWorld):
 
         return tree_map_only(torch.Tensor, gather, state)
 
-    def distribute(self, tensors, like):
-        def scatter(tensor, parameter):
-            # On other ranks only the shape counts. Not to the 2-D mesh at once, as each rank of the main one's replica
-            # would then send a whole tensor to the others.
-            tensor = tensor.to(self.device) if self.is_main else torch.empty_like(tensor, device=self.device)
-            mine = self.replicate(distribute_tensor(tensor, self.mesh["dp_shard"], [Shard(0)]).to_local())
-            return DTensor.from_local(mine, self.mesh, parameter.placements, shape=tensor.shape, stride=tensor.stride())
-
-        sharded = {name for name, tensor in tensors.items()
-                   if name in like and torch.is_tensor(tensor) and tensor.shape == like[name].shape}
-        return {name: scatter(tensor, like[name]) if name in sharded else tensor for name, tensor in tensors.items()}
+    def distribute(self, value, like):
+        if not torch.is_tensor(value) or value.shape != like.shape:
+            return super().distribute(value, like)
+        # On other ranks only the shape counts. Not to the 2-D mesh at once, as each rank of the main one's replica
+        # would then send a whole tensor to the others.
+        whole = value.to(self.device) if self.is_main else torch.empty_like(value, device=self.device)
+        mine = self.replicate(distribute_tensor(whole, self.mesh["dp_shard"], [Shard(0)]).to_local())
+        return DTensor.from_local(mine, self.mesh, like.placements, shape=whole.shape, stride=whole.stride())
 
     def full_model(self, model):
         weights = self.full_state(model.state_dict())

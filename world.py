@@ -54,11 +54,10 @@ class World:
         gathered, all tensors are copies on the CPU, and other ranks get meta tensors."""
         return state
 
-    def distribute(self, tensors, like):
-        """Collective; reverses `full_state`. `tensors`, by name, are what `from_main` returned; they are returned on
-        every rank, on its device. Under sharding, each that has the shape of the parameter of its name in `like` is
-        returned as this rank's shard."""
-        return tensors
+    def distribute(self, value, like):
+        """Collective; reverses `full_state`. `value` is a tensor or number that `from_main` returned, and comes to the
+        device of every rank; under sharding, if it has the shape of the parameter `like`, as this rank's shard."""
+        return value
 
     def full_model(self, model):
         """Collective. A model with all parameters, for the main rank to sample from; under sharding None on the others.
