@@ -20,10 +20,12 @@ from config import UserError, arg, first_line
 # Dense bf16 peak in FLOP/s, from the vendors' data sheets (without sparsity), keyed by the full device name: NVL, PCIe,
 # Ti and Laptop variants are different devices.
 PEAK_FLOPS = {r"H100( SXM5)? \d+GB HBM3": 989e12, r"H100 PCIe": 756e12, r"H100 NVL": 835e12, r"H200": 989e12,
-              r"H200 NVL": 835e12, r"GH200 \d+GB": 989e12, r"B200": 2250e12, r"GB200": 2500e12, r"H20": 148e12,
-              r"A100-(SXM4|SXM|PCIE)-\d+GB|A100 \d+GB PCIe": 312e12,
+              r"H200 NVL": 835e12, r"H800": 989e12, r"H20": 148e12,
+              r"GH200 \d+GB?( HBM3e)?": 989e12, r"B200": 2250e12, r"GB200": 2500e12,
+              r"A[18]00-(SXM4|SXM|PCIE)-\d+GB|A[18]00 \d+GB PCIe": 312e12, r"A40": 149.7e12, r"A30": 165e12,
               r"A10": 125e12, r"A10G": 70e12, r"L40S": 362e12, r"L40": 181e12, r"L4": 121e12,
-              r"GeForce RTX 4090": 165e12, r"GeForce RTX 3090": 71e12,
+              r"RTX A6000": 154.8e12, r"RTX 6000 Ada Generation": 364.2e12,
+              r"GeForce RTX 5090": 209.5e12, r"GeForce RTX 4090": 165e12, r"GeForce RTX 3090": 71e12,
               r"AMD Instinct MI250X": 191.5e12, r"AMD Instinct MI300X": 1307e12}  # an MI250X shows as two devices
 
 CPU_LIMIT = "/sys/fs/cgroup/cpu.max"  # of a container (docker --cpus, Kubernetes' limits.cpu): microseconds, of so many

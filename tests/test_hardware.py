@@ -17,6 +17,8 @@ from hardware import Stopwatch, memory_metrics, peak_of
     ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA A100 80GB PCIe", 312e12), ("NVIDIA L40", 181e12), ("NVIDIA L4", 121e12),
     ("NVIDIA GeForce RTX 4090", 165e12), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA H200 NVL", 835e12),
     ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("NVIDIA GeForce RTX 3090 Ti", None), ("AMD Instinct MI250X", 191.5e12),
+    ("NVIDIA A800-SXM4-80GB", 312e12), ("NVIDIA GH200 144G HBM3e", 989e12), ("NVIDIA GH200 480GB", 989e12),
+    ("NVIDIA RTX 6000 Ada Generation", 364.2e12), ("NVIDIA A40", 149.7e12), ("NVIDIA A400", None),
     ("AMD Instinct MI250X / MI250", None), ("Some Other GPU", None),
 ])
 def test_a_peak_is_that_of_the_very_device_or_unknown(name, peak):
