@@ -331,14 +331,13 @@ def begin(cfg, resume_from, state, eval_tokens):
     """Before the first step, removes the drafts of killed saves and what a replaced run left: its log and metrics
     unless this run continues it, with --overwrite its checkpoints. A rollback makes `resume_from` the newest at once.
     Returns the validation loss to beat."""
-    path, best = Path(cfg.checkpoint_path), cfg.beside(".best.pt")
+    path, bests = Path(cfg.checkpoint_path), [cfg.beside(".best.pt"), *cfg.matching(OTHER_BEST)]
     goes_on = resume_from is not None and cfg.continues(resume_from)
     stale = cfg.drafts() + ([cfg.beside(".prev.pt"), cfg.beside(".nonfinite.pt")] if cfg.overwrite else [])
     if cfg.overwrite and goes_on:
-        link(Path(resume_from), path)
         stale += [file for file in cfg.numbered() if step_of(file) > state.step]
-        bests = [best, *cfg.matching(OTHER_BEST)]
-        stale += [file for file in bests if saved(file)["state"].get("step", 0) > state.step]
+        stale += [file for file in bests if _surely_saved(file)["state"].get("step", 0) > state.step]
+        link(Path(resume_from), path)
     elif not goes_on:  # any such files belong to another run, even if that one never saved a checkpoint
         shutil.rmtree(cfg.beside(".tensorboard"), ignore_errors=True)
         stale += [cfg.beside(".metrics.jsonl"), cfg.beside(".log")]
@@ -346,7 +345,7 @@ def begin(cfg, resume_from, state, eval_tokens):
         if resume_from is not None or cfg.resume != "auto":  # auto continues the W&B run of a start that saved nothing
             stale += cfg.matching(r"\.wandb\.json|\.rank\d+\.(wandb\.json|metrics\.jsonl)")
         if cfg.overwrite:  # a branch's path gets its own first checkpoint: that of `resume_from` names another W&B run
-            stale += [path, best, *cfg.numbered(), *cfg.matching(OTHER_BEST)]
+            stale += [path, *bests, *cfg.numbered()]
     for file in stale:
         file.unlink(missing_ok=True)
     return _loss_to_beat(cfg, state, eval_tokens)
@@ -356,16 +355,13 @@ def _loss_to_beat(cfg, state, eval_tokens):
     """The loss of `.best.pt`, which may be newer than the checkpoint resumed from; infinity if there is none. One that
     was measured with another `eval_tokens` is not comparable: it is kept under a name with that number, and the best
     of before with this number, if there was one, is the best again."""
-    found = saved(best := cfg.beside(".best.pt"))
-    if not found["state"] and exists(best):  # raises UserError if it cannot be read now: it would be written over
-        with contextlib.suppress(DamagedCheckpoint):
-            found = whole if is_of_a_run(whole := load(best)) else found
+    found = _surely_saved(best := cfg.beside(".best.pt"))
     of = found["config"].get("eval_tokens", eval_tokens)
     if of != eval_tokens:
         link(best, kept := cfg.beside(f".best-of-{of}.pt"))
         log.info("the best loss so far is over --eval-tokens %d: not comparable; its weights stay in %s", of, kept)
     if of != eval_tokens or not found["state"]:  # not comparable, missing or not readable
-        found = saved(before := cfg.beside(f".best-of-{eval_tokens}.pt"))
+        found = _surely_saved(before := cfg.beside(f".best-of-{eval_tokens}.pt"))
         if not found["state"]:  # the next evaluation writes one
             return math.inf
         os.replace(before, best)
@@ -381,6 +377,16 @@ def saved(file):
     """Configuration and state of a checkpoint; both {} if it cannot be read."""
     found = peek(file)
     return found if is_of_a_run(found) else {"config": {}, "state": {}}
+
+
+def _surely_saved(file):
+    """As `saved`, of a file that is removed or written over by what it says. Raises UserError if it is there and cannot
+    be read now."""
+    found = saved(file)
+    if not found["state"] and exists(file):
+        with contextlib.suppress(DamagedCheckpoint):
+            found = whole if is_of_a_run(whole := load(file)) else found
+    return found
 
 
 def require_space(cfg, n_bytes, n_steps, uploads=0):

@@ -145,8 +145,8 @@ def parse(cls, argv=None):
         found = _read_toml(path, cls, fields)
         if path.endswith(RUN_CONFIG) and "checkpoint_path" in fields:  # of that run, wherever it has been moved
             found.setdefault("checkpoint_path", path.removesuffix(RUN_CONFIG) + ".pt")
-        _override(values, found, cls)
-    _override(values, {name: coerce(flag(name), fields[name], value) for name, value in given.items()}, cls)
+        override(values, found, cls, f"--config {path}: ")
+    override(values, {name: coerce(flag(name), fields[name], value) for name, value in given.items()}, cls)
 
     groups = {}
     for group in dataclasses.fields(cls):
@@ -160,14 +160,14 @@ def parse(cls, argv=None):
     return config
 
 
-def _override(values, later, cls):
+def override(values, later, cls, where=""):
     """Puts the values of a later source into `values`. Of a group's ALTERNATIVES, which say the same thing in different
     units, the one that the later source gives replaces the others. Raises UserError if it gives several."""
     for group in dataclasses.fields(cls):
         names = getattr(group.type, "ALTERNATIVES", ())
         chosen = [name for name in names if later.get(name)]
         if len(chosen) > 1:
-            raise UserError(f"{' and '.join(map(flag, chosen))}: one decides the other; give one of them")
+            raise UserError(f"{where}{' and '.join(map(flag, chosen))}: one decides the other; give one of them")
         for name in names if chosen else ():
             values.pop(name, None)
     values |= later

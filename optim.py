@@ -28,8 +28,9 @@ class OptimConfig:
     optimizer: str = arg("adamw", "muon: Muon for the matrices inside the blocks, AdamW for all else",
                          choices=("adamw", "muon"))
     num_steps: int = arg(1000, "optimizer steps in all", ge=1, le=10**9)
-    num_tokens: float = arg(0.0, "the length of the run in tokens instead of steps, such as 10e9", ge=0, le=1e15)
-    num_epochs: float = arg(0.0, "the length of the run in passes over the training text, such as 1.5", ge=0, le=10**6)
+    num_tokens: float = arg(0.0, "length of the run in tokens instead, such as 10e9; 0: see --num-steps", ge=0, le=1e15)
+    num_epochs: float = arg(0.0, "length of the run in passes over the training text instead, such as 1.5; 0: see "
+                                   "--num-steps", ge=0, le=10**6)
     lr: float = arg(1e-3, "peak learning rate", gt=0)
     muon_lr: float = arg(0.02, "Muon's peak learning rate; rises and falls with the schedule of --lr", gt=0)
     min_lr: float | None = arg(None, "learning rate at the end of the schedule; unset: lr / 10", ge=0)
@@ -55,9 +56,13 @@ class OptimConfig:
             raise UserError(f"--decay-steps {self.decay_steps}: --lr-scheduler none has no decay; take wsd")
 
     def in_steps(self, step_sequences, seq_len, epoch_sequences):
-        """These settings with the length of the run in steps, rounded up, however it was given."""
+        """These settings with the length of the run in steps, rounded up, however it was given. Raises UserError."""
         sequences = self.num_epochs * epoch_sequences or self.num_tokens / seq_len
-        num_steps = math.ceil(sequences / step_sequences) or self.num_steps
+        steps = math.ceil(round(sequences / step_sequences, 6))  # 0.07 x 100 is above 7
+        num_steps = max(1, steps) if sequences else self.num_steps
+        if num_steps > 10**9:
+            raise UserError(f"--num-tokens {self.num_tokens:g} --num-epochs {self.num_epochs:g}: {num_steps:,} steps, "
+                            f"of which a run has 1,000,000,000 at most")
         return replace(self, num_steps=num_steps, num_tokens=0.0, num_epochs=0.0)
 
 

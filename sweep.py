@@ -20,7 +20,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-from config import Parser, UserError, coerce, flag_fields, positive, refuse_unknown
+from config import Parser, UserError, coerce, flag_fields, override, positive, refuse_unknown
 from wandb_errors import reason
 from wandb_follower import import_wandb
 from wandb_runs import WandbConfig, with_environment
@@ -78,6 +78,8 @@ def require_flags(path, sweep):
         for value in [spec["value"]] if "value" in spec else spec.get("values") or []:
             if value is not None and not isinstance(value, str):
                 coerce(f"{path}: {name}", declared, value)
+    # Refuses two lengths of one run, say.
+    override({}, {name.replace("-", "_"): True for name in sweep["parameters"]}, Config, f"{path}: ")
     metric = str(sweep.get("metric", {}).get("name", ""))
     if metric and "/" not in metric:
         refuse_unknown(metric, ["val/loss", "train/loss", "val/ppl"], f"{path}: the metric", "; such as val/loss")

@@ -163,7 +163,8 @@ def train(cfg, world):
         return 0
     if state.step >= num_steps:
         send = f"; rows that W&B lacks: {sync_command(cfg.checkpoint.beside('.pt'))}" * cfg.wandb.use_wandb
-        log.info("already at step %d of %d: raise --num-steps to go on%s", state.step, num_steps, send)
+        log.info("already at step %d of %d: raise --num-steps (or --num-epochs …) to go on%s", state.step, num_steps,
+                 send)
         return 0
 
     world.from_main(lambda: checkpoint.claim(cfg, resume_from, 4 * raw.num_params() + sum(moment_bytes), state.step))

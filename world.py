@@ -55,8 +55,8 @@ class World:
         return state
 
     def distribute(self, value, like):
-        """Collective; reverses `full_state`. `value` is a tensor or number that `from_main` returned, and comes to the
-        device of every rank; under sharding, if it has the shape of the parameter `like`, as this rank's shard."""
+        """Collective; reverses `full_state`. `value` is a tensor or number that `from_main` returned; every rank gets
+        it whole or, under sharding, if it has the shape of the parameter `like`, this rank's shard of it."""
         return value
 
     def full_model(self, model):

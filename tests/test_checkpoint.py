@@ -486,6 +486,8 @@ def test_a_best_checkpoint_that_cannot_be_read_for_a_moment_is_not_written_over(
     save_run(cfg, whole(100) | {"state": dict(step=100, best_val=3.1)}, 100, latest=False, best=True)
     monkeypatch.setattr(checkpoint, "peek", lambda path: {})  # as on a file system without mmap
     assert checkpoint.begin(cfg, tmp_path / "c.pt", State(step=60), EVAL_TOKENS) == 3.1
+    assert checkpoint.begin(cfg, tmp_path / "c.pt", State(step=60), 7) == math.inf
+    assert checkpoint.begin(cfg, tmp_path / "c.pt", State(step=60), EVAL_TOKENS) == 3.1, "back from .best-of-N.pt"
 
     def fail(path):
         raise OSError(errno.ESTALE, "Stale file handle")

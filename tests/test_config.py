@@ -10,6 +10,7 @@ from conftest import ROOT
 from config import LAUNCH_FLAGS, UserError, arg, flag, flag_fields, flatten, one_line_errors, parse, refuse_unknown
 from data import BatchConfig
 from files import without_infinity
+from optim import OptimConfig
 from train import Config
 
 
@@ -74,6 +75,15 @@ def test_of_two_ways_to_say_the_same_the_later_source_decides(tmp_path):
         assert (trip.days, trip.weeks) == (days, weeks), argv
     with pytest.raises(UserError, match="^--days and --weeks: one decides the other; give one of them$"):
         parse(Car, ["--weeks", "3", "--days", "1"])
+
+
+def test_a_length_in_epochs_or_tokens_is_one_in_whole_steps():
+    def steps(**length):
+        return OptimConfig(num_steps=9, **length).in_steps(8, 32, 800).num_steps
+
+    assert steps() == 9 and steps(num_epochs=1e-9) == steps(num_tokens=1) == 1
+    assert [steps(num_epochs=n / 100) for n in range(1, 2000)] == list(range(1, 2000))
+    assert [steps(num_epochs=0.011), steps(num_tokens=256), steps(num_tokens=257)] == [2, 1, 2]
 
 
 def test_a_runs_own_config_is_of_that_run_after_a_recipe_too(tmp_path):

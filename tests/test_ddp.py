@@ -212,7 +212,7 @@ def test_accumulation_over_ranks_averages_every_gradient_once(trainer):
     ids=["fp32", "bf16", "fp16", "3 ranks"])
 def test_ranks_resume_bit_for_bit(trainer, ranks, precision):
     flags = ["--max-tokens", 3200, "--grad-accum-steps", 2, "--dropout", 0.2, "--log-steps", 5, "--eval-steps", 4,
-             "--save-steps", 6, "--lr-scheduler", "none", "--d-model", 128, *precision]  # tensors of 2**16 elements
+             "--save-steps", 6, "--lr-scheduler", "none", "--d-model", 160, *precision]  # tensors above 2**16
     straight = trainer(*flags, "--num-steps", 14, ranks=ranks, checkpoint="straight.pt")
     first = trainer(*flags, "--num-steps", 9, ranks=ranks, checkpoint="resumed.pt")
     second = trainer(*flags, "--num-steps", 14, "--resume", ranks=ranks, checkpoint="resumed.pt")

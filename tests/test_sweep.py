@@ -184,6 +184,7 @@ GRID = "method: grid\nparameters: {lr: {values: [1, 2]}}\n"
     (GRID + "program: other.py", "one of train.py, train_ddp.py, train_fsdp.py"),
     (GRID + "command: 3", "command 3: expected list"),
     (GRID.replace("lr:", "learning_rate:"), "the parameter learning_rate is not known; did you mean lr?"),
+    (GRID.replace("lr:", "num-epochs: {value: 2}, num_steps:"), "--num-steps and --num-epochs: one decides the other"),
     (GRID.replace("lr:", "batch_size:").replace("2", "-1"), "batch_size -1: must be at least 1"),
     (GRID.replace("grid", "gird"), "method gird: one of grid, random, bayes"),
     (GRID.replace("grid", "bayes"), "method bayes needs a metric"),
