@@ -19,7 +19,7 @@ from token_cache import prepare
 from tokenizer import encode, open_tokenizer, tokenizer_hash
 
 CYCLE = 1000  # samples after which the turns of several sources repeat
-GOLDEN = 0x9E3779B97F4A7C15  # 2**64 by the golden ratio
+GOLDEN = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio
 
 log = logging.getLogger("mini_llm")
 
