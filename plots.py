@@ -5,7 +5,7 @@ A run here is anything with a `name` and with `series(metric, x)` → (xs, ys), 
 
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000"]  # Okabe and Ito
@@ -74,13 +74,15 @@ def panels(runs, x="step"):
     names = ["val_" + "".join(c if c.isalnum() else "_" for c in source) for source in sources]
     own = [Panel(name if names.count(name) == 1 else f"{name}_{i}", f"Validation loss: {source}", "nats per token",
                  points=f"val/loss/{source}") for i, (name, source) in enumerate(zip(names, sources, strict=True))]
-    return [panel for panel in PANELS + own
+    return [replace(panel, log_x=x == "flops") for panel in PANELS + own
             if not (panel.name == "bits_per_byte" and comparable(runs) == "val/loss")
             and any(run.series(metric, x)[0] for run in runs for metric in panel.metrics())]
 
 
 def short(value, like=None, digits=3):
     """12,345,678 → 12.3M, for tables and axis ticks. `like`: the largest tick, whose unit all ticks use."""
+    if abs(like or value) >= 1e15:  # FLOPs, of which nobody says 3P
+        return f"{value:.{digits}g}".replace("e+", "e")
     for bound, unit, sign in (1e12, 1e12, "T"), (1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k"):
         if value and abs(like or value) >= 0.9995 * bound:  # a value that rounds up to the bound gets its unit
             return f"{value / unit:.{digits}g}{sign}"
@@ -126,7 +128,7 @@ def looks(i):
 def axis(runs, x):
     """The label of the x axis, and the divisor for its values."""
     if x != "time":
-        return x, 1
+        return {"flops": "training FLOPs"}.get(x, x), 1
     longest = max((run.series(metric, x)[0][-1] for run in runs for metric in ("train/loss", "val/loss")
                    if run.series(metric, x)[0]), default=0)
     unit, seconds = ("s", 1) if longest < 180 else ("min", 60) if longest < 3 * 3600 else ("h", 3600)
@@ -148,7 +150,7 @@ def figure(panel, runs, x="step", smooth=0, size=(7.2, 3.4)):
         label, scale = axis(runs, x)
         handles = [handle for i, run in enumerate(runs)
                    for handle in _draw(ax, panel, run, i, len(runs) > 1, x, scale, smooth)]
-        _axes(ax, panel, runs, label)
+        _axes(ax, panel, runs, x, label)
         fig.suptitle(panel.title, x=0.01, ha="left", fontsize=12, fontweight="bold")
         handles += _key(panel, runs, smooth) if len(runs) > 1 else []
         if len(handles) > 1 or "mean" in handles[0].get_label():
@@ -212,7 +214,7 @@ def _key(panel, runs, smooth):
     return found if len(found) > 1 or mean else []
 
 
-def _axes(ax, panel, runs, label):
+def _axes(ax, panel, runs, x, label):
     from matplotlib.ticker import FuncFormatter
 
     values = [value for run in runs for metric in (*panel.metrics(), *panel.band)
@@ -221,7 +223,7 @@ def _axes(ax, panel, runs, label):
     ax.set_ylabel(panel.unit)
     if panel.log_x:
         ax.set_xscale("log")
-        _label_log(ax.xaxis, [at for run in runs for at in run.series(panel.points)[0]])
+        _label_log(ax.xaxis, [at for run in runs for metric in panel.metrics() for at in run.series(metric, x)[0]])
     if panel.is_log(values):
         ax.set_yscale("log")
         _label_log(ax.yaxis, values)

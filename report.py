@@ -29,10 +29,10 @@ from plots import MARKS, Panel, comparable, figure, looks, panels, short, termin
 ROWS = ".metrics.jsonl"
 DEFAULT = "checkpoints/minigpt.pt"
 # Recorded beside the flags, of which they follow.
-NOT_FLAGS = ("command", "n_params", "corpus", "corpus_tokens", "tokenizer_hash", "accum_steps")
+NOT_FLAGS = ("command", "n_params", "flops_per_token", "corpus", "corpus_tokens", "tokenizer_hash", "accum_steps")
 ROW = ("steps", "val loss", "best val loss", "tokens/s", "time")  # the facts of a run in one row of text
 EMPTY = "(nothing: the model ended the text at once)"
-X_METRICS = {"step": "step", "tokens": "train/tokens"}
+X_METRICS = {"step": "step", "tokens": "train/tokens", "flops": "train/flops", "time": "elapsed"}
 
 
 class Run:
@@ -62,9 +62,11 @@ class Run:
             row["elapsed"] = elapsed
 
     def series(self, metric, x="step"):
-        """(xs, ys) of the metric's finite values; `x`: step, tokens (seen so far), or time (in seconds)."""
-        where = X_METRICS.get(x, "elapsed")
-        pairs = [(row[where], row[metric]) for row in self.rows if _is_number(row.get(metric)) and where in row]
+        """(xs, ys) of the metric's finite values; `x`: step, tokens (seen so far), flops (spent on them; not 0, as its
+        axis is logarithmic), or time (in seconds)."""
+        where = X_METRICS[x]
+        pairs = [(row[where], row[metric]) for row in self.rows
+                 if _is_number(row.get(metric)) and where in row and (row[where] or x != "flops")]
         return [at for at, _ in pairs], [value for _, value in pairs]
 
     def last(self, metric):
@@ -86,6 +88,7 @@ class Run:
             "steps": f"{step:,}" + f" of {steps:,}" * (step < steps),
             "tokens": _text(self.last("train/tokens"), short),
             "parameters": _text(self.config.get("n_params"), short),
+            "FLOPs": _text(self.last("train/flops"), short),
             "train loss": _text(self.last("train/loss"), "{:.4f}".format),
             "val loss": _text(self.last("val/loss"), "{:.4f}".format),
             "best val loss": f"{best[0]:.4f} at {best[1]:,}" if best else "–",
@@ -209,6 +212,8 @@ class Point:
 def plots(runs, x):
     """(panel, what it draws, the x axis) of every plot."""
     found = [(panel, runs, x) for panel in panels(runs, x)]
+    if not found:
+        raise UserError(f"--x {x}: no report of these runs has {X_METRICS[x]}; take --x step")
     return found[:1] + sweep(runs) + found[1:]
 
 
@@ -356,7 +361,7 @@ def main():
                         help=f"checkpoint path, metrics.jsonl, or a folder of runs (default: {DEFAULT})")
     parser.add_argument("--output", metavar="DIR", help="the folder to write (default: .report beside the first run; "
                                                         "report in a folder of runs)")
-    parser.add_argument("--x", choices=("step", "tokens", "time"), default="step", help="the x axis (default: step)")
+    parser.add_argument("--x", choices=tuple(X_METRICS), default="step", help="the x axis (default: step)")
     parser.add_argument("--smooth", metavar="N", type=positive, default=0,
                         help="reports that the bold curves average; 1: none (default: a 25th of the run, at most 100)")
     parser.add_argument("--terminal", action="store_true", help="print text plots, and write nothing")

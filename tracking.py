@@ -176,7 +176,7 @@ class Tracker:
         """`cfg`: the whole configuration; `config`: the facts to record with the run. `state` is read at each record,
         and gets the id of the W&B run; `epochs(state)`: how often the data has been read. Collective with --use-wandb.
         """
-        self.state, self.epochs, self.amp = state, epochs, amp
+        self.state, self.epochs, self.amp, self.flops_per_token = state, epochs, amp, config["flops_per_token"]
         self.num_steps, self.exit_code = cfg.optim.num_steps, 0
         self.beside, self.is_main, self.sinks, self.file = cfg.checkpoint.beside, world.is_main, [], None
         self.drawn = {title: [] for title in DRAWN}
@@ -280,7 +280,7 @@ class Tracker:
         metrics = {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
         step = self.state.step
         metrics |= {"train/tokens": self.state.tokens, "train/epoch": self.epochs(self.state),
-                    "amp": float(self.amp != "off")}
+                    "train/flops": float(self.state.tokens * self.flops_per_token), "amp": float(self.amp != "off")}
         began, first = self.lately[0]
         per_step = (time.perf_counter() - began) / max(1, step - first)  # evaluations and saves included
         log.info("%s", console_line(step, self.num_steps, metrics, per_step, self.amp))

@@ -85,8 +85,9 @@ def train(cfg, world):
     if not saved:
         state = load_initial(raw, optimizer, cfg.init, identity, world)
     scaler = precision.scaler()
-    meter = Meter(world, raw.flops_per_token(corpus.seq_len), hardware.peak_flops(world.device), cfg.wandb.wandb_watch,
-                  batch_size, cfg.report.log_steps)
+    flops_per_token = raw.flops_per_token(corpus.seq_len)
+    meter = Meter(world, flops_per_token, hardware.peak_flops(world.device), cfg.wandb.wandb_watch, batch_size,
+                  cfg.report.log_steps)
     guard = StepGuard(cfg.optim, optimizer, scaler, world.device)
     parts = dict(model=raw, optimizer=optimizer, scaler=scaler, guard=guard, meter=meter)
     if saved:
@@ -184,7 +185,8 @@ def train(cfg, world):
         state.best_val = world.from_main(
             lambda: checkpoint.begin(cfg.checkpoint, resume_from, state, cfg.report.eval_tokens))
 
-    facts = config | corpus.facts | dict(n_params=raw.num_params(), accum_steps=accum)
+    facts = config | corpus.facts | dict(n_params=raw.num_params(), accum_steps=accum,
+                                          flops_per_token=flops_per_token)
     with (Tracker(cfg, world, state, epochs, precision.name, facts) as track,
           make_profiler(cfg.tracking.use_profiler and world.is_main, cfg.checkpoint.beside(".trace.json"),
                         num_steps - state.step) as profiler,

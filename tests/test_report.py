@@ -18,16 +18,17 @@ from plots import PANELS, figure, panels, short, smoothed, sparkline, ticks
 NASTY = "Once <script>alert('x')</script> & <img src=http://example.com/x.png>\n\x1b[31m```red \ud83d"
 
 
-def write_run(path, steps=40, lr=1e-3, code=0, extra=(), **flags):
+def write_run(path, steps=40, lr=1e-3, code=0, extra=(), width=1e13, **flags):
     """A metrics.jsonl as the tracker writes it, of a run of two ranks on a GPU, killed and resumed at step 20."""
     config = dict(arch="gpt2", lr=lr, num_steps=40, train_data=["a.txt", "b.txt"], command="python <train.py>",
                   checkpoint_path=str(path), world_size=2, n_params=4_470_272) | flags
     records = [dict(step=0, time=0.0, event="config", config=config),
-               {"step": 0, "time": 0.0, "val/loss": 800.0, "val/ppl": None, "train/tokens": 0}]
+               {"step": 0, "time": 0.0, "val/loss": 800.0, "val/ppl": None, "train/tokens": 0, "train/flops": 0.0}]
     for step in range(2, steps + 1, 2):
         loss = 2 + 6 * math.exp(-step / 9) + 0.1 * (step % 3)
         row = {"step": step, "time": 1000.0 * step, "train/loss": loss, "train/grad_norm": 1.0, "lr": lr,
-               "time/dt_sec": 60.0, "train/tokens": step * 2048, "global_tokens_per_sec": 20_000 + step,
+               "time/dt_sec": 60.0, "train/tokens": step * 2048, "train/flops": step * width,
+               "global_tokens_per_sec": 20_000 + step,
                "tokens_per_sec_per_rank": 1e4, "tokens_per_sec_per_rank/min": 9e3, "tokens_per_sec_per_rank/max": 11e3,
                "gpu/allocated_gb": 2.0, "gpu/peak_gb": 5.0, "gpu/reserved_gb": 6.0}
         if step % 10 == 0:
@@ -211,6 +212,26 @@ def test_a_sweep_is_of_one_flag_that_is_a_number(tmp_path, flags, shown):
     found = report.sweep(runs)
     assert ["log" if panel.log_x else "linear" for panel, *_ in found] == ([shown] if shown else [])
     assert [panel.name for panel, *_ in report.plots(runs, "step")][:2] == ["loss", "sweep" if shown else "perplexity"]
+
+
+def test_models_of_several_sizes_over_the_cost_of_training_them(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "large.metrics.jsonl", width=4e15, n_layers=8, d_model=512)
+    write_run(tmp_path / "small.metrics.jsonl", width=1e13, n_layers=2, d_model=128)
+    runs = report.load([tmp_path])
+    assert {run.name: run.series("val/loss", "flops")[0] for run in runs} == {  # none at 0, which a log scale lacks
+        "large": [4e16, 8e16, 1.2e17, 1.6e17], "small": [1e14, 2e14, 3e14, 4e14]}
+    panel, drawn, x = report.plots(runs, "flops")[0]
+    ax = figure(panel, drawn, x).axes[0]
+    assert (ax.get_xscale(), ax.get_xlabel()) == ("log", "training FLOPs, log scale")
+    assert {tick.get_text() for tick in ax.get_xticklabels()} >= {"1e14", "1e15", "1e17"}
+    assert {run.name: run.facts()["FLOPs"] for run in runs} == {"large": "1.6e17", "small": "400T"}
+    code, out, _ = in_process(monkeypatch, capsys, tmp_path, "--x", "flops", "--terminal")
+    assert code == 0 and "training FLOPs, log scale" in out and "1.6e17" in out
+    for run in runs:
+        for row in run.rows:
+            del row["train/flops"]
+    with pytest.raises(report.UserError, match="--x flops: no report of these runs has train/flops; take --x step"):
+        report.plots(runs, "flops")
 
 
 def test_a_run_that_was_resumed_and_is_still_going(tmp_path):

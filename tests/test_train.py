@@ -41,6 +41,8 @@ def test_a_run_reports_what_is_documented_and_writes_what_it_says(trainer):
     assert names <= run.rows[20].keys(), names - run.rows[20].keys()
     assert run.rows[20]["val/ppl"] == pytest.approx(math.exp(run.rows[20]["val/loss"]))
     assert run.rows[20]["train/tokens"] == 20 * 4 * 32
+    per_token = float(re.search(r"(\S+) FLOPs per token", run.out)[1])
+    assert run.rows[20]["train/flops"] == pytest.approx(20 * 4 * 32 * per_token, 0.01)
     assert f": {run.rows[20]['train/epoch']:.3g} epochs, " in run.out
     line = next(line for line in run.out.splitlines() if "step 10/20" in line)
     assert re.fullmatch(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] epoch 1 step 10/20 \| lr \S+ \| step time "
