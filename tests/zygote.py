@@ -1,8 +1,11 @@
 """Commands run in copies of a process that has imported torch, which takes two seconds: most of a short command's time.
-Otherwise they are processes like others: their own modules, environment, streams, exit code."""
+Otherwise they are processes like others: their own modules, environment, streams, exit code. The ranks that torchrun
+starts are its children, and copies of it."""
 
 import contextlib
+import ctypes
 import functools
+import importlib
 import json
 import os
 import runpy
@@ -13,6 +16,7 @@ import sys
 import tempfile
 
 REPLY = 64  # bytes of each
+TORCHRUN = "torch.distributed.run"
 
 
 def run(command, cwd, env, input=None, timeout=300):
@@ -25,7 +29,7 @@ def run(command, cwd, env, input=None, timeout=300):
         request = dict(command=list(map(str, command)), cwd=str(cwd), env=env)
         json.dump(request, asked)
         asked.seek(0)
-        channel = zygote()
+        channel = zygote(command[2] == TORCHRUN)
         socket.send_fds(channel, [b"!"], [file.fileno() for file in (asked, given, out, err)])
         pid = json.loads(channel.recv(REPLY))
         channel.settimeout(timeout)
@@ -44,12 +48,13 @@ def run(command, cwd, env, input=None, timeout=300):
 
 
 @functools.cache
-def zygote():
+def zygote(for_torchrun):
     """The channel to the process that is copied. It ends with the one that holds this end."""
     ours, theirs = socket.socketpair()
     with theirs:
-        subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()],
-                         stdin=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        subprocess.Popen([sys.executable, __file__, str(theirs.fileno()), *[TORCHRUN, "torch._dynamo"] * for_torchrun],
+                         pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+                         env=os.environ | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"})
     return ours
 
 
@@ -86,12 +91,46 @@ def become(command, cwd, env, files):
     sys.orig_argv, is_module = command, command[1] == "-m"
     sys.argv, sys.path[0] = command[1 + is_module:], os.getcwd() if is_module else os.path.dirname(command[1])
     if is_module:
+        if command[2] == TORCHRUN and not torch.version.cuda:  # CUDA may not be used in a copy of what has asked for it
+            from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+            subprocess_handler.Popen = Rank
         runpy.run_module(command[2], run_name="__main__", alter_sys=True)
     else:
         runpy.run_path(command[1], run_name="__main__")
 
 
-if __name__ == "__main__":
-    import torch  # noqa: F401
+class Rank(subprocess.Popen):
+    """A process like that of `Popen([Python, "-u", script, …], start_new_session=True)`."""
 
+    def _execute_child(self, args, _, __, ___, ____, cwd, env, *_____):
+        self._child_created = True
+        self.pid = os.fork()
+        if self.pid:
+            return
+        code = 1
+        try:
+            null = os.open(os.devnull, os.O_RDWR)
+            for number in map(int, os.listdir("/proc/self/fd")):
+                with contextlib.suppress(OSError):  # the listing's own
+                    if number > 2:  # torchrun's objects will close these numbers: they must not become others' files
+                        os.dup2(null, number, inheritable=False)
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            become([args[0], *args[2:]], cwd or os.getcwd(), env, [])
+            code = 0
+        except SystemExit as leave:
+            code = leave.code or 0  # our scripts give a number
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            ctypes.pythonapi.Py_Exit(code)  # as an interpreter ends: with threads, atexit and streams
+
+
+if __name__ == "__main__":
+    import torch
+
+    for module in sys.argv[2:]:  # which ranks need, and train.py does without
+        importlib.import_module(module)
     serve(socket.socket(fileno=int(sys.argv[1])))
