@@ -50,7 +50,7 @@ class ReportConfig:
 
     log_steps: int = arg(10, "steps between reports", ge=1)
     eval_steps: int | None = arg(None, "steps between evaluations; 0: only before the first and after the last step; "
-                                       "unset: 20 to 39 per run, at reports", ge=0)
+                                       "unset: 20 to 40 per run, or at each report if there are fewer", ge=0)
     eval_tokens: int = arg(16384, "validation tokens of one evaluation, spread evenly over the set; 0: all", ge=0)
     sample_steps: int = arg(0, "steps between samples of generated text; 0: only at the end", ge=0)
 

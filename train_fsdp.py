@@ -48,7 +48,7 @@ class FSDPWorld(DDPWorld):
                             f"train_ddp.py")
         if cfg.ranks.check_replicas and self.shards == self.size:
             raise UserError(f"--check-replicas {cfg.ranks.check_replicas}: no two ranks hold the same weights; leave "
-                            f"it out, or give --shard-ranks")
+                            f"it out, or give --shard-ranks fewer than there are ranks")
 
     def place(self, make, draw):
         with torch.device("meta"):  # no rank has room for all the weights
