@@ -40,7 +40,8 @@ class DataConfig:
     val_ratio: float = arg(0.1, "fraction of the training text held out for validation if there is no --val-data",
                            gt=0, lt=1)
     tokenizer_name: str = arg("bpe", "bpe (trained on the text), byte, char, or a Hugging Face tokenizer's name or "
-                                     "folder, such as gpt2", metavar="NAME", empty=False)
+                                     "folder, such as gpt2; unset with --init-from: that of the weights",
+                              metavar="NAME", empty=False)
     seq_len: int = arg(256, "tokens in a training sequence; unset with --init-from: as many as those weights were "
                             "trained with, 1024 at most from a Hugging Face folder", ge=1)
     use_toy_data: bool = arg(False, "train on text from a Markov chain, for which the best possible loss is known")

@@ -29,8 +29,8 @@ class Preparation(Config):
 def main():
     cfg = parse(Preparation)
     setup_logging(is_main=True)
-    model, _, cfg.data.seq_len = resolve_init(cfg, None)
-    corpus = Corpus(cfg.data, model.vocab_size)
+    model, _, data = resolve_init(cfg, None)
+    corpus = Corpus(data, model.vocab_size)
     tokens = corpus.meta["tokens"]
     log.info("%s tokens to train on, %s to validate on", f"{tokens['train']:,}", f"{tokens['val']:,}")
     print(corpus.folder)

@@ -49,10 +49,10 @@ class InitConfig:
 
 
 def resolve_init(cfg, resume_from):
-    """The (model, init) configs and the --seq-len that the flags resolve to, on the main rank. Sizes come from
-    --init-from's weights or, when resuming a run that started from some, from its checkpoint: --init-from is not read
-    again. Raises UserError."""
-    model, init, seq_len = cfg.model, cfg.init, cfg.data.seq_len
+    """The (model, init, data) configs that the flags resolve to, on the main rank. Sizes, sequence length and tokenizer
+    come from --init-from's weights or, when resuming a run that started from some, from its checkpoint: --init-from is
+    not read again. Raises UserError."""
+    model, init, seq_len, tokenizer_name = cfg.model, cfg.init, cfg.data.seq_len, cfg.data.tokenizer_name
     stated = {name: value for name in SIZES if name in cfg.given  # None and 0 mean not stated
               and ((value := getattr(model, name)) or value is False)}
     saved = _saved_config(resume_from, cfg.checkpoint) if resume_from else {}
@@ -62,6 +62,7 @@ def resolve_init(cfg, resume_from):
         model = dataclasses.replace(model, **{name: saved[name] for name in SIZES if name in saved} | stated)
         init = part_of(InitConfig, saved)
         seq_len = seq_len if "seq_len" in cfg.given else saved["seq_len"]
+        tokenizer_name = tokenizer_name if "tokenizer_name" in cfg.given else saved["tokenizer_name"]
     elif init.init_from:
         if cfg.checkpoint.overwrite and cfg.checkpoint.continues(init.init_from):
             raise UserError(f"--init-from {init.init_from}: --overwrite would remove it; name another "
@@ -91,15 +92,18 @@ def resolve_init(cfg, resume_from):
         raise UserError(f"--seq-len {seq_len} is above --max-position-embeddings "
                         f"{model.max_position_embeddings}{init.init_from and ' of --init-from'}; {advice}")
     prepared = cfg.data.is_shards or cfg.data.use_toy_data  # both come with their tokenizer
-    learned = cfg.data.tokenizer_name in ("bpe", "char")
-    if init.init_from and learned and not prepared:
+    if init.init_from and tokenizer_name in ("bpe", "char") and not prepared:
         own = beside_run(init.init_from, ".tokenizer") if os.path.isfile(init.init_from) else init.init_from
-        raise UserError(f"--init-from {init.init_from}: its weights fit only the tokenizer they were trained with; add "
-                        f"--tokenizer-name {shlex.quote(str(own))}")
-    if model.vocab_size and not learned and not prepared:  # before a text is tokenized
-        size = id_count(load_tokenizer(cfg.data.tokenizer_name))
-        resolve_vocab_size(model, init, size, cfg.data.tokenizer_name)
-    return model, init, seq_len
+        if "tokenizer_name" in cfg.given:
+            raise UserError(f"--tokenizer-name {tokenizer_name}: the weights of --init-from {init.init_from} fit only "
+                            f"the tokenizer they were trained with; take --tokenizer-name {shlex.quote(str(own))}")
+        if os.path.isfile(init.init_from) and not own.is_dir():
+            raise UserError(f"--init-from {init.init_from}: there is no {own} beside it; name the tokenizer that these "
+                            f"weights were trained with: --tokenizer-name")
+        tokenizer_name = str(own)
+    if model.vocab_size and tokenizer_name not in ("bpe", "char") and not prepared:  # before a text is tokenized
+        resolve_vocab_size(model, init, id_count(load_tokenizer(tokenizer_name)), tokenizer_name)
+    return model, init, dataclasses.replace(cfg.data, seq_len=seq_len, tokenizer_name=tokenizer_name)
 
 
 def resolve_vocab_size(model, init, size, tokenizer_name):

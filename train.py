@@ -55,7 +55,7 @@ def train(cfg, world):
                         f"ranks; take that, or --shard-ranks 0")
     world.require_same({flag(name): value for name, value in flatten(cfg).items()}, "flags")
     resume_from = checkpoint.plan_together(cfg.checkpoint, world, dry_run)
-    cfg.model, cfg.init, cfg.data.seq_len = world.from_main(lambda: resolve_init(cfg, resume_from))
+    cfg.model, cfg.init, cfg.data = world.from_main(lambda: resolve_init(cfg, resume_from))
     accum = cfg.batch.accum_steps(world.size, cfg.data.seq_len)
 
     # The data, and what defines the run.

@@ -270,7 +270,7 @@ def theirs(gpt2_folder, tmp_path, monkeypatch):
 
 def start_from(folder):
     cfg = parse(train.Config, ["--init-from", str(folder), "--tokenizer-name", "byte", "--seq-len", "32"])
-    cfg.model, cfg.init, cfg.data.seq_len = resolve_init(cfg, None)
+    cfg.model, cfg.init, cfg.data = resolve_init(cfg, None)
     raw = train.GPT(cfg.model)
     load_initial(raw, None, cfg.init, {}, train.World(cfg))
     return raw

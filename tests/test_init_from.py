@@ -216,8 +216,8 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused_in_one_line(
 
 STEADY = ["--max-tokens", 1600, "--lr-scheduler", "none", "--warmup-steps", 0, "--no-amp", "--log-steps", 1,
           "--save-steps", 0, "--seed", 3]
-ANEW = ["--batch-size", 4, "--eval-tokens", 512, "--device", "cpu", "--init-from", "first.pt", "--tokenizer-name",
-        "first.tokenizer", "--keep-optimizer", *STEADY]
+ANEW = ["--batch-size", 4, "--eval-tokens", 512, "--device", "cpu", "--init-from", "first.pt",
+        "--keep-optimizer", *STEADY]
 
 
 @pytest.fixture
@@ -271,7 +271,8 @@ def test_another_batch_goes_on_in_the_data_and_other_data_begins_at_its_first_sa
     (["--optimizer", "muon"], "of --optimizer adamw; give this, too"),
     (["--init-from", "{folder}"], "has no optimizer state, or leave"),
     (["--init-from", "gone.pt"], "--init-from gone.pt: no such file"),
-    (["--init-from", "reversed.pt"], "leave it out")])
+    (["--init-from", "reversed.pt"], "no reversed.tokenizer beside it; name the tokenizer that these weights"),
+    (["--init-from", "reversed.pt", "--tokenizer-name", "byte"], "leave it out")])
 def test_optimizer_state_that_does_not_fit_is_refused(trainer, tuned, flags, words):
     trainer(*STEADY, "--num-steps", 1, checkpoint="first.pt")
     other = torch.load(trainer.folder / "first.pt", weights_only=True)
@@ -285,7 +286,7 @@ def test_optimizer_state_that_does_not_fit_is_refused(trainer, tuned, flags, wor
 
 def test_tokens_of_another_tokenizer_are_told(trainer):
     trainer("--num-steps", 1, checkpoint="first.pt")
-    for flags in ["--use-toy-data"], ["--tokenizer-name", "first.tokenizer"]:
+    for flags in ["--use-toy-data"], []:
         run = trainer("--init-from", "first.pt", *flags, "--num-steps", 1, "--seq-len", 16, tiny=False,
                       data="--use-toy-data" not in flags, checkpoint=f"{len(flags)}.pt")
         assert run.code == 0, run.err
@@ -297,10 +298,15 @@ def test_there_is_no_optimizer_state_without_weights():
         parse(Config, ["--keep-optimizer"])
 
 
-def test_sequences_are_as_long_as_the_weights_know_unless_given(tuned, tmp_path, monkeypatch):
+def test_sequences_and_tokens_are_those_of_the_weights_unless_given(tuned, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder, run = tuned["llama"]  # 64 positions, of which the run trained on 32
     for source, given, expected in ((folder, [], 64), (run.checkpoint, [], 32), (folder, ["--seq-len", "80"], 80)):
         cfg = parse(Config, ["--init-from", str(source), "--tokenizer-name", "byte", *given])
-        assert resolve_init(cfg, None)[2] == expected
-    assert resolve_init(parse(Config, ["--tokenizer-name", "byte"]), run.checkpoint)[2] == 32, "resumed without it"
+        assert resolve_init(cfg, None)[2].seq_len == expected
+    _, _, data = resolve_init(parse(Config, []), run.checkpoint)
+    assert (data.seq_len, data.tokenizer_name) == (32, "byte"), "resumed without either"
+    _, _, data = resolve_init(parse(Config, ["--init-from", str(run.checkpoint)]), None)
+    assert data.tokenizer_name == str(run.checkpoint.with_name("llama.tokenizer"))
+    with pytest.raises(UserError, match=f"^--tokenizer-name {folder}: "):  # which has none
+        resolve_init(parse(Config, ["--init-from", str(folder)]), None)
