@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 import hardware
 from config import UserError, first_line
-from files import replacing
+from files import replacing, sync
 
 COMMENT = b"sha256:"
 
@@ -83,7 +83,7 @@ def save(path, payload, keep=None, names=()):
             comment = COMMENT + writer.hash.hexdigest().encode()
             file.write(struct.pack("<H", len(comment)) + comment)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         for name in names:
             try:
                 link(draft, name)
@@ -108,7 +108,7 @@ def link(source, target):
 def _sync_folder(folder):
     fd = os.open(folder, os.O_RDONLY)
     with contextlib.suppress(OSError):
-        os.fsync(fd)
+        sync(fd)
     os.close(fd)
 
 

@@ -18,6 +18,7 @@ import math
 import operator
 import os
 import re
+import resource
 import signal
 import sys
 import tomllib
@@ -96,6 +97,15 @@ def leave_on_sigterm():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
+def allow_many_files():
+    """Raise the limit of open files, which is 256 on macOS: each path of --val-data, say, takes one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 10240 if hard == resource.RLIM_INFINITY else min(hard, 10240)  # more, macOS refuses
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def arg(default, help, *, choices=(), const=None, metavar=None, empty=True, **bounds):
     """A dataclass field that is also a flag.
 
@@ -118,6 +128,7 @@ def parse(cls, argv=None):
 
     Raises UserError for anything unknown, of the wrong type, out of bounds, or rejected by a `validate()`.
     """
+    allow_many_files()
     fields = flag_fields(cls)
     parser = Parser(prog=Path(sys.argv[0]).name, description=cls.__doc__, allow_abbrev=False,
                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=118))

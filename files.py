@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import glob
 import json
 import math
@@ -38,6 +39,14 @@ def replacing(path):
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)  # renaming onto another hard link of the same file does nothing
+
+
+def sync(fd):
+    """To the disk itself, for a power cut: on macOS, fsync leaves what was written in the disk's own cache."""
+    with contextlib.suppress(AttributeError, OSError):  # not macOS, or a file system without it
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+        return
+    os.fsync(fd)
 
 
 def write_whole(path, content):

@@ -133,8 +133,11 @@ def _cpu_multiplies_bf16():
     return any(getattr(torch.cpu, probe, bool)() for probe in probes)  # private functions
 
 
-def configure(cfg, device, dropout=0.0):
-    """Set torch's process-wide switches according to the flags."""
+def configure(cfg, device, dropout=0.0, recomputes=False):
+    """Set torch's process-wide switches according to the flags. `recomputes`: by activation checkpoints."""
+    if device.type == "mps" and dropout and recomputes:  # pytorch #127676
+        raise UserError(f"--dropout {dropout} --use-activation-checkpoint: on Metal PyTorch recomputes with other "
+                        f"dropout masks, so that gradients are wrong; leave one out, or take --device cpu")
     if dropout * 16 % 1:
         torch.backends.cuda.enable_cudnn_sdp(False)  # some of its kernels round dropout to sixteenths (pytorch #174245)
     if dropout and should_compile(cfg, device):

@@ -156,7 +156,7 @@ def find(word):
 
 
 def _runs_in(folder):
-    return [rows for rows in sorted(folder.glob("*" + ROWS))
+    return [rows for rows in sorted(folder.glob("[!.]*" + ROWS))  # macOS leaves ._NAME on foreign disks
             if not re.search(r"\.rank\d+$", rows.name.removesuffix(ROWS))]  # what other ranks sent to W&B
 
 

@@ -12,7 +12,7 @@ import struct
 import numpy as np
 
 from config import UserError
-from files import read_json
+from files import read_json, sync
 
 HEADER = struct.Struct("<8sIIQIi32s")
 MAGIC, FORMAT = b"MINILLM\0", 1
@@ -68,7 +68,7 @@ class ShardWriter:
     def flush(self):
         """To the disk: after a power cut, too, the file has what was written."""
         self.file.flush()
-        os.fsync(self.file.fileno())
+        sync(self.file.fileno())
 
     def close(self):
         self.file.seek(0)

@@ -120,6 +120,8 @@ def agent(args):
     wandb = import_wandb()
     # The agent looks up `python` and `torchrun` on PATH: make it find those of this Python environment.
     environment["PATH"] = os.path.dirname(sys.executable) + os.pathsep + environment.get("PATH", "")
+    if sys.platform == "darwin":  # what it takes for the machine's name may lead nowhere: torchrun's --local-addr
+        environment.setdefault("PET_LOCAL_ADDR", "127.0.0.1")
     if args.nproc_per_node:
         if "torchrun" not in wandb.Api(timeout=30).sweep(args.sweep).config.get("command", []):
             raise UserError(f"--nproc-per-node {args.nproc_per_node}: the trials of {args.sweep} are not started by "

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 import time
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate, chain, islice
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 import toy
 from config import UserError
-from files import read_json, write_whole
+from files import read_json, sync, write_whole
 from holdout import takes_tails
 from processes import try_lock
 from shards import FORMAT, ShardWriter, read_meta, require_whole
@@ -52,6 +53,9 @@ BPE_SAMPLE = 1 << 25  # maximum number of characters that a bpe tokenizer is tra
 PREPARE_PATIENCE = 900  # seconds without progress after which a process stops waiting for another to tokenize
 
 log = logging.getLogger("mini_llm")
+# By default a lock of multiprocessing's, for which macOS and, from Python 3.14 on, Linux start another process: that
+# outlives a rank that exits at once, and warns of a leak.
+tqdm.set_lock(threading.RLock())
 
 
 def prepare(cfg, vocab_size=0, writes=True, scratch=None, earlier=None):
@@ -291,7 +295,7 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
     with open(draft / "meta.json", "w") as file:
         file.write(json.dumps(meta, indent=1))
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())
 
 
 def _tokenize(stream, tokenizer, eos, writers, whole_val, name, bar, done, draft):

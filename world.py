@@ -25,7 +25,7 @@ class World:
 
     def __init__(self, cfg):
         self.device = hardware.choose_device(cfg.speed.device, self.local_rank, alone=not self.launchers)
-        hardware.configure(cfg.speed, self.device, cfg.model.dropout)
+        hardware.configure(cfg.speed, self.device, cfg.model.dropout, cfg.model.use_activation_checkpoint)
 
     def place(self, make, draw):
         """Collective. Calls `make(draw)` for the model and puts it on the device: all of it, or this rank's shard.

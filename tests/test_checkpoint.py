@@ -14,6 +14,7 @@ from conftest import PEAK_MB, ROOT
 
 import archive
 import checkpoint
+import files
 import saver
 from archive import DamagedCheckpoint, load, save
 from checkpoint import CheckpointConfig, State, load_latest, plan
@@ -97,9 +98,28 @@ def test_a_pickle_that_runs_code_does_not_run_it(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("there", ["another call", "no other call", "another call that this file system lacks"])
+def test_a_file_is_synced_to_the_disk_itself_where_that_is_another_call(monkeypatch, there):
+    def full(fd, what):
+        assert what == 51
+        if "lacks" in there:
+            raise OSError(errno.ENOTSUP, "not supported")
+        calls.append("full")
+
+    calls = []
+    monkeypatch.setattr(files.os, "fsync", lambda fd: calls.append("fsync"))
+    monkeypatch.setattr(files.fcntl, "fcntl", full)
+    if there == "no other call":
+        monkeypatch.delattr(files.fcntl, "F_FULLFSYNC", raising=False)
+    else:  # macOS
+        monkeypatch.setattr(files.fcntl, "F_FULLFSYNC", 51, raising=False)
+    files.sync(7)
+    assert calls == ["full" if there == "another call" else "fsync"]
+
+
 def test_a_save_that_fails_leaves_the_old_checkpoint_and_no_draft(tmp_path):
     save(tmp_path / "c.pt", payload(1))
-    with pytest.raises(Exception, match="pickle"):
+    with pytest.raises(Exception, match="pickle|local object"):
         save(tmp_path / "c.pt", {"w": torch.zeros(10), "bad": lambda: 0})
     assert load(tmp_path / "c.pt")["step"] == 1
     assert os.listdir(tmp_path) == ["c.pt"]

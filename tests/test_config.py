@@ -1,11 +1,12 @@
 import math
 import re
+import resource
 import subprocess
 import sys
 from dataclasses import dataclass, field
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, environment
 
 from config import LAUNCH_FLAGS, UserError, arg, flag, flag_fields, flatten, one_line_errors, parse, refuse_unknown
 from data import BatchConfig
@@ -280,3 +281,23 @@ def test_the_flags_of_other_trainers_are_answered_with_ours():
             if flag(name)[2:] not in meant:  # else it is the same
                 with pytest.raises(UserError, match=f"did you mean --({'|'.join(meant)})\\?"):
                     parse(Config, [f"--{name}", "1"])
+
+
+@pytest.mark.parametrize("soft, hard, raised", [(256, 20_000, 10_240), (256, 512, 512), (20_000, 30_000, None),
+                                                (256, resource.RLIM_INFINITY, 10_240)])
+def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be(monkeypatch, soft, hard, raised):
+    asked = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
+    parse(Config, [])
+    assert asked == ([(raised, hard)] if raised else [])
+
+
+def test_more_files_may_be_validated_on_than_the_shell_allows(trainer):
+    paths = [trainer.folder / f"{i}.txt" for i in range(70)]
+    for path in paths:
+        path.write_text("a king sings of the old river " * 4)
+    args = trainer.arguments(["--num-steps", 1, "--val-data", *paths])
+    run = subprocess.run(["sh", "-c", 'ulimit -Sn 64; exec "$@"', "sh", *args], cwd=trainer.folder, text=True,
+                         capture_output=True, env=environment())
+    assert run.returncode == 0 and "step 1/1" in run.stdout, run.stderr

@@ -99,6 +99,15 @@ def test_an_old_glibc_is_asked_for_the_threshold_it_can_have(monkeypatch, larges
     assert calls == [*((-3, value) for value in asked), (-1, 2**31 - 1)]
 
 
+def test_what_metal_would_compute_wrongly_is_refused(monkeypatch):
+    monkeypatch.setattr(hardware, "keep_freed_memory", lambda: None)
+    speed, metal = hardware.SpeedConfig(), torch.device("mps")
+    hardware.configure(speed, metal, dropout=0.5)
+    hardware.configure(speed, metal, recomputes=True)
+    with pytest.raises(UserError, match="^--dropout 0.5 --use-activation-checkpoint: .* leave one out, or take"):
+        hardware.configure(speed, metal, dropout=0.5, recomputes=True)
+
+
 def test_a_lack_of_memory_becomes_one_line_and_other_errors_stay_as_they_are():
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"), MemoryError(),
                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")):

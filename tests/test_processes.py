@@ -111,3 +111,16 @@ def test_an_orphan_is_asked_to_stop_and_a_process_with_its_parents_is_not(tmp_pa
     os.kill(parent_of(parent_of(pid)), signal.SIGKILL)
     eventually(told.exists, 10)
     eventually(lambda: not parent_of(pid), 10)
+
+
+def test_no_process_is_left_by_a_progress_bar():
+    """As multiprocessing's lock would start where processes are not forked: on macOS, and from Python 3.14 on."""
+    subprocess.run([sys.executable, "-c", """
+import multiprocessing, sys
+from multiprocessing import resource_tracker
+multiprocessing.set_start_method("forkserver")
+import token_cache
+from tqdm import tqdm
+assert list(tqdm(range(2), disable=False)) == [0, 1]
+assert resource_tracker._resource_tracker._pid is None
+"""], cwd=ROOT, check=True, stderr=subprocess.PIPE)
