@@ -55,6 +55,7 @@ def test_the_time_left_is_of_all_that_comes_between_steps_but_not_of_the_first_e
     clock = Clock(monkeypatch, tracking)
     tracker = Tracker.__new__(Tracker)
     tracker.num_steps, tracker.amp, tracker.is_main, tracker.plan, tracker.sinks = 150, "off", True, None, []
+    tracker.flops_per_token = 10
     tracker.epochs = lambda state: 0.1 * state.step
     tracker.lately, tracker.drawn = deque([(clock.now, 50)], 100), {title: [] for title in tracking.DRAWN}
     lines = []
@@ -72,6 +73,7 @@ def test_a_metric_may_be_a_tensor_in_every_sink(tmp_path):
 
     tracker = Tracker.__new__(Tracker)
     tracker.num_steps, tracker.amp, tracker.is_main, tracker.plan = 9, "off", True, None
+    tracker.flops_per_token = 10
     tracker.lately, tracker.drawn = deque([(0, 0)]), {title: [] for title in tracking.DRAWN}
     tracker.sinks = [JsonlSink(tmp_path / "m.jsonl", 0), TensorboardSink(tmp_path / "events", 0)]
     metrics = {"mine": torch.tensor(0.5), "theirs": np.float32(2), "none": torch.tensor(math.nan)}
