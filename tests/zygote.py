@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import warnings
 
 REPLY = 64  # bytes of each
 TORCHRUN = "torch.distributed.run"
@@ -91,7 +92,7 @@ def become(command, cwd, env, files):
     sys.orig_argv, is_module = command, command[1] == "-m"
     sys.argv, sys.path[0] = command[1 + is_module:], os.getcwd() if is_module else os.path.dirname(command[1])
     if is_module:
-        if command[2] == TORCHRUN and not torch.version.cuda:  # CUDA may not be used in a copy of what has asked for it
+        if command[2] == TORCHRUN and not (torch.version.cuda or torch.version.hip):  # a GPU is not for copies
             from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
             subprocess_handler.Popen = Rank
@@ -105,7 +106,9 @@ class Rank(subprocess.Popen):
 
     def _execute_child(self, args, _, __, ___, ____, cwd, env, *_____):
         self._child_created = True
-        self.pid = os.fork()
+        with warnings.catch_warnings():  # of fork with threads: torchrun's hold nothing that a rank needs
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.pid = os.fork()
         if self.pid:
             return
         code = 1
