@@ -265,9 +265,8 @@ def _require_same_run(source, payload, identity, config):
     if changed:
         samples = changed.get("sequences in a step")
         hint = f" (--batch-size x --grad-accum-steps x ranks has to be {samples[0]})" if samples else ""
-        own, flags_file, tokenizer = (shlex.quote(str(path)) for path in (
-            source, beside_run(source, ".config.toml"), beside_run(source, ".tokenizer")))
-        anew = f"train its weights in a new run: --init-from {own} --tokenizer-name {tokenizer}"
+        own, flags_file = (shlex.quote(str(path)) for path in (source, beside_run(source, ".config.toml")))
+        anew = f"train its weights in a new run: --init-from {own}"
         if any(name not in NOT_THE_MODEL and not name.startswith("the ") for name in changed):
             anew = "start anew"
         elif "--optimizer" not in changed:

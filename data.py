@@ -16,7 +16,7 @@ from config import UserError, arg
 from files import write_whole
 from shards import Shard, part_shards, read_meta, read_windows, spread_windows
 from token_cache import prepare
-from tokenizer import encode, open_tokenizer, tokenizer_hash
+from tokenizer import LEARNED, encode, open_tokenizer, tokenizer_hash
 
 CYCLE = 1000  # samples after which the turns of several sources repeat
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio
@@ -53,7 +53,7 @@ class DataConfig:
     def validate(self):
         if self.use_toy_data and (self.train_data or self.val_data):
             raise UserError("--use-toy-data makes its own text: leave out --train-data and --val-data")
-        if self.use_toy_data and self.tokenizer_name not in ("bpe", "char"):
+        if self.use_toy_data and self.tokenizer_name not in LEARNED:
             raise UserError(f"--tokenizer-name {self.tokenizer_name}: --use-toy-data is tokenized by characters; leave "
                             f"it out, or say char")
         if self.train_weights and not self.is_shards and len(self.train_weights) != len(self.train_data):

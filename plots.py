@@ -81,7 +81,7 @@ def panels(runs, x="step"):
 
 def short(value, like=None, digits=3):
     """12,345,678 → 12.3M, for tables and axis ticks. `like`: the largest tick, whose unit all ticks use."""
-    if abs(like or value) >= 1e15:  # FLOPs, of which nobody says 3P
+    if abs(like or value) >= 0.9995e15:  # FLOPs, of which nobody says 3P
         return f"{value:.{digits}g}".replace("e+", "e")
     for bound, unit, sign in (1e12, 1e12, "T"), (1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k"):
         if value and abs(like or value) >= 0.9995 * bound:  # a value that rounds up to the bound gets its unit

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import shlex
 import sys
 from dataclasses import dataclass
 from itertools import takewhile
@@ -22,7 +21,7 @@ from config import UserError, arg, first_line, flag, part_of
 from files import beside_run, read_json
 from hugging_face import from_hugging_face, gpt_config
 from model import GPT, GPTConfig
-from tokenizer import end_of_text, hub_problem, id_count, load_tokenizer, open_tokenizer, tokenizer_hash
+from tokenizer import LEARNED, end_of_text, hub_problem, id_count, load_tokenizer, open_tokenizer, tokenizer_hash
 
 # The flags that the weights decide.
 SIZES = [field.name for field in dataclasses.fields(GPTConfig) if field.name not in GPTConfig.RUN_FLAGS]
@@ -53,6 +52,7 @@ def resolve_init(cfg, resume_from):
     come from --init-from's weights or, when resuming a run that started from some, from its checkpoint: --init-from is
     not read again. Raises UserError."""
     model, init, seq_len, tokenizer_name = cfg.model, cfg.init, cfg.data.seq_len, cfg.data.tokenizer_name
+    prepared = cfg.data.is_shards or cfg.data.use_toy_data  # both come with their tokenizer
     stated = {name: value for name in SIZES if name in cfg.given  # None and 0 mean not stated
               and ((value := getattr(model, name)) or value is False)}
     saved = _saved_config(resume_from, cfg.checkpoint) if resume_from else {}
@@ -62,7 +62,8 @@ def resolve_init(cfg, resume_from):
         model = dataclasses.replace(model, **{name: saved[name] for name in SIZES if name in saved} | stated)
         init = part_of(InitConfig, saved)
         seq_len = seq_len if "seq_len" in cfg.given else saved["seq_len"]
-        tokenizer_name = tokenizer_name if "tokenizer_name" in cfg.given else saved["tokenizer_name"]
+        if saved.get("init_from") and not prepared:
+            tokenizer_name = _resumed_tokenizer(cfg, saved["tokenizer_name"], resume_from)
     elif init.init_from:
         if cfg.checkpoint.overwrite and cfg.checkpoint.continues(init.init_from):
             raise UserError(f"--init-from {init.init_from}: --overwrite would remove it; name another "
@@ -85,25 +86,49 @@ def resolve_init(cfg, resume_from):
                 raise UserError(f"{flag(name)} {value}: the weights of --init-from {init.init_from} have "
                                 f"{sizes[name]}; leave it out")
         model = dataclasses.replace(model, **sizes)
+        if not prepared:
+            tokenizer_name = _source_tokenizer(cfg, own.get("tokenizer_name"))
     model.validate_sizes()
     if seq_len > model.max_position_embeddings:
         longest = f"give --seq-len {model.max_position_embeddings} or less"
         advice = longest if init.init_from else "raise the latter or lower the former"
         raise UserError(f"--seq-len {seq_len} is above --max-position-embeddings "
                         f"{model.max_position_embeddings}{init.init_from and ' of --init-from'}; {advice}")
-    prepared = cfg.data.is_shards or cfg.data.use_toy_data  # both come with their tokenizer
-    if init.init_from and tokenizer_name in ("bpe", "char") and not prepared:
-        own = beside_run(init.init_from, ".tokenizer") if os.path.isfile(init.init_from) else init.init_from
-        if "tokenizer_name" in cfg.given:
-            raise UserError(f"--tokenizer-name {tokenizer_name}: the weights of --init-from {init.init_from} fit only "
-                            f"the tokenizer they were trained with; take --tokenizer-name {shlex.quote(str(own))}")
-        if os.path.isfile(init.init_from) and not own.is_dir():
-            raise UserError(f"--init-from {init.init_from}: there is no {own} beside it; name the tokenizer that these "
-                            f"weights were trained with: --tokenizer-name")
-        tokenizer_name = str(own)
-    if model.vocab_size and tokenizer_name not in ("bpe", "char") and not prepared:  # before a text is tokenized
+    if model.vocab_size and tokenizer_name not in LEARNED and not prepared:  # before a text is tokenized
         resolve_vocab_size(model, init, id_count(load_tokenizer(tokenizer_name)), tokenizer_name)
     return model, init, dataclasses.replace(cfg.data, seq_len=seq_len, tokenizer_name=tokenizer_name)
+
+
+def _source_tokenizer(cfg, own):
+    """The --tokenizer-name or, unless it is given, the tokenizer that lies with the weights of --init-from. `own`: what
+    the flags of their run say; it names the same one. Raises UserError."""
+    name, source = cfg.data.tokenizer_name, cfg.init.init_from
+    if name not in LEARNED:
+        return name
+    if "tokenizer_name" in cfg.given and name != own:
+        raise UserError(f"--tokenizer-name {name}: the weights of --init-from {source} fit only the tokenizer they "
+                        f"were trained with; leave it out, to take that")
+    name = str(beside_run(source, ".tokenizer")) if os.path.isfile(source) else source
+    if os.path.exists(source) and not _is_tokenizer(name):
+        raise UserError(f"--init-from {source}: no tokenizer can be read at {name}; name the one that these weights "
+                        f"were trained with: --tokenizer-name")
+    return name
+
+
+def _resumed_tokenizer(cfg, saved, resume_from):
+    """The --tokenizer-name of a run that began with --init-from: unless given, the `saved` one; and if that cannot be
+    read, as it is gone or its path is from another folder, the run's copy."""
+    name, copy = saved, beside_run(resume_from, ".tokenizer")
+    if "tokenizer_name" in cfg.given:
+        name = cfg.data.tokenizer_name
+    return str(copy) if copy.is_dir() and not _is_tokenizer(name) else name
+
+
+def _is_tokenizer(name):
+    """Whether there is a tokenizer of that name, or in that folder."""
+    with contextlib.suppress(UserError):
+        return load_tokenizer(name) is not None
+    return False
 
 
 def resolve_vocab_size(model, init, size, tokenizer_name):

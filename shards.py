@@ -89,7 +89,10 @@ class Shard:
                 raise FileNotFoundError(errno.ENOENT, "no such file")
             self.fd = os.open(path, os.O_RDONLY)
         except OSError as error:
-            raise UserError(f"{path}: {error.strerror}; a folder of token shards holds train.bin and val.bin") from None
+            advice = "a folder of token shards holds train.bin and val.bin"
+            if error.errno == errno.EMFILE:
+                advice = "allow more: ulimit -n"
+            raise UserError(f"{path}: {error.strerror}; {advice}") from None
         header = os.pread(self.fd, HEADER.size, 0)
         if len(header) < HEADER.size or header[:8] != MAGIC:
             raise UserError(f"{path}: not a token shard of mini-llm; prepare it again from the text")

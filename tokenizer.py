@@ -17,6 +17,7 @@ from files import read_json
 
 END_OF_TEXT = "<|endoftext|>"
 OWN = ("bpe", "byte", "char")
+LEARNED = ("bpe", "char")  # from the text
 EOS_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[SEP]")
 
 
@@ -25,7 +26,7 @@ def load_tokenizer(name):
 
     Raises UserError within seconds if the Hub is needed but unreachable.
     """
-    if name in ("bpe", "char"):
+    if name in LEARNED:
         return None
     return _byte_tokenizer() if name == "byte" else _pretrained(name)
 
@@ -223,7 +224,9 @@ def _slow_pretrained(name):
     try:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False).backend_tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False).backend_tokenizer
+        # Of a folder without a vocabulary it makes, for GPT-2 and Qwen3, a tokenizer of nothing but special tokens.
+        return tokenizer if tokenizer.get_vocab_size() > len(tokenizer.get_added_tokens_decoder()) else None
     except Exception:  # an unexpected file can make it raise anything
         return None
 

@@ -271,7 +271,7 @@ def test_another_batch_goes_on_in_the_data_and_other_data_begins_at_its_first_sa
     (["--optimizer", "muon"], "of --optimizer adamw; give this, too"),
     (["--init-from", "{folder}"], "has no optimizer state, or leave"),
     (["--init-from", "gone.pt"], "--init-from gone.pt: no such file"),
-    (["--init-from", "reversed.pt"], "no reversed.tokenizer beside it; name the tokenizer that these weights"),
+    (["--init-from", "reversed.pt"], "no tokenizer can be read at reversed.tokenizer; name the one"),
     (["--init-from", "reversed.pt", "--tokenizer-name", "byte"], "leave it out")])
 def test_optimizer_state_that_does_not_fit_is_refused(trainer, tuned, flags, words):
     trainer(*STEADY, "--num-steps", 1, checkpoint="first.pt")
@@ -308,5 +308,35 @@ def test_sequences_and_tokens_are_those_of_the_weights_unless_given(tuned, tmp_p
     assert (data.seq_len, data.tokenizer_name) == (32, "byte"), "resumed without either"
     _, _, data = resolve_init(parse(Config, ["--init-from", str(run.checkpoint)]), None)
     assert data.tokenizer_name == str(run.checkpoint.with_name("llama.tokenizer"))
-    with pytest.raises(UserError, match=f"^--tokenizer-name {folder}: "):  # which has none
-        resolve_init(parse(Config, ["--init-from", str(folder)]), None)
+    for bare in folder, tuned["gpt2"][0]:  # without a tokenizer: for GPT-2, transformers makes one of one token
+        with pytest.raises(UserError, match=f"^--init-from {bare}: no tokenizer can be read at {bare}; "):
+            resolve_init(parse(Config, ["--init-from", str(bare)]), None)
+
+
+def test_a_resumed_run_has_a_copy_of_the_tokenizer(trainer):
+    trainer("--num-steps", 1, checkpoint="first.pt")
+    flags = "--init-from", "first.pt", "--seq-len", 16, "--batch-size", 4, "--device", "cpu"
+    assert trainer(*flags, "--num-steps", 1, tiny=False, checkpoint="second.pt").code == 0
+    shutil.move(trainer.folder / "first.tokenizer", trainer.folder / "elsewhere")
+    (trainer.folder / "first.pt").unlink()
+    run = trainer(*flags[2:], "--num-steps", 2, "--resume", tiny=False, checkpoint="second.pt")
+    assert run.code == 0 and "Resumed at step 1" in run.out, run.err
+    named = trainer(*flags, "--tokenizer-name", "first.tokenizer", "--num-steps", 3, "--resume", tiny=False,
+                    checkpoint="second.pt")
+    assert named.code == 0 and "Resumed at step 2" in named.out, named.err
+
+
+def test_a_run_that_began_without_weights_learns_its_tokenizer_though_some_are_named_at_its_resume(trainer, text):
+    flags = "--tokenizer-name", "bpe", "--vocab-size", 300, "--train-data", text
+    assert trainer(*flags, "--num-steps", 1).code == 0
+    run = trainer(*flags, "--num-steps", 2, "--resume", "--init-from", "gone.pt")
+    assert run.code == 0 and "Resumed at step 1" in run.out and "another --tokenizer-name" not in run.out, run.err
+
+
+def test_the_flags_of_the_source_name_its_tokenizer(trainer, text):
+    flags = "--tokenizer-name", "bpe", "--vocab-size", 300, "--train-data", text
+    assert trainer(*flags, "--num-steps", 1, checkpoint="a.pt").code == 0
+    run = trainer("--config", "a.config.toml", "--init-from", "a.pt", tiny=False, data=False, checkpoint="b.pt")
+    assert run.code == 0 and 'tokenizer_name = "a.tokenizer"' in (trainer.folder / "b.config.toml").read_text(), run.err
+    other = trainer("--init-from", "a.pt", "--tokenizer-name", "char", tiny=False, checkpoint="c.pt")
+    assert other.code == 2 and "leave it out, to take that" in other.err, other.err

@@ -114,7 +114,7 @@ class Rank(subprocess.Popen):
         code = 1
         try:
             null = os.open(os.devnull, os.O_RDWR)
-            for number in map(int, os.listdir("/proc/self/fd")):
+            for number in map(int, os.listdir("/dev/fd")):
                 with contextlib.suppress(OSError):  # the listing's own
                     if number > 2:  # torchrun's objects will close these numbers: they must not become others' files
                         os.dup2(null, number, inheritable=False)
@@ -124,7 +124,7 @@ class Rank(subprocess.Popen):
             become([args[0], *args[2:]], cwd or os.getcwd(), env, [])
             code = 0
         except SystemExit as leave:
-            code = leave.code or 0  # our scripts give a number
+            code = leave.code or 0  # a number, as our scripts leave with
         except BaseException:
             sys.excepthook(*sys.exc_info())
         finally:
