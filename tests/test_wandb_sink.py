@@ -1,6 +1,7 @@
 """The trainer's end of W&B: what it leaves on disk, without starting anything."""
 
 import json
+import logging
 import math
 import sys
 import time
@@ -11,7 +12,7 @@ import pytest
 import wandb_sink
 from wandb_follower import Delivery, Follower, Publisher, reports_before
 from wandb_runs import Job, WandbConfig, plan_run, remember_sent, with_environment
-from wandb_sink import UPLOADS, WandbSink
+from wandb_sink import FAILURE_TIMEOUT, UPLOADS, WandbSink
 
 
 class Running:
@@ -46,6 +47,82 @@ def test_a_process_that_does_not_read_holds_nothing_up(sink, tmp_path, monkeypat
     made.process = made._start()
     made.close(0)
     assert time.monotonic() - began < 20 and made.given_up and made.process.poll() is not None
+
+
+@pytest.fixture
+def starting(sink, tmp_path, monkeypatch):
+    """`starting(code)`: a sink whose process, this Python code, is still to be started."""
+    def starting(code):
+        (tmp_path / "follower.py").write_text(code)
+        monkeypatch.setattr(wandb_sink, "FOLLOWER", tmp_path / "follower.py")
+        monkeypatch.chdir(tmp_path)
+        made = sink()
+        made.process = None
+        return made
+
+    return starting
+
+
+def test_a_process_that_cannot_be_started_costs_one_warning(starting, tmp_path, monkeypatch, caplog):
+    def refuse(*_, **__):
+        raise BlockingIOError("too many processes")
+
+    made = starting("")
+    monkeypatch.setattr(wandb_sink.subprocess, "Popen", refuse)
+    for step in (1, 2):
+        made.log(step, {"train/loss": 3.0})
+        assert made.checkpoint_to_upload(tmp_path / "c.pt", step, False) is None
+    made.close(0)
+    (told,) = caplog.messages
+    assert "too many processes" in told and made.job.sync in told
+
+
+def test_one_process_is_started_at_the_first_report_and_how_it_ends_is_told(starting, tmp_path, caplog):
+    made = starting("open('started', 'a').write('x'); raise SystemExit(3)")
+    made.log(0, {"event": "config"})
+    assert made.process is None
+    for step in (1, 2):
+        made.log(step, {"train/loss": 3.0})
+        made.process.wait()
+    assert made.checkpoint_to_upload(tmp_path / "c.pt", 2, False) is None, "nobody would upload it"
+    made.listener.join()
+    made.close(0)
+    (told,) = caplog.messages
+    assert "ended with code 3" in told and made.job.sync in told and (tmp_path / "started").read_text() == "x"
+
+
+@pytest.mark.parametrize("code", [0, 143])
+def test_a_checkpoint_before_any_report_starts_the_process_and_the_end_leaves_none(starting, tmp_path, code):
+    made = starting("import sys; open('started', 'a').write('x'); open('told', 'w').write(sys.stdin.read())")
+    for step in (1, 2):
+        assert made.checkpoint_to_upload(tmp_path / "c.pt", step, False)
+    made.close(code)
+    assert (tmp_path / "started").read_text() == "x" and made.process.returncode == 0 and links(tmp_path) == []
+    whole = made.job.finish_timeout
+    assert json.loads((tmp_path / "told").read_text()) == [code, min(whole, FAILURE_TIMEOUT) if code else whole]
+
+
+def test_what_another_rank_has_to_say_of_wandb_is_shown(sink, caplog):
+    caplog.set_level(logging.CRITICAL + 1, "mini_llm")  # as tracking.setup_logging leaves it there
+    caplog.handler.setLevel(0)
+    sink(rank=1)._say(logging.INFO, "finished")
+    assert caplog.messages == ["wandb rank-1: finished"]
+
+
+def test_one_rank_of_a_machine_records_how_busy_it_is(sink):
+    assert [sink(rank=rank).job.monitors for rank in (0, 1)] == [True, False]
+
+
+def test_what_wandb_takes_long_for_is_left_out_unless_asked_for(starting, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_X_DISABLE_VIEWER", "false")
+    monkeypatch.delenv("WANDB_ERROR_REPORTING", raising=False)
+    made = starting("import json, os; json.dump(dict(os.environ), open('environment', 'w'))")
+    made.log(1, {"train/loss": 3.0})
+    made.process.wait()
+    made.close(0)
+    found = json.loads((tmp_path / "environment").read_text())
+    assert (found["WANDB_ERROR_REPORTING"], found["WANDB_X_DISABLE_VIEWER"]) == ("false", "false")
+    assert found["WANDB_RUN_ID"] == made.job.init["id"]
 
 
 def test_an_event_that_cannot_be_logged_costs_one_warning_and_no_row():
