@@ -185,7 +185,8 @@ def test_speed_counts_training_time_only(monkeypatch):
         clock.sleep(0.1)
     metrics = meter.report()
     assert metrics["tokens_per_sec_per_rank"] == pytest.approx(200 / 0.1)
-    assert metrics["train/step_time_sec"] == pytest.approx(0.05)
+    assert metrics["train/step_time_sec"] == metrics["rank/step_time_sec"] == pytest.approx(0.05)
+    assert metrics["rank/tokens_per_sec"] == metrics["tokens_per_sec_per_rank"]
     assert metrics["train/mfu"] == pytest.approx(metrics["tokens_per_sec_per_rank"] * 1e9 / 1e12)
     assert metrics["smoothed/mfu"] == metrics["train/mfu"], "the first is not smoothed"
     assert metrics["time/warmup_sec"] == pytest.approx(0.01) and metrics["time/eval_sec"] == pytest.approx(0.2)
@@ -197,6 +198,22 @@ def test_speed_counts_training_time_only(monkeypatch):
     metrics = meter.report()  # of its own interval
     assert metrics["tokens_per_sec_per_rank"] == pytest.approx(100 / 0.02) and "time/eval_sec" not in metrics
     assert metrics["train/step_time_sec"] == pytest.approx(0.02) and metrics["time/dt_sec"] == pytest.approx(0.06)
+
+
+def test_work_that_a_device_has_yet_to_do_is_timed_as_what_has_asked_for_it(monkeypatch):
+    """A GPU works on after the call that submits it has returned, until it is waited for."""
+    clock, submitted = Clock(monkeypatch, meter_module), []
+    monkeypatch.setattr(meter_module, "synchronize", lambda device: (clock.sleep(sum(submitted)), submitted.clear()))
+    meter = Meter(Alone(), 1.0, None)
+    for seconds in (5, 1, 1):  # the first compiles
+        submitted.append(seconds)
+        meter.add(torch.ones(1), torch.ones(()), torch.tensor(True), tokens=10)
+    with meter.excluded("eval"):
+        submitted.append(3)
+    submitted.append(1)
+    meter.add(torch.ones(1), torch.ones(()), torch.tensor(True), tokens=10)
+    metrics = meter.report()
+    assert (metrics["time/warmup_sec"], metrics["time/eval_sec"], metrics["train/step_time_sec"]) == (5, 3, 1)
 
 
 def test_a_step_that_an_evaluation_interrupts_has_taken_no_longer(monkeypatch):
@@ -381,6 +398,9 @@ def test_a_histogram_counts_every_value_between_its_edges():
     expected = torch.histc(model.weight.detach(), 8)
     assert counts.tolist() == expected.long().tolist() and (low, high) == torch.aminmax(model.weight)
     assert "gradients/weight" not in histograms(model, "all"), "before the first backward pass there is none"
+    model.bias.grad = torch.tensor([math.nan, math.inf, -math.inf, 0, 2])
+    counts, low, high = histograms(model, "gradients", bins=8)["gradients/bias"]
+    assert counts.tolist() == [4, 0, 0, 0, 0, 0, 0, 1] and (low, high) == (0, 2), "what is not finite counts as 0"
 
 
 def test_a_sample_does_not_act_on_the_terminal():
