@@ -26,7 +26,7 @@ import token_cache
 import tokenizer as tokenizer_module
 from config import UserError
 from data import Corpus, DataConfig, permute, prepare, take_turns
-from holdout import place, spread, tail_start
+from holdout import place, spread, tail_start, takes_tails
 from shards import HEADER, Shard, ShardWriter, read_meta
 from text import Source, cut_text, find_sources, pieces, source_names, text_pieces
 from tokenizer import END_OF_TEXT, known_characters, load_tokenizer, open_tokenizer, train_tokenizer
@@ -299,6 +299,33 @@ def test_a_tail_begins_with_a_document_unless_that_leaves_little(tmp_path, last,
     start, size = tail_start(file, 0.1), file.stat().st_size
     assert (size - start) / size == pytest.approx(share, abs=0.01)
     assert file.read_text()[start:].startswith(last if share < 0.1 else "some")
+
+
+def test_a_tail_never_begins_within_a_mark(tmp_path):
+    file, start, size = tmp_path / "text.txt", 900, 1000
+    for at in range(start - len(END_OF_TEXT) - 2, start + 3):
+        file.write_text(("a" * at + END_OF_TEXT).ljust(size, "b"))
+        end = at + len(END_OF_TEXT)
+        assert tail_start(file, 0.1) == (end if end > start else start)
+
+
+def test_a_tail_without_a_mark_begins_with_a_line_or_else_with_a_whole_character(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("a" * 900 + "\n" + "b" * 99)
+    assert tail_start(file, 0.1) == 901
+    for character in "aé日🙂":
+        for before in range(4):
+            whole = ("b" * before + character * 1000 + "\n").encode()  # one line
+            file.write_bytes(whole)
+            tail = whole[tail_start(file, 0.1):]
+            assert tail.decode().startswith(character)
+            assert 0 <= len(whole) - len(tail) - int(len(whole) * 0.9) < len(character.encode())
+
+
+def test_so_many_files_that_a_few_whole_ones_are_held_out_are_not_cut():
+    for ratio in (0.01, 0.1, 0.2, 0.5):
+        cut = [takes_tails([text_module.Source("text", f"{i}.txt") for i in range(n)], ratio) for n in range(1, 501)]
+        assert cut.count(True) == cut.index(False) == round(5 / ratio) - 1, "as docs/data.md says"
 
 
 def test_a_document_stays_on_its_side_whatever_is_added_in_whatever_order(tmp_path, cache):
