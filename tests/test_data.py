@@ -397,6 +397,9 @@ def test_a_share_of_validation_that_is_far_from_what_was_asked_for_is_told(tmp_p
         Corpus(config(tmp_path / "d.jsonl", tmp_path / "cache"))
         told = [record.message for record in caplog.records if "--val-data" in record.message]
         assert len(told) == warned and all("% of the tokens, for a --val-ratio of 0.1" in line for line in told), start
+    caplog.clear()
+    Corpus(config(tmp_path / "d.jsonl", tmp_path / "cache", val_data=[str(tmp_path / "d.jsonl")]))
+    assert "--val-ratio" not in caplog.text, "which has no part in it"
 
 
 def test_parquet_jsonl_and_text_give_the_same_tokens(tmp_path, cache):
@@ -785,6 +788,33 @@ def test_a_damaged_shard_is_refused(tmp_path, damage):
     (tmp_path / "s.bin").write_bytes(damage((tmp_path / "s.bin").read_bytes()))
     with pytest.raises(UserError, match="prepare it again"):
         Shard(tmp_path / "s.bin")
+
+
+def test_each_part_of_a_large_shard_is_verified(tmp_path):
+    writer = ShardWriter(tmp_path / "s.bin", 70_000, None, bytes(32))
+    writer.write(np.arange(3 << 20) % 70_000)  # 12 MiB
+    writer.close()
+    meta = dict(tokens={"train": 3 << 20}, vocab_size=70_000, eos=None, tokenizer_hash=bytes(32).hex(),
+                fingerprint={"train": writer.digest.hexdigest()})
+    Shard(tmp_path / "s.bin").verify(meta, "train")
+    for at in (HEADER.size, 6 << 20, -1):
+        (damaged := bytearray((tmp_path / "s.bin").read_bytes()))[at] ^= 1
+        (tmp_path / "d.bin").write_bytes(damaged)
+        with pytest.raises(UserError, match="is damaged"):
+            Shard(tmp_path / "d.bin").verify(meta, "train")
+
+
+def test_a_shard_goes_on_behind_the_tokens_that_count(tmp_path):
+    whole, resumed = tmp_path / "whole.bin", tmp_path / "resumed.bin"
+    for path, parts in (whole, [(0, 0, 90)]), (resumed, [(0, 0, 60), (40, 40, 90)]):
+        for count, first, end in parts:
+            writer = ShardWriter(path, 100, 0, bytes(32), count=count)
+            writer.write(range(first, end))
+            writer.flush()
+        writer.close()
+    assert resumed.read_bytes() == whole.read_bytes()
+    with pytest.raises(UserError, match="has lost tokens"):
+        ShardWriter(whole, 100, 0, bytes(32), count=91)
 
 
 def test_prepared_shards_are_data_of_their_own(text, cache):
