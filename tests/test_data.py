@@ -3,6 +3,7 @@ import errno
 import filecmp
 import gzip
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -166,8 +167,10 @@ def test_targets_are_the_inputs_one_token_on_and_no_window_shares_one(text, cach
 def test_every_validation_window_is_evaluated_once_whatever_the_ranks(text, cache):
     corpus = Corpus(config(text, cache))
     for size in (1, 2, 3):
-        rows = [x[i].tobytes() for rank in range(size) for _, x, _, real in corpus.val_batches(0, 5, rank, size)
-                for i in range(real)]
+        shares = [list(corpus.val_batches(0, 5, rank, size)) for rank in range(size)]
+        batches = math.ceil(math.ceil(corpus.n_val_windows / size) / 5)
+        assert {len(share) for share in shares} == {batches}, "all ranks take part in each, and in none for nothing"
+        rows = [x[i].tobytes() for share in shares for _, x, _, real in share for i in range(real)]
         assert len(rows) == corpus.n_val_windows
         assert sorted(rows) == sorted(corpus.val.read(i * 32, 33)[:-1].astype(np.int64).tobytes()
                                       for i in range(corpus.n_val_windows))
@@ -314,8 +317,8 @@ def test_a_tail_without_a_mark_begins_with_a_line_or_else_with_a_whole_character
     file.write_text("a" * 900 + "\n" + "b" * 99)
     assert tail_start(file, 0.1) == 901
     for character in "aé日🙂":
-        for before in range(4):
-            whole = ("b" * before + character * 1000 + "\n").encode()  # one line
+        for after in range(9):  # where the tail would begin is at any byte of a character
+            whole = (character * 1000 + "b" * after + "\n").encode()  # one line
             file.write_bytes(whole)
             tail = whole[tail_start(file, 0.1):]
             assert tail.decode().startswith(character)
