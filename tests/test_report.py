@@ -7,13 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, environment
 
 import report
 from files import read_records
-from plots import PANELS, figure, panels, short, smoothed, sparkline, ticks
+from plots import PANELS, _Canvas, figure, looks, panels, short, smoothed, sparkline, terminal_plot, ticks
 
 NASTY = "Once <script>alert('x')</script> & <img src=http://example.com/x.png>\n\x1b[31m```red \ud83d"
 
@@ -383,6 +384,46 @@ def test_smoothing_keeps_a_line_and_averages_noise():
     assert smoothed(line, 5) == pytest.approx(line) and smoothed([4.0], 5) == [4.0]
     assert smoothed([0.0, 3, 0, 3, 0, 3, 0], 3)[1:-1] == pytest.approx([1, 2, 1, 2, 1])
     assert min(smoothed([1.0, 1, 1, 900, 1, 1], 5)) >= 1  # or it had no place on a log scale
+
+
+def test_runs_are_told_apart_by_color_and_line():
+    assert len({looks(i) for i in range(24)}) == 24 and looks(24) == looks(0)
+
+
+def a_run(x, **ys):
+    """A run with these values over `x`, in the metrics whose names end so."""
+    def series(metric, _):
+        y = ys.get(re.sub(".*/", "", metric))
+        return (list(x), list(y)) if y is not None else ([], [])
+
+    return SimpleNamespace(name="a", series=series)
+
+
+def test_a_legend_is_of_several_curves_or_of_an_average():
+    def legend(panel, run):
+        found = figure(next(each for each in PANELS if each.name == panel), [run], smooth=5).axes[0].get_legend()
+        return found and [text.get_text() for text in found.get_texts()]
+
+    assert legend("lr", a_run(range(9), lr=range(9))) is None
+    assert legend("grad_norm", a_run(range(9), grad_norm=range(9))) == ["norm, mean of 5 reports"]
+
+
+def test_curves_over_time_are_in_the_unit_that_their_axis_names():
+    panel, run = PANELS[0], a_run([0, 600, 1200], loss=[5, 4, 3])
+    ax = figure(panel, [run], "time").axes[0]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("time of the run (min)", panel.unit)
+    assert [list(line.get_xdata()) for line in ax.lines] == [[0, 10, 20]] * 2, "of training, and of validation"
+    assert terminal_plot(panel, [run], "time", 0, 60, 8, False)[-1].split()[-1] == "20"
+
+
+def test_a_line_in_the_terminal_goes_straight_from_dot_to_dot():
+    canvas = _Canvas(4, 2)
+    canvas.line([(1, 7), (5, 3), (5, 1)], 0)
+    places = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (0, 3), (1, 3)]  # of Unicode's dots 1 to 8
+    found = {(2 * column + x, 4 * row + y) for row, text in enumerate(canvas.rows(False))
+             for column, char in enumerate(text) if char != " "
+             for bit, (x, y) in enumerate(places) if ord(char) - 0x2800 >> bit & 1}
+    assert found == {(1, 7), (2, 6), (3, 5), (4, 4), (5, 3), (5, 2), (5, 1)}
 
 
 def test_labels_tell_ticks_apart():
