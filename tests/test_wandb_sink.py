@@ -4,13 +4,16 @@ import json
 import logging
 import math
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
 import pytest
+from conftest import eventually
 
+import wandb_follower
 import wandb_sink
-from wandb_follower import Delivery, Follower, Publisher, reports_before
+from wandb_follower import Delivery, Follower, Publisher, open_run, reports_before
 from wandb_runs import Job, WandbConfig, plan_run, remember_sent, with_environment
 from wandb_sink import FAILURE_TIMEOUT, UPLOADS, WandbSink
 
@@ -140,6 +143,38 @@ def test_an_event_that_cannot_be_logged_costs_one_warning_and_no_row():
     records = [dict(step=1, time=1.0, loss=3.0), *samples, dict(step=3, time=3.0, loss=2.0)]
     publisher.publish(map(json.dumps, records))
     assert Run.rows == [1, 3] and said == ["sample of step 1 not logged: no room; send it later: sync c.pt"]
+
+
+def test_a_run_that_takes_long_to_open_is_told_once_and_one_that_does_not_never(monkeypatch):
+    said, after = [], []
+
+    class Timer(threading.Timer):
+        def __init__(self, seconds, *args):
+            after.append(seconds)
+            super().__init__(0.01, *args)
+
+    monkeypatch.setattr(wandb_follower.threading, "Timer", Timer)
+    follower = Follower(Job({}, {}, init_timeout=5, sync="sync c.pt"), lambda level, text: said.append(text))
+    with follower._patience():
+        eventually(lambda: said)
+    monkeypatch.setattr(Timer, "start", lambda self: None)
+    with follower._patience():
+        pass
+    assert after[0] > 5, "W&B's own error comes first"
+    assert len(said) == 1 and f"not up after {after[0]} s" in said[0] and "sync c.pt" in said[0]
+
+
+def test_a_configuration_that_cannot_be_logged_costs_a_warning(tmp_path, monkeypatch):
+    def describe(*_):
+        raise OSError("no room")
+
+    said, run = [], SimpleNamespace(offline=True, id="one", name="", dir="f/files", define_metric=lambda *_, **__: None)
+    wandb = SimpleNamespace(Settings=dict, init=lambda **_: run)
+    monkeypatch.setattr(wandb_follower, "import_wandb", lambda: wandb)
+    monkeypatch.setattr(wandb_follower, "describe", describe)
+    job = Job(dict(dir=str(tmp_path)), {}, mode="offline")
+    assert open_run(job, lambda level, text: said.append((level, text))) is run
+    assert said == [("INFO", "run one offline in f"), ("WARNING", "configuration or files not logged: no room")]
 
 
 def links(folder):
