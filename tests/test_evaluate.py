@@ -18,6 +18,7 @@ from export import export
 from model import IGNORE
 from pretrained import load_run
 from shards import Shard, ShardWriter, read_meta
+from tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,17 @@ def test_the_column_is_the_runs_if_none_is_named(run_folder, tmp_path):
     assert shards[""].count == sum(len(row["body"]) + 1 for row in rows)
     with pytest.raises(UserError, match="no column named other"):
         open_data([str(tmp_path / "rows.jsonl")], "other", 32, tokenizer, eos, saved, tmp_path)
+
+
+def test_characters_without_a_token_are_left_out_and_told_of(tmp_path, capsys):
+    tokenizer, saved = train_tokenizer("char", ["a line\n"], 0), dict(config={}, identity={"the tokenizer": ""})
+    (tmp_path / "some.txt").write_text("a line\n" * 20 + "ß?")
+    shards, per_token = open_data([str(tmp_path / "some.txt")], "", 32, tokenizer, None, saved, tmp_path)
+    assert shards[""].count == 140 and per_token[""] == 1
+    assert "2 characters are left out" in capsys.readouterr().err
+    (tmp_path / "none.txt").write_text("ß?")
+    with pytest.raises(UserError, match="knows none of this text"):
+        open_data([str(tmp_path / "none.txt")], "", 32, tokenizer, None, saved, tmp_path)
 
 
 def test_damaged_shards_are_not_evaluated(run_folder, tmp_path):
