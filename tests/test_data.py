@@ -808,16 +808,17 @@ def test_each_part_of_a_large_shard_is_verified(tmp_path):
 
 
 def test_a_shard_goes_on_behind_the_tokens_that_count(tmp_path):
-    whole, resumed = tmp_path / "whole.bin", tmp_path / "resumed.bin"
-    for path, parts in (whole, [(0, 0, 90)]), (resumed, [(0, 0, 60), (40, 40, 90)]):
+    found = []
+    for parts in [(0, 0, 90)], [(0, 0, 60), (40, 40, 90)]:
         for count, first, end in parts:
-            writer = ShardWriter(path, 100, 0, bytes(32), count=count)
+            writer = ShardWriter(tmp_path / "s.bin", 100, 0, bytes(32), count=count)
             writer.write(range(first, end))
             writer.flush()
         writer.close()
-    assert resumed.read_bytes() == whole.read_bytes()
+        found.append(((tmp_path / "s.bin").read_bytes(), writer.digest.hexdigest()))
+    assert found[0] == found[1]
     with pytest.raises(UserError, match="has lost tokens"):
-        ShardWriter(whole, 100, 0, bytes(32), count=91)
+        ShardWriter(tmp_path / "s.bin", 100, 0, bytes(32), count=91)
 
 
 def test_prepared_shards_are_data_of_their_own(text, cache):
