@@ -28,7 +28,7 @@ import tokenizer as tokenizer_module
 from config import UserError
 from data import Corpus, DataConfig, permute, prepare, take_turns
 from holdout import place, spread, tail_start, takes_tails
-from shards import HEADER, Shard, ShardWriter, read_meta
+from shards import HEADER, Shard, ShardWriter, read_meta, require_whole
 from text import Source, cut_text, find_sources, pieces, source_names, text_pieces
 from tokenizer import END_OF_TEXT, known_characters, load_tokenizer, open_tokenizer, train_tokenizer
 
@@ -250,6 +250,24 @@ def test_pieces_have_the_tokens_of_the_whole_text(text):
     whole = tokenizer.encode(prose[:-300_000]).ids
     cut = [token for part in cut_text(prose[:-300_000]) for token in tokenizer.encode(part).ids]
     assert whole == cut
+
+
+def test_pieces_are_cut_where_gpt2s_words_end_whatever_the_blanks(monkeypatch):
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    def words(text):
+        return [word for word, _ in ByteLevel(add_prefix_space=False).pre_tokenize_str(text)]
+
+    monkeypatch.setattr(text_module, "PIECE", 12)
+    rng = random.Random(0)
+    for _ in range(200):
+        text = "".join(rng.choices(["a", "b", "1", ".", " ", "  ", "\n", "\t"], [6, 6, 1, 1, 4, 2, 2, 1], k=100))
+        found, at = cut_text(text), 0
+        assert "".join(found) == text and len(found) > 2
+        for piece in found[:-1]:
+            at += len(piece)
+            if len(piece) < 12:  # else there is no blank to cut at, as in a long word
+                assert words(text[:at]) + words(text[at:]) == words(text)
 
 
 def test_a_text_file_is_read_whole_and_end_of_text_ends_its_documents(tmp_path):
@@ -581,7 +599,7 @@ def test_a_dataset_of_the_hub_is_read_in_its_configuration_and_split(monkeypatch
     asked = []
 
     def load_dataset(*names, split, streaming):
-        asked.append((*names, split))
+        asked.append((*names, split) if streaming else "all of it, before the first step")
         return [{"text": "one"}]
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
@@ -819,6 +837,28 @@ def test_a_shard_goes_on_behind_the_tokens_that_count(tmp_path):
     assert found[0] == found[1]
     with pytest.raises(UserError, match="has lost tokens"):
         ShardWriter(tmp_path / "s.bin", 100, 0, bytes(32), count=91)
+
+
+def test_only_the_files_that_a_meta_json_is_of_are_compared_with_it(text, cache, tmp_path):
+    folder = shutil.copytree(prepare(config(text, cache)), tmp_path / "shards")
+    (damaged := bytearray((folder / "train.bin").read_bytes()))[HEADER.size] ^= 1
+    (folder / "other.bin").write_bytes(damaged)
+    require_whole(folder / "other.bin")
+    require_whole(folder / "train.bin")
+    (folder / "train.bin").write_bytes(damaged)
+    with pytest.raises(UserError, match="is damaged"):
+        require_whole(folder / "train.bin")
+    (folder / "train.bin").write_bytes(bytes(100))  # nanoGPT's
+    require_whole(folder / "train.bin")
+
+
+@pytest.mark.parametrize("number", [-1, 2.5, True, "2"])
+def test_a_number_of_bytes_that_is_none_is_refused(text, cache, tmp_path, number):
+    meta = json.loads((prepare(config(text, cache)) / "meta.json").read_text())
+    meta["bytes"]["val"] = number
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="no readable meta.json"):
+        read_meta(tmp_path)
 
 
 def test_prepared_shards_are_data_of_their_own(text, cache):
