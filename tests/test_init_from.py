@@ -51,6 +51,7 @@ def test_a_resumed_run_needs_the_folder_no_more(trainer, tuned):
     run = trainer(*flags, "--num-steps", 42, "--init-from", "gone", checkpoint="gpt2.pt", tiny=False, data=False,
                   env=dict(OMP_NUM_THREADS="1"))
     assert run.code == 0 and "Resumed at step 40" in run.out and run.rows[42], run.out + run.err
+    assert "--init-from gone is not read" in run.out
     assert f'init_from = "{tuned["gpt2"][0]}"' in config.read_text() and "n_heads = 4\n" in config.read_text()
 
 
