@@ -346,6 +346,9 @@ def test_a_folders_prompts_begin_as_its_tokenizer_begins_them(tuned, tmp_path, c
     load_tokenizer("byte").save(str(stock / "tokenizer.json"))
     assert json.loads((stock / "generation_config.json").read_text())["bos_token_id"] == 50256
     assert load_run(stock)[3]["prefix"] == [] and "start" not in load_run(stock)[3], "an id that it does not have"
+    for start in 0, 256, 257, -1:
+        (stock / "generation_config.json").write_text(json.dumps({"bos_token_id": start}))
+        assert load_run(stock)[3].get("start") == (start if 0 <= start < 257 else None)
     (tmp_path / "a.txt").write_text("The king sings.")
     open_data([str(tmp_path / "a.txt")], "", 8, ours, eos, saved, tmp_path)
     assert "warning: the tokenizer puts <s> before a text, and here no document has it" in capsys.readouterr().err
