@@ -3,7 +3,9 @@
 import json
 import logging
 import math
+import os
 import sys
+import tempfile
 import threading
 import time
 from types import SimpleNamespace
@@ -13,7 +15,7 @@ from conftest import eventually
 
 import wandb_follower
 import wandb_sink
-from wandb_follower import Delivery, Follower, Publisher, open_run, reports_before
+from wandb_follower import Delivery, Follower, Publisher, import_wandb, open_run, reports_before
 from wandb_runs import Job, WandbConfig, plan_run, remember_sent, with_environment
 from wandb_sink import FAILURE_TIMEOUT, UPLOADS, WandbSink
 
@@ -175,6 +177,16 @@ def test_a_configuration_that_cannot_be_logged_costs_a_warning(tmp_path, monkeyp
     job = Job(dict(dir=str(tmp_path)), {}, mode="offline")
     assert open_run(job, lambda level, text: said.append((level, text))) is run
     assert said == [("INFO", "run one offline in f"), ("WARNING", "configuration or files not logged: no room")]
+
+
+def test_what_a_killed_wandb_core_leaves_behind_lies_in_the_folder_that_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=None))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(wandb_follower, "scratch", lambda: SimpleNamespace(name="removed"))
+    import_wandb()
+    assert tempfile.gettempdir() == "removed"
+    assert os.environ["TMPDIR"] == ("removed" if sys.platform == "linux" else str(tmp_path))
 
 
 def links(folder):

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import zygote
@@ -12,7 +13,7 @@ from conftest import QUICK, ROOT, command, environment, eventually, processes_wi
 from wandb_server import ServerSweep, WandbServer
 
 from wandb_errors import explained
-from wandb_tools import lacking, renamed
+from wandb_tools import fetch, history, lacking, renamed
 
 TOOLS = [sys.executable, str(ROOT / "wandb_tools.py")]
 FAILING = {  # what fails, and how → the step that says so, and what to do
@@ -389,6 +390,29 @@ def test_download_brings_all_of_a_run(server, trainer, tool):
     made = zygote.run([*command("generate.py"), "--checkpoint-path", model, "--max-new-tokens", 5], trainer.folder,
                       environment())
     assert made.returncode == 0 and "5 tokens" in made.stderr, made.stderr  # its tokenizer came along
+
+
+def test_what_cannot_be_fetched_or_leads_out_of_the_folder_is_left_out_and_the_rest_fetched(tmp_path, capsys):
+    class File:
+        def __init__(self, name):
+            self.name = name
+
+        def download(self, root, replace):
+            if self.name == "gone":
+                raise OSError("404 Not Found")
+            fetched.append((root, self.name))
+
+    fetched, folder, watch = [], str(tmp_path / "one" / "files"), {}
+    names = ["../out", "/etc/out", "a/../../out", "gone", "a/b", "..c"]
+    run = SimpleNamespace(id="one", config=watch, summary={}, files=lambda: map(File, names), logged_artifacts=list,
+                          scan_history=lambda page_size, use_cache: [{"x": page_size, "y": None}])
+    assert fetch([run], tmp_path) == 1 and fetched == [(folder, "a/b"), (folder, "..c")]
+    out, err = capsys.readouterr()
+    assert "1 rows, 2 files, 0 artifacts" in out and err.count("\n") == 1 and "gone not fetched: 404" in err
+    (few,) = history(run)
+    watch["wandb_watch"] = "all"
+    (fewer,) = history(run)
+    assert few.keys() == {"x"} and fewer["x"] < few["x"], "rows with histograms take a megabyte each"
 
 
 def test_download_takes_the_runs_of_all_ranks(server, trainer, tool):
