@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import hardware
 from config import UserError, arg, one_line_errors, parse
 from files import without_infinity
 from model import IGNORE
 from pretrained import load_run
+from progress import ProgressBar
 from shards import Shard, ShardWriter, part_shards, read_meta, read_windows, spread_windows
 from text import find_sources, foreign_tokens, pieces, require_hub, source_names, take
 from token_cache import BATCH
@@ -202,8 +202,8 @@ def evaluate_text(model, shards, bytes_per_token, cfg, seq_len, precision, devic
     starts = {name: document_starts(shard) for name, shard in shards.items()}
     documents = {name: np.zeros((2, len(at) + 1)) for name, at in starts.items()}  # nats and tokens of each document
     windows = {name: [] for name in shards}  # the same of each window, (2, B) per batch
-    bar = tqdm(total=cfg.eval_tokens or sum(shard.count for shard in shards.values()), unit=" tokens", unit_scale=True,
-               leave=False, disable=None)  # none in a pipe
+    bar = ProgressBar(total=cfg.eval_tokens or sum(shard.count for shard in shards.values()), unit=" tokens",
+                      unit_scale=True, leave=False, disable=None)  # none in a pipe
     for name, firsts, x, y in window_batches(shards, seq_len, cfg.stride, cfg.eval_tokens, cfg.batch_size):
         losses, counted = token_nats(model, x, y, precision, device).cpu().numpy().astype(np.float64), y != IGNORE
         targets = firsts[:, None] + 1 + np.arange(y.shape[1])  # (B, T) positions

@@ -8,19 +8,17 @@ import json
 import logging
 import os
 import shutil
-import threading
 import time
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate, chain, islice
 from pathlib import Path
-
-from tqdm import tqdm
 
 import toy
 from config import UserError
 from files import read_json, sync, write_whole
 from holdout import takes_tails
 from processes import try_lock
+from progress import ProgressBar
 from shards import FORMAT, ShardWriter, read_meta, require_whole
 from text import (
     PIECE,
@@ -53,9 +51,6 @@ BPE_SAMPLE = 1 << 25  # maximum number of characters that a bpe tokenizer is tra
 PREPARE_PATIENCE = 900  # seconds without progress after which a process stops waiting for another to tokenize
 
 log = logging.getLogger("mini_llm")
-# By default a lock of multiprocessing's, for which macOS and, from Python 3.14 on, Linux start another process: that
-# outlives a rank that exits at once, and warns of a leak.
-tqdm.set_lock(threading.RLock())
 
 
 def prepare(cfg, vocab_size=0, writes=True, scratch=None, earlier=None):
@@ -273,7 +268,8 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
     writers = {split: ShardWriter(draft / f"{split}.bin", size, eos, digest, limit, sum(done.tokens[split]))
                for split, limit in limits.items()}
     total = sum(source.size for source in [*sources, *val_sources])
-    with tqdm(total=total or None, unit="B", unit_scale=True, desc="tokenizing", leave=False, disable=None) as bar:
+    with ProgressBar(total=total or None, unit="B", unit_scale=True, desc="tokenizing", leave=False,
+                     disable=None) as bar:
         # --val-data comes first and is read in full.
         _tokenize(stream(), tokenizer, eos, writers, bool(val_sources), cfg.tokenizer_name, bar, done, draft)
     parts = done.tokens["val"][:len(cfg.val_data)]

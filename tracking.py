@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from logging.handlers import MemoryHandler
 
 import torch
-from tqdm import tqdm
 
 from config import RUN_CONFIG, RunFailed, UserError, arg, flatten, to_toml, visible
 from files import write_whole
 from hardware import device_name, should_compile
 from plots import sparkline
+from progress import ProgressBar
 from saver import NonFinite
 from sinks import JsonlSink, TensorboardSink
 from wandb_runs import (
@@ -92,7 +92,7 @@ FORMATTER = logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S")
 class _ConsoleHandler(logging.Handler):
     def emit(self, record):
         with contextlib.suppress(OSError):  # a full disk, closed pipe or lost terminal must not end the run
-            tqdm.write(FORMATTER.format(record), file=sys.stdout)
+            ProgressBar.write(FORMATTER.format(record), file=sys.stdout)
             sys.stdout.flush()
 
 
@@ -186,8 +186,8 @@ class Tracker:
             self._open(cfg, state.step, wandb, config | distributed_info(world) | dict(
                 wandb_run_id=state.wandb_run_id, device=device_name(world.device), command=shlex.join(sys.orig_argv)),
                        "" if world.is_main else f".rank{world.rank}")
-        self.bar = tqdm(total=self.num_steps, initial=state.step, unit="step", leave=False, dynamic_ncols=True,
-                        disable=None if world.is_main else True)
+        self.bar = ProgressBar(total=self.num_steps, initial=state.step, unit="step", leave=False, dynamic_ncols=True,
+                               disable=None if world.is_main else True)
 
     def _plan_wandb(self, cfg, world, state):
         """The W&B settings and this rank's RunPlan; (None, None) without W&B."""

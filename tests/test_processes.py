@@ -119,8 +119,8 @@ def test_no_process_is_left_by_a_progress_bar():
 import multiprocessing, sys
 from multiprocessing import resource_tracker
 multiprocessing.set_start_method("forkserver")
-import token_cache
-from tqdm import tqdm
-assert list(tqdm(range(2), disable=False)) == [0, 1]
+from progress import ProgressBar
+assert list(ProgressBar(range(2), disable=False)) == [0, 1]
+ProgressBar.write("done")
 assert resource_tracker._resource_tracker._pid is None
 """], cwd=ROOT, check=True, stderr=subprocess.PIPE)
