@@ -30,7 +30,7 @@ def run(command, cwd, env, input=None, timeout=300):
         request = dict(command=list(map(str, command)), cwd=str(cwd), env=env)
         json.dump(request, asked)
         asked.seek(0)
-        channel = zygote(command[2] == TORCHRUN)
+        channel = zygote(TORCHRUN in command[:3])
         socket.send_fds(channel, [b"!"], [file.fileno() for file in (asked, given, out, err)])
         pid = json.loads(channel.recv(REPLY))
         channel.settimeout(timeout)
