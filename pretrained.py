@@ -33,9 +33,9 @@ log = logging.getLogger("mini_llm")
 class InitConfig:
     """Weights to start from"""
 
-    init_from: str = arg("", "start from trained weights, which decide the model's sizes: a Hugging Face folder or "
-                             "name (GPT-2, Llama, Qwen3, NanoChat), or a checkpoint", metavar="DIR|NAME|FILE.pt",
-                         empty=False)
+    init_from: str = arg("", "start from trained weights, which decide the model's sizes and the tokenizer: a Hugging "
+                             "Face folder or name (GPT-2, Llama, Qwen3, NanoChat), or a checkpoint",
+                         metavar="DIR|NAME|FILE.pt", empty=False)
     keep_optimizer: bool = arg(False, "with a checkpoint's weights, take its optimizer state, too; the same data is "
                                       "read on from where its run was, other data from the first sample")
 
