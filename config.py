@@ -130,7 +130,8 @@ def parse(cls, argv=None):
     """
     allow_many_files()
     fields = flag_fields(cls)
-    parser = Parser(prog=Path(sys.argv[0]).name, description=cls.__doc__, allow_abbrev=False,
+    parser = Parser(prog=Path(sys.argv[0]).name, usage="%(prog)s [--config FILE.toml] [flags]",  # not all of them twice
+                    description=cls.__doc__, allow_abbrev=False,
                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=118))
     parser.add_argument("--config", metavar="FILE.toml", action="append", default=[],
                         help="defaults for the flags below, which override it; may be given again: later ones win")
