@@ -150,43 +150,52 @@ def import_wandb():
     return wandb
 
 
-def open_run(job, say, may_go_offline=True, stop=None):
-    """Open the W&B run that `job` describes; if that fails, an offline run, unless the run is shared or
-    `may_go_offline` is false. Raises if no run can be opened."""
-    wandb, init = import_wandb(), job.init
+def init_arguments(job):
+    """The arguments of wandb.init."""
+    left_out = set()
     if job.sent and job.mode == "online" and is_there(job):  # what has been changed on its page since stays so
-        init = {name: value for name, value in init.items() if name not in job.sent}
-    if os.environ.get("WANDB_SWEEP_ID"):  # the sweep determines these three
-        init = {name: value for name, value in init.items() if name not in ("project", "entity", "id")}
-    # Ranks end together, so let each of them mark the run as finished: the last need not be the primary one.
-    shared = dict(mode="shared", x_primary=job.primary, x_label=job.label,
-                  x_update_finish_state=True) if job.shared else dict(mode=job.mode)
-
+        left_out |= {*job.sent}
+    if os.environ.get("WANDB_SWEEP_ID"):  # the sweep determines these
+        left_out |= {"project", "entity", "id"}
+    init = {name: value for name, value in job.init.items() if name not in left_out}
     folder = local_folder(init.get("dir") or os.environ.get("WANDB_DIR") or ".")
     with contextlib.suppress(OSError):
         os.makedirs(folder, exist_ok=True)  # else the SDK falls back to a temporary folder
     if job.lock and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
-        init = init | dict(dir=os.path.dirname(job.lock) or ".")  # beside the checkpoint, for the same reason
+        init["dir"] = os.path.dirname(job.lock) or "."  # beside the checkpoint, for the same reason
+    return init
 
-    def start(**mode):
-        records = dict(console="wrap" if job.live else "off", x_disable_meta=not job.live,
-                       x_disable_stats=not (job.live and job.monitors), disable_git=not job.live)
-        if job.live:  # what the user has switched off by WANDB_CONSOLE, WANDB_DISABLE_GIT … stays off
-            records = {name: value for name, value in records.items() if f"WANDB_{name.upper()}" not in os.environ}
-        # Flush the local file every second: after a kill, no W&B process is left to write what was buffered.
-        settings = wandb.Settings(x_transaction_log_flush_interval=1, init_timeout=job.init_timeout,
-                                  finish_timeout=job.finish_timeout, git_commit=job.config.get("git_commit"),
-                                  host=job.host, x_stats_pid=job.pid, git_root=str(SOURCE), program=job.program,
-                                  program_relpath=os.path.relpath(job.program, SOURCE), stop_fn=stop,
-                                  sweep_id=job.sweep or None, **records, **mode)
-        return wandb.init(settings=settings, resume="allow", **init)
+
+def settings_of(job):
+    """The arguments of wandb.Settings."""
+    # Flush the local file every second: after a kill, no W&B process is left to write what was buffered.
+    found = dict(mode=job.mode, x_transaction_log_flush_interval=1, init_timeout=job.init_timeout,
+                 finish_timeout=job.finish_timeout, git_commit=job.config.get("git_commit"), git_root=str(SOURCE),
+                 host=job.host, x_stats_pid=job.pid, program=job.program,
+                 program_relpath=os.path.relpath(job.program, SOURCE), sweep_id=job.sweep or None)
+    if job.shared:  # ranks end together, so let each of them mark the run as finished: the last need not be the primary
+        found |= dict(mode="shared", x_primary=job.primary, x_label=job.label, x_update_finish_state=True)
+    if not job.live:  # this machine need not be the one that trained
+        found |= dict(console="off", x_disable_meta=True, disable_git=True)
+    if not (job.live and job.monitors):
+        found |= dict(x_disable_stats=True)
+    return found
+
+
+def open_run(job, say, stop=None):
+    """Open the W&B run that `job` describes; if that fails, an offline run, if the job is `live` and not shared. Raises
+    if no run can be opened. `stop` is called when it is stopped on its page."""
+    wandb, init, settings = import_wandb(), init_arguments(job), settings_of(job)
+
+    def start(**other):
+        return wandb.init(settings=wandb.Settings(**settings | other, stop_fn=stop), resume="allow", **init)
 
     try:
         if job.shared and not job.primary:
             await_run(job)
-        run = start(**shared)
+        run = start()
     except Exception as error:  # the SDK raises its own errors and those of pydantic, protobuf and sockets
-        if not may_go_offline or job.shared or job.mode == "offline":
+        if not job.live or job.shared or job.mode == "offline":
             raise
         wandb.teardown()  # else the SDK treats the id as in use
         run = start(mode="offline")

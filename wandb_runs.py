@@ -270,7 +270,7 @@ class Job:
     init: dict  # arguments for wandb.init: project, entity, id, name, group, …
     config: dict
     mode: str = "online"
-    live: bool = True  # training is in progress; otherwise nothing about the sending machine is recorded
+    live: bool = True  # training is in progress; else nothing is recorded of the machine that sends, nor offline
     shared: bool = False
     primary: bool = True
     label: str = ""

@@ -58,7 +58,7 @@ def checks(settings, folder):
 
     init = dict(project=settings.wandb_project, entity=settings.wandb_entity or None, job_type="check", name="check",
                 id=None, dir=folder)
-    run = open_run(Job(init, {}, live=False, finish_timeout=TIMEOUT), lambda *_: None, may_go_offline=False)
+    run = open_run(Job(init, {}, live=False, finish_timeout=TIMEOUT), lambda *_: None)
     run.log({"step": 0, "check": 1.0})
     run.finish()
     target = f"{run.entity}/{run.project}/{run.id}"
@@ -197,7 +197,7 @@ def send(facts, path, new_id=""):
     unended = state in ("running", "crashed", "preempting")
     if not missing and not unended:
         return f"{target} has every row{whole}"
-    run = open_run(job, lambda level, text: print(text, flush=True), may_go_offline=False)
+    run = open_run(job, lambda level, text: print(text, flush=True))
     publisher = Publisher(run, job, print, [record for record in records if record.get("event") == "sample"
                                             and record not in missing])
     publisher.publish(map(json.dumps, missing))

@@ -115,6 +115,8 @@ def command(script, ranks=None):
 
 # For the real SDK against `server`. It sends rows every 15 s else, and takes whole seconds only.
 QUICK = dict(WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL="1", WANDB_MODE="online")
+# Where git says that a clone is from.
+REMOTE = dict(GIT_CONFIG_COUNT="1", GIT_CONFIG_KEY_0="remote.origin.url", GIT_CONFIG_VALUE_0="https://here.test/clone")
 
 
 @pytest.fixture

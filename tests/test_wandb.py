@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SHARED, Run, environment, eventually, interrupt_after, on_small_disk, processes_with
+from conftest import REMOTE, ROOT, SHARED, Run, environment, eventually, interrupt_after, on_small_disk, processes_with
 from wandb_file import run_files
 
 WANDB = ["--use-wandb", "--wandb-project", "mini-llm", "--wandb-run-name", "named"]
@@ -26,7 +26,7 @@ def test_a_run_is_tracked_with_all_its_config_and_rows(trainer):
     temporary = trainer.folder / "tmp"
     temporary.mkdir()
     run = trainer("--num-steps", 20, "--log-steps", 5, *WANDB, "--wandb-tags", "a", "b", "--wandb-group", "g",
-                  env={"TMPDIR": str(temporary)})
+                  env={"TMPDIR": str(temporary)} | REMOTE)
     assert run.code == 0, run.err
     assert not [path for path in temporary.iterdir() if not path.name.startswith("torchinductor")]
     (tracked,) = run_files(trainer.folder)
@@ -36,7 +36,8 @@ def test_a_run_is_tracked_with_all_its_config_and_rows(trainer):
     assert sys.version.startswith(tracked.config["version/python"])
     assert "train.py" in tracked.config["command"] and torch.__version__.startswith(tracked.config["version/torch"])
     commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
-    assert commit.returncode or tracked.config["git_commit"] == commit.stdout.strip()
+    assert commit.returncode or (tracked.config["git_commit"], tracked.remote) == (commit.stdout.strip(),
+                                                                                   "https://here.test/clone")
     assert [row["step"] for row in tracked.rows] == [0, 5, 10, 15, 20]
     for row in tracked.rows:
         jsonl = run.rows[row["step"]]

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import zygote
-from conftest import QUICK, ROOT, command, environment, eventually, processes_with
+from conftest import QUICK, REMOTE, ROOT, command, environment, eventually, processes_with
 from wandb_server import ServerSweep, WandbServer
 
 from wandb_errors import explained
@@ -239,11 +239,11 @@ def test_sync_says_of_a_run_what_it_was_and_not_where_it_is_sent_from(server, to
     leave(tmp_path, "c", "one", [{"event": "exit", "code": 0}, {"event": "config", "config": {"git_commit": "then"}},
                                  {"loss": 2.0}], host="there", program="/there/train.py")
     code, out, err = tool("sync", "c.pt", WANDB_RUN_ID="today", WANDB_NAME="today", WANDB_TAGS="today",
-                          WANDB_NOTES="today", WANDB_SWEEP_ID="today", WANDB_DISABLE_GIT="")
+                          WANDB_NOTES="today", WANDB_SWEEP_ID="today", WANDB_DISABLE_GIT="", **REMOTE)
     run = only_run(server)
     assert (code, err) == (0, "") and (run.state, run.exit_code) == ("failed", 137), out
     assert run.config == {"git_commit": "then"} and run.run_id == run.display_name == "one"
-    assert not run.tags and not run.notes and not run.sweep and run.origin == ("there", "then", "/there/train.py")
+    assert not run.tags and not run.notes and not run.sweep and run.origin == ("there", "then", "/there/train.py", None)
     assert not run.events and not {"wandb-metadata.json", "output.log", "diff.patch"} & run.files.keys()
 
 

@@ -45,6 +45,7 @@ class RunFile:
             elif kind == "run":
                 self.run_id, self.name, self.project = record.run.run_id, record.run.display_name, record.run.project
                 self.group, self.host, self.commit = record.run.run_group, record.run.host, record.run.git.commit
+                self.remote = record.run.git.remote_url
                 self.config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
             elif kind == "config":
                 self.config |= {item.key: json.loads(item.value_json) for item in record.config.update}

@@ -61,7 +61,7 @@ class ServerRun:
         self.display_name, self.group, self.job_type, self.notes, self.sweep, self.tags = run_id, "", "", "", "", []
         self.config, self.wandb_config, self.summary = {}, {}, {}
         self.files, self.alerts, self.used_artifacts = {}, [], []
-        self.origin = None, None, None  # host, commit, program
+        self.origin = None, None, None, None  # host, commit, program, repository
         self.writers = []  # of a shared run, in the order in which they came
         self.exit_code, self.reported, self.upserts, self.stopped = None, "pending", 0, False
         self.seen = time.monotonic()
@@ -96,10 +96,11 @@ class ServerRun:
         return [lines[key] for key in (lines if self.writers else sorted(lines))]
 
     def upsert(self, displayName=None, config=None, groupName=None, jobType=None, notes=None, tags=None, sweep=None,
-               summaryMetrics=None, state=None, host=None, commit=None, jobProgram=None, **_):
+               summaryMetrics=None, state=None, host=None, commit=None, jobProgram=None, jobRepo=None, **_):
         self.upserts += 1
         self.seen = time.monotonic()
-        self.origin = host or self.origin[0], commit or self.origin[1], jobProgram or self.origin[2]
+        said = host, commit, jobProgram, jobRepo
+        self.origin = tuple(new or old for new, old in zip(said, self.origin, strict=True))
         self.display_name, self.group = displayName or self.display_name, groupName or self.group
         self.job_type, self.sweep = jobType or self.job_type, sweep or self.sweep
         self.notes, self.tags = self.notes if notes is None else notes, self.tags if tags is None else tags
