@@ -21,7 +21,7 @@ from pathlib import Path
 
 from processes import child_processes, kill, only_one
 from wandb_errors import Relay, explained, reason
-from wandb_runs import SOURCE, Job, local_folder, remember_sent
+from wandb_runs import SOURCE, Job, local_folder, remember_sent, run_path
 
 POLL = 1.0  # seconds between reads of the file; each takes CPU time that training may need
 LOST_CODE = 137  # exit code reported to W&B if the trainer died without reporting one, as after SIGKILL
@@ -239,18 +239,17 @@ def is_there(job):
 
     with contextlib.suppress(Exception):  # it has not, or it cannot be reached
         api = wandb.Api(timeout=math.ceil(min(10, job.init_timeout)))
-        path = [job.init["entity"] or api.default_entity, job.init["project"], job.init["id"]]
-        return bool(api.run("/".join(path)))
+        return bool(api.run(run_path(job.init, api)))
     return False
 
 
 def await_run(job):
     """In shared mode, wait until the primary process has opened the run. Raises TimeoutError."""
-    if not awaited(lambda: is_there(job), bool, job.init_timeout):
+    if not awaited(lambda: is_there(job), job.init_timeout):
         raise TimeoutError(f"the first process has not opened {job.init['project']}/{job.init['id']}")
 
 
-def awaited(look, arrived, seconds):
+def awaited(look, seconds, arrived=bool):
     """Poll `look()` until its result has `arrived` or so many seconds have passed → the last result."""
     deadline = time.monotonic() + seconds
     while not arrived(found := look()) and time.monotonic() < deadline:

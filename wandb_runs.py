@@ -199,6 +199,11 @@ def new_run_id():
     return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
 
 
+def run_path(init, api):
+    """ENTITY/PROJECT/ID of the run that these arguments of wandb.init are of. `api`: a wandb.Api."""
+    return "/".join([init["entity"] or api.default_entity, init["project"], init["id"]])
+
+
 def sync_command(path):
     """The command that sends what W&B lacks of the run with this checkpoint path."""
     tool = os.path.relpath(Path(__file__).with_name("wandb_tools.py"))

@@ -21,7 +21,7 @@ from files import beside_run, matching_files, read_records, write_whole
 from processes import only_one
 from wandb_errors import advice, explained, reason
 from wandb_follower import LOST_CODE, Publisher, awaited, import_wandb, leave, open_run
-from wandb_runs import ENVIRONMENT, IDENTITY, Job, WandbConfig, local_folder, recalled, with_environment
+from wandb_runs import ENVIRONMENT, IDENTITY, Job, WandbConfig, local_folder, recalled, run_path, with_environment
 
 TIMEOUT = 30  # seconds per request
 ARRIVAL = 30  # seconds to wait until what was sent can be read back
@@ -64,7 +64,7 @@ def checks(settings, folder):
     target = f"{run.entity}/{run.project}/{run.id}"
     yield f"a row written to {run.entity}/{run.project}, run {run.id}"
 
-    rows = awaited(lambda: rows_of(api, target), bool, ARRIVAL) or []
+    rows = awaited(lambda: rows_of(api, target), ARRIVAL) or []
     if [row.get("check") for row in rows] != [1.0]:
         raise RuntimeError(f"the row did not arrive: the server has {rows}")
     try:
@@ -160,11 +160,6 @@ def memories(path):
     return found
 
 
-def target_of(facts, api):
-    """ENTITY/PROJECT/ID of the W&B run that a memory is of."""
-    return "/".join([facts["init"]["entity"] or api.default_entity, facts["init"]["project"], facts["init"]["id"]])
-
-
 def send(facts, path, new_id=""):
     """Send the rows of `path`, a metrics.jsonl, that the server's run lacks, and end that run, also if only its end is
     lacking → a message saying what was done. A run of a `new_id` may have no rows of others. Raises UserError."""
@@ -173,13 +168,13 @@ def send(facts, path, new_id=""):
     # If the run was resumed and then killed, its last exit event is that of an earlier start.
     last = next((record for record in reversed(records) if record.get("event") in ("config", "exit")), {})
     api = wandb.Api(timeout=TIMEOUT)
-    target = target_of(facts, api)
+    target = run_path(facts["init"], api)
     stored, whole = rows_of(api, target), ""
     new = stored is None or not stored and facts.get("sweep")  # a server makes a trial's run before it begins
     if new and (folders := offline_folders(facts["init"], path)):  # else their rows would be there twice
         print(f"wandb sync {shlex.join(folders)}", flush=True)
         synced = subprocess.run([sys.executable, "-m", "wandb", "sync", *folders], capture_output=True, text=True)
-        stored = awaited(lambda: rows_of(api, target), lambda rows: rows and not lacking(records, rows), ARRIVAL)
+        stored = awaited(lambda: rows_of(api, target), ARRIVAL, lambda rows: rows and not lacking(records, rows))
         if stored is None or synced.returncode and not stored:  # its rows can be sent all the same
             print(f"wandb sync failed: {reason((synced.stdout + synced.stderr).strip())}", flush=True)
         elif late := lacking(records, stored):  # on their way, or never written to those folders, as before a kill
@@ -206,7 +201,7 @@ def send(facts, path, new_id=""):
         run.mark_preempting()
     run.finish(exit_code=last.get("code", LOST_CODE))
     # The SDK does not report uploads that have failed permanently.
-    if lost := awaited(lambda: lacking(missing, rows_of(api, target) or []), lambda lost: not lost, ARRIVAL):
+    if lost := awaited(lambda: lacking(missing, rows_of(api, target) or []), ARRIVAL, lambda lost: not lost):
         raise RuntimeError(f"{len(lost)} of {len(missing)} rows cannot be read back from {target} after "
                            f"{ARRIVAL} s")
     return f"{len(missing)} rows sent to {target}" if missing else f"{target} has every row, and is ended now"
@@ -216,7 +211,7 @@ def _checkpoints_sent(run, folders):
     """What to say of the checkpoints in the folders that `wandb sync` has sent, which is silent about them."""
     if not (kept := [folder for folder in folders if list(Path(folder, "checkpoints").glob("*.pt"))]):
         return ""
-    if awaited(lambda: [one for one in run.logged_artifacts() if one.type == "model"], bool, ARRIVAL):
+    if awaited(lambda: [one for one in run.logged_artifacts() if one.type == "model"], ARRIVAL):
         return " and checkpoints"
     return f"; the checkpoints in {shlex.join(kept)} did not arrive: was it moved after it was recorded?"
 
@@ -252,8 +247,8 @@ def download(args):
     wandb = import_wandb()
     api = wandb.Api(timeout=TIMEOUT)
     if args.run.endswith(".pt"):
-        targets = dict.fromkeys(target_of(facts, api) for _, facts in memories(Path(args.run)))  # ranks may share one
-        return fetch(map(api.run, targets), args.folder)
+        targets = [run_path(facts["init"], api) for _, facts in memories(Path(args.run))]
+        return fetch(map(api.run, dict.fromkeys(targets)), args.folder)  # ranks may share one
     path = re.sub(r"^\w+://[^/]*|[?#].*", "", args.run)  # of a URL: https://wandb.ai/ENTITY/PROJECT/runs/ID
     parts = [part for part in path.split("/") if part]
     kind = "sweeps" if "sweeps" in parts else "runs"
