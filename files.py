@@ -12,6 +12,8 @@ from pathlib import Path
 
 # What the names of a run's other checkpoints have between its stem and `.pt`, as a regex.
 OTHER_CHECKPOINT = r"\.(best(-of-\d+)?|prev|nonfinite|(step|kept)-\d+)"
+# How a record of metrics.jsonl begins, for readers that do not parse it all: histograms take megabytes.
+RECORD_HEAD = re.compile(rb'\{"step": (?P<step>\d+), "time": (?P<time>[^,]+), ("event": "(?P<event>\w+)")?')
 # The fields that a record of metrics.jsonl must have if it is an event, by kind of event.
 EVENTS = dict(config=dict(config=dict), sample=dict(text=str), alert=dict(title=str, text=str), exit=dict(code=int))
 

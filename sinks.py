@@ -4,10 +4,9 @@ import contextlib
 import json
 import logging
 import os
-import re
 import time
 
-from files import replacing, without_infinity
+from files import RECORD_HEAD, replacing, without_infinity
 
 log = logging.getLogger("mini_llm")
 
@@ -20,9 +19,9 @@ class JsonlSink:
         old = path if start_step and path.exists() else os.devnull
         # A new file: whoever still sends what a killed start has written keeps the old one.
         with replacing(path) as draft, open(draft, "wb") as file, open(old, "rb") as before:
-            for line in before:  # not parsed: histograms take megabytes
-                found = re.match(rb'\{"step": (\d+), "time": [^,]+, ("event": "alert")?', line)
-                if found and (found[2] or int(found[1]) <= start_step) and line.endswith(b"}\n"):
+            for line in before:
+                head = RECORD_HEAD.match(line)
+                if head and (head["event"] == b"alert" or int(head["step"]) <= start_step) and line.endswith(b"}\n"):
                     file.write(line)
         self.path, self.file = path, open(path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
         self.unwritten, self.failed = b"", False

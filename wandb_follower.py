@@ -19,6 +19,7 @@ import threading
 import time
 from pathlib import Path
 
+from files import RECORD_HEAD
 from processes import child_processes, kill, only_one
 from wandb_errors import Relay, explained, reason
 from wandb_runs import SOURCE, Job, local_folder, remember_sent, run_path
@@ -257,28 +258,25 @@ def awaited(look, seconds, arrived=bool):
     return found
 
 
-def lines_before(path, offset):
-    """Yields the lines in the first `offset` bytes of a metrics.jsonl, not parsed: histograms take megabytes."""
+def records_before(path, offset):
+    """Yields (match of RECORD_HEAD, line) of the records in the first `offset` bytes of a metrics.jsonl."""
     with open(path, "rb") as file:
         while file.tell() < offset and (line := file.readline()):
-            yield line
+            if head := RECORD_HEAD.match(line):
+                yield head, line
 
 
 def samples_before(path, offset):
     """The sample records in the first `offset` bytes of a metrics.jsonl."""
-    found = [json.loads(line) for line in lines_before(path, offset) if b'"event": "sample"' in line]
-    return [record for record in found if record.get("event") == "sample"]
+    return [json.loads(line) for head, line in records_before(path, offset) if head["event"] == b"sample"]
 
 
 def reports_before(path, offset, after, step):
     """The reports later than `after`, seconds since the epoch, or than `step`, in the first `offset` bytes of a
     metrics.jsonl: JSON."""
-    found = []
-    for line in lines_before(path, offset):
-        report = re.match(rb'\{"step": (\d+), "time": ([^,]+), (?!"event")', line)
-        if report and (float(report[2]) > after + 0.01 or int(report[1]) > step):  # the server's time may be rounded
-            found.append(line.decode())
-    return found
+    after += 0.01  # the server's time may be rounded
+    return [line.decode() for head, line in records_before(path, offset)
+            if not head["event"] and (float(head["time"]) > after or int(head["step"]) > step)]
 
 
 class Publisher:

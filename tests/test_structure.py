@@ -35,7 +35,7 @@ ALLOWED = {
     "wandb_runs": {"config", "files"},
     "wandb_sink": {"archive", "files", "processes", "wandb_runs"},
     "wandb_errors": set(),
-    "wandb_follower": {"processes", "wandb_errors", "wandb_runs"},
+    "wandb_follower": {"files", "processes", "wandb_errors", "wandb_runs"},
     "wandb_tools": {"config", "files", "processes", "wandb_errors", "wandb_follower", "wandb_runs"},
     "sweep": {"config", "wandb_errors", "wandb_follower", "wandb_runs", "wandb_tools", "train"},
     "ranks": {"optim", "config", "hardware"},
