@@ -346,42 +346,39 @@ class Publisher:
             self.waiting = self.waiting[-1:]
             if self.run.offline and not last:
                 return
-        while self.waiting and (last or not self.uploading or not self.uploading.is_alive()):
+        if last:
             if self.uploading:
                 self.uploading.join()
-            self.uploading = threading.Thread(target=self._upload, args=(self.waiting.pop(0),), daemon=True)
+            for record in self.waiting:
+                self._upload(**record)
+        elif self.waiting and not (self.uploading and self.uploading.is_alive()):
+            self.uploading = threading.Thread(target=self._upload, kwargs=self.waiting.pop(0), daemon=True)
             self.uploading.start()
-        if last and self.uploading:
-            self.uploading.join()
 
-    def _upload(self, record):
+    def _upload(self, step, path, best, **figures):
         import wandb
 
-        path = Path(record.pop("path"))
+        path, tokenizer, config = Path(path), Path(self.job.tokenizer), self.job.config
         if not path.exists():
-            self.say("WARNING", f"checkpoint of step {record['step']} not uploaded: newer ones came before its turn")
+            self.say("WARNING", f"checkpoint of step {step} not uploaded: newer ones came before its turn")
             return
         try:
-            tokenizer = Path(self.job.tokenizer)
             if self.run.offline:
                 kept = Path(offline_folder(self.run)).resolve() / "checkpoints"  # `wandb sync` may run elsewhere
                 kept.mkdir(exist_ok=True)
                 path = Path(shutil.move(path, kept / path.name))
                 tokenizer = Path(shutil.copytree(tokenizer, kept / "model.tokenizer", dirs_exist_ok=True))
-            best, config = record.pop("best"), self.job.config
-            artifact = wandb.Artifact(f"model-{self.run.id}", type="model",
-                                      description=f"checkpoint of step {record['step']}",
-                                      metadata=record | dict(seed=config["seed"], config=config))
-            # Immutable: uploaded from its place, not copied to a cache first.
-            for file, name in [(path, "model.pt"), *((file, f"model.tokenizer/{file.name}")
-                                                     for file in tokenizer.glob("*.json"))]:
+            artifact = wandb.Artifact(f"model-{self.run.id}", type="model", description=f"checkpoint of step {step}",
+                                      metadata=figures | dict(step=step, seed=config["seed"], config=config))
+            files = {file: f"model.tokenizer/{file.name}" for file in tokenizer.glob("*.json")} | {path: "model.pt"}
+            for file, name in files.items():  # immutable: uploaded from its place, not copied to a cache first
                 artifact.add_file(str(file), name=name, policy="immutable", skip_cache=True)
             best = best and self.job.policy != "last"  # which does not upload those that are only the best
-            logged = self.run.log_artifact(artifact, aliases=["latest", f"step-{record['step']}"] + ["best"] * best)
+            logged = self.run.log_artifact(artifact, aliases=["latest", f"step-{step}"] + ["best"] * best)
             if not self.run.offline:
                 logged.wait()
         except Exception as error:  # less important than the rows that follow
-            self.say("WARNING", f"checkpoint of step {record['step']} not uploaded: {reason(error)}")
+            self.say("WARNING", f"checkpoint of step {step} not uploaded: {reason(error)}")
         if not self.run.offline:
             path.unlink(missing_ok=True)
 
