@@ -24,22 +24,14 @@ from plots import sparkline
 from progress import ProgressBar
 from saver import NonFinite
 from sinks import JsonlSink, TensorboardSink
-from wandb_runs import (
-    WandbConfig,
-    distributed_info,
-    new_run_id,
-    plan_run,
-    provenance,
-    recalled,
-    sweep_trial,
-    with_environment,
-)
+from wandb_runs import WandbConfig, distributed_info, plan_run, provenance, resolve_run
 
 # What a finished run draws on the console: title → metric.
 DRAWN = {"train loss": "train/loss", "val loss": "val/loss", "grad norm": "train/grad_norm", "lr": "lr",
          "tok/s": "global_tokens_per_sec"}
 # Flags that .config.toml is without: the next start has its own, and may find the run in another folder.
 NOT_KEPT = ("resume", "overwrite", "dry_run", "wandb_run_id", "checkpoint_path")
+FORMATTER = logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S")
 
 log = logging.getLogger("mini_llm")
 
@@ -84,9 +76,6 @@ def setup_logging(is_main):
     sys.stdout.reconfigure(errors="replace")  # a sample may contain characters that this terminal cannot encode
     log.handlers, log.propagate = [_ConsoleHandler(), MemoryHandler(1000, flushLevel=logging.CRITICAL)], False
     log.setLevel(logging.INFO if is_main else logging.CRITICAL + 1)
-
-
-FORMATTER = logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S")
 
 
 class _ConsoleHandler(logging.Handler):
@@ -193,32 +182,13 @@ class Tracker:
         """The W&B settings and this rank's RunPlan; (None, None) without W&B."""
         if not cfg.wandb.use_wandb:
             return None, None
-
-        def resolve():
-            memory = self.beside(".wandb.json")
-            before = recalled(memory) if cfg.checkpoint.resume else {}
-            if cfg.checkpoint.resume and memory.exists() and not before:
-                log.warning("%s cannot be read: the W&B project is that of flags and environment", memory)
-            # `was`: wandb_tools.py has sent it as another W&B run than the checkpoint's.
-            if state.wandb_run_id not in ("", before.get("base"), before.get("was")):  # the file is of another run
-                before = {}
-            wandb = with_environment(cfg.wandb, before=before.get("init"))
-            run_id = sweep_trial() or wandb.wandb_run_id or before.get("base") or state.wandb_run_id or new_run_id()
-            plan = plan_run(wandb.wandb_run_mode, wandb.wandb_rank_scope, run_id, distributed_info(world))
-            if (wandb.wandb_mode == "online" and plan.run_id == before.get("init", {}).get("id")
-                    and plan.shared != before.get("shared", plan.shared)):
-                log.warning("--wandb-run-mode %s: W&B run %s was %sshared before, and loses rows if it is written both "
-                            "ways: it stays so (--wandb-run-id NEW makes another)", wandb.wandb_run_mode, plan.run_id,
-                            "not " * plan.shared)
-                wandb.wandb_run_mode = "auto" if plan.shared else "shared"
-            return wandb, run_id
-
-        wandb, state.wandb_run_id = world.from_main(resolve)  # even if another node's environment differs
+        info = distributed_info(world)
+        wandb, state.wandb_run_id = world.from_main(lambda: resolve_run(  # even if another node's environment differs
+            cfg.wandb, self.beside(".wandb.json"), bool(cfg.checkpoint.resume), state.wandb_run_id, info))
         if wandb.wandb_mode == "disabled":
             log.info("W&B is off: by --wandb-mode, WANDB_MODE or `wandb disabled`")
             return None, None
-        return wandb, plan_run(wandb.wandb_run_mode, wandb.wandb_rank_scope, state.wandb_run_id,
-                               distributed_info(world))
+        return wandb, plan_run(wandb.wandb_run_mode, wandb.wandb_rank_scope, state.wandb_run_id, info)
 
     def _open(self, cfg, step, wandb, config, tag):
         """Open this rank's files; on ranks other than the main one, their names contain `tag`."""

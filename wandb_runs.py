@@ -5,6 +5,7 @@ import configparser
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import platform
 import re
@@ -25,6 +26,8 @@ UPLOADS = 4  # maximum checkpoints waiting for upload; each is a hard link that 
 DIFF_CHARACTERS = 1 << 20  # maximum length of the uncommitted diff stored with a run
 MODES = ("online", "offline", "disabled")
 OLD_MODES = {"run": "online", "dryrun": "offline"}  # legacy values that W&B itself still accepts in WANDB_MODE
+
+log = logging.getLogger("mini_llm")
 
 
 @dataclass
@@ -197,6 +200,28 @@ def sweep_trial(environ=os.environ):
 
 def new_run_id():
     return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
+
+
+def resolve_run(cfg, memory, resumes, run_id, info):
+    """→ `cfg` with its unset fields filled in, and the id that all run ids of this training derive from. `memory`: the
+    path at which `remember` has kept the W&B run that a start which `resumes` goes on with; `run_id`: the checkpoint's,
+    or ""; `info`: the main process's distributed_info. Raises UserError."""
+    before = recalled(memory) if resumes else {}
+    if resumes and memory.exists() and not before:
+        log.warning("%s cannot be read: the W&B project is that of flags and environment", memory)
+    # `was`: wandb_tools.py has sent it as another W&B run than the checkpoint's.
+    if run_id not in ("", before.get("base"), before.get("was")):  # the file is of another run
+        before = {}
+    cfg = with_environment(cfg, before=before.get("init"))
+    run_id = sweep_trial() or cfg.wandb_run_id or before.get("base") or run_id or new_run_id()
+    plan = plan_run(cfg.wandb_run_mode, cfg.wandb_rank_scope, run_id, info)
+    if (cfg.wandb_mode == "online" and plan.run_id == before.get("init", {}).get("id")
+            and plan.shared != before.get("shared", plan.shared)):
+        log.warning("--wandb-run-mode %s: W&B run %s was %sshared before, and loses rows if it is written both ways: "
+                    "it stays so (--wandb-run-id NEW makes another)", cfg.wandb_run_mode, plan.run_id,
+                    "not " * plan.shared)
+        cfg.wandb_run_mode = "auto" if plan.shared else "shared"
+    return cfg, run_id
 
 
 def run_path(init, api):

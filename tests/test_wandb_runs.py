@@ -15,6 +15,7 @@ from wandb_runs import (
     plan_run,
     recalled,
     remember,
+    resolve_run,
     sweep_trial,
     with_environment,
 )
@@ -159,6 +160,21 @@ def test_a_resumed_run_stays_in_its_project(tmp_path):
     for damaged in ("torn", "[]", '{"base": "x"}', '{"base": "x", "init": 1}'):
         path.write_text(damaged)
         assert recalled(path) == {}
+
+
+def test_a_resume_goes_on_with_the_run_of_its_checkpoint_unless_told_another(tmp_path):
+    def resolved(checkpoint, resumes=True, **flags):
+        return resolve_run(WandbConfig(**flags), path, resumes, checkpoint, info)
+
+    path, (info,) = tmp_path / "c.wandb.json", ranks(1, 1)
+    remember(path, "kept", Job(init=dict(project="ours", entity=None, id="kept"), config={}), sent={})
+    for checkpoint, project, run_id in ("kept", "ours", "kept"), ("", "ours", "kept"), ("other", "mini-llm", "other"):
+        cfg, found = resolved(checkpoint)
+        assert (cfg.wandb_project, found) == (project, run_id)
+    assert resolved("kept", wandb_run_id="mine")[1] == "mine" and len(resolved("", resumes=False)[1]) == 8
+    assert resolved("kept", wandb_run_mode="shared")[0].wandb_run_mode == "auto", "it was not shared before"
+    path.write_text("torn")
+    assert resolved("kept")[1] == "kept" and resolved("kept")[0].wandb_project == "mini-llm"
 
 
 def test_a_sweep_decides_the_project_of_its_trials():
