@@ -33,7 +33,7 @@ def advice(error):
     return next(words for pattern, words in ADVICE if re.search(pattern, str(error), re.IGNORECASE))
 
 
-def explained(error):
+def with_advice(error):
     """The message of a W&B error, and what the user can do about it, unless the message already says so."""
     why = reason(error).rstrip(".")
     remedy = advice(f"{why} {error}")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from files import RECORD_HEAD
 from processes import child_processes, kill, only_one
-from wandb_errors import Relay, explained, reason
+from wandb_errors import Relay, reason, with_advice
 from wandb_runs import SOURCE, Job, local_folder, remember_sent, run_path
 
 POLL = 1.0  # seconds between reads of the file; each takes CPU time that training may need
@@ -200,7 +200,7 @@ def open_run(job, say, stop=None):
             raise
         wandb.teardown()  # else the SDK treats the id as in use
         run = start(mode="offline")
-        say("WARNING", f"{explained(error)}. Recorded offline in {offline_folder(run)} meanwhile; send it later: "
+        say("WARNING", f"{with_advice(error)}. Recorded offline in {offline_folder(run)} meanwhile; send it later: "
                        f"{job.sync}")
     else:
         place = f"offline in {offline_folder(run)}" if run.offline else f"at {run.url}"
@@ -435,7 +435,7 @@ def main():
     try:
         follower.run()
     except Exception as error:
-        follower.say("WARNING", f"{explained(error)}. Training goes on without it; send the run later: {job.sync}")
+        follower.say("WARNING", f"{with_advice(error)}. Training goes on without it; send the run later: {job.sync}")
     leave()
 
 

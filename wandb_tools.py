@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from config import Parser, UserError
 from files import beside_run, matching_files, read_records, write_whole
 from processes import only_one
-from wandb_errors import advice, explained, reason
+from wandb_errors import advice, reason, with_advice
 from wandb_follower import LOST_CODE, Publisher, awaited, import_wandb, leave, open_run
 from wandb_runs import ENVIRONMENT, IDENTITY, Job, WandbConfig, local_folder, recalled, run_path, with_environment
 
@@ -172,29 +172,20 @@ def send(facts, path, new_id=""):
     stored, whole = rows_of(api, target), ""
     new = stored is None or not stored and facts.get("sweep")  # a server makes a trial's run before it begins
     if new and (folders := offline_folders(facts["init"], path)):  # else their rows would be there twice
-        print(f"wandb sync {shlex.join(folders)}", flush=True)
-        synced = subprocess.run([sys.executable, "-m", "wandb", "sync", *folders], capture_output=True, text=True)
-        stored = awaited(lambda: rows_of(api, target), ARRIVAL, lambda rows: rows and not lacking(records, rows))
-        if stored is None or synced.returncode and not stored:  # its rows can be sent all the same
-            print(f"wandb sync failed: {reason((synced.stdout + synced.stderr).strip())}", flush=True)
-        elif late := lacking(records, stored):  # on their way, or never written to those folders, as before a kill
-            raise RuntimeError(f"{len(late)} rows cannot be read back from {target} {ARRIVAL} s after wandb sync")
-        else:
-            whole = ", with its files" + _checkpoints_sent(api.run(target), folders)
-    init = facts["init"] | dict(dir=None)
-    if stored is not None:  # keep the name, tags and notes that it has been given since
-        init = {name: init[name] for name in ("project", "entity", "id")}
-    job = Job(init, config, live=False, **{name: facts[name] for name in IDENTITY if name in facts})
+        stored, whole = sync_folders(folders, api, target, records)
     missing = lacking(records, stored or [])
     if new_id and stored and facts.get("primary", True) and len(missing) == len(lacking(records, [])):
         raise UserError(f"--wandb-run-id {new_id}: {target} has rows of another run; give an id that is not taken")
     state = api.run(target).state if stored is not None else ""
-    unended = state in ("running", "crashed", "preempting")
-    if not missing and not unended:
+    if not missing and state not in ("running", "crashed", "preempting"):
         return f"{target} has every row{whole}"
-    run = open_run(job, lambda level, text: print(text, flush=True))
-    publisher = Publisher(run, job, print, [record for record in records if record.get("event") == "sample"
-                                            and record not in missing])
+    init = facts["init"] | dict(dir=None)
+    if stored is not None:  # keep the name, tags and notes that it has been given since
+        init = {name: init[name] for name in ("project", "entity", "id")}
+    job = Job(init, config, live=False, **{name: facts[name] for name in IDENTITY if name in facts})
+    run = open_run(job, say)
+    publisher = Publisher(run, job, say, [record for record in records if record.get("event") == "sample"
+                                          and record not in missing])
     publisher.publish(map(json.dumps, missing))
     publisher.summarize(records)  # the SDK takes the last rows that were sent for the newest
     if state == "preempting":
@@ -202,9 +193,26 @@ def send(facts, path, new_id=""):
     run.finish(exit_code=last.get("code", LOST_CODE))
     # The SDK does not report uploads that have failed permanently.
     if lost := awaited(lambda: lacking(missing, rows_of(api, target) or []), ARRIVAL, lambda lost: not lost):
-        raise RuntimeError(f"{len(lost)} of {len(missing)} rows cannot be read back from {target} after "
-                           f"{ARRIVAL} s")
+        raise RuntimeError(f"{len(lost)} of {len(missing)} rows cannot be read back from {target} after {ARRIVAL} s")
     return f"{len(missing)} rows sent to {target}" if missing else f"{target} has every row, and is ended now"
+
+
+def say(level, text):
+    print(text, flush=True)
+
+
+def sync_folders(folders, api, target, records):
+    """Send offline runs whole, with `wandb sync` → the rows that the server has then, and what to say of the files. If
+    that fails, the rows can be sent all the same; if some are late, not: raises RuntimeError."""
+    print(f"wandb sync {shlex.join(folders)}", flush=True)
+    synced = subprocess.run([sys.executable, "-m", "wandb", "sync", *folders], capture_output=True, text=True)
+    stored = awaited(lambda: rows_of(api, target), ARRIVAL, lambda rows: rows and not lacking(records, rows))
+    if stored is None or synced.returncode and not stored:
+        print(f"wandb sync failed: {reason((synced.stdout + synced.stderr).strip())}", flush=True)
+        return stored, ""
+    if late := lacking(records, stored):  # on their way, or never written to those folders, as before a kill
+        raise RuntimeError(f"{len(late)} rows cannot be read back from {target} {ARRIVAL} s after wandb sync")
+    return stored, ", with its files" + _checkpoints_sent(api.run(target), folders)
 
 
 def _checkpoints_sent(run, folders):
@@ -283,7 +291,7 @@ def fetch(runs, where):
                 item.download(root=str(folder / place), **options)
                 fetched[place.partition("/")[0]] += 1
             except Exception as error:  # the rest is wanted all the same
-                print(f"error: {folder / place}: {item.name} not fetched: {explained(error)}", file=sys.stderr)
+                print(f"error: {folder / place}: {item.name} not fetched: {with_advice(error)}", file=sys.stderr)
                 code = 1
         print(f"{folder}: {len(rows)} rows, {fetched['files']} files, {fetched['artifacts']} artifacts", flush=True)
     return code
@@ -309,7 +317,7 @@ def run_command(parser):
     except KeyboardInterrupt:
         code = 130
     except Exception as error:
-        print(f"error: {explained(error)}", file=sys.stderr)
+        print(f"error: {with_advice(error)}", file=sys.stderr)
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()

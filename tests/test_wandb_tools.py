@@ -12,7 +12,7 @@ import zygote
 from conftest import QUICK, REMOTE, ROOT, command, environment, eventually, processes_with
 from wandb_server import ServerSweep, WandbServer
 
-from wandb_errors import explained
+from wandb_errors import with_advice
 from wandb_tools import fetch, history, lacking, renamed
 
 TOOLS = [sys.executable, str(ROOT / "wandb_tools.py")]
@@ -112,14 +112,14 @@ def test_check_without_the_package_says_how_to_get_it(server, tmp_path):
 def test_a_wrong_setting_of_wandb_is_named():
     error = RuntimeError("1 validation error for Settings\nbase_url\n  Input should be a valid URL [type=url_parsing, "
                          "input_value='secret', input_type=str]")
-    assert explained(error) == "WANDB_BASE_URL: Input should be a valid URL; correct or unset that variable"
+    assert with_advice(error) == "WANDB_BASE_URL: Input should be a valid URL; correct or unset that variable"
 
 
 def test_advice_is_given_once():
     missing = "the wandb package is missing: pip install wandb"
-    assert explained(RuntimeError(missing)) == missing
-    assert "older than the wandb package" in explained(RuntimeError('Cannot query field "parquetHistory"'))
-    assert explained(RuntimeError("409 Conflict")) == ("409 Conflict; an id is given once: --wandb-run-id NEW, with "
+    assert with_advice(RuntimeError(missing)) == missing
+    assert "older than the wandb package" in with_advice(RuntimeError('Cannot query field "parquetHistory"'))
+    assert with_advice(RuntimeError("409 Conflict")) == ("409 Conflict; an id is given once: --wandb-run-id NEW, with "
                                                        "--resume or wandb_tools.py sync RUN")
 
 
