@@ -22,7 +22,9 @@ from config import UserError, arg, flag, switched_on
 from files import write_whole
 
 SOURCE = Path(__file__).resolve().parent
-UPLOADS = 4  # maximum checkpoints waiting for upload; each is a hard link that may keep a replaced file on disk
+# Most checkpoints that wait for their upload, by policy. Each is a hard link that may keep a replaced file on the disk:
+# one may be under way, and of `best` and `last` only the newest follows it.
+UPLOADS = dict(none=0, best=2, last=2, all=4)
 DIFF_CHARACTERS = 1 << 20  # maximum length of the uncommitted diff stored with a run
 MODES = ("online", "offline", "disabled")
 OLD_MODES = {"run": "online", "dryrun": "offline"}  # legacy values that W&B itself still accepts in WANDB_MODE
@@ -61,9 +63,8 @@ class WandbConfig:
 
     @property
     def uploads(self):
-        """The most replaced checkpoints that stay on the disk until they are uploaded: two of all are not replaced yet,
-        and of `best` and `last` only the newest waits while one is uploaded."""
-        return {"none": 0, "best": 1, "last": 1, "all": UPLOADS - 2}[self.wandb_log_checkpoints] * self.use_wandb
+        """The most replaced checkpoints that stay on the disk until they are uploaded: all but the newest."""
+        return max(0, UPLOADS[self.wandb_log_checkpoints] - 1) * self.use_wandb
 
     def require_best(self, saved):
         """Raises UserError if best checkpoints are to be uploaded, and none are `saved`."""

@@ -125,7 +125,8 @@ class WandbSink:
             self.process = self._start()
         if not wanted or not self.process or self.process.poll() is not None:
             return None
-        while len(waiting := self._links()) >= UPLOADS:  # the oldest may be uploading: keep it, and the best
+        # Keep the oldest, which may be uploading, and the best.
+        while len(waiting := self._links()) >= UPLOADS[self.job.policy]:
             skipped = next((link for link in waiting[1:] if ".best" not in link.suffixes), waiting[1])
             skipped.unlink(missing_ok=True)
         link = self.beside(f"{self.tag}.upload-{step:08d}{'.best' * best}.pt")

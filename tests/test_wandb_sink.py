@@ -260,16 +260,20 @@ def test_the_next_life_of_a_run_forgets_what_the_last_could_not_upload(sink, tmp
     assert links(tmp_path) == []
 
 
-def test_waiting_uploads_take_a_bounded_space_and_the_newest_is_among_them(sink, tmp_path):
-    main = sink(policy="all")
+@pytest.mark.parametrize("policy", ["best", "last", "all"])
+def test_waiting_uploads_take_a_bounded_space_and_the_newest_is_among_them(sink, tmp_path, policy):
+    """Each checkpoint replaces the one before, as best ones do that no --save-steps is between."""
+    main, name = sink(policy=policy), tmp_path / ("c.pt" if policy == "last" else "c.best.pt")
     for step in range(1, 10):
-        main.checkpoint_to_upload(tmp_path / "c.pt", step, False)
-    assert len(links(tmp_path)) == UPLOADS
-    on, off = (WandbConfig(use_wandb=use_wandb, wandb_log_checkpoints="all").uploads for use_wandb in (True, False))
-    assert (on, off) == (UPLOADS - 2, 0), "what the disk has to have room for: the newest and the one before it has"
+        (tmp_path / "new").write_bytes(b"another")
+        os.replace(tmp_path / "new", name)
+        main.checkpoint_to_upload(name, step, policy != "last")
+    assert links(tmp_path)[0].startswith("c.upload-00000001."), "the one that may be under way"
+    assert links(tmp_path)[-1].startswith("c.upload-00000009.")
+    replaced = [link for link in links(tmp_path) if not (tmp_path / link).samefile(name)]
+    on, off = (WandbConfig(use_wandb=use_wandb, wandb_log_checkpoints=policy).uploads for use_wandb in (True, False))
+    assert (len(replaced), 0) == (on, off), "what the disk has to have room for"
     assert WandbConfig(use_wandb=True).uploads == 0
-    assert links(tmp_path)[0] == "c.upload-00000001.pt", "the one that may be under way"
-    assert links(tmp_path)[-1] == "c.upload-00000009.pt"
 
 
 def test_the_best_checkpoint_is_not_the_one_that_is_skipped(sink, tmp_path):
@@ -277,7 +281,7 @@ def test_the_best_checkpoint_is_not_the_one_that_is_skipped(sink, tmp_path):
     (tmp_path / "c.best.pt").write_bytes(b"best")
     for step in range(1, 10):
         main.checkpoint_to_upload(tmp_path / "c.pt", step, best=step == 2)
-    assert "c.upload-00000002.best.pt" in links(tmp_path) and len(links(tmp_path)) == UPLOADS
+    assert "c.upload-00000002.best.pt" in links(tmp_path) and len(links(tmp_path)) == UPLOADS["all"]
     assert links(tmp_path)[-1] == "c.upload-00000009.pt"
 
 
