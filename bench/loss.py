@@ -19,10 +19,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from peers import ROOT, SIZES, Bench, machine, run, spread
+from peers import ROOT, SIZES, Bench, machine, rows_with, run, spread
 
 from config import UserError, one_line_errors
-from files import read_records
 
 
 def nanogpt(bench, options):
@@ -61,7 +60,7 @@ def ours(bench, options, target, seed):
                               options.device, "--cache-dir", f"{folder}/cache", "--checkpoint-path", f"{folder}/c.pt",
                               "--seed", seed], on_line=read, seconds=limit)
         if not on_gpu:
-            *_, last = (row for row in read_records(Path(folder) / "c.metrics.jsonl") if "val/loss" in row)
+            last = rows_with(f"{folder}/c.metrics.jsonl", "val/loss")[-1]
             nats = last["val/bits_per_byte"] * math.log(2) / last["val/loss"]  # per byte, of one per token
     reached = min((seconds for seconds, loss in reports if loss * nats <= target), default=None)
     return reached, wall, reports[-1][1] * nats

@@ -5,8 +5,10 @@ import contextlib
 import math
 import os
 import pickle
+import platform
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -141,16 +143,19 @@ def timed(make, size):
     return (len(seen) - 1) * 10 * size.tokens / (seen[-1] - seen[0]), peak
 
 
+def rows_with(path, metric):
+    """The records of a metrics.jsonl that have this metric."""
+    from files import read_records
+
+    return [record for record in read_records(path) if metric in record]
+
+
 def spread(values, form=",.0f"):
     """Median (least–largest)."""
-    import statistics
-
     return f"{statistics.median(values):{form}} ({min(values):{form}}–{max(values):{form}})"
 
 
 def machine(device):
-    import platform
-
     import torch
     import transformers
 

@@ -7,12 +7,11 @@ time of all steps, saves included, against the same run that saves only at its e
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 from pathlib import Path
 
-from peers import SIZES, Bench, machine, run, spread
+from peers import SIZES, Bench, machine, rows_with, run, spread
 
 SAVES = 10
 KINDS = {"never": ["--save-steps", 0], "waiting": [], "--async-save": ["--async-save"]}
@@ -22,8 +21,7 @@ def measure(bench, steps, every, flags):
     """→ seconds of a step, median seconds that a save holds it up, seconds of the steps with all that is between."""
     where, command = bench.ours(steps, "--log-steps", every, "--save-steps", every, *flags)
     run(where, command)
-    rows = [json.loads(line) for line in open(bench.folder / "c.metrics.jsonl")]
-    rows = [row for row in rows if "train/step_time_sec" in row]
+    rows = rows_with(bench.folder / "c.metrics.jsonl", "train/step_time_sec")
     saves = [row["time/checkpoint_sec"] for row in rows[2:-1] if "time/checkpoint_sec" in row]  # the first is told next
     return (statistics.median(row["train/step_time_sec"] for row in rows), statistics.median(saves) if saves else 0.0,
             rows[-1]["time"] - rows[0]["time"])

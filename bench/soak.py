@@ -9,7 +9,6 @@ nine tenths of the time, as change in one hour beside its median, and the drift 
 """
 
 import argparse
-import json
 import os
 import re
 import statistics
@@ -19,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from peers import ROOT
+from peers import ROOT, rows_with
 
 WARM = 0.1  # of the time, at the start, left out
 
@@ -61,8 +60,7 @@ def main():
                 break
             time.sleep(1)
         code = process.wait()
-        rows = [json.loads(line) for line in open(Path(folder, "soak.metrics.jsonl"))]
-        rows = [row for row in rows if "train/step_time_sec" in row]
+        rows = rows_with(Path(folder, "soak.metrics.jsonl"), "train/step_time_sec")
         saves = sum("time/checkpoint_sec" in row for row in rows)
         evals = sum("val/loss" in row for row in rows)
         kinds = {kind: [(at, values[kind]) for at, values in seen] for kind in seen[0][1]}

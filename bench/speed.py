@@ -9,7 +9,6 @@ the compiled Trainer run in bf16 where the device does it fast, and in fp32 wher
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from peers import SIZES, Bench, machine, spread, timed
+from peers import SIZES, Bench, machine, rows_with, spread, timed
 
 
 def programs(bench, options, fast):
@@ -43,9 +42,9 @@ def programs(bench, options, fast):
 
 def reported(folder, size):
     """Tokens a second between the same two steps, as our reports have it."""
-    rows = [json.loads(line) for line in open(folder / "c.metrics.jsonl")]
-    rows = [row for row in rows if size.first < row["step"] <= size.last and "global_tokens_per_sec" in row]
-    return statistics.harmonic_mean([row["global_tokens_per_sec"] for row in rows])
+    rows = rows_with(folder / "c.metrics.jsonl", "global_tokens_per_sec")
+    return statistics.harmonic_mean(
+        [row["global_tokens_per_sec"] for row in rows if size.first < row["step"] <= size.last])
 
 
 def matmul_peak(device, dtype):

@@ -39,6 +39,53 @@ def kind_of(name):
     return next((kind for kind, words in KINDS.items() if any(word in name.lower() for word in words)), "all else")
 
 
+def measure(name, options):
+    """Print where the time of a step of this size goes."""
+    size, cfg = SIZES[name], SpeedConfig(device=options.device, amp=not options.no_amp)
+    device = hardware.choose_device(options.device)
+    hardware.configure(cfg, device)
+    precision = hardware.choose_precision(cfg, device)
+    model = GPT(GPTConfig(n_layers=size.layers, n_heads=size.heads, d_model=size.width, vocab_size=size.vocab or 65,
+                          max_position_embeddings=size.context)).to(device)
+    optimizer = make_optimizer(model, OptimConfig(), device)
+    guard = StepGuard(OptimConfig(), optimizer, precision.scaler(), device)
+    fast = torch.compile(model) if hardware.should_compile(cfg, device) else model
+    tokens, targets = torch.randint(0, model.cfg.vocab_size, (2, size.batch, size.context), device=device)
+
+    def step():
+        began = time.perf_counter()
+        with precision.autocast():
+            loss = fast(tokens, targets)
+        loss.backward()
+        guard.step(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0), 0)
+        optimizer.zero_grad(set_to_none=True)
+        hardware.synchronize(device)
+        return time.perf_counter() - began
+
+    for _ in range(max(3, options.steps // 4)):
+        step()
+    plain = [step() for _ in range(options.steps)]
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as trace:
+        for _ in range(options.steps):
+            step()
+    spent, calls = Counter(), Counter()
+    for event in trace.key_averages():
+        if on_gpu and event.device_type == torch.autograd.DeviceType.CPU:
+            continue  # the host's calls
+        spent[kind_of(event.key)] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        calls[kind_of(event.key)] += event.count
+    median, whole = statistics.median(plain), sum(spent.values())
+    peak = matmul_peak(options.device, precision.dtype or torch.float32)
+    flops = model.flops_per_token(size.context) * size.tokens
+    print(f"\nsize {name}, amp {precision.name}: {median * 1e3:.4g} ms a step, median of {options.steps} (least "
+          f"{min(plain) * 1e3:.4g}); its {flops / 1e9:.3g} GFLOP at the peak of {peak / 1e12:.3g} TFLOP/s: "
+          f"{flops / peak * 1e3:.4g} ms\n\n| | ms | of the step | calls |\n|---|---|---|---|")
+    for kind, seconds in spent.most_common():
+        print(f"| {kind} | {seconds / whole * median * 1e3:.3g} | {seconds / whole:.0%} | "
+              f"{calls[kind] / options.steps:.0f} |")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, nargs="+", default=["A", "B"])
@@ -48,51 +95,7 @@ def main():
     options = parser.parse_args()
     print(machine(options.device))
     for name in options.size:
-        size, cfg = SIZES[name], SpeedConfig(device=options.device, amp=not options.no_amp)
-        device = hardware.choose_device(options.device)
-        hardware.configure(cfg, device)
-        precision = hardware.choose_precision(cfg, device)
-        model = GPT(GPTConfig(n_layers=size.layers, n_heads=size.heads, d_model=size.width, vocab_size=size.vocab or 65,
-                              max_position_embeddings=size.context)).to(device)
-        optimizer = make_optimizer(model, OptimConfig(), device)
-        guard = StepGuard(OptimConfig(), optimizer, precision.scaler(), device)
-        fast = torch.compile(model) if hardware.should_compile(cfg, device) else model
-        tokens, targets = torch.randint(0, model.cfg.vocab_size, (2, size.batch, size.context), device=device)
-
-        def step(model=model, fast=fast, optimizer=optimizer, guard=guard, precision=precision, tokens=tokens,
-                 targets=targets, device=device):
-            began = time.perf_counter()
-            with precision.autocast():
-                loss = fast(tokens, targets)
-            loss.backward()
-            guard.step(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0), 0)
-            optimizer.zero_grad(set_to_none=True)
-            hardware.synchronize(device)
-            return time.perf_counter() - began
-
-        for _ in range(max(3, options.steps // 4)):
-            step()
-        plain = [step() for _ in range(options.steps)]
-        activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
-        with profile(activities=[activity]) as trace:
-            for _ in range(options.steps):
-                step()
-        spent, calls = Counter(), Counter()
-        for event in trace.key_averages():
-            if device.type == "cuda" and event.device_type == torch.autograd.DeviceType.CPU:
-                continue  # the host's calls
-            spent[kind_of(event.key)] += event.self_device_time_total if device.type == "cuda" else \
-                event.self_cpu_time_total
-            calls[kind_of(event.key)] += event.count
-        median, whole = statistics.median(plain), sum(spent.values())
-        peak = matmul_peak(options.device, precision.dtype or torch.float32)
-        flops = model.flops_per_token(size.context) * size.tokens
-        print(f"\nsize {name}, amp {precision.name}: {median * 1e3:.4g} ms a step, median of {options.steps} (least "
-              f"{min(plain) * 1e3:.4g}); its {flops / 1e9:.3g} GFLOP at the peak of {peak / 1e12:.3g} TFLOP/s: "
-              f"{flops / peak * 1e3:.4g} ms\n\n| | ms | of the step | calls |\n|---|---|---|---|")
-        for kind, seconds in spent.most_common():
-            print(f"| {kind} | {seconds / whole * median * 1e3:.3g} | {seconds / whole:.0%} | "
-                  f"{calls[kind] / options.steps:.0f} |")
+        measure(name, options)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ what one report costs the training thread.
 
 import argparse
 import dataclasses
-import json
 import os
 import statistics
 import sys
@@ -17,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from peers import ROOT, SIZES, Bench, Size, machine, run, spread
+from peers import ROOT, SIZES, Bench, Size, machine, rows_with, run, spread
 
 sys.path.append(str(ROOT / "tests"))
 MODELS = {"A": dataclasses.replace(SIZES["A"], last=900), "default": Size(4, 4, 256, 256, 8, first=0, last=150)}
@@ -27,8 +26,7 @@ UP = 5.0  # seconds after the first report from when W&B counts as up
 def train(bench, flags):
     """One run → tokens/s after the start, tokens/s of the whole."""
     run(*bench.ours(bench.size.last, *flags))
-    rows = [json.loads(line) for line in open(bench.folder / "c.metrics.jsonl")]
-    rows = [row for row in rows if "train/loss" in row]
+    rows = rows_with(bench.folder / "c.metrics.jsonl", "train/loss")
     up = [row for row in rows if row["time"] > rows[0]["time"] + UP]
 
     def speed(rows):
