@@ -99,31 +99,17 @@ class Meter:
         """
         loss_sum, count = self.totals()
         synchronize(self.world.device)
-        own = {"rank/loss": (self.loss_sum / self.micro_batches).item()}
-        seconds, timed, forward = self._clock(), self.steps, self.forward.read()
+        speed = self._speed()  # first: what follows is no training
         metrics = {"train/loss": loss_sum / count if count else math.nan, "train/grad_norm": float(self.grad_norm),
-                   "train/skipped_steps": self.skipped.item()}
-        if timed:
-            own |= {"rank/tokens_per_sec": self.tokens / seconds, "rank/step_time_sec": seconds / timed}
-            ranks = self.world.gather([self.tokens, seconds, forward / timed])  # (size, 3)
-            total = sum(tokens for tokens, _, _ in ranks) / max(time_ for _, time_, _ in ranks)
-            achieved = total * self.flops_per_token / self.world.size
-            metrics |= {"train/step_time_sec": seconds / timed, "global_tokens_per_sec": total,
-                        "train/tflops_per_rank": achieved / 1e12}
-            metrics |= _spread("tokens_per_sec_per_rank", [tokens / time_ for tokens, time_, _ in ranks])
-            # On Metal it would only measure submitting work to the device; of shards, also waiting for other ranks.
-            if self.world.device.type != "mps" and self.world.shards == 1:
-                own["rank/forward_time_sec"] = forward / timed
-                metrics |= _spread("train/forward_time_sec", [forward_ for _, _, forward_ in ranks])
-            if self.peak_flops:
-                metrics["train/mfu"] = achieved / self.peak_flops
+                   "train/skipped_steps": self.skipped.item(),
+                   "rank/loss": (self.loss_sum / self.micro_batches).item()} | speed
         for name, source in SMOOTHED.items():
             if ends_interval and source in metrics and math.isfinite(metrics[source]):
                 old = self.smoothed.get(name, metrics[source])
                 self.smoothed[name] = old + SMOOTHING * (metrics[source] - old)
         metrics |= {f"smoothed/{name}": value for name, value in self.smoothed.items()}
         memory = memory_metrics(self.world.device)
-        metrics |= memory | own | {f"rank/{name}": value for name, value in memory.items()}
+        metrics |= memory | {f"rank/{name}": value for name, value in memory.items()}
         metrics["time/dt_sec"] = time.perf_counter() - self.reported
         metrics |= {f"time/{what}_sec": seconds for what, seconds in self.spent.items()}
         for name, (counts, low, high) in self.watched.items():
@@ -136,6 +122,27 @@ class Meter:
                 total.zero_()
             self.restored = [0.0, 0]
         self._restart_clock()
+        return metrics
+
+    def _speed(self):
+        """Throughput of all ranks and of this one, rank/…, since the clock was started; {} without a step since then.
+        Collective."""
+        seconds, steps, forward = self._clock(), self.steps, self.forward.read()
+        if not steps:
+            return {}
+        ranks = self.world.gather([self.tokens, seconds, forward / steps])  # (size, 3)
+        total = sum(tokens for tokens, _, _ in ranks) / max(time_ for _, time_, _ in ranks)
+        achieved = total * self.flops_per_token / self.world.size
+        metrics = {"train/step_time_sec": seconds / steps, "global_tokens_per_sec": total,
+                   "train/tflops_per_rank": achieved / 1e12, "rank/tokens_per_sec": self.tokens / seconds,
+                   "rank/step_time_sec": seconds / steps}
+        metrics |= _spread("tokens_per_sec_per_rank", [tokens / time_ for tokens, time_, _ in ranks])
+        # On Metal it would only measure submitting work to the device; of shards, also waiting for other ranks.
+        if self.world.device.type != "mps" and self.world.shards == 1:
+            metrics["rank/forward_time_sec"] = forward / steps
+            metrics |= _spread("train/forward_time_sec", [forward_ for _, _, forward_ in ranks])
+        if self.peak_flops:
+            metrics["train/mfu"] = achieved / self.peak_flops
         return metrics
 
     def state_dict(self):
