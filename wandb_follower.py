@@ -77,21 +77,24 @@ class Follower:
                     print(line)  # W&B records this process's stdout as the run's console log
                 publisher.publish(rows.lines())
                 delivery.check()
-            # Not in a sweep: W&B would requeue trials that the agent ended or a user stopped.
-            if self.exit_code == 128 + signal.SIGTERM and not self.stopped and not self.job.sweep:
-                run.mark_preempting()  # before the uploads, which there may be no time for
-            if publisher.is_uploading():
-                limit = " (--wandb-finish-timeout)" if self.seconds == self.job.finish_timeout else ""
-                self.say("INFO", f"checkpoints are uploading, {self.seconds:g} s at most{limit}")
-            publisher.upload_waiting(last=True)
-            run.finish(exit_code=self.exit_code)
-            with contextlib.suppress(SystemExit):  # raised if the SDK's service process (wandb-core) failed
-                import_wandb().teardown()  # waits for that process, which may still be writing its file
+            self._finish(run, publisher)
             delivery.check()
             if run.offline:
                 self.say("INFO", f"recorded in {offline_folder(run)}; send it later: {self.job.sync}")
             elif delivery.log:
                 self.say("INFO", f"finished: {run.url}")
+
+    def _finish(self, run, publisher):
+        # Not in a sweep: W&B would requeue trials that the agent ended or a user stopped.
+        if self.exit_code == 128 + signal.SIGTERM and not self.stopped and not self.job.sweep:
+            run.mark_preempting()  # before the uploads, which there may be no time for
+        if publisher.is_uploading():
+            limit = " (--wandb-finish-timeout)" if self.seconds == self.job.finish_timeout else ""
+            self.say("INFO", f"checkpoints are uploading, {self.seconds:g} s at most{limit}")
+        publisher.upload_waiting(last=True)
+        run.finish(exit_code=self.exit_code)
+        with contextlib.suppress(SystemExit):  # raised if the SDK's service process (wandb-core) failed
+            import_wandb().teardown()  # waits for that process, which may still be writing its file
 
     def _unsent(self, run):
         """Reports of earlier starts that did not reach the server: those later than the last that it has, or of a
@@ -293,7 +296,7 @@ class Publisher:
         for line in lines:
             record = json.loads(line)
             try:
-                self._pass_on(dict(record))
+                self._pass_on(**record)
             except Exception as error:
                 if "event" not in record:
                     raise
@@ -303,18 +306,17 @@ class Publisher:
                 self.failed.add(what)
         self.upload_waiting()
 
-    def _pass_on(self, record):
-        step, at = record.pop("step"), record.pop("time")
-        match record.pop("event", None):
+    def _pass_on(self, step, time, event=None, **fields):
+        match event:
             case None:
-                self.run.log({"step": step, "_timestamp": at} | {name: _plain(name, value)
-                                                                 for name, value in record.items()})
+                self.run.log({"step": step, "_timestamp": time} | {name: _plain(name, value)
+                                                                   for name, value in fields.items()})
             case "sample":
-                self._sample(step, at, record["text"])
+                self._sample(step, time, **fields)
             case "checkpoint":
-                self.waiting.append(record | {"step": step})
+                self.waiting.append(dict(step=step) | fields)
             case "alert":
-                self.run.alert(**record)
+                self.run.alert(**fields)
 
     def summarize(self, records):
         """Set the run's summary to the last values of these records of a whole metrics.jsonl."""
@@ -326,12 +328,12 @@ class Publisher:
             last["_timestamp"] = last.pop("time")
             self.run.summary.update(last)
 
-    def _sample(self, step, at, text):
+    def _sample(self, step, time, text):
         import wandb
 
         self.samples = sorted([*self.samples, [step, text]])[-100:]
         table = wandb.Table(columns=["step", "text"], data=self.samples)
-        self.run.log({"step": step, "_timestamp": at, "samples": table})
+        self.run.log({"step": step, "_timestamp": time, "samples": table})
 
     def is_uploading(self):
         return not self.run.offline and bool(self.waiting or self.uploading and self.uploading.is_alive())
