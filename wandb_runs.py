@@ -112,30 +112,34 @@ def with_environment(cfg, environ=os.environ, before=None):
     had `before` (its arguments of wandb.init), else from the settings file that `wandb init`, `wandb offline` and
     `wandb disabled` write, else from DEFAULTS. In a sweep, project and entity are the sweep's. Raises UserError."""
     folder = local_folder(os.path.expanduser(environ.get("WANDB_DIR", "")))  # where W&B's commands write
-    filled, written = {}, _settings(os.path.join(folder, "settings"))
-    defaults = DEFAULTS | dict(wandb_finish_timeout=60.0 if cfg.wandb_log_checkpoints == "none" else 600.0)
-    written |= {name: before[name] for name in ("project", "entity") if before.get(name)} if before else {}
+    written = _settings(os.path.join(folder, "settings"))
+    written |= {name: value for name, value in (before or {}).items() if name in ("project", "entity") and value}
+    filled = DEFAULTS | dict(wandb_finish_timeout=60.0 if cfg.wandb_log_checkpoints == "none" else 600.0)
     for name, variable in ENVIRONMENT.items():
-        text = environ.get(variable, "").strip() or written.get(SETTINGS.get(name), "")
-        decided = text and sweep_trial(environ) and name in ("wandb_project", "wandb_entity")
-        if getattr(cfg, name) not in ("", [], None) and not decided:
-            continue
-        if not text:
-            filled |= {name: defaults[name]} if name in defaults else {}
-        elif name == "wandb_tags":
-            filled[name] = [tag.strip() for tag in text.split(",") if tag.strip()]
-        elif name == "wandb_mode":
-            filled[name] = OLD_MODES.get(text, text)
-            if filled[name] not in MODES:
-                raise UserError(f"{variable}={text}: not one of {', '.join(MODES)}; {flag(name)} would win over it")
-        elif name.endswith("_timeout"):
-            if not re.fullmatch(r"\d*\.?\d+", text) or float(text) == 0:
-                raise UserError(f"{variable}={text}: expected seconds, above 0; {flag(name)} would win over it")
-            filled[name] = float(text)
-        else:
-            filled[name] = text
-    final = dataclasses.replace(cfg, **filled)
-    return dataclasses.replace(final, wandb_dir=os.path.expanduser(final.wandb_dir))  # of TOML, which no shell expands
+        value, text = getattr(cfg, name), environ.get(variable, "").strip() or written.get(SETTINGS.get(name), "")
+        sweeps = text and sweep_trial(environ) and name in ("wandb_project", "wandb_entity")
+        if value not in ("", [], None) and not sweeps:
+            filled[name] = value
+        elif text:
+            filled[name] = _value(name, variable, text)
+    filled["wandb_dir"] = os.path.expanduser(filled.get("wandb_dir", ""))  # of TOML, which no shell expands
+    return dataclasses.replace(cfg, **filled)
+
+
+def _value(name, variable, text):
+    """The value of a flag that an environment variable states as text."""
+    if name == "wandb_tags":
+        return [tag.strip() for tag in text.split(",") if tag.strip()]
+    if name == "wandb_mode":
+        mode = OLD_MODES.get(text, text)
+        if mode not in MODES:
+            raise UserError(f"{variable}={text}: not one of {', '.join(MODES)}; {flag(name)} would win over it")
+        return mode
+    if name.endswith("_timeout"):
+        if not re.fullmatch(r"\d*\.?\d+", text) or float(text) == 0:
+            raise UserError(f"{variable}={text}: expected seconds, above 0; {flag(name)} would win over it")
+        return float(text)
+    return text
 
 
 def local_folder(root):
