@@ -116,25 +116,36 @@ def create(args):
 def agent(args):
     if args.agents > MOST_AGENTS:
         raise UserError(f"--agents {args.agents}: at most {MOST_AGENTS}")
-    environment = dict(os.environ)  # before import_wandb, which gives this process a temporary folder of its own
+    environment = trial_environment(args.nproc_per_node)  # before import_wandb gives this process a folder for its own
     wandb = import_wandb()
-    # The agent looks up `python` and `torchrun` on PATH: make it find those of this Python environment.
-    environment["PATH"] = os.path.dirname(sys.executable) + os.pathsep + environment.get("PATH", "")
-    if sys.platform == "darwin":  # what it takes for the machine's name may lead nowhere: torchrun's --local-addr
-        environment.setdefault("PET_LOCAL_ADDR", "127.0.0.1")
-    if args.nproc_per_node:
-        if "torchrun" not in wandb.Api(timeout=30).sweep(args.sweep).config.get("command", []):
-            raise UserError(f"--nproc-per-node {args.nproc_per_node}: the trials of {args.sweep} are not started by "
-                            f"torchrun; create the sweep with program: train_ddp.py or train_fsdp.py")
-        environment["PET_NPROC_PER_NODE"] = str(args.nproc_per_node)  # torchrun's environment variable for this flag
+    if args.nproc_per_node and "torchrun" not in wandb.Api(timeout=30).sweep(args.sweep).config.get("command", []):
+        raise UserError(f"--nproc-per-node {args.nproc_per_node}: the trials of {args.sweep} are not started by "
+                        f"torchrun; create the sweep with program: train_ddp.py or train_fsdp.py")
     owned = shares(args.agents)
     if any(0 < len(gpus) < (args.nproc_per_node or 1) for gpus in owned):
         raise UserError(f"--agents {args.agents} --nproc-per-node {args.nproc_per_node}: more than this machine's GPUs")
     count = ["--count", str(args.count)] if args.count else []
     # Forward signals, so that the trial saves and exits before the agent does: else both die before it has saved.
     command = [sys.executable, "-m", "wandb", "agent", "--forward-signals", *count, args.sweep]
-    agents = [subprocess.Popen(command, env=environment | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}),
-                               preexec_fn=_end_with_this_process) for gpus in owned]
+    visible = [dict(CUDA_VISIBLE_DEVICES=",".join(gpus)) if gpus else {} for gpus in owned]
+    return wait_for([subprocess.Popen(command, env=environment | own, preexec_fn=_end_with_this_process)
+                     for own in visible])
+
+
+def trial_environment(nproc_per_node):
+    """The environment of the agents, and so of their trials."""
+    environment = dict(os.environ)
+    # The agent looks up `python` and `torchrun` on PATH: make it find those of this Python environment.
+    environment["PATH"] = os.path.dirname(sys.executable) + os.pathsep + environment.get("PATH", "")
+    if sys.platform == "darwin":  # what it takes for the machine's name may lead nowhere: torchrun's --local-addr
+        environment.setdefault("PET_LOCAL_ADDR", "127.0.0.1")
+    if nproc_per_node:  # torchrun's environment variable for this flag
+        environment["PET_NPROC_PER_NODE"] = str(nproc_per_node)
+    return environment
+
+
+def wait_for(agents):
+    """Wait for these processes, passing SIGTERM on to them → exit code."""
     received = []
 
     def forward(number, frame):
