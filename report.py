@@ -174,12 +174,12 @@ def load(words):
     a report so far are left out."""
     found = [Run(path) for path in {path.resolve(): path for word in words for path in find(word)}.values()]
     runs = [run for run in found if run.rows]
-    for run in found:
-        if not run.rows:
-            error = UserError(f"{run.path}: no report in it yet; a run writes its first after the evaluation at step 0")
-            if not runs:
-                raise error
-            print(f"left out {error}", file=sys.stderr)
+    errors = [UserError(f"{run.path}: no report in it yet; a run writes its first after the evaluation at step 0")
+              for run in found if not run.rows]
+    if not runs:
+        raise errors[0]
+    for error in errors:
+        print(f"left out {error}", file=sys.stderr)
     for depth in range(1, max(len(run.path.resolve().parts) for run in runs)):
         names = [run.name for run in runs]
         for run in runs:
