@@ -249,14 +249,7 @@ def terminal_plot(panel, runs, x, smooth, width, height, color):
     """The lines of a text plot of `width` characters. Curves are drawn in braille. Points are ● if there is one run,
     else the run's letter, which also marks the end of its curve."""
     (label, scale), several = axis(runs, x), len(runs) > 1
-    curves = []  # (run index, is_line, xs, ys)
-    for i, run in enumerate(runs):
-        for metric in panel.metrics():
-            xs, ys = run.series(metric, x)
-            if xs:
-                is_line = metric == panel.line
-                ys = smoothed(ys, window_of(ys, smooth)) if is_line and panel.smooth else ys
-                curves.append((i, is_line, [at / scale for at in xs], ys))
+    curves = list(_curves(panel, runs, x, scale, smooth))
     values = [value for *_, ys in curves for value in ys]
     log = panel.is_log(values)
     left, right = min(xs[0] for *_, xs, _ in curves), max(xs[-1] for *_, xs, _ in curves)
@@ -287,6 +280,17 @@ def terminal_plot(panel, runs, x, smooth, width, height, color):
     ends = f"{short(left):<{max(0, columns - len(label)) // 2}}{label}"
     return [*out, f"{'':{margin - 1}}└{'─' * columns}",
             f"{'':{margin}}{ends}{short(right):>{max(0, columns - len(ends))}}"]
+
+
+def _curves(panel, runs, x, scale, smooth):
+    """Yields (index of the run, whether it is the panel's line and not its points, xs, ys) of every curve."""
+    for i, run in enumerate(runs):
+        for metric in panel.metrics():
+            xs, ys = run.series(metric, x)
+            is_line = metric == panel.line
+            if xs:
+                yield (i, is_line, [at / scale for at in xs],
+                       smoothed(ys, window_of(ys, smooth)) if is_line and panel.smooth else ys)
 
 
 def _share(value, low, high, log):
