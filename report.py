@@ -28,7 +28,7 @@ from plots import MARKS, Panel, comparable, figure, looks, panels, short, termin
 
 ROWS = ".metrics.jsonl"
 DEFAULT = "checkpoints/minigpt.pt"
-# Recorded beside the flags, of which they follow.
+# Recorded beside the flags, and derived from them.
 NOT_FLAGS = ("command", "n_params", "flops_per_token", "corpus", "corpus_tokens", "tokenizer_hash", "accum_steps")
 ROW = ("steps", "val loss", "best val loss", "tokens/s", "time")  # the facts of a run in one row of text
 EMPTY = "(nothing: the model ended the text at once)"

@@ -161,8 +161,8 @@ def wait_for(agents):
 
 
 def shares(agents):
-    """The GPUs of each agent: as many for each, or where there are fewer than agents, one that some share. [] leaves it
-    to CUDA: for one agent alone, and where there are none."""
+    """The GPUs of each agent: an equal number, or if there are fewer GPUs than agents, one that several agents share.
+    [] leaves the choice to CUDA: of a single agent, and without GPUs."""
     if agents == 1:
         return [[]]
     import torch

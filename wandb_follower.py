@@ -45,7 +45,7 @@ class Follower:
 
     def __init__(self, job, say):
         self.job, self.ended, self.stopped, self.overdue = job, threading.Event(), False, False
-        self.say = lambda level, text: self.overdue or say(level, text)  # what fails then has been ended
+        self.say = lambda level, text: self.overdue or say(level, text)  # what fails then was ended on purpose
         self.exit_code, self.seconds = LOST_CODE, job.finish_timeout
 
     def await_trainer(self, control):
@@ -85,6 +85,7 @@ class Follower:
                 self.say("INFO", f"finished: {run.url}")
 
     def _finish(self, run, publisher):
+        """Tell W&B how the trainer ended, and wait until everything is sent."""
         # Not in a sweep: W&B would requeue trials that the agent ended or a user stopped.
         if self.exit_code == 128 + signal.SIGTERM and not self.stopped and not self.job.sweep:
             run.mark_preempting()  # before the uploads, which there may be no time for
@@ -100,7 +101,7 @@ class Follower:
         """Reports of earlier starts that did not reach the server: those later than the last that it has, or of a
         later step, if the clock has been set back since."""
         last, step = run.summary.get("_timestamp", 0), run.summary.get("step", 0)
-        # A shared run's are not known apart.
+        # The last row of a shared run may be another rank's.
         if run.offline or self.job.shared or not all(isinstance(value, int | float) for value in (last, step)):
             return []
         unsent = reports_before(*self.job.rows, last, step)

@@ -254,7 +254,7 @@ IDENTITY = ("shared", "primary", "label", "sweep", "host", "program")  # of a Jo
 def remember(path, base, job, sent):
     """Store this run's identity in `path`, for resuming after a kill and for `wandb_tools.py sync`. `sent`: the
     arguments of wandb.init that the server last had from it."""
-    before = recalled(path)  # until a checkpoint is saved, the last one has the id that the run `was` of
+    before = recalled(path)  # `was`: the id that the last checkpoint may still have
     was = dict(was=before["was"]) if before.get("base") == base and "was" in before else {}
     facts = dict(base=base, init=job.init, sent=sent) | was | {name: getattr(job, name) for name in IDENTITY}
     write_whole(path, json.dumps(facts).encode())

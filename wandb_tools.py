@@ -102,8 +102,8 @@ def forget_environment():
 
 
 def sync(args):
-    """Send the rows of a run that the server lacks, from the files beside its checkpoint; to another W&B run than its
-    own, if one is named, which is its own from there on."""
+    """Send the rows of a run that the server lacks, from the files beside its checkpoint. If another W&B run is named,
+    they are sent to that, which is the run's own from then on."""
     if args.project and not args.run_id:
         raise UserError(f"--wandb-project {args.project}: that of a new run; give --wandb-run-id NEW, too")
     named = with_environment(WandbConfig(use_wandb=True, wandb_project=args.project, wandb_run_id=args.run_id))
@@ -130,15 +130,15 @@ def sync(args):
 
 
 def memory_files(path):
-    """The files in which the ranks of the run at that checkpoint path keep what they know of their W&B runs."""
+    """The .wandb.json files of all ranks of the run at this checkpoint path."""
     files = matching_files(beside_run(path, ""), r"(\.rank\d+)?\.wandb\.json")
     # Shortest name first: rank 0, whose files have no tag, opens the run that other ranks may share.
     return sorted(files, key=lambda file: (len(file.name), file.name))
 
 
 def renamed(facts, run_id, project):
-    """What is known of a W&B run, with the id and the project for its own if they are given: ids and groups of several
-    ranks' runs are made of the id. The checkpoint still has the one before (`was`)."""
+    """The `facts` of a .wandb.json file with another id and project, if they are given. The ids and groups of several
+    ranks' runs begin with the id; `was` is the one that the checkpoint still has."""
     if not run_id:
         return facts
     init, pattern = facts["init"] | (dict(project=project) if project else {}), r"((-worker-\d+)?(-rank-\d+)?)"
@@ -148,8 +148,7 @@ def renamed(facts, run_id, project):
 
 
 def memories(path):
-    """[(file, what it has)] of what the ranks of the run at that checkpoint path know of their W&B runs. Raises
-    UserError."""
+    """[(file, its facts)] of the .wandb.json files of the run at this checkpoint path. Raises UserError."""
     if not (files := memory_files(path)):
         raise UserError(f"{path}: no {beside_run(path, '.wandb.json').name} beside it: not a run that was started with "
                         f"--use-wandb; sync --wandb-run-id NEW makes one of it")
@@ -226,7 +225,7 @@ def _checkpoints_sent(run, folders):
 
 def offline_folders(init, path):
     """Where a run was recorded offline, oldest first: below its --wandb-dir or, if that could not be written, beside
-    the checkpoint. Not what `wandb sync` has sent already."""
+    the checkpoint. Without those that `wandb sync` has sent."""
     roots = {init.get("dir") or os.environ.get("WANDB_DIR") or ".", str(path.parent)}
     found = {str(folder): folder.name for root in roots
              for folder in Path(local_folder(root)).glob(f"offline-run-????????_??????-{init['id']}")

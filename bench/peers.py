@@ -50,8 +50,8 @@ SIZES = {
 
 
 class Bench:
-    """A folder in which every program finds the same tokens: those of `text`, a file, by character; or with a tokenizer
-    learned from it those of `code`, patterns, where there is none of Python's standard library."""
+    """A folder in which every program finds the same tokens: of the file `text`, by character; else by a tokenizer
+    trained on them, of the files that match the patterns `code`, or without any, of Python's standard library."""
 
     def __init__(self, folder, size, text=None, nanogpt=None, device="cpu", code=()):
         from data import Corpus, DataConfig

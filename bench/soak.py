@@ -4,8 +4,8 @@
     python bench/soak.py --minutes 20 --ranks 2 --use-wandb
 
 It trains without a pause, evaluating and saving every few seconds, and once a second counts the main process's memory,
-open files and threads in /proc. Step time is the run's own. Each gets a line fitted by least squares over the second
-nine tenths of the time, as change in one hour beside its median, and the drift over the run beside the noise around it.
+open files and threads in /proc. Step time is the run's own. Each is shown as its median and as a line fitted to the
+last nine tenths of the time: its change in one hour, and over the run, beside the noise around the line.
 """
 
 import argparse
