@@ -47,7 +47,7 @@ def report_cost(folder):
         rows = JsonlSink(folder / "cost.metrics.jsonl", 0)
         sinks = [rows]
         if "W&B" in name:
-            config = dict(wandb_run_id="cost", seed=0)
+            config = dict(wandb_run_id="cost", seed=0, local_rank=0)
             cfg = dataclasses.replace(with_environment(WandbConfig()), wandb_mode="online")
             sinks.append(WandbSink(cfg, RunPlan("cost", "", True, False, "rank-0", None),
                                    lambda suffix: folder / f"cost{suffix}", "", config, rows.place(), None, ""))

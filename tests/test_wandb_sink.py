@@ -11,7 +11,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from conftest import eventually
+from conftest import ROOT, eventually
 
 import wandb_follower
 import wandb_sink
@@ -94,6 +94,17 @@ def test_one_process_is_started_at_the_first_report_and_how_it_ends_is_told(star
     made.close(0)
     (told,) = caplog.messages
     assert "ended with code 3" in told and made.job.sync in told and (tmp_path / "started").read_text() == "x"
+
+
+def test_what_a_report_costs_is_measured_as_the_tracker_makes_its_sinks(tmp_path, monkeypatch):
+    (tmp_path / "follower.py").write_text("input()")
+    monkeypatch.setattr(wandb_sink, "FOLLOWER", tmp_path / "follower.py")
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    from wandb_cost import report_cost
+
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    costs = report_cost(tmp_path)
+    assert len(costs) == 2 and all(0 < median <= most for _, median, most in costs.values())
 
 
 @pytest.mark.parametrize("code", [0, 143])
