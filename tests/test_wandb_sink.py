@@ -15,7 +15,7 @@ from conftest import ROOT, eventually
 
 import wandb_follower
 import wandb_sink
-from wandb_follower import Delivery, Follower, Publisher, import_wandb, open_run, reports_before
+from wandb_follower import Delivery, Follower, Publisher, import_wandb, open_run, reports_before, settings_of
 from wandb_runs import Job, WandbConfig, plan_run, remember_sent, with_environment
 from wandb_sink import FAILURE_TIMEOUT, UPLOADS, WandbSink
 
@@ -126,7 +126,7 @@ def test_what_another_rank_has_to_say_of_wandb_is_shown(sink, caplog):
 
 
 def test_one_rank_of_a_machine_records_how_busy_it_is(sink):
-    assert [sink(rank=rank).job.monitors for rank in (0, 1)] == [True, False]
+    assert ["x_disable_stats" in settings_of(sink(rank=rank).job) for rank in (0, 1)] == [False, True]
 
 
 def test_what_wandb_takes_long_for_is_left_out_unless_asked_for(starting, tmp_path, monkeypatch):
