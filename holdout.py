@@ -27,21 +27,35 @@ def takes_tails(sources, ratio):
 
 def tail_start(file, ratio):
     """The byte where the last `ratio` of a text file begins, moved on to the next end of a document (unless that leaves
-    less than half of it), else of a line."""
-    size, mark = os.path.getsize(file), END_OF_TEXT.encode()
-    start = int(size * (1 - ratio))
-    first = max(0, start - len(mark) + 1)  # a mark that begins here or later ends after `start`
+    less than half of it), else of a line. Marks and blanks at the end of the file count as none of its text."""
+    mark = END_OF_TEXT.encode()
     with open(file, "rb") as stream:
+        size = _text_size(stream, mark)
+        start = int(size * (1 - ratio))
+        first = max(0, start - len(mark) + 1)  # a mark that begins here or later ends after `start`
         stream.seek(first)
-        window = stream.read(1 << 20)
-    if (last := window.find(mark)) >= 0:
-        end, follows = first + last + len(mark), window[last + len(mark):].strip() or first + len(window) < size
-        if follows and size - end >= (size - start) / 2:
+        window = stream.read(min(1 << 20, size - first))
+    found = window.find(mark)
+    if found >= 0:
+        end = first + found + len(mark)
+        if size - end >= (size - start) / 2:
             return end
-        start = min(start, first + last)  # not inside the file's last mark, nor in what is blank after it
-    window = window[start - first:last if last >= 0 else None]
-    if (found := window.find(b"\n")) >= 0 and start + found + 1 < size:
-        return start + found + 1
+        start = min(start, first + found)  # not inside the mark
+    window = window[start - first:found if found >= 0 else None]
+    if (line_end := window.find(b"\n")) >= 0:
+        return start + line_end + 1
     while window and window[0] & 0xC0 == 0x80:  # not inside a UTF-8 character
         start, window = start + 1, window[1:]
     return start
+
+
+def _text_size(stream, mark):
+    """Bytes of a text file up to its last one that belongs to neither a mark nor a blank."""
+    end = stream.seek(0, os.SEEK_END)
+    while end:
+        begin = max(0, end - (1 << 20))
+        stream.seek(begin)
+        if text := stream.read(end - begin).replace(mark, b" " * len(mark)).rstrip():
+            return begin + len(text)
+        end = begin
+    return 0

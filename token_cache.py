@@ -121,7 +121,7 @@ def _sources(cfg):
 def _key(cfg, vocab_size, tokenizer, sources, val_sources):
     """The name of the folder: a hash of everything that determines which tokens are in it."""
     key = hashlib.blake2b(digest_size=12)
-    split = "tails" if takes_tails(sources, cfg.val_ratio) else "by the text"
+    split = "tails of text" if takes_tails(sources, cfg.val_ratio) else "by the text"
     if not cfg.train_data:
         split = cfg.data_seed if cfg.use_toy_data else "built in"
     settings = [CODE_VERSION, FORMAT, cfg.use_toy_data, cfg.max_tokens, cfg.text_column,
