@@ -75,25 +75,7 @@ def find_sources(paths, label="--train-data", column="text"):
     """Paths, globs, folders and dataset names → Sources. Raises UserError for anything that is missing or not text."""
     sources, known, again = [], set(), 0
     for argument, path in enumerate(paths):
-        if is_pattern(path):
-            files = [file for file in sorted(expand(path)) if os.path.isfile(file)]
-            if not files:
-                raise UserError(f"{label} {path}: no file matches; quote the pattern and check it with ls")
-        elif os.path.isdir(path):
-            shard = Path(path, "train.bin" if label == "--train-data" else "val.bin")
-            files = [str(shard)] if _has_shards(Path(path)) else list(map(str, _texts_and_tables(Path(path))))
-            if files == [str(shard)] and not shard.exists():
-                raise UserError(f"{label} {path}: a folder of token shards without {shard.name}")
-            if not files:
-                raise UserError(f"{label} {path}: no {', '.join(sorted(IN_FOLDERS))} file in this folder")
-        elif os.path.exists(path):
-            files = [path]
-        elif _is_hub_name(path):
-            files = []
-        else:
-            raise UserError(f"{label} {path}: no such file or folder")
-        files = [file for file in files if not _is_empty(file)] or files  # skip empty files, unless all are
-        found = [Source(KINDS.get(_suffix(file), "text"), file, argument, column) for file in files]
+        found = [Source(KINDS.get(_suffix(file), "text"), file, argument, column) for file in _files(path, label)]
         for source in found or [Source("hub", path.removesuffix("@train"), argument, column)]:
             # A file read twice could end up on both sides of the validation split.
             if label == "--train-data" and source.real_path in known:
@@ -107,6 +89,30 @@ def find_sources(paths, label="--train-data", column="text"):
         log.warning("%s names files more than once, or compressed and not (%d times in all): each is read once", label,
                     again)
     return sources
+
+
+def _files(path, label):
+    """The files that a path, glob or folder stands for; none for a dataset on the Hub. Raises UserError."""
+    if is_pattern(path):
+        files = [file for file in sorted(expand(path)) if os.path.isfile(file)]
+        if not files:
+            raise UserError(f"{label} {path}: no file matches; quote the pattern and check it with ls")
+    elif os.path.isdir(path):
+        folder, shard = Path(path), "train.bin" if label == "--train-data" else "val.bin"
+        if (folder / "meta.json").exists() and ((folder / "train.bin").exists() or (folder / "val.bin").exists()):
+            if not (folder / shard).exists():
+                raise UserError(f"{label} {path}: a folder of token shards without {shard}")
+            return [str(folder / shard)]
+        files = list(map(str, _texts_and_tables(folder)))
+        if not files:
+            raise UserError(f"{label} {path}: no {', '.join(sorted(IN_FOLDERS))} file in this folder")
+    elif os.path.exists(path):
+        files = [path]
+    elif _is_hub_name(path):
+        return []
+    else:
+        raise UserError(f"{label} {path}: no such file or folder")
+    return [file for file in files if not _is_empty(file)] or files  # skip empty files, unless all are
 
 
 def _suffix(file):
@@ -142,11 +148,6 @@ def _is_hub_name(path):
     return (re.fullmatch(r"\w[\w-]*(/[\w.-]+)?(:[\w.-]+)?(@[\w.-]+)?", path)
             and _suffix(path) not in IN_FOLDERS | KINDS.keys() | UNREADABLE.keys()
             and not os.path.isdir(Path(path).parts[0]))
-
-
-def _has_shards(folder):
-    """Whether it is a folder of token shards, as token_cache.py writes them."""
-    return (folder / "meta.json").exists() and any((folder / f"{split}.bin").exists() for split in ("train", "val"))
 
 
 def _texts_and_tables(folder):
