@@ -263,17 +263,15 @@ def foreign_tokens(sources, tokenizer_name, tokenizer_hash=None):
     # otherwise now.
     named = os.path.realpath(tokenizer_name)
     fitting = {made for path, made in made_by.items() if os.path.realpath(Path(path).with_name("tokenizer")) == named}
-
-    def fits(path, made):
-        if made is None and os.path.isdir(tokenizer_name):
-            return True
+    for path, made in made_by.items():
         if made is None:
-            return tokenizer_name not in OWN and not is_by_character(path)
-        if tokenizer_hash is None or made in fitting:
-            return True
-        return tokenizer_hash != "" and made.hex().startswith(tokenizer_hash)
-
-    return next((path for path, made in made_by.items() if not fits(path, made)), None)
+            fits = os.path.isdir(tokenizer_name) or tokenizer_name not in OWN and not is_by_character(path)
+        else:
+            fits = (tokenizer_hash is None or made in fitting
+                    or tokenizer_hash != "" and made.hex().startswith(tokenizer_hash))
+        if not fits:
+            return path
+    return None
 
 
 def is_by_character(token_file):
