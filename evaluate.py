@@ -21,8 +21,8 @@ from files import without_infinity
 from model import IGNORE
 from pretrained import load_run
 from progress import ProgressBar
-from shards import Shard, ShardWriter, part_shards, read_meta, read_windows, spread_windows
-from text import find_sources, foreign_tokens, pieces, require_hub, source_names, take
+from shards import Shard, ShardWriter, foreign_tokens, part_shards, read_meta, read_windows, spread_windows
+from text import find_sources, pieces, require_hub, source_names, take
 from token_cache import BATCH
 from tokenizer import encode_pieces, id_count
 

@@ -8,11 +8,13 @@ import errno
 import hashlib
 import os
 import struct
+from pathlib import Path
 
 import numpy as np
 
 from config import UserError
 from files import read_json, sync
+from tokenizer import OWN
 
 HEADER = struct.Struct("<8sIIQIi32s")
 MAGIC, FORMAT = b"MINILLM\0", 1
@@ -198,6 +200,47 @@ def require_whole(path):
         shard = Shard(path)
         shard.verify(read_meta(path.parent), path.stem)
         os.close(shard.fd)
+
+
+def require_own_tokenizer(sources, val_sources, tokenizer_name, tokenizer_hash=None):
+    """Raises UserError if there are token files without the tokenizer that made them, or none to validate on.
+    `tokenizer_hash`: in hexadecimal, once that tokenizer is loaded; "" if it is yet to be trained."""
+    if foreign := foreign_tokens([*sources, *val_sources], tokenizer_name, tokenizer_hash):
+        if is_by_character(foreign):
+            raise UserError(f"--tokenizer-name {tokenizer_name}: the tokens of {foreign} are characters (meta.pkl); "
+                            f"give their text with --tokenizer-name char, or the .tokenizer folder of a run on it")
+        own = Path(foreign).with_name("tokenizer")
+        raise UserError(f"--tokenizer-name {tokenizer_name}: name the tokenizer that made the tokens of {foreign}, "
+                        f"such as {own if own.is_dir() else 'gpt2'}")
+    if not val_sources and (files := [source.path for source in sources if source.kind == "tokens"]):
+        # The ends of documents, where a split may be, are not known.
+        both = "the folders as --val-data" if Path(files[0]).with_name("meta.json").exists() else "--val-data"
+        raise UserError(f"--train-data {files[0]}: a token file is trained on as a whole; give {both}, too")
+
+
+def foreign_tokens(sources, tokenizer_name, tokenizer_hash=None):
+    """The first token file among the sources that the tokenizer of that name cannot have made, or None. Ours, which
+    state their tokenizer's hash, are compared if `tokenizer_hash` is given: it or its beginning, in hexadecimal; "" is
+    that of none."""
+    made_by = {source.path: token_file_format(source.path)[2] for source in sources if source.kind == "tokens"}
+    # Beside shards is the tokenizer that made them, though another version of `tokenizers` may write, and hash, it
+    # otherwise now.
+    named = os.path.realpath(tokenizer_name)
+    fitting = {made for path, made in made_by.items() if os.path.realpath(Path(path).with_name("tokenizer")) == named}
+    for path, made in made_by.items():
+        if made is None:
+            fits = os.path.isdir(tokenizer_name) or tokenizer_name not in OWN and not is_by_character(path)
+        else:
+            fits = (tokenizer_hash is None or made in fitting
+                    or tokenizer_hash != "" and made.hex().startswith(tokenizer_hash))
+        if not fits:
+            return path
+    return None
+
+
+def is_by_character(token_file):
+    """Whether nanoGPT made it by characters: it then leaves their list beside it."""
+    return Path(token_file).with_name("meta.pkl").exists()
 
 
 def read_meta(folder):

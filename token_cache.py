@@ -19,18 +19,8 @@ from files import read_json, sync, write_whole
 from holdout import takes_tails
 from processes import try_lock
 from progress import ProgressBar
-from shards import FORMAT, ShardWriter, read_meta, require_whole
-from text import (
-    PIECE,
-    Piece,
-    builtin_sources,
-    find_sources,
-    pieces,
-    require_hub,
-    require_own_tokenizer,
-    source_names,
-    take,
-)
+from shards import FORMAT, ShardWriter, read_meta, require_own_tokenizer, require_whole
+from text import PIECE, Piece, builtin_sources, find_sources, pieces, require_hub, source_names, take
 from tokenizer import (
     encode_pieces,
     end_of_text,

@@ -24,7 +24,7 @@ ALLOWED = {
     "tokenizer": {"config", "files"},
     "holdout": {"tokenizer"},
     "text": {"config", "holdout", "shards", "tokenizer"},
-    "shards": {"config", "files"},
+    "shards": {"config", "files", "tokenizer"},
     "token_cache": {"config", "files", "holdout", "processes", "shards", "text", "tokenizer", "toy",
                     "progress"},
     "data": {"config", "files", "shards", "token_cache", "tokenizer"},
