@@ -328,34 +328,13 @@ def _last_break(text, mark, start, end):
 
 
 def table_pieces(source):
-    """Yields (text, ends_document) for the rows of a JSONL or Parquet file or of a Hugging Face Hub dataset: their
-    column `source.column`, or the only one with strings. `<|endoftext|>` ends a document, as does the end of a row."""
-    rows = {"json": _json_rows, "parquet": _parquet_rows, "hub": _hub_rows}[source.kind]
-    column, number, left_out = None, 0, 0
+    """Yields (text, ends_document) for the rows of a JSONL or Parquet file or of a Hugging Face Hub dataset.
+    `<|endoftext|>` ends a document, as does the end of a row."""
+    rows, number = {"json": _json_rows, "parquet": _parquet_rows, "hub": _hub_rows}[source.kind], 0
     try:
-        for number, row in enumerate(rows(source), 1):  # noqa: B007 - the error below has the number
-            if source.column in row:
-                if column not in (None, source.column):
-                    raise UserError(f"{source.path}: row {number:,} has a column {source.column}, the rows before it "
-                                    f"have none, only {column}; name one for all of them: --text-column")
-                column = source.column
-            elif column != source.column:
-                strings = {key for key, value in row.items() if isinstance(value, str)}
-                column = column or next(iter(strings), None)  # the same one in every row
-                if strings - {column} or not strings and all(value is not None for value in row.values()):
-                    raise UserError(f"{source.path}: no column named {source.column} (found {', '.join(row)}); name "
-                                    f"that with the text: --text-column")
-            left_out += column not in row and any(isinstance(value, str) for value in row.values())
-            text = row.get(column)
-            if not isinstance(text, str | None):
-                raise UserError(f"{source.path}: the column {source.column} has {type(text).__name__}, not text; "
-                                f"convert it")
-            # JSON can hold half of a surrogate pair, which is no character; it becomes U+FFFD.
-            text = (text or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        for number, text in enumerate(_texts(source, rows(source)), 1):  # noqa: B007 - the error below has the number
             for document in text.split(END_OF_TEXT):
                 yield from document_pieces(document)
-        if left_out:
-            _warn(f"{source.path}: {left_out:,} of {number:,} rows have no column {column} and are left out")
     except (UserError, ModuleNotFoundError):
         raise
     except Exception as error:  # the readers raise many types
@@ -365,6 +344,32 @@ def table_pieces(source):
             raise UserError(f"{source.path}: {reason}; name a configuration as {name.partition(':')[0]}:NAME, a split "
                             f"other than train as {name}@SPLIT") from None
         raise UserError(f"{source.path}: not readable as {source.kind}, from row {number + 1:,} on: {reason}") from None
+
+
+def _texts(source, rows):
+    """The text of each row: its column `source.column` or, if the rows have none of that name, their only one with
+    strings. "" if there is none in a row."""
+    column, left_out = None, 0
+    for number, row in enumerate(rows, 1):
+        if source.column in row:
+            if column not in (None, source.column):
+                raise UserError(f"{source.path}: row {number:,} has a column {source.column}, the rows before it have "
+                                f"none, only {column}; name one for all of them: --text-column")
+            column = source.column
+        elif column != source.column:
+            strings = {key for key, value in row.items() if isinstance(value, str)}
+            column = column or next(iter(strings), None)  # the same one in every row
+            if strings - {column} or not strings and all(value is not None for value in row.values()):
+                raise UserError(f"{source.path}: no column named {source.column} (found {', '.join(row)}); name that "
+                                f"with the text: --text-column")
+        left_out += column not in row and any(isinstance(value, str) for value in row.values())
+        text = row.get(column)
+        if not isinstance(text, str | None):
+            raise UserError(f"{source.path}: the column {column} has {type(text).__name__}, not text; convert it")
+        # JSON can hold half of a surrogate pair, which is no character; it becomes U+FFFD.
+        yield (text or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if left_out:
+        _warn(f"{source.path}: {left_out:,} of {number:,} rows have no column {column} and are left out")
 
 
 @functools.cache
