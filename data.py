@@ -15,7 +15,7 @@ import numpy as np
 from config import UserError, arg
 from files import write_whole
 from shards import Shard, part_shards, read_meta, read_windows, spread_windows
-from token_cache import prepare
+from token_cache import prepare, require_sequences
 from tokenizer import LEARNED, encode, open_tokenizer, tokenizer_hash
 
 CYCLE = 1000  # samples after which the turns of several sources repeat
@@ -144,19 +144,7 @@ class Corpus:
             self.shares = (np.bincount(self.turns) / len(self.turns)).tolist()
         self.n_windows = sum(shard.windows(self.seq_len) for shard in self.train_sources.values())
         self.n_val_windows = sum(shard.windows(self.seq_len) for shard in self.val_sources.values())
-        self._require_windows(cfg)
-
-    def _require_windows(self, cfg):
-        """Raises UserError if a source has less than one window."""
-        for name, shard in [*self.train_sources.items(), *self.val_sources.items()]:
-            if not shard.windows(self.seq_len):
-                if shard.path == self.val.path:
-                    advice = "" if cfg.val_data else ", or a larger --val-ratio"
-                else:
-                    advice = ", or a larger --max-tokens" * bool(cfg.max_tokens) + (
-                        "" if cfg.val_data or not name else ", or --val-data, if validation has taken it")
-                raise UserError(f"--seq-len {self.seq_len}: {shard.path}{name and f' ({name})'} holds {shard.count:,} "
-                                f"tokens, less than one sequence; give more text or a smaller --seq-len{advice}")
+        require_sequences(cfg, self.meta)
 
     def _start(self):
         """The token that unconditional generation starts from: end-of-text if it precedes other text within the first

@@ -262,11 +262,6 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
                      disable=None) as bar:
         # --val-data comes first and is read in full.
         _tokenize(stream(), tokenizer, eos, writers, bool(val_sources), cfg.tokenizer_name, bar, done, draft)
-    parts = done.tokens["val"][:len(cfg.val_data)]
-    _require_a_sequence(cfg, writers["train"].count, writers["val"].count, parts)
-    mb = sum(done.bytes.values()) / 1e6
-    log.info("tokenized %.1f MB into %s tokens in %.1f s (%.1f MB/s)", mb,
-             f"{sum(writer.count for writer in writers.values()):,}", done.seconds, mb / max(done.seconds, 1e-9))
 
     def spans(split):
         """name → [first token, number of tokens] of each path, where there are several"""
@@ -278,6 +273,10 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
                 tokenizer_hash=digest.hex(), entropy_rate=entropy,
                 train_sources=spans("train"), val_sources=spans("val"),
                 fingerprint={split: writer.digest.hexdigest() for split, writer in writers.items()})
+    require_sequences(cfg, meta)
+    mb = sum(done.bytes.values()) / 1e6
+    log.info("tokenized %.1f MB into %s tokens in %.1f s (%.1f MB/s)", mb,
+             f"{sum(writer.count for writer in writers.values()):,}", done.seconds, mb / max(done.seconds, 1e-9))
     with open(draft / "meta.json", "w") as file:
         file.write(json.dumps(meta, indent=1))
         file.flush()
@@ -319,15 +318,21 @@ def _tokenize(stream, tokenizer, eos, writers, whole_val, name, bar, done, draft
         log.warning("the tokenizer %s changes the text: its tokens do not decode to what they were made from", name)
 
 
-def _require_a_sequence(cfg, train, val, parts):
-    """Raises UserError if there are too few tokens. `parts`: how many of those of `val` each --val-data has."""
-    named = [(f"--val-data {path}", "val", count) for path, count in zip(cfg.val_data, parts, strict=True)]
-    for where, split, count in [("--train-data", "train", train), *(named or [("--train-data", "val", val)])]:
-        if count < cfg.seq_len + 1:
-            more = ", or a larger --max-tokens" if cfg.max_tokens else ""
-            more = ", or a larger --val-ratio, or --val-data" if split == "val" and not named else more
-            raise UserError(f"{where}: {count:,} {split} tokens are fewer than one sequence of --seq-len "
-                            f"{cfg.seq_len} + 1; give more text or a smaller --seq-len{more}")
+def require_sequences(cfg, meta):
+    """Raises UserError if there is less than one sequence to train on, to validate on, or in a source that has samples
+    or a loss of its own."""
+    for split, given, apart in ("train", cfg.train_data, cfg.train_weights), ("val", cfg.val_data, cfg.val_data):
+        spans = apart and meta[f"{split}_sources"] or {"": [0, meta["tokens"][split]]}
+        paths = given if len(given) == len(spans) else spans  # of a folder of shards, only the names are known
+        for path, (_, count) in zip(paths, spans.values(), strict=True):
+            if count < cfg.seq_len + 1:
+                advice = ", or a larger --max-tokens" if split == "train" and cfg.max_tokens else ""
+                if not cfg.val_data:
+                    advice += (", or a larger --val-ratio, or --val-data" if split == "val" else
+                               ", or --val-data, if validation has taken it" if apart else "")
+                raise UserError(f"--{split}-data{path and f' {path}'}: {count:,} {split} tokens are fewer than one "
+                                f"sequence of --seq-len {cfg.seq_len} + 1; give more text or a smaller "
+                                f"--seq-len{advice}")
 
 
 def _trained_tokenizer(name, stream, vocab_size):

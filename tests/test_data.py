@@ -205,7 +205,7 @@ def test_windows_of_validation_sources_are_their_own_and_in_proportion(text, cac
 def test_validation_sources_of_prepared_shards_keep_their_names(text, cache, two_sources):
     folder = prepare(config(text, cache, val_data=two_sources))
     assert list(Corpus(DataConfig(train_data=[str(folder)], seq_len=16)).val_sources) == ["a", "b"]
-    with pytest.raises(UserError, match=r"\(b\) holds 10,001 tokens"):
+    with pytest.raises(UserError, match=r"--val-data .*/b\.txt: 10,001 val tokens are fewer"):
         Corpus(config(text, cache, val_data=two_sources, seq_len=20_000))
 
 
@@ -932,13 +932,17 @@ def test_a_tokenizer_is_trained_on_no_text_that_validates(tmp_path, text):
     assert {"x", "y"} <= open_tokenizer(folder / "tokenizer").get_vocab().keys(), "characters are of all text"
 
 
-def test_text_that_cannot_be_used_leaves_no_cache(tmp_path):
+def test_text_that_cannot_be_used_leaves_no_cache(tmp_path, text):
     (tmp_path / "short.txt").write_text("too short")
     with pytest.raises(UserError, match="fewer than one sequence"):
         prepare(config(tmp_path / "short.txt", tmp_path / "cache"))
     (tmp_path / "short.txt").write_text("long enough for training alone, with a tail of a word")
     with pytest.raises(UserError, match="val tokens are fewer than one sequence .*or a larger --val-ratio"):
         prepare(config(tmp_path / "short.txt", tmp_path / "cache"))
+    weighted = config(None, tmp_path / "cache", train_data=[str(text), str(tmp_path / "short.txt")],
+                      train_weights=[1, 1], seq_len=50)
+    with pytest.raises(UserError, match=r"--train-data .*/short\.txt: 48 train .* if validation has taken it"):
+        prepare(weighted)
     assert not (tmp_path / "cache").exists()
 
 
@@ -1012,7 +1016,7 @@ def test_a_bug_keeps_no_draft_to_fail_in_again(text, tmp_path, monkeypatch):
     def broken(*_):
         raise IndexError
 
-    monkeypatch.setattr(token_cache, "_require_a_sequence", broken)
+    monkeypatch.setattr(token_cache, "require_sequences", broken)
     monkeypatch.setattr(token_cache, "SAVE_SECONDS", 0)
     with pytest.raises(IndexError):
         prepare(config(text, tmp_path / "cache"))
