@@ -68,17 +68,9 @@ def prepare(cfg, vocab_size=0, writes=True, scratch=None, earlier=None):
     except UserError as error:
         if not earlier:
             raise
-        folder, changed = None, str(error)
-    else:
-        other = earlier and folder.name != Path(earlier).name
-        changed = other and "the text has changed, or what splits it or makes tokens of it"
-    if changed and not os.path.isdir(earlier):
-        raise UserError(f"{changed}, and the tokens that this run began with, {earlier}, are not on this machine; copy "
-                        f"them there")
-    if changed:
-        log.warning("%s: this run goes on with the tokens that it began with, %s; for others, start a new run with "
-                    "--init-from", changed, earlier)
-        return Path(earlier)
+        return _tokens_begun_with(earlier, error)
+    if earlier and folder.name != Path(earlier).name:
+        return _tokens_begun_with(earlier, "the text has changed, or what splits it or makes tokens of it")
     if scratch and not os.path.exists(folder):  # unlike Path.exists, not an error where access is denied
         folder, writes = Path(scratch) / folder.name, True
     if writes and not os.path.exists(folder):
@@ -94,6 +86,16 @@ def prepare(cfg, vocab_size=0, writes=True, scratch=None, earlier=None):
                 (folder / PROGRESS).unlink(missing_ok=True)
                 (folder / ".lock").unlink()  # after the rename: else another process could lock and empty the draft
     return folder
+
+
+def _tokens_begun_with(earlier, change):
+    """The folder of a resumed run's tokens, which are not those that its flags give now. Raises UserError."""
+    if not os.path.isdir(earlier):
+        raise UserError(f"{change}, and the tokens that this run began with, {earlier}, are not on this machine; copy "
+                        f"them there")
+    log.warning("%s: this run goes on with the tokens that it began with, %s; for others, start a new run with "
+                "--init-from", change, earlier)
+    return Path(earlier)
 
 
 def _sources(cfg):
