@@ -229,65 +229,65 @@ class Progress:
 
 
 def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
-    def stream():
-        if cfg.use_toy_data:
-            return iter([Piece(text, split, False) for split, text in toy.text(cfg.data_seed)])
-        own = pieces(sources, "train", 0.0 if val_sources else cfg.val_ratio, not cfg.train_data)
-        return chain(pieces(val_sources, "val"), own)
-
-    for source in [*sources, *val_sources]:
+    every = [*sources, *val_sources]
+    for source in every:
         if source.kind == "tokens":  # a copy of damaged tokens would count as whole
             require_whole(Path(source.path))
-    entropy = None
     if cfg.use_toy_data:
-        tokenizer, entropy = train_tokenizer("char", [toy.ALPHABET], 0), toy.entropy_rate(cfg.data_seed)
+        tokenizer = train_tokenizer("char", [toy.ALPHABET], 0)
     elif tokenizer is None:
-        tokenizer = _trained_tokenizer(cfg.tokenizer_name, stream(), vocab_size)
+        tokenizer = _trained_tokenizer(cfg.tokenizer_name, _stream(cfg, sources, val_sources), vocab_size)
     eos = save_tokenizer(tokenizer, draft / "tokenizer", cfg.tokenizer_name)
     if eos is None:
         log.warning("the tokenizer %s has no end-of-text token: documents are concatenated without a separator",
                     cfg.tokenizer_name)
     size, digest = id_count(tokenizer), tokenizer_hash(tokenizer)
-    limits = dict(train=cfg.max_tokens, val=0)
-    if cfg.max_tokens and not val_sources:
-        limits["val"] = max(1, int(cfg.max_tokens * cfg.val_ratio))
-    # Without --val-data, each source of a mixture has its part of the validation text, and so a loss of its own.
-    paths = dict(train=cfg.train_data, val=cfg.val_data or cfg.train_data * bool(cfg.train_weights))
     n_paths = max(1, len(cfg.train_data), len(cfg.val_data))
-    arguments = [source.argument for source in [*sources, *val_sources]]
-    new = Progress([digest.hex(), BATCH, PIECE, n_paths, arguments], {split: [0] * n_paths for split in paths})
-    done = Progress.of_draft(draft, new)
+    identity = [digest.hex(), BATCH, PIECE, n_paths, [source.argument for source in every]]
+    done = Progress.of_draft(draft, Progress(identity, dict(train=[0] * n_paths, val=[0] * n_paths)))
+    limits = dict(train=cfg.max_tokens, val=0)
+    if cfg.max_tokens and not cfg.val_data:
+        limits["val"] = max(1, int(cfg.max_tokens * cfg.val_ratio))
     writers = {split: ShardWriter(draft / f"{split}.bin", size, eos, digest, limit, sum(done.tokens[split]))
                for split, limit in limits.items()}
-    total = sum(source.size for source in [*sources, *val_sources])
-    with ProgressBar(total=total or None, unit="B", unit_scale=True, desc="tokenizing", leave=False,
-                     disable=None) as bar:
-        # --val-data comes first and is read in full.
-        _tokenize(stream(), tokenizer, eos, writers, bool(val_sources), cfg.tokenizer_name, bar, done, draft)
-
-    def spans(split):
-        """name → [first token, number of tokens] of each path, where there are several"""
-        ends = [0, *accumulate(done.tokens[split])]
-        return {name: [ends[i], done.tokens[split][i]] for i, name in enumerate(source_names(paths[split]))}
-
+    with ProgressBar(total=sum(source.size for source in every) or None, unit="B", unit_scale=True, desc="tokenizing",
+                     leave=False, disable=None) as bar:
+        _tokenize(cfg, _stream(cfg, sources, val_sources), tokenizer, eos, writers, bar, done, draft)
+    # Without --val-data, each source of a mixture has its part of the validation text, and so a loss of its own.
+    val_paths = cfg.val_data or cfg.train_data * bool(cfg.train_weights)
     meta = dict(tokens={split: writer.count for split, writer in writers.items()}, bytes=done.bytes, vocab_size=size,
-                eos=eos, tokenizer=cfg.tokenizer_name if not cfg.use_toy_data else "char",
-                tokenizer_hash=digest.hex(), entropy_rate=entropy,
-                train_sources=spans("train"), val_sources=spans("val"),
+                eos=eos, tokenizer="char" if cfg.use_toy_data else cfg.tokenizer_name, tokenizer_hash=digest.hex(),
+                entropy_rate=toy.entropy_rate(cfg.data_seed) if cfg.use_toy_data else None,
+                train_sources=_spans(cfg.train_data, done.tokens["train"]),
+                val_sources=_spans(val_paths, done.tokens["val"]),
                 fingerprint={split: writer.digest.hexdigest() for split, writer in writers.items()})
     require_sequences(cfg, meta)
     mb = sum(done.bytes.values()) / 1e6
-    log.info("tokenized %.1f MB into %s tokens in %.1f s (%.1f MB/s)", mb,
-             f"{sum(writer.count for writer in writers.values()):,}", done.seconds, mb / max(done.seconds, 1e-9))
+    log.info("tokenized %.1f MB into %s tokens in %.1f s (%.1f MB/s)", mb, f"{sum(meta['tokens'].values()):,}",
+             done.seconds, mb / max(done.seconds, 1e-9))
     with open(draft / "meta.json", "w") as file:
         file.write(json.dumps(meta, indent=1))
         file.flush()
         sync(file.fileno())
 
 
-def _tokenize(stream, tokenizer, eos, writers, whole_val, name, bar, done, draft):
-    """Write the stream's tokens until the writers are full (`whole_val`: that of train), and count them in `done`. What
-    it counts already is only read."""
+def _stream(cfg, sources, val_sources):
+    """The Pieces of all text: first that of --val-data, which is read in full."""
+    if cfg.use_toy_data:
+        return iter([Piece(text, split, False) for split, text in toy.text(cfg.data_seed)])
+    own = pieces(sources, "train", 0.0 if cfg.val_data else cfg.val_ratio, not cfg.train_data)
+    return chain(pieces(val_sources, "val"), own)
+
+
+def _spans(paths, counts):
+    """name → [first token, number of tokens] of each path, where there are several."""
+    starts = accumulate(counts, initial=0)
+    return {name: [start, count] for name, start, count in zip(source_names(paths), starts, counts, strict=False)}
+
+
+def _tokenize(cfg, stream, tokenizer, eos, writers, bar, done, draft):
+    """Write the stream's tokens until the writers are full, and count them in `done`. What it counts already is only
+    read."""
     def batches():
         while batch := take(stream, BATCH):
             yield batch
@@ -297,7 +297,7 @@ def _tokenize(stream, tokenizer, eos, writers, whole_val, name, bar, done, draft
     for _ in islice(unread, done.batches):
         os.utime(draft)  # for those who wait: this process is alive
     saved = time.perf_counter()
-    while not (writers["train"].full and (whole_val or writers["val"].full)) and (batch := next(unread, None)):
+    while not (writers["train"].full and (cfg.val_data or writers["val"].full)) and (batch := next(unread, None)):
         if not done.batches and known_characters(tokenizer) is None:  # a few pieces of the first batch
             texts = [piece.content for piece in batch if isinstance(piece.content, str)]
             done.gives_back = all(gives_back(tokenizer, text) for text in texts[::max(1, len(texts) // 8)])
@@ -314,6 +314,7 @@ def _tokenize(stream, tokenizer, eos, writers, whole_val, name, bar, done, draft
     done.seconds += time.perf_counter() - saved
     for writer in writers.values():
         writer.close()
+    name = cfg.tokenizer_name
     if done.left_out:
         log.warning("%s characters are left out: the tokenizer %s has no token for them", f"{done.left_out:,}", name)
     if not done.gives_back:
