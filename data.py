@@ -127,11 +127,8 @@ class Corpus:
         self.first_sample = 0  # where in the order of the samples the run begins (State.first_sample)
         # The micro-batch expected next: (number of its first sample, batch size), the positions of its windows.
         self.prefetched = None, None
-        spans = self.meta["val_sources"]
-        if cfg.val_data:
-            self.val_sources = {name: Shard(self.val.path, *span) for name, span in spans.items()}
-        else:  # held out of the training text, maybe too little for a loss of each source
-            self.val_sources = part_shards(self.val.path, spans, self.seq_len)
+        require_sequences(cfg, self.meta)
+        self.val_sources = part_shards(self.val.path, self.meta["val_sources"], self.seq_len)
         spans = self.meta["train_sources"]
         if cfg.train_weights and len(cfg.train_weights) != len(spans):
             raise UserError(f"--train-weights {' '.join(map(str, cfg.train_weights))}: {self.folder} has {len(spans)} "
@@ -144,7 +141,6 @@ class Corpus:
             self.shares = (np.bincount(self.turns) / len(self.turns)).tolist()
         self.n_windows = sum(shard.windows(self.seq_len) for shard in self.train_sources.values())
         self.n_val_windows = sum(shard.windows(self.seq_len) for shard in self.val_sources.values())
-        require_sequences(cfg, self.meta)
 
     def _start(self):
         """The token that unconditional generation starts from: end-of-text if it precedes other text within the first
