@@ -34,6 +34,10 @@ UNREADABLE = dict.fromkeys((".csv", ".tsv", ".arrow"), "convert it to .jsonl or 
 IN_FOLDERS = {".txt", ".text", ".md", ".jsonl", ".ndjson", ".parquet"}  # taken from folders, where .json is metadata
 
 
+class HubFailed(UserError):
+    """A dataset of the Hub cannot be read, or not any further: maybe it can an hour later."""
+
+
 @dataclass(frozen=True)
 class Source:
     """`kind`: text, json, parquet or tokens, and `path` is a file; or hub, and `path` is NAME[:CONFIG][@SPLIT]."""
@@ -341,7 +345,7 @@ def table_pieces(source):
         reason = first_line(error.__cause__ or error)
         if source.kind == "hub":
             name = source.path.partition("@")[0]
-            raise UserError(f"{source.path}: {reason}; name a configuration as {name.partition(':')[0]}:NAME, a split "
+            raise HubFailed(f"{source.path}: {reason}; name a configuration as {name.partition(':')[0]}:NAME, a split "
                             f"other than train as {name}@SPLIT") from None
         raise UserError(f"{source.path}: not readable as {source.kind}, from row {number + 1:,} on: {reason}") from None
 

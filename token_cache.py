@@ -20,7 +20,7 @@ from holdout import takes_tails
 from processes import try_lock
 from progress import ProgressBar
 from shards import FORMAT, ShardWriter, read_meta, require_own_tokenizer, require_whole
-from text import PIECE, Piece, builtin_sources, find_sources, pieces, require_hub, source_names, take
+from text import PIECE, HubFailed, Piece, builtin_sources, find_sources, pieces, require_hub, source_names, take
 from tokenizer import (
     encode_pieces,
     end_of_text,
@@ -135,7 +135,8 @@ def _key(cfg, vocab_size, tokenizer, sources, val_sources):
 def _locked_draft(folder, keeps=True):
     """Yields a folder that this process alone writes, to be renamed to `folder` when complete; None if another process
     has just created `folder`. It is empty, or has the Progress of a killed writer and its tokens: if `keeps`, it stays
-    after a signal or a full disk, too. The lock is in the draft itself, so a killed writer leaves an unlocked draft."""
+    after a signal, a full disk or a lost connection, too. The lock is in the draft itself, so a killed writer leaves an
+    unlocked draft."""
     draft = folder.with_name(folder.name + ".draft")
     try:
         draft.mkdir(parents=True, exist_ok=True)
@@ -166,7 +167,8 @@ def _locked_draft(folder, keeps=True):
         try:
             yield draft
         except BaseException as error:
-            if keeps and (draft / PROGRESS).exists() and isinstance(error, (KeyboardInterrupt, SystemExit, OSError)):
+            passing = isinstance(error, (KeyboardInterrupt, SystemExit, OSError, HubFailed))
+            if keeps and passing and (draft / PROGRESS).exists():
                 log.warning("the tokens up to the last %d s are kept in %s: start again to go on, or remove it",
                             SAVE_SECONDS, draft)
             else:

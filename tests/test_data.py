@@ -983,6 +983,30 @@ def test_a_tokenization_goes_on_where_it_ended(text, tmp_path, monkeypatch, capl
     assert filecmp.cmpfiles(whole, again, names, shallow=False) == (names, [], [])
 
 
+def test_a_dataset_of_the_hub_is_read_on_when_the_network_is_back(text, tmp_path, monkeypatch, caplog):
+    rows, broken = [{"text": line} for line in text.read_text().splitlines()], [True]
+
+    def streamed(source):
+        yield from rows[:2000]
+        if broken:
+            raise RuntimeError("connection lost")  # as httpx's errors, no OSError
+        yield from rows[2000:]
+
+    monkeypatch.setattr(text_module, "_hub_rows", streamed)
+    monkeypatch.setattr(text_module, "hub_problem", lambda *pages: "")
+    monkeypatch.setattr(token_cache, "BATCH", 1 << 13)
+    monkeypatch.setattr(token_cache, "SAVE_SECONDS", 0)
+    caplog.set_level("INFO", "mini_llm")
+    with pytest.raises(UserError, match="someone/books: connection lost"):
+        prepare(config("someone/books", tmp_path / "cut"))
+    assert "start again to go on" in caplog.text
+    broken.clear()
+    again = prepare(config("someone/books", tmp_path / "cut"))
+    assert "going on with the tokenization that stopped" in caplog.text
+    whole = prepare(config("someone/books", tmp_path / "whole"))
+    assert (again / "meta.json").read_bytes() == (whole / "meta.json").read_bytes()
+
+
 def test_a_draft_is_not_taken_up_for_the_same_files_under_other_paths(text, tmp_path, monkeypatch):
     """As a folder first, and then as its files: tokens are counted by path."""
     (folder := tmp_path / "texts").mkdir()
