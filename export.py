@@ -141,37 +141,72 @@ def model_card(path, model, saved, n_tokens, dtype):
               ("best validation loss so far", best)]
     if best is None and math.isfinite(state["best_val"]):
         losses.append(("best validation loss so far", (state["best_val"], None)))  # only the metrics know its step
+    results = [f"- {name}: {loss(*found)}" for name, found in losses if found]
+    if link := _wandb_link(path):
+        results.append(f"- Weights & Biases: {link}")
     elsewhere = {"device", "train_data", "val_data", "use_toy_data"} | (
         set() if divided else {"tokenizer_name", "val_ratio"})
     settings = {name: config[name] for part in TRAINED_BY for name in (one.name for one in dataclasses.fields(part))
                 if name not in elsewhere and not is_launch_flag(name) and config.get(name) not in (None, "", [])}
-    link = _wandb_link(path)
     spare = f", and {cfg.vocab_size - n_tokens:,} ids without meaning" if cfg.vocab_size > n_tokens else ""
-    return "\n".join([
-        "---", "library_name: transformers", "pipeline_tag: text-generation", f"tags:\n- mini-llm\n- {cfg.arch}", "---",
-        f"\n# {beside_run(path, '').name}\n",
-        "A base model: it continues the text that it is given, in the style of its training data. It has not been "
-        "trained to follow instructions, to converse or to refuse anything, and nobody has reviewed what it says.\n",
-        "## Model\n", "| | |", "|---|---|", f"| architecture | {cfg.arch} |",
-        f"| parameters | {model.num_params():,} ({dtype}) |", f"| layers | {cfg.n_layers} |",
-        f"| heads | {cfg.n_heads} of width {cfg.head_size}, {cfg.kv_heads} for keys and values |",
-        f"| width | {cfg.d_model}, {cfg.ff_size} in the MLP |",
-        f"| context | {cfg.max_position_embeddings:,} tokens; trained on sequences of {identity['--seq-len']:,} |",
-        f"| vocabulary | {n_tokens:,} tokens{spare} (`{facts.get('corpus_tokenizer', config['tokenizer_name'])}`) |",
-        f"| embeddings | {'shared by input and output' if cfg.tied else 'input and output apart'} |",
-        *([f"| started from | `{config['init_from']}` |"] if config.get("init_from") else []),
-        "\n## Data\n", "| | files | tokens | fingerprint |", "|---|---|---|---|",
-        data("train", config["train_data"] or [built_in], identity["the training data"]),
-        data("val", val_files, identity["the validation data"]),
-        "\n## Training\n",
-        f"{state['step']:,} steps of {identity['sequences in a step']:,} sequences: {state['tokens']:,} tokens.\n",
-        *(f"- {name}: {loss(*found)}" for name, found in losses if found),
-        *([f"- Weights & Biases: {link}"] if link else []),
-        "\n```toml", *(f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in settings.items()), "```",
-        "\n## Use\n", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer\n",
-        'folder = "."  # this one', "model = AutoModelForCausalLM.from_pretrained(folder)",
-        "tokenizer = AutoTokenizer.from_pretrained(folder)", 'inputs = tokenizer("Once", return_tensors="pt")',
-        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))", "```", ""])
+    origin = f"\n| started from | `{config['init_from']}` |" if config.get("init_from") else ""
+    lines = "\n".join
+    return f"""\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- mini-llm
+- {cfg.arch}
+---
+
+# {beside_run(path, '').name}
+
+A base model: it continues the text that it is given, in the style of its training data. It has not been trained to
+follow instructions, to converse or to refuse anything, and nobody has reviewed what it says.
+
+## Model
+
+| | |
+|---|---|
+| architecture | {cfg.arch} |
+| parameters | {model.num_params():,} ({dtype}) |
+| layers | {cfg.n_layers} |
+| heads | {cfg.n_heads} of width {cfg.head_size}, {cfg.kv_heads} for keys and values |
+| width | {cfg.d_model}, {cfg.ff_size} in the MLP |
+| context | {cfg.max_position_embeddings:,} tokens; trained on sequences of {identity['--seq-len']:,} |
+| vocabulary | {n_tokens:,} tokens{spare} (`{facts.get('corpus_tokenizer', config['tokenizer_name'])}`) |
+| embeddings | {'shared by input and output' if cfg.tied else 'input and output apart'} |{origin}
+
+## Data
+
+| | files | tokens | fingerprint |
+|---|---|---|---|
+{data("train", config["train_data"] or [built_in], identity["the training data"])}
+{data("val", val_files, identity["the validation data"])}
+
+## Training
+
+{state['step']:,} steps of {identity['sequences in a step']:,} sequences: {state['tokens']:,} tokens.
+
+{lines(results)}
+
+```toml
+{lines(f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in settings.items())}
+```
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this one
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+inputs = tokenizer("Once", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
+```
+"""
 
 
 def _wandb_link(path):
