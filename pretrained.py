@@ -65,29 +65,7 @@ def resolve_init(cfg, resume_from):
         if saved.get("init_from") and not prepared:
             tokenizer_name = _resumed_tokenizer(cfg, saved["tokenizer_name"], resume_from)
     elif init.init_from:
-        if cfg.checkpoint.overwrite and cfg.checkpoint.continues(init.init_from):
-            raise UserError(f"--init-from {init.init_from}: --overwrite would remove it; name another "
-                            f"--checkpoint-path")
-        source = _source_config(init.init_from)
-        # The flags that a checkpoint's own run was started with fit it, too, though positions that were not trained on
-        # are dropped (model_parts).
-        own = checkpoint.saved(init.init_from)["config"] if os.path.isfile(init.init_from) else {}
-        if "seq_len" not in cfg.given:
-            seq_len = own.get("seq_len", min(1024, source.max_position_embeddings))
-        if source.parts.rope_theta:
-            # No weights belong to a position: it may be trained on longer sequences than before.
-            source.max_position_embeddings = max(source.max_position_embeddings, seq_len)
-        sizes = _sizes(source)
-        if init.keep_optimizer and own.get("optimizer") != cfg.optim.optimizer:
-            state = f"that of --optimizer {own['optimizer']}; give this, too" if own else "no optimizer state"
-            raise UserError(f"--keep-optimizer: {init.init_from} has {state}, or leave --keep-optimizer out")
-        for name, value in stated.items():
-            if value not in (sizes[name], own.get(name)):
-                raise UserError(f"{flag(name)} {value}: the weights of --init-from {init.init_from} have "
-                                f"{sizes[name]}; leave it out")
-        model = dataclasses.replace(model, **sizes)
-        if not prepared:
-            tokenizer_name = _source_tokenizer(cfg, own.get("tokenizer_name"))
+        model, seq_len, tokenizer_name = _resolve_source(cfg, stated, prepared)
     model.validate_sizes()
     if seq_len > model.max_position_embeddings:
         longest = f"give --seq-len {model.max_position_embeddings} or less"
@@ -97,6 +75,35 @@ def resolve_init(cfg, resume_from):
     if model.vocab_size and tokenizer_name not in LEARNED and not prepared:  # before a text is tokenized
         resolve_vocab_size(model, init, id_count(load_tokenizer(tokenizer_name)), tokenizer_name)
     return model, init, dataclasses.replace(cfg.data, seq_len=seq_len, tokenizer_name=tokenizer_name)
+
+
+def _resolve_source(cfg, stated, prepared):
+    """The GPTConfig, --seq-len and --tokenizer-name of a run that starts from --init-from's weights. Raises UserError
+    for flags that do not go with them."""
+    source, seq_len, tokenizer_name = cfg.init.init_from, cfg.data.seq_len, cfg.data.tokenizer_name
+    if cfg.checkpoint.overwrite and cfg.checkpoint.continues(source):
+        raise UserError(f"--init-from {source}: --overwrite would remove it; name another --checkpoint-path")
+    theirs = _source_config(source)
+    # The flags that a checkpoint's own run was started with fit it, too, though positions that were not trained on are
+    # dropped (model_parts).
+    own = checkpoint.saved(source)["config"] if os.path.isfile(source) else {}
+    if "seq_len" not in cfg.given:
+        seq_len = own.get("seq_len", min(1024, theirs.max_position_embeddings))
+    if theirs.parts.rope_theta:
+        # No weights belong to a position: it may be trained on longer sequences than before.
+        theirs.max_position_embeddings = max(theirs.max_position_embeddings, seq_len)
+    sizes = {name: getattr(theirs, name) for name in SIZES} | dict(
+        n_kv_heads=theirs.kv_heads, d_ff=theirs.ff_size, head_dim=theirs.head_size, tie_embeddings=theirs.tied)
+    if cfg.init.keep_optimizer and own.get("optimizer") != cfg.optim.optimizer:
+        state = f"that of --optimizer {own['optimizer']}; give this, too" if own else "no optimizer state"
+        raise UserError(f"--keep-optimizer: {source} has {state}, or leave --keep-optimizer out")
+    for name, value in stated.items():
+        if value not in (sizes[name], own.get(name)):
+            raise UserError(f"{flag(name)} {value}: the weights of --init-from {source} have {sizes[name]}; leave it "
+                            f"out")
+    if not prepared:
+        tokenizer_name = _source_tokenizer(cfg, own.get("tokenizer_name"))
+    return dataclasses.replace(cfg.model, **sizes), seq_len, tokenizer_name
 
 
 def _source_tokenizer(cfg, own):
@@ -269,12 +276,6 @@ def _folder(source):
         if outside is not None:
             raise UserError(f"--init-from {source}: {index.name} names {outside}, which is not a file of this folder")
     return folder
-
-
-def _sizes(cfg):
-    """The flags of SIZES, with derived values filled in."""
-    return {name: getattr(cfg, name) for name in SIZES} | dict(
-        n_kv_heads=cfg.kv_heads, d_ff=cfg.ff_size, head_dim=cfg.head_size, tie_embeddings=cfg.tied)
 
 
 def load_model(path):
