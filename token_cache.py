@@ -138,20 +138,9 @@ def _locked_draft(folder, keeps=True):
     after a signal, a full disk or a lost connection, too. The lock is in the draft itself, so a killed writer leaves an
     unlocked draft."""
     draft = folder.with_name(folder.name + ".draft")
-    try:
-        draft.mkdir(parents=True, exist_ok=True)
-        if draft.is_symlink():  # its target is not ours to empty
-            raise NotADirectoryError(errno.ENOTDIR, f"{draft.name} is a link")
-        # Opened for writing, because network file systems grant no exclusive lock otherwise.
-        fd = os.open(draft / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        _wait(lambda: not try_lock(fd), draft)
-    except OSError as error:
-        if isinstance(error, FileNotFoundError) and folder.parent.exists():  # the draft has just been renamed
-            yield None
-            return
-        unlocked = error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
-        advice = "on a file system with locks, such as a local disk" if unlocked else "that can be written"
-        raise UserError(f"--cache-dir {folder.parent}: {error.strerror}; give a folder {advice}") from None
+    if (fd := _lock(draft)) is None:
+        yield None
+        return
     try:
         if not (draft / ".lock").exists() or not os.path.samestat(os.fstat(fd), os.stat(draft / ".lock")):
             yield None
@@ -181,6 +170,25 @@ def _locked_draft(folder, keeps=True):
             raise
     finally:
         os.close(fd)
+
+
+def _lock(draft):
+    """Creates the draft and waits for its lock → the descriptor of the locked file; None if the draft has just been
+    renamed. Raises UserError."""
+    try:
+        draft.mkdir(parents=True, exist_ok=True)
+        if draft.is_symlink():  # its target is not ours to empty
+            raise NotADirectoryError(errno.ENOTDIR, f"{draft.name} is a link")
+        # Opened for writing, because network file systems grant no exclusive lock otherwise.
+        fd = os.open(draft / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        _wait(lambda: not try_lock(fd), draft)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and draft.parent.exists():
+            return None
+        unlocked = error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+        advice = "on a file system with locks, such as a local disk" if unlocked else "that can be written"
+        raise UserError(f"--cache-dir {draft.parent}: {error.strerror}; give a folder {advice}") from None
+    return fd
 
 
 def _wait(blocked, draft):
