@@ -115,20 +115,13 @@ def own_validation_set(saved):
 def open_data(paths, text_column, seq_len, tokenizer, eos, saved, folder):
     """{name: Shard} of the data, and {name: bytes of text per token}, with that of all under "". Token shards know only
     the latter. Text is tokenized into `folder`. Raises UserError."""
-    prepared = Path(paths[0])
-    if len(paths) == 1 and (prepared / "val.bin").is_file():
-        meta, shard = read_meta(prepared), prepared / "val.bin"
-        if meta["tokenizer_hash"][:16] != saved["identity"]["the tokenizer"]:
-            raise UserError(f"--data {paths[0]}: shards of another tokenizer than the checkpoint's; give the "
-                            f"text itself")
-        Shard(shard).verify(meta, "val")
-        return (part_shards(shard, meta["val_sources"], seq_len),
-                {"": meta["bytes"]["val"] / meta["tokens"]["val"]})
+    if len(paths) == 1 and Path(paths[0], "val.bin").is_file():
+        return _open_shards(Path(paths[0]), seq_len, saved)
     column = text_column or saved["config"].get("text_column", "text")
     sources, n_bytes, left_out, shards = find_sources(paths, "--data", column), {}, 0, {}
     require_hub(sources, "--data")
-    trained_on = saved["config"].get("tokenizer_name", ""), saved["identity"]["the tokenizer"]
-    if foreign := foreign_tokens(sources, *trained_on):
+    if foreign := foreign_tokens(sources, saved["config"].get("tokenizer_name", ""),
+                                 saved["identity"]["the tokenizer"]):
         raise UserError(f"--data {foreign}: a token file of another tokenizer than the checkpoint's; give the text "
                         f"itself")
     for number, name in enumerate(source_names(paths) or [""]):
@@ -150,6 +143,15 @@ def open_data(paths, text_column, seq_len, tokenizer, eos, saved, folder):
         raise UserError(f"--data {' '.join(paths)}: the tokenizer knows none of this text; give another")
     per_token = {name: size / shards[name].count for name, size in n_bytes.items() if size}
     return shards, per_token | {"": sum(n_bytes.values()) / sum(shard.count for shard in shards.values())}
+
+
+def _open_shards(folder, seq_len, saved):
+    """What `open_data` returns, for the validation set in a folder of token shards."""
+    meta, file = read_meta(folder), folder / "val.bin"
+    if meta["tokenizer_hash"][:16] != saved["identity"]["the tokenizer"]:
+        raise UserError(f"--data {folder}: shards of another tokenizer than the checkpoint's; give the text itself")
+    Shard(file).verify(meta, "val")
+    return part_shards(file, meta["val_sources"], seq_len), {"": meta["bytes"]["val"] / meta["tokens"]["val"]}
 
 
 def sliding_windows(n_targets, seq_len, stride):
