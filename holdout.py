@@ -14,14 +14,14 @@ def place(text):
 
 
 def spread(index):
-    """The same of a file of the built-in corpus, to which nobody adds: multiples of the golden ratio are evenly spread,
-    so that even a few hundred files are split in the right proportion."""
+    """The same for a file of the built-in corpus, to which nobody adds: multiples of the golden ratio are spread evenly
+    enough to split even a few hundred files in the right proportion."""
     return (index + 1337) * 0.6180339887498949 % 1.0
 
 
 def takes_tails(sources, ratio):
-    """Whether the tail of each source is held out: they are text files, too few to hold out whole ones. A tenth of 50,
-    by their hash, is none once in two hundred times."""
+    """Whether the tail of each source is held out, because they are text files, and too few to hold out whole ones: of
+    50 files, their hashes would hold out none at all once in two hundred times."""
     return len(sources) * ratio < 5 and all(source.kind == "text" for source in sources)
 
 

@@ -219,12 +219,12 @@ def require_own_tokenizer(sources, val_sources, tokenizer_name, tokenizer_hash=N
 
 
 def foreign_tokens(sources, tokenizer_name, tokenizer_hash=None):
-    """The first token file among the sources that the tokenizer of that name cannot have made, or None. Ours, which
-    state their tokenizer's hash, are compared if `tokenizer_hash` is given: it or its beginning, in hexadecimal; "" is
-    that of none."""
+    """The first token file among the sources that the tokenizer of that name cannot have made, or None. Our own files
+    state their tokenizer's hash, which must begin with `tokenizer_hash`, in hexadecimal, if that is given; "" is the
+    hash of a tokenizer that is yet to be trained, and fits none."""
     made_by = {source.path: token_file_format(source.path)[2] for source in sources if source.kind == "tokens"}
-    # Beside shards is the tokenizer that made them, though another version of `tokenizers` may write, and hash, it
-    # otherwise now.
+    # The tokenizer beside shards is the one that made them, even where this version of `tokenizers` writes it in other
+    # words, and so with another hash.
     named = os.path.realpath(tokenizer_name)
     fitting = {made for path, made in made_by.items() if os.path.realpath(Path(path).with_name("tokenizer")) == named}
     for path, made in made_by.items():

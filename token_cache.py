@@ -34,7 +34,7 @@ from tokenizer import (
 )
 
 CODE_VERSION = 3  # bump it when the same text would give other tokens: old caches are then not used
-BATCH = 1 << 21  # characters, or ids of token files, per parallel batch: bounds the memory use of tokenization
+BATCH = 1 << 21  # characters, or ids of token files, that are tokenized in parallel: bounds the memory that this takes
 PROGRESS = "progress.json"  # in a draft: how far it has come
 SAVE_SECONDS = 30  # between two of its versions: what a kill costs at most
 BPE_SAMPLE = 1 << 25  # maximum number of characters that a bpe tokenizer is trained on

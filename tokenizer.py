@@ -87,7 +87,8 @@ def tokenizer_hash(tokenizer):
 
 
 def id_count(tokenizer):
-    """The vocabulary size that its ids need: the highest + 1. Where some are missing, it has fewer tokens."""
+    """The vocabulary size that the tokenizer's ids need: the highest + 1, which is more than it has tokens if ids are
+    left out."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
@@ -118,8 +119,8 @@ def end_of_text(tokenizer, name):
 
 
 def gives_back(tokenizer, text):
-    """Whether the tokens of `text` decode to it, rather than to one without capitals or line ends, as with BERT's. Not
-    counting white space at either end."""
+    """Whether the tokens of `text` decode to it, apart from white space at either end. BERT's, say, decode to one
+    without capitals and line ends."""
     return tokenizer.decode(encode(tokenizer, [text])[0], skip_special_tokens=False).strip() == text.strip()
 
 
@@ -225,7 +226,7 @@ def _slow_pretrained(name):
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False).backend_tokenizer
-        # Of a folder without a vocabulary it makes, for GPT-2 and Qwen3, a tokenizer of nothing but special tokens.
+        # From a folder without a vocabulary, it makes a tokenizer of special tokens alone for GPT-2 and Qwen3.
         return tokenizer if tokenizer.get_vocab_size() > len(tokenizer.get_added_tokens_decoder()) else None
     except Exception:  # an unexpected file can make it raise anything
         return None
