@@ -73,11 +73,11 @@ def prepare(cfg, vocab_size=0, writes=True, scratch=None, earlier=None):
         return _tokens_begun_with(earlier, "the text has changed, or what splits it or makes tokens of it")
     if scratch and not os.path.exists(folder):  # unlike Path.exists, not an error where access is denied
         folder, writes = Path(scratch) / folder.name, True
-    if writes and not os.path.exists(folder):
-        require_hub(sources)
-        require_hub(val_sources, "--val-data")
     if not writes:
         _wait(lambda: not os.path.exists(folder), folder.with_name(folder.name + ".draft"))
+    elif not os.path.exists(folder):  # before the draft of a killed writer is opened, which an error would remove
+        require_hub(sources)
+        require_hub(val_sources, "--val-data")
     while not os.path.exists(folder):
         with _locked_draft(folder, keeps=not scratch) as draft:
             if draft is not None:
@@ -113,9 +113,8 @@ def _sources(cfg):
 def _key(cfg, vocab_size, tokenizer, sources, val_sources):
     """The name of the folder: a hash of everything that determines which tokens are in it."""
     key = hashlib.blake2b(digest_size=12)
-    split = "tails of text" if takes_tails(sources, cfg.val_ratio) else "by the text"
-    if not cfg.train_data:
-        split = cfg.data_seed if cfg.use_toy_data else "built in"
+    split = (cfg.data_seed if cfg.use_toy_data else "built in" if not cfg.train_data else
+             "tails of text" if takes_tails(sources, cfg.val_ratio) else "by the text")
     settings = [CODE_VERSION, FORMAT, cfg.use_toy_data, cfg.max_tokens, cfg.text_column,
                 *([] if val_sources else [cfg.val_ratio, split]),
                 cfg.tokenizer_name if tokenizer is None else tokenizer.to_str(),
