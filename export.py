@@ -66,8 +66,8 @@ def export(path, output, dtype="float32"):
     transformers.utils.logging.disable_progress_bar()
     if path.is_dir():
         raise UserError(f"--checkpoint-path {path}: a folder, and so no checkpoint; give the .pt file")
-    model, known, eos, saved = load_run(path)
-    tokenizer, n_tokens = tokenizer_folder(path), id_count(known)
+    model, tokenizer, eos, saved = load_run(path)
+    n_tokens = id_count(tokenizer)
     twin = transformers.AutoModelForCausalLM.from_config(hugging_face_config(model.cfg, eos))
     missing, unexpected = twin.load_state_dict(to_hugging_face(model.cfg, model.state_dict()), strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
@@ -87,15 +87,7 @@ def export(path, output, dtype="float32"):
                 (draft / "config.json").write_text(json.dumps(config | dict(rope_theta=theta), indent=2))
             for file in draft.glob("*.safetensors"):  # which the library lets only its owner read
                 file.chmod((draft / "config.json").stat().st_mode & 0o777)
-            for file in filter(Path.is_file, tokenizer.iterdir()):
-                shutil.copy(file, draft)
-            if known.encode("a").ids != known.encode("a", add_special_tokens=False).ids:
-                known.post_processor = None  # it adds special tokens that training did not
-                (draft / "tokenizer.json").write_text(known.to_str(pretty=True), "utf-8")
-            try:
-                _complete_tokenizer(draft / "tokenizer_config.json", model.cfg.max_position_embeddings)
-            except ValueError as error:
-                raise UserError(f"{tokenizer}: tokenizer_config.json is damaged: {error}") from None
+            _write_tokenizer(tokenizer_folder(path), tokenizer, model.cfg.max_position_embeddings, draft)
             (draft / "README.md").write_text(model_card(path, model, saved, n_tokens, dtype), "utf-8")
             output.mkdir(exist_ok=True)
             for file in draft.iterdir():  # once all of them are complete
@@ -105,8 +97,18 @@ def export(path, output, dtype="float32"):
                         f"written") from None
 
 
-def _complete_tokenizer(path, length):
-    settings = read_json(path)
+def _write_tokenizer(source, tokenizer, length, draft):
+    """A copy of the tokenizer's folder, with what other programs require of it."""
+    for file in filter(Path.is_file, source.iterdir()):
+        shutil.copy(file, draft)
+    if tokenizer.encode("a").ids != tokenizer.encode("a", add_special_tokens=False).ids:
+        tokenizer.post_processor = None  # it adds special tokens that training did not
+        (draft / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")
+    path = draft / "tokenizer_config.json"
+    try:
+        settings = read_json(path)
+    except ValueError as error:
+        raise UserError(f"{source}: {path.name} is damaged: {error}") from None
     settings["model_max_length"] = length
     if settings.get("eos_token"):  # CTranslate2 requires an unknown token; GPT-2's own tokenizer uses this one
         settings.setdefault("unk_token", settings["eos_token"])
