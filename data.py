@@ -115,13 +115,7 @@ class Corpus:
             corpus=str(folder), tokenizer_hash=self.meta["tokenizer_hash"][:16])
         self.train, self.val = (Shard(self.folder / f"{split}.bin") for split in ("train", "val"))
         if checks:
-            self.train.verify(self.meta, "train")
-            self.val.verify(self.meta, "val")
-            if not (cfg.val_data or cfg.is_shards or cfg.use_toy_data):
-                share = self.val.count / (self.val.count + self.train.count)
-                if not cfg.val_ratio / 2 <= share <= cfg.val_ratio * 2:
-                    log.warning("validation has %.3g %% of the tokens, for a --val-ratio of %g: documents are few, or "
-                                "of unequal length; name text to validate on: --val-data", share * 100, cfg.val_ratio)
+            self._check(cfg)
         self.vocab_size, self.eos, self.fingerprint = self.train.vocab_size, self.train.eos, self.meta["fingerprint"]
         self.start = self._start()
         self.first_sample = 0  # where in the order of the samples the run begins (State.first_sample)
@@ -141,6 +135,16 @@ class Corpus:
             self.shares = (np.bincount(self.turns) / len(self.turns)).tolist()
         self.n_windows = sum(shard.windows(self.seq_len) for shard in self.train_sources.values())
         self.n_val_windows = sum(shard.windows(self.seq_len) for shard in self.val_sources.values())
+
+    def _check(self, cfg):
+        """Raises UserError for damaged shards; warns of a split that is far from --val-ratio."""
+        self.train.verify(self.meta, "train")
+        self.val.verify(self.meta, "val")
+        share = self.val.count / (self.val.count + self.train.count)
+        split_here = not (cfg.val_data or cfg.is_shards or cfg.use_toy_data)
+        if split_here and not cfg.val_ratio / 2 <= share <= cfg.val_ratio * 2:
+            log.warning("validation has %.3g %% of the tokens, for a --val-ratio of %g: documents are few, or of "
+                        "unequal length; name text to validate on: --val-data", share * 100, cfg.val_ratio)
 
     def _start(self):
         """The token that unconditional generation starts from: end-of-text if it precedes other text within the first
