@@ -68,11 +68,8 @@ def gpt_config(theirs, source):
 
 def _flat(fields):
     """{"rope_parameters": {"rope_theta": 1e4}} → {"rope_parameters.rope_theta": 1e4}"""
-    flat = {}
-    for name, value in fields.items():
-        nested = isinstance(value, dict) and name == "rope_parameters"
-        flat |= {f"{name}.{key}": item for key, item in value.items()} if nested else {name: value}
-    return flat
+    inner = fields.get("rope_parameters") or {}
+    return fields | {"rope_parameters": None} | {f"rope_parameters.{name}": value for name, value in inner.items()}
 
 
 def hugging_face_config(cfg, eos=None):
