@@ -109,6 +109,8 @@ def sync(args):
     named = with_environment(WandbConfig(use_wandb=True, wandb_project=args.project, wandb_run_id=args.run_id))
     forget_environment()
     path = Path(args.run)
+    if not path.name:  # as of an unset shell variable
+        raise UserError(f"sync {args.run!r}: names no file; give the path of a run's checkpoint")
     if args.run_id:
         named.validate()
     if args.run_id and not memory_files(path):  # it has been trained without W&B
@@ -261,6 +263,8 @@ def download(args):
     kind = "sweeps" if "sweeps" in parts else "runs"
     if kind in parts:  # a URL may continue after the id: /workspace, /overview
         parts = parts[:parts.index(kind)] + parts[parts.index(kind) + 1:][:1]
+    if not parts:
+        raise UserError(f"download {args.run!r}: names no run; give a checkpoint path, PROJECT/RUN_ID or a link")
     *where, name = parts
     settings = with_environment(WandbConfig())
     project = where[-1] if where else settings.wandb_project

@@ -1,6 +1,7 @@
 """`wandb_tools.py` against a server on loopback: check, sync, download."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -12,8 +13,12 @@ import zygote
 from conftest import QUICK, REMOTE, ROOT, command, environment, eventually, processes_with
 from wandb_server import ServerSweep, WandbServer
 
+import wandb_tools
+from config import UserError
+from processes import only_one
 from wandb_errors import with_advice
-from wandb_tools import fetch, history, lacking, renamed
+from wandb_runs import ENVIRONMENT, WandbConfig
+from wandb_tools import fetch, forget_environment, history, lacking, memories, offline_folders, renamed, target_of
 
 TOOLS = [sys.executable, str(ROOT / "wandb_tools.py")]
 FAILING = {  # what fails, and how → the step that says so, and what to do
@@ -94,6 +99,28 @@ def test_check_goes_through_every_step_and_leaves_nothing(server, tool, tmp_path
     assert "deleted" in out and not server.runs and not (tmp_path / "wandb").exists()
 
 
+def test_a_key_that_may_not_delete_runs_is_told_which_one_stays(monkeypatch):
+    def run(target):
+        raise RuntimeError(f"403 Forbidden: {target}")
+
+    api = SimpleNamespace(api_key="key", settings=dict(base_url="url"), viewer=SimpleNamespace(username="me"),
+                          default_entity="mine", run=run)
+    opened = SimpleNamespace(entity="mine", project="p", id="one", log=lambda row: None, finish=lambda: None)
+    monkeypatch.setattr(wandb_tools, "import_wandb", lambda: SimpleNamespace(__version__="1", Api=lambda timeout: api))
+    monkeypatch.setattr(wandb_tools, "open_run", lambda *_, **__: opened)
+    monkeypatch.setattr(wandb_tools, "rows_of", lambda *_: [{"check": 1.0}])
+    *_, said = wandb_tools.checks(WandbConfig(), "folder")
+    assert said == "the row read back; the run stays there: 403 Forbidden: mine/p/one"
+
+
+def test_of_the_environment_only_what_describes_no_run_is_kept(monkeypatch):
+    for name in {"WANDB_SWEEP_ID", "WANDB_FORK_FROM", "WANDB_RESUME_FROM", *ENVIRONMENT.values()}:
+        monkeypatch.setenv(name, "x")
+    forget_environment()
+    assert {name for name in os.environ if name.startswith("WANDB_") and os.environ[name] == "x"} == {
+        "WANDB_MODE", "WANDB_DIR"}
+
+
 def test_check_without_the_package_says_how_to_get_it(server, tmp_path):
     (tmp_path / "wandb").mkdir()  # a run folder of that name is importable, too
     (tmp_path / "without.py").write_text(
@@ -146,13 +173,16 @@ def test_sync_completes_a_run_whose_uploads_had_failed(server, trainer, tool):
 
 
 def test_sync_keeps_the_name_and_notes_that_a_run_was_given_on_its_page(server, tool, tmp_path):
-    leave(tmp_path, "c", "one", [{"loss": 3.0}])
+    rows = [{"loss": 3.0}, {"event": "sample", "text": "a"}, {"loss": 2.0}, {"event": "sample", "text": "b"}]
+    leave(tmp_path, "c", "one", rows[:2])
     assert tool("sync", "c.pt")[0] == 0
     run = only_run(server)
     run.display_name, run.tags, run.notes = "renamed", ["seen"], "good"
-    leave(tmp_path, "c", "one", [{"loss": 3.0}, {"loss": 2.0}])
-    assert tool("sync", "c.pt")[0] == 0 and [row["loss"] for row in run.history] == [3, 2]
+    leave(tmp_path, "c", "one", rows)
+    assert tool("sync", "c.pt")[0] == 0 and [row["loss"] for row in run.history if "loss" in row] == [3, 2]
     assert (run.display_name, run.tags, run.notes) == ("renamed", ["seen"], "good")
+    tables = [json.loads(content)["data"] for name, content in run.files.items() if "media/table/samples" in name]
+    assert sorted(tables) == [[[1, "a"]], [[1, "a"], [3, "b"]]], "each has those before it"
 
 
 def test_a_row_that_is_sent_late_leaves_the_summary_to_the_last(server, tool, tmp_path):
@@ -236,8 +266,12 @@ def test_rows_of_before_a_rollback_are_not_taken_for_those_after_it():
 
 def test_sync_says_of_a_run_what_it_was_and_not_where_it_is_sent_from(server, tool, tmp_path):
     """Finished once, resumed, killed; sent from a shell that is set up for another run."""
-    leave(tmp_path, "c", "one", [{"event": "exit", "code": 0}, {"event": "config", "config": {"git_commit": "then"}},
-                                 {"loss": 2.0}], host="there", program="/there/train.py")
+    configs = [{"event": "config", "config": {"git_commit": commit}} for commit in ("before", "then")]
+    leave(tmp_path, "c", "one", [configs[0], {"event": "exit", "code": 0}, configs[1], {"loss": 2.0}], host="there",
+          program="/there/train.py")
+    facts = json.loads((tmp_path / "c.wandb.json").read_text())
+    (elsewhere := tmp_path / "elsewhere").mkdir()  # its --wandb-dir
+    (tmp_path / "c.wandb.json").write_text(json.dumps(facts | dict(init=facts["init"] | dict(dir=str(elsewhere)))))
     code, out, err = tool("sync", "c.pt", WANDB_RUN_ID="today", WANDB_NAME="today", WANDB_TAGS="today",
                           WANDB_NOTES="today", WANDB_SWEEP_ID="today", WANDB_DISABLE_GIT="", **REMOTE)
     run = only_run(server)
@@ -245,6 +279,9 @@ def test_sync_says_of_a_run_what_it_was_and_not_where_it_is_sent_from(server, to
     assert run.config == {"git_commit": "then"} and run.run_id == run.display_name == "one"
     assert not run.tags and not run.notes and not run.sweep and run.origin == ("there", "then", "/there/train.py", None)
     assert not run.events and not {"wandb-metadata.json", "output.log", "diff.patch"} & run.files.keys()
+    assert not list(elsewhere.iterdir())
+    run.reported = "preempting"  # all has arrived but its end
+    assert "has every row, and is ended now" in tool("sync", "c.pt")[1] and run.state == "preempted"
 
 
 @pytest.mark.parametrize("command", ["download", "sync"])
@@ -271,6 +308,30 @@ def test_sync_sends_every_rank_of_a_shared_run_and_no_neighbour(server, tool, tm
     values = [(row["step"], name, row[name]) for row in only_run(server).history for name in ("loss", "rank/1")
               if name in row]
     assert sorted(values) == [(0, "loss", 3), (0, "rank/1", 3.5), (1, "loss", 2), (1, "rank/1", 2.5)]
+    code, out, err = tool("sync", "c.pt", "--wandb-run-id", "two")
+    assert (code, err) == (0, "") and out.count("2 rows sent to loopback/p/two") == 2, "no rows of another run's"
+
+
+def test_what_the_ranks_know_of_their_runs_is_read_from_the_first_on(tmp_path):
+    for tag in ("", ".rank2", ".rank10"):
+        leave(tmp_path, f"c{tag}", "one", [])
+    found = memories(tmp_path / "c.pt")
+    assert [file.name for file, _ in found] == ["c.wandb.json", "c.rank2.wandb.json", "c.rank10.wandb.json"]
+    assert target_of(dict(init=dict(entity="team", project="p", id="one")), None) == "team/p/one"
+    (tmp_path / "c.rank2.wandb.json").write_text("{")
+    with pytest.raises(UserError, match="c.rank2.wandb.json: damaged; restore it"):
+        memories(tmp_path / "c.pt")
+
+
+def test_offline_folders_are_found_where_a_run_could_be_recorded_unless_they_were_sent(tmp_path, monkeypatch):
+    for root, name in (("own", "0301_000000-one"), ("beside", "0201_000000-one"), ("env", "0101_000000-one"),
+                       ("own", "0101_000000-other"), ("own", "0102_000000-one")):
+        (tmp_path / root / "wandb" / f"offline-run-2026{name}").mkdir(parents=True)
+    (tmp_path / "own" / "wandb" / "offline-run-20260102_000000-one" / "run-one.wandb.synced").touch()
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "env"))
+    for folder, expected in ((str(tmp_path / "own"), ["beside", "own"]), (None, ["env", "beside"])):
+        found = offline_folders(dict(id="one", dir=folder), tmp_path / "beside" / "c.metrics.jsonl")
+        assert [os.path.relpath(path, tmp_path).split("/")[0] for path in found] == expected, "oldest first"
 
 
 def test_sync_sends_a_run_that_was_deleted_to_a_new_one(server, tool, tmp_path):
@@ -298,10 +359,13 @@ def test_sync_makes_a_run_of_one_that_was_not_tracked(server, tool, tmp_path):
     assert "sync --wandb-run-id NEW" in tool("sync", "c.pt")[2]
     code, out, err = tool("sync", "c.pt", "--wandb-run-id", "a/b")
     assert (code, out, err.count("\n")) == (2, "", 1) and "--wandb-run-id a/b: letters" in err
-    code, out, err = tool("sync", "c.pt", "--wandb-run-id", "two", WANDB_PROJECT="ours")
-    assert (code, err) == (0, "") and "1 rows sent to loopback/ours/two" in out
+    code, out, err = tool("sync", "c.pt", "--wandb-run-id", "two", WANDB_PROJECT="ours", WANDB_ENTITY="team")
+    assert (code, err) == (0, "") and "1 rows sent to team/ours/two" in out
     assert (only_run(server).state, only_run(server).config) == ("finished", {"lr": 1.0})
-    assert "loopback/ours/two has every row" in tool("sync", "c.pt")[1]
+    assert "team/ours/two has every row" in tool("sync", "c.pt", "--wandb-run-id", "two")[1], "that it is again"
+    with only_one(tmp_path / "c.lock"):
+        code, out, err = tool("sync", "c.pt")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "this run is still training; wait" in err
     code, out, err = tool("sync", "none.pt", "--wandb-run-id", "three")
     assert (code, out, err.count("\n")) == (2, "", 1) and "none.metrics.jsonl: no such file" in err
     assert not list(tmp_path.glob("none*")), "nothing is left of a typing error"
@@ -398,6 +462,7 @@ def test_what_cannot_be_fetched_or_leads_out_of_the_folder_is_left_out_and_the_r
             self.name = name
 
         def download(self, root, replace):
+            assert replace, "of an earlier download"
             if self.name == "gone":
                 raise OSError("404 Not Found")
             fetched.append((root, self.name))
@@ -427,8 +492,14 @@ def test_download_takes_the_runs_of_all_ranks(server, trainer, tool):
 
 
 def test_download_of_a_missing_run_is_one_line(tool):
-    code, out, err = tool("download", "mini-llm/missing", WANDB_ENTITY="team")  # whose runs training would write
-    assert (code, out, err.count("\n")) == (1, "", 1) and "team/mini-llm/missing" in err and "WANDB_ENTITY" in err
+    code, out, err = tool("download", "missing", WANDB_ENTITY="team", WANDB_PROJECT="ours")  # as training has them
+    assert (code, out, err.count("\n")) == (1, "", 1) and "team/ours/missing" in err and "WANDB_ENTITY" in err
+
+
+@pytest.mark.parametrize("command", ["download", "sync"])
+def test_a_run_that_has_no_name_is_one_line(tool, command):
+    code, out, err = tool(command, "")  # of a shell variable that is not set
+    assert (code, out, err.count("\n")) == (2, "", 1) and f"error: {command} '': names no" in err
 
 
 @pytest.mark.parametrize("case", FAILING)
