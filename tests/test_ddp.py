@@ -17,7 +17,8 @@ from conftest import ROOT, TINY, Run, command, environment, interrupt_after
 from test_train import same
 from wandb_file import run_files
 
-from config import RunFailed, parse
+import hardware
+from config import RunFailed, UserError, parse
 from train import Config
 
 full = pytest.mark.full
@@ -78,11 +79,11 @@ def world(monkeypatch):
     """`world(**environment)`: that of a rank in no process group."""
     import train_ddp
 
-    def make(**variables):
+    def make(device="cpu", **variables):
         for name, value in (variables | dict(MASTER_ADDR="localhost", MASTER_PORT=1)).items():
             monkeypatch.setenv(name, str(value))
         monkeypatch.setattr(train_ddp, "join", lambda *_: None)
-        return train_ddp.DDPWorld(parse(Config, ["--device", "cpu"]))
+        return train_ddp.DDPWorld(parse(Config, ["--device", device]))
 
     return make
 
@@ -90,20 +91,36 @@ def world(monkeypatch):
 TORCHRUN = dict(RANK=7, WORLD_SIZE=8, LOCAL_RANK=3, LOCAL_WORLD_SIZE=4, GROUP_RANK=1)
 
 
-def test_the_ranks_that_torchrun_starts_under_srun_are_torchruns(world):
+def test_the_ranks_that_torchrun_starts_under_srun_are_torchruns(world, monkeypatch):
     """One task of srun on a node, torchrun, has started all of the node's ranks: each has srun's variables, too."""
     slurm = dict(SLURM_PROCID=1, SLURM_NTASKS=2, SLURM_LOCALID=0, SLURM_NTASKS_PER_NODE=1, SLURM_NODEID=1)
+    chosen, choose = [], hardware.choose_device
+
+    def noted(*how, **more):
+        chosen.append((how, more))
+        return choose(*how, **more)
+
+    monkeypatch.setattr(hardware, "choose_device", noted)
     made = world(**TORCHRUN, **slurm)
     assert (made.rank, made.size, made.local_rank, made.local_size, made.node_rank) == (7, 8, 3, 4, 1)
+    assert chosen == [(("cpu", 3), dict(alone=False))], "the fourth GPU of its node"
 
 
 @pytest.mark.parametrize("threads, asked", [("1", [4]), ("3", [])])
 def test_ranks_on_a_cpu_share_its_cores_unless_told_otherwise(world, monkeypatch, threads, asked):
     calls = []
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "")
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
     monkeypatch.setattr("train_ddp.usable_cores", lambda: 18)
     monkeypatch.setattr(torch, "set_num_threads", calls.append)
     world(**TORCHRUN, OMP_NUM_THREADS=threads)
-    assert calls == asked
+    assert calls == asked and os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "4"
+
+
+def test_ranks_on_metal_are_refused(world, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(UserError, match="--device mps: PyTorch has no collectives"):
+        world(device="mps", **TORCHRUN)
 
 
 def test_an_error_that_cannot_be_sent_reaches_every_rank_by_its_words(monkeypatch):
@@ -235,11 +252,10 @@ def test_dropout_is_drawn_anew_by_every_rank_and_step():
 
 WATCHED = f"""
 import os, sys; sys.path.insert(0, {str(ROOT)!r})
-import hardware
+import hardware, train
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from train_ddp import DDPWorld
-from train import main
-wrap, seed_step = DDPWorld.wrap, hardware.seed_step
+wrap, seed_step, make_profiler = DDPWorld.wrap, hardware.seed_step, train.make_profiler
 
 def note(*what):
     os.write(3, (" ".join(map(str, what)) + "\\n").encode())
@@ -256,21 +272,27 @@ def seeding(seed, step, rank, device):
     note("seed", step, rank)
     seed_step(seed, step, rank, device)
 
-DDPWorld.wrap, hardware.seed_step = wrapping, seeding
+def profiling(wanted, *rest):
+    note("profiles", wanted)
+    return make_profiler(False, *rest)
+
+DDPWorld.wrap, hardware.seed_step, train.make_profiler = wrapping, seeding, profiling
+hardware.device_name = lambda _: "that of rank " + os.environ["RANK"]
 os.dup2(os.open("notes." + os.environ["RANK"], os.O_WRONLY | os.O_CREAT), 3)
-main(DDPWorld)
+train.main(DDPWorld)
 """
 
 
 def test_gradients_go_over_the_wire_once_a_step_and_each_rank_has_randomness_of_its_own(trainer):
     (trainer.folder / "watched.py").write_text(WATCHED)
     args = [part.replace(str(ROOT / "train_ddp.py"), "watched.py")
-            for part in trainer.arguments(["--num-steps", 3, "--grad-accum-steps", 4], ranks=2)]
+            for part in trainer.arguments(["--num-steps", 3, "--grad-accum-steps", 4, "--use-profiler"], ranks=2)]
     zygote.run(args, trainer.folder, environment()).check_returncode()
     for rank in range(2):
         notes = (trainer.folder / f"notes.{rank}").read_text().splitlines()
         assert notes.count(f"reduced {rank}") == 3 + 1  # one bucket holds this model; one pass comes before the steps
         assert [note for note in notes if note.startswith("seed")] == [f"seed {step} {rank}" for step in range(3)]
+        assert f"profiles {rank == 0}" in notes
 
 
 def test_a_dry_run_of_ranks_leaves_no_tokens_behind(trainer, text):
@@ -424,9 +446,12 @@ def test_two_nodes_make_one_log_one_wandb_run_and_one_checkpoint(trainer, text):
 @pytest.mark.parametrize("difference, words", [
     pytest.param("sys.argv += ['--data-seed', '2']", "the ranks have different flags", marks=full),
     ("os.environ['LOCAL_RANK'] = '0'; os.chdir('node1')", "the ranks have different data"),
-    ("import hardware; hardware.Precision.name = 'odd'", "the ranks have different devices: rank 1 has precision odd"),
+    ("import hardware; hardware.Precision.name = 'odd'; hardware.device_name = lambda _: 'odd'",
+     r"the ranks have different devices: rank 1 has precision odd instead of \S+, device odd instead of "),
+    ("import torch; seed = torch.manual_seed; torch.manual_seed = lambda number: seed(number + 1)",
+     "the ranks have different weights: rank 1 has "),
     ("os.environ['LOCAL_RANK'] = '0'; os.chdir('node2')", "--train-data prose.txt: no such file"),
-], ids=["flags", "data", "devices", "missing"])
+], ids=["flags", "data", "devices", "weights", "missing"])
 def test_ranks_that_differ_leave_saying_why(tmp_path, text, difference, words):
     """Rank 1 is made to differ: in its flags, or as the first rank of a node with other files."""
     (tmp_path / "prose.txt").write_text(text.read_text())
@@ -437,8 +462,9 @@ def test_ranks_that_differ_leave_saying_why(tmp_path, text, difference, words):
     script.write_text(f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
                       f"if os.environ['RANK'] == '1': {difference}\n"
                       f"from train_ddp import DDPWorld\nfrom train import main\nmain(DDPWorld)\n")
-    run = zygote.run([*command(script, ranks=2), *TINY, "--train-data", "prose.txt"], tmp_path, environment())
-    assert run.returncode != 0 and words in run.stderr, run.stderr
+    flags = [*TINY, "--train-data", "prose.txt", "--optimizer", "muon"]
+    run = zygote.run([*command(script, ranks=2), *flags], tmp_path, environment())
+    assert run.returncode != 0 and re.search(words, run.stderr), run.stderr
     assert not (tmp_path / "checkpoints").exists()
 
 

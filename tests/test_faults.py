@@ -249,10 +249,11 @@ def test_too_many_bad_steps_in_a_row_halt_and_name_the_samples(trainer, text, ca
     assert (trainer.folder / "c.nonfinite.pt").exists() and not (trainer.folder / "c.best.pt").exists()
     assert "no checkpoint is from before step 0: start as before, with --overwrite and a lower --lr" in run.stderr
     run = subprocess.run([sys.executable, "-c", SMALL_FILES.format(root=str(ROOT)), "planted.py", *rest,
-                          "--checkpoint-path", "full.pt"],
+                          "--checkpoint-path", "full.pt", "--batch-size", "70"],
                          cwd=trainer.folder, env=environment(), capture_output=True, text=True)
     assert run.returncode == 1 and len(run.stderr.strip().splitlines()) == 1, run.stderr
-    assert "could not be saved (File too large)" in run.stderr and "read the training tokens from [" in run.stderr
+    assert "could not be saved (File too large)" in run.stderr
+    assert re.search(r"read the training tokens from \[\d+(, \d+){63}\] on", run.stderr), "70 would be a long line"
 
 
 @pytest.mark.parametrize(("ranks", "full"), [(None, 0), (2, 1)])
@@ -284,20 +285,20 @@ SIGNALLED = """
 import os, signal, sys; sys.path.insert(0, {root!r})
 import train
 
-fast = train.GPT.forward
+fast = train.{where}
 
-def forward(self, *batch):
-    train.GPT.forward = fast
+def signalled(*args):
+    train.{where} = fast
     os.kill(os.getpid(), signal.{name})
-    return fast(self, *batch)
+    return fast(*args)
 
-train.GPT.forward = forward
+train.{where} = signalled
 train.main()
 """
 
 
-@pytest.mark.parametrize("how", ["dry run", "to the cache"])
-def test_terminated_while_it_tokenizes_it_leaves_nothing(trainer, text, tmp_path, how):
+@pytest.mark.parametrize(("how", "signal_number"), [("dry run", signal.SIGTERM), ("to the cache", signal.SIGINT)])
+def test_ended_while_it_tokenizes_it_leaves_nothing(trainer, text, tmp_path, how, signal_number):
     (tmp_path / "large.txt").write_text(text.read_text() * 300)
     (scratch := tmp_path / "scratch").mkdir()
     flags = [*["--dry-run"] * (how == "dry run"), "--train-data", "large.txt", "--cache-dir", "made"]
@@ -305,14 +306,14 @@ def test_terminated_while_it_tokenizes_it_leaves_nothing(trainer, text, tmp_path
                                env=environment(TMPDIR=str(scratch)), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     drafts = (scratch, "mini-llm-*/*.draft/train.bin") if how == "dry run" else (tmp_path, "made/*.draft/train.bin")
     eventually(lambda: list(drafts[0].glob(drafts[1])), 60)
-    process.terminate()
-    assert (process.communicate(timeout=60)[1].count(b"\n"), process.returncode) == (0, 143)
+    process.send_signal(signal_number)
+    assert (process.communicate(timeout=60)[1].count(b"\n"), process.returncode) == (0, 128 + signal_number)
     assert not list(scratch.iterdir()) and sorted(os.listdir(tmp_path)) == ["large.txt", "scratch"]
 
 
-def signalled(trainer, name, *flags):
-    """train.py, which gets that signal in the pass before its first step."""
-    (trainer.folder / "signalled.py").write_text(SIGNALLED.format(root=str(ROOT), name=name))
+def signalled(trainer, name, *flags, where="GPT.forward"):
+    """train.py, which gets that signal in its first call of `where`: in the pass before its first step."""
+    (trainer.folder / "signalled.py").write_text(SIGNALLED.format(root=str(ROOT), name=name, where=where))
     return subprocess.run([sys.executable, "signalled.py", *trainer.arguments(flags)[2:]], cwd=trainer.folder,
                           env=environment(), capture_output=True, text=True, timeout=200)
 
@@ -322,6 +323,42 @@ def test_a_stop_before_the_first_step_replaces_nothing(trainer):
     before = {path.name: path.read_bytes() for path in trainer.folder.glob("c.*") if path.is_file()}
     assert signalled(trainer, "SIGTERM", "--num-steps", 10, "--overwrite").returncode == 143
     assert before == {path.name: path.read_bytes() for path in trainer.folder.glob("c.*") if path.is_file()}
+
+
+def test_a_run_that_is_asked_to_stop_in_its_last_step_is_finished(trainer):
+    run = signalled(trainer, "SIGTERM", "--num-steps", 1, where="set_lr")
+    assert run.returncode == 0 and "Training finished" in run.stdout and "stopped by" not in run.stdout, run.stderr
+    assert run.stderr.startswith("SIGTERM: saves and exits")
+
+
+# Prints what is asked of memory and disk before the first step.
+ROOM = """
+import sys; sys.path.insert(0, {root!r})
+import checkpoint, train
+
+def reserved(sizes, device, wrapped=train.hardware.reserved):
+    print("held", sum(sizes))
+    return wrapped(sizes, device)
+
+def require_space(cfg, n_bytes, n_steps, uploads, wrapped=checkpoint.require_space):
+    print("saved", n_bytes, n_steps, uploads)
+    wrapped(cfg, n_bytes, n_steps, uploads)
+
+train.hardware.reserved, checkpoint.require_space = reserved, require_space
+train.main()
+"""
+
+
+def test_room_for_optimizer_state_and_checkpoints_is_asked_for_before_the_first_step(trainer):
+    (trainer.folder / "room.py").write_text(ROOM.format(root=str(ROOT)))
+    args = [sys.executable, "room.py", *trainer.arguments([])[2:]]
+    first = zygote.run([*args, "--num-steps", 2], trainer.folder, environment())
+    again = zygote.run([*args, "--num-steps", 9, "--resume"], trainer.folder, environment())
+    saved = torch.load(trainer.folder / "c.pt", weights_only=True)
+    n = sum(tensor.nbytes for tensor in saved["model"].values())
+    asked = [re.findall("^(?:held|saved) .*", run.stdout, re.M) for run in (first, again)]
+    assert asked[0] == [f"saved {3 * n} 2 0", f"held {2 * n}"], first.stderr
+    assert asked[1] == [f"saved {3 * n} 7 0", "held 0"], "it is loaded"
 
 
 def test_a_tokenizer_that_cannot_be_written_replaces_no_run(trainer):
@@ -456,13 +493,13 @@ def test_copies_share_blocks_of_limited_size():
 HANGING = """
 import sys; sys.path.insert(0, {root!r})
 import time, train, watchdog
-watchdog.POLL, watchdog.LEAST, watchdog.FEW = 0.1, 1.0, 3
+watchdog.POLL, watchdog.LEAST, watchdog.FEW, watchdog.FIRST = 0.1, 1.0, 3, {first}
 calls = 0
 def hang(wrapped):
     def hanging_here(*args, **kwargs):
         global calls
         calls += 1
-        if calls == 12:
+        if calls == {call}:
             time.sleep(1000)
         return wrapped(*args, **kwargs)
     return hanging_here
@@ -471,9 +508,12 @@ train.main()
 """
 
 
-@pytest.mark.parametrize(("where", "what"), [("train.set_lr", "step"), ("train.evaluate", "eval")])
-def test_a_run_that_hangs_says_where_and_its_heartbeat_stops(trainer, where, what):
-    (trainer.folder / "hanging.py").write_text(HANGING.format(root=str(ROOT), where=where))
+@pytest.mark.parametrize(("where", "call", "what"), [
+    ("train.set_lr", 12, "step"), ("train.evaluate", 12, "eval"), ("train.hardware.to_device", 1, "step")],
+    ids=["step", "eval", "before the first step"])
+def test_a_run_that_hangs_says_where_and_its_heartbeat_stops(trainer, where, call, what):
+    first = 1.0 if call == 1 else 600.0
+    (trainer.folder / "hanging.py").write_text(HANGING.format(root=str(ROOT), where=where, call=call, first=first))
     flags = ["--num-steps", 30, "--log-steps", 2, "--eval-steps", 2, "--heartbeat-file", "beat"]
     _, _, *rest = trainer.arguments(flags)
     process = subprocess.Popen([sys.executable, "hanging.py", *rest], cwd=trainer.folder, env=environment(), text=True,
@@ -485,7 +525,7 @@ def test_a_run_that_hangs_says_where_and_its_heartbeat_stops(trainer, where, wha
         assert f"{what} after step" in line and "c.stacks.txt" in line
         assert "hanging_here" in (trainer.folder / "c.stacks.txt").read_text()
         beat = json.loads((trainer.folder / "beat").read_text())
-        assert beat["pid"] == process.pid and beat["doing"] == what and beat["step"] > 0
+        assert beat["pid"] == process.pid and beat["doing"] == what and (beat["step"] > 0) == (call > 1)
         age = os.stat(trainer.folder / "beat").st_mtime
         time.sleep(0.5)
         assert os.stat(trainer.folder / "beat").st_mtime == age

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -252,6 +253,14 @@ def test_a_rank_that_is_killed_ends_the_others_and_is_named(trainer):
     said = process.stdout.read()
     assert process.wait(timeout=200) != 0 and re.search(r"^error: rank 1 \(.*\) is gone at step \d+", said, re.M), said
     assert torch.load(trainer.folder / "c.pt", weights_only=True)["state"]["step"] >= 20
+
+
+def test_gradients_go_between_replicas_of_shards_once_a_step():
+    asked, world = [], FSDPWorld.__new__(FSDPWorld)
+    for last in False, True:
+        with world.grad_sync(SimpleNamespace(set_requires_all_reduce=asked.append), last):
+            assert asked[-1] is last
+    assert len(asked) == 2
 
 
 def test_optimizer_state_that_is_no_tensor_stays_as_it_is():

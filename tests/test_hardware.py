@@ -8,8 +8,9 @@ import torch
 from conftest import Clock
 
 import hardware
-from config import UserError
+from config import UserError, parse
 from hardware import Stopwatch, memory_metrics, peak_of
+from train import Config, World
 
 
 @pytest.mark.parametrize("name, peak", [
@@ -104,8 +105,9 @@ def test_what_metal_would_compute_wrongly_is_refused(monkeypatch):
     speed, metal = hardware.SpeedConfig(), torch.device("mps")
     hardware.configure(speed, metal, dropout=0.5)
     hardware.configure(speed, metal, recomputes=True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     with pytest.raises(UserError, match="^--dropout 0.5 --use-activation-checkpoint: .* leave one out, or take"):
-        hardware.configure(speed, metal, dropout=0.5, recomputes=True)
+        World(parse(Config, ["--device", "mps", "--dropout", "0.5", "--use-activation-checkpoint"]))
 
 
 def test_a_lack_of_memory_becomes_one_line_and_other_errors_stay_as_they_are():

@@ -160,6 +160,14 @@ def test_whatever_is_in_place_of_the_newest_the_one_before_ends_as_if_it_had_not
     assert equal(weights(folder / "c.pt"), weights(finished[0] / "c.pt")) and not (folder / "ran").exists()
 
 
+def test_a_dry_run_says_so_and_mends_nothing(run, again):
+    folder, flags = again
+    in_the_place_of(folder / "c.pt", "half")
+    before = (folder / "c.pt").read_bytes()
+    code, err, out = run(train, *flags, "--resume", "--dry-run")
+    assert code == 0 and "falling back to" in out and (folder / "c.pt").read_bytes() == before, out + err
+
+
 @pytest.mark.parametrize("kind", DAMAGED)
 def test_without_one_before_it_is_refused_and_left_as_it_is(run, again, kind):
     folder, flags = again
