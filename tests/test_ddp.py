@@ -278,6 +278,7 @@ def profiling(wanted, *rest):
 
 DDPWorld.wrap, hardware.seed_step, train.make_profiler = wrapping, seeding, profiling
 hardware.device_name = lambda _: "that of rank " + os.environ["RANK"]
+train.stop_when_orphaned = lambda launchers: note("launchers", launchers)
 os.dup2(os.open("notes." + os.environ["RANK"], os.O_WRONLY | os.O_CREAT), 3)
 train.main(DDPWorld)
 """
@@ -292,7 +293,7 @@ def test_gradients_go_over_the_wire_once_a_step_and_each_rank_has_randomness_of_
         notes = (trainer.folder / f"notes.{rank}").read_text().splitlines()
         assert notes.count(f"reduced {rank}") == 3 + 1  # one bucket holds this model; one pass comes before the steps
         assert [note for note in notes if note.startswith("seed")] == [f"seed {step} {rank}" for step in range(3)]
-        assert f"profiles {rank == 0}" in notes
+        assert f"profiles {rank == 0}" in notes and "launchers 1" in notes, "torchrun may be killed"
 
 
 def test_a_dry_run_of_ranks_leaves_no_tokens_behind(trainer, text):

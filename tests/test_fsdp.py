@@ -15,6 +15,9 @@ from test_ddp import EXACT, _at_step_30, _rank_process, close
 from test_train import same
 from torch.utils._pytree import tree_leaves
 
+import train_fsdp
+from config import parse
+from train import Config
 from train_fsdp import FSDPWorld
 
 full = pytest.mark.full
@@ -253,6 +256,18 @@ def test_a_rank_that_is_killed_ends_the_others_and_is_named(trainer):
     said = process.stdout.read()
     assert process.wait(timeout=200) != 0 and re.search(r"^error: rank 1 \(.*\) is gone at step \d+", said, re.M), said
     assert torch.load(trainer.folder / "c.pt", weights_only=True)["state"]["step"] >= 20
+
+
+def test_a_single_rank_holds_the_only_shard(monkeypatch):
+    """As where a job is tried on one GPU."""
+    def alone(world, cfg):
+        world.size, world.device, world.pulse = 1, torch.device("cpu"), SimpleNamespace(mesh=lambda *shape: shape)
+
+    monkeypatch.setattr(train_fsdp.DDPWorld, "__init__", alone)
+    monkeypatch.setattr(FSDPWorld, "require_same", lambda *_: None)
+    monkeypatch.setattr(train_fsdp, "keep_freed_memory", lambda up_to: None)
+    world = FSDPWorld(parse(Config, []))
+    assert (world.shards, world.mesh, world.replicas) == (1, ("cpu", 1), None)
 
 
 def test_gradients_go_between_replicas_of_shards_once_a_step():

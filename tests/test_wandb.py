@@ -31,7 +31,8 @@ def test_a_run_is_tracked_with_all_its_config_and_rows(trainer):
     assert not [path for path in temporary.iterdir() if not path.name.startswith("torchinductor")]
     (tracked,) = run_files(trainer.folder)
     assert (tracked.project, tracked.name, tracked.group, tracked.exit_code) == ("mini-llm", "named", "g", 0)
-    expected = dict(d_model=32, lr=1e-3, world_size=1, rank=0, wandb_tags=["a", "b"], device=tracked.config["device"])
+    expected = dict(d_model=32, lr=1e-3, world_size=1, rank=0, wandb_tags=["a", "b"], device=tracked.config["device"],
+                    accum_steps=1, n_params=sum(weight.numel() for weight in run.weights().values()))
     assert expected.items() <= tracked.config.items()
     assert sys.version.startswith(tracked.config["version/python"])
     assert "train.py" in tracked.config["command"] and torch.__version__.startswith(tracked.config["version/torch"])
