@@ -434,7 +434,7 @@ def _plain_flags(word, fields):
         return [word]
     name, equals, value = word[2:].partition("=")
     name = name.replace("-", "_")
-    no = "no_" if name.startswith("no_") and name not in fields else ""
+    no = "no_" if name.startswith("no_") else ""
     kind = fields[name.removeprefix(no)].kind if name.removeprefix(no) in fields else None
     if kind and _base_type(kind) is bool and value.lower() in ("true", "false"):
         on = (value.lower() == "true") is not bool(no)

@@ -1,4 +1,6 @@
+import argparse
 import math
+import os
 import re
 import resource
 import subprocess
@@ -8,10 +10,24 @@ from dataclasses import dataclass, field
 import pytest
 from conftest import ROOT, environment
 
-from config import LAUNCH_FLAGS, UserError, arg, flag, flag_fields, flatten, one_line_errors, parse, refuse_unknown
+from config import (
+    LAUNCH_FLAGS,
+    UserError,
+    arg,
+    first_line,
+    flag,
+    flag_fields,
+    flatten,
+    one_line_errors,
+    parse,
+    positive,
+    refuse_unknown,
+    switched_on,
+)
 from data import BatchConfig
 from files import without_infinity
 from optim import OptimConfig
+from prepare import Preparation
 from train import Config
 
 
@@ -47,10 +63,11 @@ class Car:
 
 
 def test_defaults_then_toml_then_flags(tmp_path):
-    file = tmp_path / "car.toml"
+    file = tmp_path / "car.config.toml"  # the name of a run's own, which has its path: this program has none
     file.write_text('stops = ["a", "b"]\n[engine]\ncylinders = 6\npower = 3\nidle-speed = 700\n')
     car = parse(Car, ["--config", str(file), "--cylinders", "8"])
     assert car.engine == Engine(cylinders=8, power=3.0, idle_speed=700)
+    assert car.given == {"stops", "cylinders", "power", "idle_speed"}
     assert car.trip.stops == ["a", "b"]
     assert parse(Car, ["--config", str(file), "--stops", "c", "--stops", "d", "e"]).trip.stops == ["c", "d", "e"]
     assert parse(Car, []) == Car()
@@ -76,6 +93,9 @@ def test_of_two_ways_to_say_the_same_the_later_source_decides(tmp_path):
         assert (trip.days, trip.weeks) == (days, weeks), argv
     with pytest.raises(UserError, match="^--days and --weeks: one decides the other; give one of them$"):
         parse(Car, ["--weeks", "3", "--days", "1"])
+    other.write_text("weeks = 2\ndays = 1\n")
+    with pytest.raises(UserError, match=r"^--config \S+d\.toml: --days and --weeks: one decides the other"):
+        parse(Car, ["--config", str(other)])
 
 
 def test_a_length_in_epochs_or_tokens_is_one_in_whole_steps():
@@ -94,19 +114,35 @@ def test_a_runs_own_config_is_of_that_run_after_a_recipe_too(tmp_path):
     assert cfg.checkpoint.checkpoint_path == str(tmp_path / "c.pt") and cfg.batch.grad_accum_steps == 2
 
 
+BUFFERED = os.environ | {"PYTHONUNBUFFERED": ""}  # so that what is printed may be written at the end only
+
+
 @pytest.mark.parametrize("lines", [1, 100_000], ids=["at its end", "midway"])
 def test_a_command_whose_reader_leaves_ends_without_a_word(lines):
     code = f"from config import one_line_errors\nwith one_line_errors():\n    print('word\\n' * {lines}, end='')"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env=BUFFERED)
     process.stdout.close()
     assert (process.stderr.read(), process.wait(60)) == (b"", 1)
 
 
-def test_output_to_a_full_disk_is_one_line():
-    code = "from config import one_line_errors\nwith one_line_errors():\n    print('word')"
+@pytest.mark.parametrize(("last", "code", "said"), [
+    ("print('word')", 2, ["error: the output: No space left on device; make room there"]),
+    ("raise OSError(27, 'File too large', 'a.html')", 2, ["error: a.html: File too large; make room there"]),
+    ("raise OSError(5, 'Input/output error')", 1, ["OSError: [Errno 5] Input/output error"]),
+    ("raise KeyboardInterrupt", 130, []), ("import os; os.kill(os.getpid(), 15); print()", 143, [])], ids=str)
+def test_a_command_ends_in_one_line_or_none_where_it_is_known_why(last, code, said):
+    program = f"from config import one_line_errors\nwith one_line_errors():\n    {last}"
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert (done.returncode, done.stderr) == (2, "error: the output: No space left on device; make room there\n")
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True,
+                              env=BUFFERED)
+    lines = done.stderr.splitlines()
+    assert done.returncode == code and (lines[-1:] if code == 1 else lines) == said, done.stderr
+
+
+def test_an_error_is_quoted_by_its_first_line():
+    assert first_line(RuntimeError("\none\ntwo")) == "one" and first_line(ValueError()) == "ValueError"
+    assert first_line(RuntimeError("x" * 9999)) == "x" * 200
 
 
 def test_launch_flags_are_flags():
@@ -125,7 +161,29 @@ def test_flags_of_every_kind():
     assert car.engine == Engine(turbo=True, heated=False, idle_speed=5)
     assert car.trip == Trip(stops=["x", "y"], resume="latest")
     assert parse(Car, ["--resume", "auto"]).trip.resume == "auto"
+    Trip().stops.append("z")
+    assert Trip().stops == [], "a list of its own"
     assert flatten(car)["idle_speed"] == 5
+
+
+def test_variables_are_switched_on_by_any_word_for_yes(monkeypatch):
+    for word, on in {"1": True, "True": True, "YES": True, "on": True, "": False, "0": False, "off": False}.items():
+        monkeypatch.setenv("A_SWITCH", word)
+        assert switched_on("A_SWITCH") is on, word
+    monkeypatch.delenv("A_SWITCH")
+    assert not switched_on("A_SWITCH")
+
+
+def test_what_there_must_be_one_of_is_counted_from_one():
+    assert positive("1") == 1
+    for text in ("0", "-1", "1.5", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="at least 1"):
+            positive(text)
+
+
+def test_a_program_may_refuse_its_settings_as_a_whole():
+    with pytest.raises(UserError, match="^--dry-run: this only tokenizes"):
+        parse(Preparation, ["--dry-run"])
 
 
 def test_a_value_with_underscores_is_left_alone():
@@ -134,6 +192,7 @@ def test_a_value_with_underscores_is_left_alone():
 
 @pytest.mark.parametrize("argv, words", [
     (["--cylindres", "4"], ["--cylindres", "did you mean --cylinders?"]),
+    (["--cyl", "4"], ["--cyl is not known"]),
     (["--cylinders", "four"], ["--cylinders four", "a whole number", "4"]),
     (["--cylinders", "2.5"], ["--cylinders 2.5", "a whole number"]),
     (["--cylinders", "9" * 400], ["a whole number"]),
@@ -197,7 +256,8 @@ def test_every_recipe_is_valid(file):
 @pytest.mark.parametrize("word, expected", [
     ("--cylinders=8", dict(cylinders=8)), ("--turbo=True", dict(turbo=True)), ("--no_turbo=True", dict(turbo=False)),
     ("--no-turbo=False", dict(turbo=True)), ("--idle_speed=None", dict(idle_speed=None)),
-    ("--stops=['a b', 'c']", dict(stops=["a b", "c"])), ("--stops=[a", dict(stops=["[a"]))])
+    ("--stops=['a b', 'c']", dict(stops=["a b", "c"])), ("--stops=[a", dict(stops=["[a"])),
+    ("--stops=None", dict(stops=["None"])), ("--stops=7", dict(stops=["7"]))])
 def test_values_as_a_sweep_writes_them(word, expected):
     assert expected.items() <= flatten(parse(Car, [word])).items()
 

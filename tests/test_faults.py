@@ -83,10 +83,15 @@ def test_a_disk_that_something_else_fills_costs_no_row_and_no_bit(trainer):
 
 
 def test_only_a_last_checkpoint_that_cannot_be_written_fails_the_run(trainer):
-    run = subprocess.run(on_a_full_disk(trainer, "--num-steps", 20, "--save-steps", 5), cwd=trainer.folder,
-                         env=environment(), capture_output=True, text=True)
-    assert run.returncode == 1 and "step 20 could not be saved" in run.stderr and "Traceback" not in run.stderr
+    flags = ["--num-steps", 200, "--save-steps", 100, "--async-save", "--log-steps", 5, "--eval-steps", 0,
+             "--max-tokens", 20_000]  # so that its tokens may be written
+    run = subprocess.run(on_a_full_disk(trainer, *flags), cwd=trainer.folder, env=environment(), capture_output=True,
+                         text=True)
+    assert run.returncode == 1 and "step 200 could not be saved" in run.stderr and "Traceback" not in run.stderr
     assert len(run.stderr.strip().splitlines()) == 1 and not (trainer.folder / "c.pt").exists()
+    records = map(json.loads, (trainer.folder / "c.metrics.jsonl").read_text().splitlines())
+    alerts = {record["title"]: record["step"] for record in records if record.get("event") == "alert"}
+    assert 100 < alerts["not saved"] < 200 == alerts["stopped by NotSaved"], "told at the next report"
 
 
 def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path, monkeypatch):
