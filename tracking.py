@@ -31,7 +31,6 @@ DRAWN = {"train loss": "train/loss", "val loss": "val/loss", "grad norm": "train
          "tok/s": "global_tokens_per_sec"}
 # Flags that .config.toml is without: the next start has its own, and may find the run in another folder.
 NOT_KEPT = ("resume", "overwrite", "dry_run", "wandb_run_id", "checkpoint_path")
-FORMATTER = logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S")
 
 log = logging.getLogger("mini_llm")
 
@@ -74,14 +73,24 @@ def setup_logging(is_main):
     """Send all modules' messages to stdout, from the main rank only, without disturbing the progress bar. They are also
     buffered for the log file, which is opened only once it is known that there is something to train."""
     sys.stdout.reconfigure(errors="replace")  # a sample may contain characters that this terminal cannot encode
-    log.handlers, log.propagate = [_ConsoleHandler(), MemoryHandler(1000, flushLevel=logging.CRITICAL)], False
+    console = _ConsoleHandler()
+    console.setFormatter(_Formatter())
+    log.handlers, log.propagate = [console, MemoryHandler(1000, flushLevel=logging.CRITICAL)], False
     log.setLevel(logging.INFO if is_main else logging.CRITICAL + 1)
+
+
+class _Formatter(logging.Formatter):
+    """Warnings and errors say that they are: a long log is searched for them."""
+
+    def format(self, record):
+        label = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        return f"[{self.formatTime(record, '%Y-%m-%d %H:%M:%S')}] {label}{record.getMessage()}"
 
 
 class _ConsoleHandler(logging.Handler):
     def emit(self, record):
         with contextlib.suppress(OSError):  # a full disk, closed pipe or lost terminal must not end the run
-            ProgressBar.write(FORMATTER.format(record), file=sys.stdout)
+            ProgressBar.write(self.format(record), file=sys.stdout)
             sys.stdout.flush()
 
 
@@ -196,7 +205,7 @@ class Tracker:
         console, toml = None, to_toml(cfg, without=NOT_KEPT)
         if self.is_main:
             self.file = _LogFile(self.beside(".log"), mode="a" if step else "w", encoding="utf-8")
-            self.file.setFormatter(FORMATTER)
+            self.file.setFormatter(_Formatter())
             console = str(self.beside(".log")), self.beside(".log").stat().st_size
             for early in [handler for handler in log.handlers if isinstance(handler, MemoryHandler)]:
                 early.setTarget(self.file)
@@ -229,7 +238,7 @@ class Tracker:
                     traceback.print_exception(error, file=self.file.stream)
             known = [file for file in map(self.beside, (".pt", ".best.pt")) if file.exists()]
             if known and not issubclass(kind, NonFinite):  # which says from where to go on
-                log.error("the last checkpoint is %s: --resume goes on from it", known[0])
+                log.info("the last checkpoint is %s: --resume goes on from it", known[0])
             self.alert(f"stopped by {kind.__name__}", str(error))
         self._record(self.state.step, event="exit", code=self.exit_code)
         for sink in self.sinks:

@@ -104,6 +104,7 @@ def test_a_log_that_the_disk_cannot_take_ends_no_run_that_is_done(tmp_path):
 def test_an_error_is_one_alert_of_all_ranks_and_names_the_checkpoint_to_go_on_from(
         tmp_path, caplog, is_main, error, events, code):
     (tmp_path / ".best.pt").touch()
+    caplog.set_level("INFO", "mini_llm")
     records, tracker = [], Tracker.__new__(Tracker)
     tracker.bar, tracker.file, tracker.beside = SimpleNamespace(close=int), None, lambda suffix: tmp_path / suffix
     tracker.sinks = [SimpleNamespace(log=lambda step, record, to=records: to.append(record), close=int)]

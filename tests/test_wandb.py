@@ -242,7 +242,7 @@ def test_nothing_of_wandb_is_imported_without_the_flag():
 
 def test_flags_of_wandb_that_track_nothing_are_told(trainer):
     run = trainer("--dry-run", "--wandb-project", "mine")
-    assert run.code == 0 and "not tracked by W&B" in run.out
+    assert run.code == 0 and "] warning: not tracked by W&B" in run.out
     assert "not tracked" not in trainer("--dry-run").out
 
 
