@@ -340,9 +340,9 @@ class Publisher:
         return not self.run.offline and bool(self.waiting or self.uploading and self.uploading.is_alive())
 
     def upload_waiting(self, last=False):
-        """Upload the waiting checkpoints, one at a time, and delete their files; after the `last`, wait. Unless
-        the policy is `all`, only the newest is uploaded. Offline, they are kept with the run for `wandb sync`: unless
-        `all`, only the run's last."""
+        """Upload the waiting checkpoints, one at a time, in the background or, after the `last` one, before this
+        returns, and delete their files. Unless the policy is `all`, only the newest is uploaded. Offline, they are kept
+        with the run for `wandb sync`: unless `all`, only the run's last."""
         if self.job.policy != "all":
             for superseded in self.waiting[:-1]:
                 Path(superseded["path"]).unlink(missing_ok=True)

@@ -305,7 +305,7 @@ class Job:
     init: dict  # arguments for wandb.init: project, entity, id, name, group, …
     config: dict
     mode: str = "online"
-    live: bool = True  # training is in progress; else nothing is recorded of the machine that sends, nor offline
+    live: bool = True  # training is in progress; else the sending machine is not recorded, and no run offline
     shared: bool = False
     primary: bool = True
     label: str = ""
