@@ -236,6 +236,16 @@ def test_checkpoints_that_newer_ones_have_overtaken_are_not_uploaded_unless_all_
     assert [file for file in files if file.exists()] == left
 
 
+def test_at_the_end_all_that_wait_are_uploaded_one_after_another(monkeypatch):
+    publisher, uploaded = Publisher(SimpleNamespace(offline=False), Job({}, {}, policy="all"), None), []
+    monkeypatch.setattr(publisher, "_upload", lambda step, **_: (time.sleep(0.3 / step), uploaded.append(step)))
+    publisher.publish(json.dumps(dict(step=step, time=1.0, event="checkpoint", path="", best=False))
+                      for step in (1, 2, 3))
+    assert uploaded == [] and publisher.is_uploading(), "the first is under way, in the background"
+    publisher.upload_waiting(last=True)
+    assert uploaded == [1, 2, 3]
+
+
 def test_what_a_shared_run_lacks_is_not_guessed(tmp_path):
     """The last of its rows may be another rank's."""
     (rows := tmp_path / "m.jsonl").write_text('{"step": 10, "time": 9.0, "x": 1}\n')
