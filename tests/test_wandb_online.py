@@ -262,7 +262,9 @@ def test_the_wait_for_wandb_at_the_end_is_told_and_ctrl_c_ends_it(trainer, serve
     told = next(line for line in process.stdout if "waiting" in line)
     assert re.search(r"waiting up to 58 s for W&B; Ctrl-C leaves the rest for later: python .*sync c\.pt", told)
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=20)[0] == "" and process.returncode == 130
+    rest = process.communicate(timeout=20)[0]
+    assert re.fullmatch(r"(.* wandb: run .*\n)?", rest), "on a slow machine W&B is up only now"
+    assert process.returncode == 130
     server.heal()
     eventually(lambda: only_run(server).state == "finished", 60)
 
