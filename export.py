@@ -101,7 +101,7 @@ def _write_tokenizer(source, tokenizer, length, draft):
     """A copy of the tokenizer's folder, with what other programs require of it."""
     for file in filter(Path.is_file, source.iterdir()):
         shutil.copy(file, draft)
-    if tokenizer.encode("a").ids != tokenizer.encode("a", add_special_tokens=False).ids:
+    if tokenizer.encode("").ids != tokenizer.encode("", add_special_tokens=False).ids:
         tokenizer.post_processor = None  # it adds special tokens that training did not
         (draft / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")
     path = draft / "tokenizer_config.json"

@@ -207,3 +207,16 @@ def test_the_exported_tokenizer_puts_nothing_around_a_text(tuned, tmp_path):
     assert tokenizer.encode(PROMPT).ids == [256, *bare]
     export.export(tmp_path / "c.pt", str(tmp_path / "hf"))
     assert AutoTokenizer.from_pretrained(tmp_path / "hf")(PROMPT)["input_ids"] == bare
+
+
+def test_a_tokenizer_that_does_not_encode_every_text_is_exported(tuned, tmp_path):
+    """Of words, say: it raises an error for one that it does not know."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    shutil.copy(tuned["qwen3"][1].checkpoint, tmp_path / "c.pt")
+    shutil.copytree(tuned["qwen3"][1].checkpoint.with_suffix(".tokenizer"), tmp_path / "c.tokenizer")
+    words = Tokenizer(models.WordLevel({"the": 0, "king": 1}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "c.tokenizer" / "tokenizer.json"))
+    export.export(tmp_path / "c.pt", str(tmp_path / "hf"))
+    assert Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json")).encode("the king").ids == [0, 1]
