@@ -18,8 +18,10 @@ from config import (
     flag,
     flag_fields,
     flatten,
+    is_launch_flag,
     one_line_errors,
     parse,
+    part_of,
     positive,
     refuse_unknown,
     switched_on,
@@ -147,6 +149,7 @@ def test_an_error_is_quoted_by_its_first_line():
 
 def test_launch_flags_are_flags():
     assert flatten(Config()).keys() >= LAUNCH_FLAGS
+    assert is_launch_flag("resume") and is_launch_flag("wandb_notes") and not is_launch_flag("lr")
 
 
 def test_what_json_has_no_number_for_is_null():
@@ -164,6 +167,7 @@ def test_flags_of_every_kind():
     Trip().stops.append("z")
     assert Trip().stops == [], "a list of its own"
     assert flatten(car)["idle_speed"] == 5
+    assert part_of(Engine, dict(cylinders=8, days=2)) == Engine(cylinders=8), "as of a checkpoint before or after them"
 
 
 def test_variables_are_switched_on_by_any_word_for_yes(monkeypatch):
