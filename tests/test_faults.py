@@ -308,7 +308,9 @@ def test_ended_while_it_tokenizes_it_leaves_nothing(trainer, text, tmp_path, how
     (scratch := tmp_path / "scratch").mkdir()
     flags = [*["--dry-run"] * (how == "dry run"), "--train-data", "large.txt", "--cache-dir", "made"]
     process = subprocess.Popen([*command("train.py"), *TINY, *flags, "--checkpoint-path", "d.pt"], cwd=tmp_path,
-                               env=environment(TMPDIR=str(scratch)), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                               env=environment(TMPDIR=str(scratch)), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               # A shell starts what is to run in its background with Ctrl-C ignored.
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     drafts = (scratch, "mini-llm-*/*.draft/train.bin") if how == "dry run" else (tmp_path, "made/*.draft/train.bin")
     eventually(lambda: list(drafts[0].glob(drafts[1])), 60)
     process.send_signal(signal_number)
