@@ -519,7 +519,7 @@ train.main()
     ("train.set_lr", 12, "step"), ("train.evaluate", 12, "eval"), ("train.hardware.to_device", 1, "step")],
     ids=["step", "eval", "before the first step"])
 def test_a_run_that_hangs_says_where_and_its_heartbeat_stops(trainer, where, call, what):
-    first = 1.0 if call == 1 else 600.0
+    first = 2.0 if call == 1 else 600.0
     (trainer.folder / "hanging.py").write_text(HANGING.format(root=str(ROOT), where=where, call=call, first=first))
     flags = ["--num-steps", 30, "--log-steps", 2, "--eval-steps", 2, "--heartbeat-file", "beat"]
     _, _, *rest = trainer.arguments(flags)
