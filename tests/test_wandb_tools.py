@@ -17,8 +17,8 @@ import wandb_tools
 from config import UserError
 from processes import only_one
 from wandb_errors import with_advice
-from wandb_runs import ENVIRONMENT, WandbConfig
-from wandb_tools import fetch, forget_environment, history, lacking, memories, offline_folders, renamed, target_of
+from wandb_runs import ENVIRONMENT, WandbConfig, run_path
+from wandb_tools import fetch, forget_environment, history, lacking, memories, offline_folders, renamed
 
 TOOLS = [sys.executable, str(ROOT / "wandb_tools.py")]
 FAILING = {  # what fails, and how → the step that says so, and what to do
@@ -317,7 +317,7 @@ def test_what_the_ranks_know_of_their_runs_is_read_from_the_first_on(tmp_path):
         leave(tmp_path, f"c{tag}", "one", [])
     found = memories(tmp_path / "c.pt")
     assert [file.name for file, _ in found] == ["c.wandb.json", "c.rank2.wandb.json", "c.rank10.wandb.json"]
-    assert target_of(dict(init=dict(entity="team", project="p", id="one")), None) == "team/p/one"
+    assert run_path(dict(entity="team", project="p", id="one"), None) == "team/p/one"
     (tmp_path / "c.rank2.wandb.json").write_text("{")
     with pytest.raises(UserError, match="c.rank2.wandb.json: damaged; restore it"):
         memories(tmp_path / "c.pt")
