@@ -18,7 +18,7 @@ import files
 import saver
 from archive import DamagedCheckpoint, load, save
 from checkpoint import CheckpointConfig, State, load_latest, plan
-from config import UserError
+from config import UserError, parse
 from saver import Saver, save_run
 from train import Config, World
 
@@ -599,6 +599,16 @@ def test_a_checkpoint_that_came_while_this_run_tokenized_is_not_written_over(tmp
     save_run(cfg, whole(5), 5, latest=True, best=False)
     with pytest.raises(UserError, match="another run writes there"):
         checkpoint.claim(Config(checkpoint=cfg), None, 1, 0)
+    (tmp_path / "file").touch()  # where its folder would be made
+    with pytest.raises(UserError, match="file/c.pt: .*; give another path"):
+        checkpoint.claim(Config(checkpoint=config(tmp_path / "file")), None, 1, 0)
+
+
+def test_a_flag_that_says_the_default_is_no_difference():
+    def identity(*flags):
+        return checkpoint.identity_of_flags(parse(Config, ["--arch", "qwen3", *flags]), 8)
+
+    assert identity() == identity("--rope-theta", "1e6") != identity("--rope-theta", "5e5")
 
 
 def test_where_the_newest_are_damaged_the_error_names_one_that_is_whole(tmp_path):

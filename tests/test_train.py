@@ -640,6 +640,7 @@ WRONG = {
     "checkpoint path is a folder": (["--checkpoint-path", "sealed"], ["sealed", "is a folder"]),
     "checkpoint path below a file": (["--checkpoint-path", "file/c.pt"], ["--checkpoint-path", "cannot be written"]),
     "checkpoint path not writable": (["--checkpoint-path", "/proc/c.pt"], ["--checkpoint-path", "cannot be written"]),
+    "checkpoint path too long": (["--checkpoint-path", "c" * 235 + ".pt"], ["cannot be written (File name too long)"]),
     "cache not writable": (["--cache-dir", "/proc/cache"], ["--cache-dir"]),
     "vocabulary below the tokenizer's": (["--vocab-size", "100"], ["--vocab-size 100", "leave it out"]),
     "vocabulary below the bytes": (["--tokenizer-name", "bpe", "--vocab-size", "100"], ["--vocab-size 100", "257"]),
