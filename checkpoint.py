@@ -241,7 +241,7 @@ def load_for_resume(path, cfg, identity, config, mends=True):
     _require_same_run(source, payload, only_there | identity, config)
     flags = payload["config"]
     for name, value in config.items():
-        compared = not is_launch_flag(name) and name not in ("init_from", "grad_accum_steps")  # by what comes of them
+        compared = not is_launch_flag(name) and name != "grad_accum_steps"  # the step's sequences are compared
         if compared and flags.get(name, value) != value:
             log.info("resumed with another %s: was %s, is %s", flag(name), flags[name], value)
     if source != path and mends:

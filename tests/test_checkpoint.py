@@ -285,7 +285,7 @@ def test_a_checkpoint_that_is_older_than_a_flag_goes_on(tmp_path):
     save(tmp_path / "c.pt", whole(1) | {"identity": {"--arch": "llama"}})
     identity = {"--arch": "llama", "--rope-theta": 0.0}
     newer = identity | {"--window": None, "--scaled": False}  # flags that it did not have, unset
-    assert checkpoint.load_for_resume(tmp_path / "c.pt", config(tmp_path), newer, {})["step"] == 1
+    assert checkpoint.load_for_resume(tmp_path / "c.pt", config(tmp_path), newer, {"window": 5})["step"] == 1
     with pytest.raises(UserError, match="--rope-theta was None, is 5e5"):
         checkpoint.load_for_resume(tmp_path / "c.pt", config(tmp_path), identity | {"--rope-theta": "5e5"}, {})
 

@@ -94,6 +94,7 @@ def test_the_loss_reported_is_the_loss_computed(trainer, text, cache):
     flags += ["--batch-size", 2, "--grad-accum-steps", 4]
     on = trainer(*flags, "--num-steps", 5, "--resume", "c.step-00000004.pt", checkpoint="on.pt")
     assert on.rows[5]["train/loss"] == pytest.approx(sum(losses[3:5]) / 2, abs=1e-5)
+    assert "another --batch-size: was 4, is 2" in on.out and "--grad-accum-steps: " not in on.out
     on = trainer(*flags, "--num-steps", 6, "--log-steps", 2, "--resume", checkpoint="on.pt")
     assert on.rows[6]["train/loss"] == pytest.approx(losses[5], abs=1e-5)
 
@@ -293,6 +294,7 @@ def test_another_optimizer_is_another_run(trainer, before, now):
     trainer("--num-steps", 5, "--optimizer", before)
     again = trainer("--num-steps", 8, "--resume", "--optimizer", now)
     assert again.code == 2 and f"--optimizer was {before}, is {now}" in again.err and again.err.count("\n") == 1
+    assert "--init-from c.pt with another --checkpoint-path" in again.err, "without its --keep-optimizer"
 
 
 def test_decay_and_betas_of_a_resumed_run_are_the_flags(trainer):
