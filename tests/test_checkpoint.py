@@ -290,6 +290,13 @@ def test_a_checkpoint_that_is_older_than_a_flag_goes_on(tmp_path):
         checkpoint.load_for_resume(tmp_path / "c.pt", config(tmp_path), identity | {"--rope-theta": "5e5"}, {})
 
 
+def test_other_data_may_be_trained_on_with_the_weights_and_the_optimizers_state(tmp_path):
+    was, now = ({"--arch": "llama", "the training data": data} for data in "ab")
+    save(tmp_path / "c.pt", whole(1) | {"identity": was})
+    with pytest.raises(UserError, match=r"the training data is another; .* new run: --init-from \S+ --keep-optimizer"):
+        checkpoint.load_for_resume(tmp_path / "c.pt", config(tmp_path), now, {})
+
+
 def test_a_checkpoint_with_a_flag_that_this_code_lacks_goes_on_if_it_is_unset(tmp_path):
     save(tmp_path / "c.pt", whole(1) | {"identity": {"--arch": "llama", "--scaled": False, "--window": 8}})
     with pytest.raises(UserError, match="another run: --window was 8, is None;"):
@@ -441,6 +448,20 @@ def test_a_resumed_run_knows_its_least_loss():
     saved = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), state=dict(step=5, best_val=1.5))
     restored = checkpoint.restore(saved, dict(model=model, optimizer=optimizer), True, World.__new__(World))
     assert restored.best_val == 1.5
+
+
+@pytest.mark.parametrize("error, raised", [(torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
+                                           (KeyError("norms"), UserError)])
+def test_a_checkpoint_that_does_not_fit_into_memory_is_not_called_another_runs(error, raised):
+    class Part:
+        def load_state_dict(self, state):
+            raise error
+
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters())
+    saved = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), state={}, guard=dict(norms=1))
+    with pytest.raises(raised, match="out of memory" if raised is not UserError else "not those of this run"):
+        checkpoint.restore(saved, dict(model=model, optimizer=optimizer, guard=Part()), True, World.__new__(World))
 
 
 def test_no_parameter_gets_the_moments_of_another():
