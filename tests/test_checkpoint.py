@@ -608,6 +608,8 @@ def test_a_branch_begins_without_the_history_of_the_run_that_was_there(tmp_path)
     (tmp_path / "a.metrics.jsonl").write_text('{"step": 3}\n')
     (tmp_path / "a.log").write_text("of the run that was there\n")
     (tmp_path / "a.tensorboard").mkdir()
+    for name in ("a.upload-3.pt", "a.upload-5.best.pt", "a.rank1.upload-5.pt"):  # which it could not send
+        (tmp_path / name).touch()
     cfg = CheckpointConfig(str(tmp_path / "a.pt"), resume=str(tmp_path / "b.pt"), overwrite=True, keep_last=1)
     checkpoint.begin(cfg, tmp_path / "b.pt", State(step=5), EVAL_TOKENS)
     # Nor is the source's checkpoint put there: a kill before the first save would leave one of the source's W&B run.
