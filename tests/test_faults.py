@@ -102,6 +102,12 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path, monkeypatc
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "c.pt").write_bytes(bytes(100))
     checkpoint.require_space(cfg, 1_000, n_steps=1_000)  # what is there already counts
+    os.link(tmp_path / "new" / "c.pt", tmp_path / "new" / "c.prev.pt")  # once
+    (tmp_path / "new" / "c.metrics.jsonl").write_bytes(b"x")  # of which a resume makes a copy
+    with pytest.raises(UserError, match="4 checkpoints of 1e-06 GB need 1e-09 GB more"):
+        checkpoint.require_space(cfg, 1_000, n_steps=1_000)
+    (tmp_path / "new" / "c.pt.tmp").write_bytes(b"x")  # left by a kill, to be removed
+    checkpoint.require_space(cfg, 1_000, n_steps=1_000)
     every = dataclasses.replace(cfg, checkpoint_path=str(tmp_path / "other.pt"), keep_last=10**6)
     checkpoint.require_space(every, 1_000, n_steps=250)  # one save in all
     (tmp_path / "other.kept-00000050.pt").write_bytes(bytes(100_000))  # stays
