@@ -97,8 +97,8 @@ def encode(tokenizer, texts):
     try:
         return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     except Exception as error:  # tokenizers raises bare Exception
-        raise UserError(f"--tokenizer-name: cannot encode this text ({error}); take a tokenizer that encodes any "
-                        f"text, such as bpe, byte or gpt2") from None
+        raise UserError(f"the tokenizer cannot encode this text ({error}); train with one that encodes any text, such "
+                        f"as --tokenizer-name bpe, byte or gpt2") from None
 
 
 def end_of_text(tokenizer, name):
