@@ -333,18 +333,19 @@ def _tokenize(cfg, stream, tokenizer, eos, writers, bar, done, draft):
 def require_sequences(cfg, meta):
     """Raises UserError if there is less than one sequence to train on, to validate on, or in a source that has samples
     or a loss of its own."""
-    for split, given, apart in ("train", cfg.train_data, cfg.train_weights), ("val", cfg.val_data, cfg.val_data):
+    train, held_out = ("--train-data", cfg.train_data), not (cfg.val_data or cfg.is_shards)
+    val = ("--val-data", cfg.val_data) if cfg.val_data else train
+    for split, (flag, given), apart in ("train", train, cfg.train_weights), ("val", val, cfg.val_data):
         spans = apart and meta[f"{split}_sources"] or {"": [0, meta["tokens"][split]]}
         paths = given if len(given) == len(spans) else spans  # of a folder of shards, only the names are known
         for path, (_, count) in zip(paths, spans.values(), strict=True):
             if count < cfg.seq_len + 1:
-                advice = ", or a larger --max-tokens" if split == "train" and cfg.max_tokens else ""
-                if not cfg.val_data:
+                advice = ", or a larger --max-tokens" if cfg.max_tokens and (split == "train" or held_out) else ""
+                if held_out:
                     advice += (", or a larger --val-ratio, or --val-data" if split == "val" else
                                ", or --val-data, if validation has taken it" if apart else "")
-                raise UserError(f"--{split}-data{path and f' {path}'}: {count:,} {split} tokens are fewer than one "
-                                f"sequence of --seq-len {cfg.seq_len} + 1; give more text or a smaller "
-                                f"--seq-len{advice}")
+                raise UserError(f"{flag}{path and f' {path}'}: {count:,} {split} tokens are fewer than one sequence of "
+                                f"--seq-len {cfg.seq_len} + 1; give more text or a smaller --seq-len{advice}")
 
 
 def _trained_tokenizer(name, stream, vocab_size):

@@ -937,13 +937,19 @@ def test_text_that_cannot_be_used_leaves_no_cache(tmp_path, text):
     with pytest.raises(UserError, match="fewer than one sequence"):
         prepare(config(tmp_path / "short.txt", tmp_path / "cache"))
     (tmp_path / "short.txt").write_text("long enough for training alone, with a tail of a word")
-    with pytest.raises(UserError, match="val tokens are fewer than one sequence .*or a larger --val-ratio"):
+    held_out = r"--train-data .*/short\.txt: \d+ val tokens are fewer than one sequence .*or a larger --val-ratio"
+    with pytest.raises(UserError, match=held_out):  # no --val-data was given, to be named
         prepare(config(tmp_path / "short.txt", tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"--seq-len, or a larger --max-tokens, or a larger --val-ratio"):
+        prepare(config(text, tmp_path / "cache", max_tokens=100))
     weighted = config(None, tmp_path / "cache", train_data=[str(text), str(tmp_path / "short.txt")],
                       train_weights=[1, 1], seq_len=50)
     with pytest.raises(UserError, match=r"--train-data .*/short\.txt: 48 train .* if validation has taken it"):
         prepare(weighted)
     assert not (tmp_path / "cache").exists()
+    shards = prepare(config(text, tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"--train-data .*/cache/\w+: [\d,]+ val .* smaller --seq-len$"):
+        Corpus(DataConfig(train_data=[str(shards)], seq_len=read_meta(shards)["tokens"]["val"]))
 
 
 @pytest.mark.parametrize("ended", [KeyboardInterrupt, SystemExit, OSError])
