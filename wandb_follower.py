@@ -362,10 +362,10 @@ class Publisher:
         import wandb
 
         path, tokenizer, config = Path(path), Path(self.job.tokenizer), self.job.config
-        if not path.exists():
-            self.say("WARNING", f"checkpoint of step {step} not uploaded: newer ones came before its turn")
-            return
         try:
+            if not path.exists():
+                self.say("WARNING", f"checkpoint of step {step} not uploaded: newer ones came before its turn")
+                return
             if self.run.offline:
                 kept = Path(offline_folder(self.run)).resolve() / "checkpoints"  # `wandb sync` may run elsewhere
                 kept.mkdir(exist_ok=True)
@@ -383,7 +383,8 @@ class Publisher:
         except Exception as error:  # less important than the rows that follow
             self.say("WARNING", f"checkpoint of step {step} not uploaded: {reason(error)}")
         if not self.run.offline:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the trainer removes it, too
+                path.unlink(missing_ok=True)
 
 
 def _plain(name, value):

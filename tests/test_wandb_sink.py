@@ -1,9 +1,11 @@
 """The trainer's end of W&B: what it leaves on disk, without starting anything."""
 
+import errno
 import json
 import logging
 import math
 import os
+import re
 import sys
 import tempfile
 import threading
@@ -244,6 +246,20 @@ def test_at_the_end_all_that_wait_are_uploaded_one_after_another(monkeypatch):
     assert uploaded == [] and publisher.is_uploading(), "the first is under way, in the background"
     publisher.upload_waiting(last=True)
     assert uploaded == [1, 2, 3]
+
+
+def test_a_checkpoint_that_cannot_be_read_or_removed_does_not_keep_a_run_from_its_end(monkeypatch):
+    def fail(path, **_):
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    said = []
+    publisher = Publisher(SimpleNamespace(offline=False), Job({}, {}), lambda level, text: said.append(text))
+    publisher.waiting = [dict(step=3, path="c.upload-00000003.pt", best=False)]
+    for name in "exists", "unlink":
+        monkeypatch.setattr(wandb_follower.Path, name, fail)
+    publisher.upload_waiting(last=True)
+    (told,) = said
+    assert re.fullmatch(r"checkpoint of step 3 not uploaded: .* Stale file handle: 'c.upload-00000003.pt'", told)
 
 
 def test_what_a_shared_run_lacks_is_not_guessed(tmp_path):
