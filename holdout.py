@@ -27,10 +27,12 @@ def takes_tails(sources, ratio):
 
 def tail_start(file, ratio):
     """The byte where the last `ratio` of a text file begins, moved on to the next end of a document (unless that leaves
-    less than half of it), else of a line. Marks and blanks at the end of the file count as none of its text."""
+    less than half of it), else of a line. Marks and blanks at the end of the file count as none of its text; a file of
+    nothing else has no tail."""
     mark = END_OF_TEXT.encode()
     with open(file, "rb") as stream:
-        size = _text_size(stream, mark)
+        if not (size := _text_size(stream, mark)):
+            return os.path.getsize(file)
         start = int(size * (1 - ratio))
         first = max(0, start - len(mark) + 1)  # a mark that begins here or later ends after `start`
         stream.seek(first)

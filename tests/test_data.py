@@ -583,6 +583,8 @@ def test_marks_and_blanks_at_the_end_of_a_file_are_not_the_tail_that_validates(t
     for piece in pieces(find_sources([str(tmp_path / "a.txt")]), "train", 0.1):
         texts[piece.split] += len(piece.content.strip())
     assert texts["val"] == pytest.approx(6000, abs=50) and texts["train"] == pytest.approx(54_000, abs=50)
+    (tmp_path / "a.txt").write_text(END_OF_TEXT + end)
+    assert "val" not in [piece.split for piece in pieces(find_sources([str(tmp_path / "a.txt")]), "train", 0.1)]
 
 
 def test_a_file_that_is_missing_is_no_dataset_of_the_hub(tmp_path, monkeypatch):
