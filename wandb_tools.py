@@ -253,11 +253,6 @@ def lacking(records, stored):
 def download(args):
     """Download config, summary, history, files and artifacts of a run, of those of all ranks of the run at a checkpoint
     path, or of a sweep's runs, to a folder per run."""
-    wandb = import_wandb()
-    api = wandb.Api(timeout=TIMEOUT)
-    if args.run.endswith(".pt"):
-        targets = [run_path(facts["init"], api) for _, facts in memories(Path(args.run))]
-        return fetch(map(api.run, dict.fromkeys(targets)), args.folder)  # ranks may share one
     path = re.sub(r"^\w+://[^/]*|[?#].*", "", args.run)  # of a URL: https://wandb.ai/ENTITY/PROJECT/runs/ID
     parts = [part for part in path.split("/") if part]
     kind = "sweeps" if "sweeps" in parts else "runs"
@@ -265,6 +260,11 @@ def download(args):
         parts = parts[:parts.index(kind)] + parts[parts.index(kind) + 1:][:1]
     if not parts:
         raise UserError(f"download {args.run!r}: names no run; give a checkpoint path, PROJECT/RUN_ID or a link")
+    wandb = import_wandb()
+    api = wandb.Api(timeout=TIMEOUT)
+    if args.run.endswith(".pt"):
+        targets = [run_path(facts["init"], api) for _, facts in memories(Path(args.run))]
+        return fetch(map(api.run, dict.fromkeys(targets)), args.folder)  # ranks may share one
     *where, name = parts
     settings = with_environment(WandbConfig())
     project = where[-1] if where else settings.wandb_project

@@ -498,7 +498,8 @@ def test_download_of_a_missing_run_is_one_line(tool):
 
 @pytest.mark.parametrize("command", ["download", "sync"])
 def test_a_run_that_has_no_name_is_one_line(tool, command):
-    code, out, err = tool(command, "")  # of a shell variable that is not set
+    # Of a shell variable that is not set; and before a key is asked for.
+    code, out, err = tool(command, "", WANDB_API_KEY="")
     assert (code, out, err.count("\n")) == (2, "", 1) and f"error: {command} '': names no" in err
 
 
