@@ -30,6 +30,9 @@ from tokenizer import id_count
 
 SAMPLING = dict(do_sample=True, temperature=TEMPERATURE, top_k=TOP_K)
 TRAINED_BY = (GPTConfig, DataConfig, BatchConfig, OptimConfig, SpeedConfig)  # the flags that the card lists
+# What is loaded from such a folder. Beside a new export, an earlier one's would count, too.
+LOADED = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*", "tokenizer*.json",
+          "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "chat_template.*", "vocab.*", "merges.txt")
 SPARE_IDS = 4096  # at most this many ids without a token are listed in generation_config.json as suppressed
 
 
@@ -40,7 +43,7 @@ class ExportConfig:
     checkpoint_path: str = arg("checkpoints/minigpt.pt", "the checkpoint to export", metavar="FILE.pt")
     output: str = arg("", "the folder to write", metavar="DIR")
     dtype: str = arg("float32", "type of the weights; bfloat16 halves the file", choices=("float32", "bfloat16"))
-    overwrite: bool = arg(False, "write into a folder that is there already")
+    overwrite: bool = arg(False, "write into a folder that is there already; an earlier model's files go, others stay")
 
     def validate(self):
         if not self.output:
@@ -90,8 +93,12 @@ def export(path, output, dtype="float32"):
             _write_tokenizer(tokenizer_folder(path), tokenizer, model.cfg.max_position_embeddings, draft)
             (draft / "README.md").write_text(model_card(path, model, saved, n_tokens, dtype), "utf-8")
             output.mkdir(exist_ok=True)
-            for file in draft.iterdir():  # once all of them are complete
-                file.replace(output / file.name)
+            written = {file.name for file in draft.iterdir()}
+            for name in written:  # once all of them are complete
+                (draft / name).replace(output / name)
+            for file in (file for pattern in LOADED for file in output.glob(pattern)):
+                if file.name not in written and file.is_file():
+                    file.unlink()
     except (OSError, SafetensorError) as error:
         raise UserError(f"--output {output}: {getattr(error, 'strerror', None) or error}; name a folder that can be "
                         f"written") from None

@@ -173,6 +173,20 @@ def test_a_full_disk_leaves_the_folder_as_it_was(tuned, tmp_path):
     assert (tmp_path / "out" / "config.json").read_text() == "another's"
 
 
+def test_an_earlier_export_leaves_nothing_that_would_be_loaded(tuned, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run, folder = tuned["gpt2"][1], tmp_path / "out"
+    folder.mkdir()
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "</s>"}')
+    (folder / "model-00001-of-00002.safetensors").write_text("of a larger model")
+    (folder / "notes.txt").write_text("kept")
+    export.export(run.checkpoint, folder)
+    assert AutoTokenizer.from_pretrained(folder).eos_token == "<|endoftext|>"
+    assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() == load_model(run.checkpoint)[0].num_params()
+    assert not list(folder.glob("model-*")) and (folder / "notes.txt").read_text() == "kept"
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
 def test_ctranslate2_computes_the_same(exported, tmp_path, arch):
