@@ -15,6 +15,7 @@ import zygote
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests run side by side, a process on each core
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each of a thousand processes compiles our modules anew
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 # A GPU machine may have nothing but torch, transformers and pytest.
@@ -251,8 +252,8 @@ class Clock:
 
 def interrupt_after(args, cwd, pattern, signal_number=signal.SIGTERM, env=None, timeout=120):
     """Start a command, send it a signal once its output matches `pattern`, return it finished."""
-    process = subprocess.Popen(args, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               env=environment(**(env or {})))
+    process = zygote.Popen(args, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           env=environment(**(env or {})))
     out, deadline, sent = [], time.monotonic() + timeout, False
     try:
         for line in process.stdout:

@@ -59,7 +59,7 @@ def srun(trainer, *flags, checkpoint):
     for task in range(2):
         slurm = dict(SLURM_PROCID=task, SLURM_NTASKS=2, SLURM_LOCALID=0, SLURM_NTASKS_PER_NODE=1, SLURM_NODEID=task,
                      MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        tasks.append(subprocess.Popen(
+        tasks.append(zygote.Popen(
             [*command("train_ddp.py"), *trainer.arguments([*EXACT, *flags], checkpoint=checkpoint)[2:]], text=True,
             cwd=trainer.folder, env=environment(**{name: str(value) for name, value in slurm.items()}),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE))
@@ -391,8 +391,8 @@ def test_a_rank_that_dies_takes_the_others_with_it(trainer):
 def _at_step_30(trainer, *flags, ranks=2, script="train_ddp.py"):
     """torchrun in the midst of a run without end."""
     flags = ["--num-steps", 100000, "--log-steps", 10, "--eval-steps", 0, *flags]
-    process = subprocess.Popen(trainer.arguments(flags, ranks, script=script), cwd=trainer.folder, text=True,
-                               env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = zygote.Popen(trainer.arguments(flags, ranks, script=script), cwd=trainer.folder, text=True,
+                           env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while "step 30/" not in (line := process.stdout.readline()):
         assert line, "it has ended"
     return process
@@ -428,7 +428,7 @@ def test_two_nodes_make_one_log_one_wandb_run_and_one_checkpoint(trainer, text):
     for node in range(2):
         folder = trainer.folder / f"node{node}"
         folder.mkdir()
-        nodes.append(subprocess.Popen(
+        nodes.append(zygote.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", f"--node-rank={node}",
              "--master-addr=127.0.0.1", f"--master-port={port}", str(ROOT / "train_ddp.py"), *TINY, "--train-data",
              str(text), "--num-steps", "10", "--use-wandb", "--wandb-run-name", "two nodes"],

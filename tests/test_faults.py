@@ -31,21 +31,23 @@ from sinks import JsonlSink
 from tracking import TrackingConfig
 from train import World
 
-SMALL_FILES = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1)); " \
-              "sys.argv = sys.argv[1:]; sys.path.insert(0, {root!r}); runpy.run_path(sys.argv[0], run_name='__main__')"
+SMALL_FILES = f"""
+import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1))
+sys.argv = sys.argv[1:]; sys.path.insert(0, {str(ROOT)!r}); runpy.run_path(sys.argv[0], run_name='__main__')
+"""
 
 
-def on_a_full_disk(trainer, *flags):
+def on_a_full_disk(trainer, *flags, script=ROOT / "train.py"):
     """The command of a run whose files may not grow beyond 100 KB: less than a checkpoint, more than all else."""
-    _, script, *rest = trainer.arguments(flags)
-    return [sys.executable, "-c", SMALL_FILES.format(root=str(ROOT)), script, *rest]
+    (trainer.folder / "small_files.py").write_text(SMALL_FILES)
+    return [sys.executable, "small_files.py", script, *trainer.arguments(flags)[2:]]
 
 
 def test_a_checkpoint_that_cannot_be_written_costs_a_warning_and_the_next_one_is(trainer):
     flags = ["--num-steps", 60, "--save-steps", 5, "--log-steps", 5, "--eval-steps", 20]
     whole = trainer(*flags, checkpoint="whole.pt")
-    process = subprocess.Popen(on_a_full_disk(trainer, *flags), cwd=trainer.folder, env=environment(), text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = zygote.Popen(on_a_full_disk(trainer, *flags), cwd=trainer.folder, env=environment(), text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     out = []
     for line in process.stdout:
         out.append(line)
@@ -85,8 +87,7 @@ def test_a_disk_that_something_else_fills_costs_no_row_and_no_bit(trainer):
 def test_only_a_last_checkpoint_that_cannot_be_written_fails_the_run(trainer):
     flags = ["--num-steps", 200, "--save-steps", 100, "--async-save", "--log-steps", 5, "--eval-steps", 0,
              "--max-tokens", 20_000]  # so that its tokens may be written
-    run = subprocess.run(on_a_full_disk(trainer, *flags), cwd=trainer.folder, env=environment(), capture_output=True,
-                         text=True)
+    run = zygote.run(on_a_full_disk(trainer, *flags), trainer.folder, environment())
     assert run.returncode == 1 and "step 200 could not be saved" in run.stderr and "Traceback" not in run.stderr
     assert len(run.stderr.strip().splitlines()) == 1 and not (trainer.folder / "c.pt").exists()
     records = map(json.loads, (trainer.folder / "c.metrics.jsonl").read_text().splitlines())
@@ -233,13 +234,12 @@ def test_a_batch_without_a_loss_is_left_out_counted_and_resumed_over(trainer, ra
         return [str(trainer.folder / "planted.py") if part.endswith(("train.py", "train_ddp.py")) else part
                 for part in trainer.arguments([*flags, *more], ranks, name)]
 
-    done = subprocess.run(run("whole.pt"), cwd=trainer.folder, env=environment(), capture_output=True, text=True)
+    done = zygote.run(run("whole.pt"), trainer.folder, environment())
     assert done.returncode == 0, done.stderr
     killed = interrupt_after(run("c.pt"), trainer.folder, r"step 20/200", signal.SIGKILL if ranks is None
                              else signal.SIGTERM)
     assert killed.returncode
-    again = subprocess.run(run("c.pt", "--resume"), cwd=trainer.folder, env=environment(), capture_output=True,
-                           text=True)
+    again = zygote.run(run("c.pt", "--resume"), trainer.folder, environment())
     assert again.returncode == 0 and "steps skipped" in again.stdout, again.stderr
     whole, resumed = (torch.load(trainer.folder / name, weights_only=True) for name in ("whole.pt", "c.pt"))
     assert all(torch.equal(whole["model"][name], resumed["model"][name]) for name in whole["model"])
@@ -250,8 +250,8 @@ def test_a_batch_without_a_loss_is_left_out_counted_and_resumed_over(trainer, ra
 
 def test_too_many_bad_steps_in_a_row_halt_and_name_the_samples(trainer, text, cache):
     (trainer.folder / "planted.py").write_text(PLANTED.format(root=str(ROOT), every=1))
-    _, _, *rest = trainer.arguments(["--num-steps", 30, "--log-steps", 2, "--max-bad-steps", 4, "--eval-steps", 2])
-    run = zygote.run([sys.executable, "planted.py", *rest], trainer.folder, environment())
+    flags = ["--num-steps", 30, "--log-steps", 2, "--max-bad-steps", 4, "--eval-steps", 2]
+    run = zygote.run([sys.executable, "planted.py", *trainer.arguments(flags)[2:]], trainer.folder, environment())
     assert run.returncode == 1 and len(run.stderr.strip().splitlines()) == 1, run.stderr
     assert re.search(r"not finite in 4 steps in a row, the last at step 4, which read the training tokens from "
                      r"\[\d+(, \d+){3}\] on", run.stderr)
@@ -259,9 +259,8 @@ def test_too_many_bad_steps_in_a_row_halt_and_name_the_samples(trainer, text, ca
     assert f"from {corpus.samples(3 * 4, 4).tolist()} on" in run.stderr, "those of the fourth step"
     assert (trainer.folder / "c.nonfinite.pt").exists() and not (trainer.folder / "c.best.pt").exists()
     assert "no checkpoint is from before step 0: start as before, with --overwrite and a lower --lr" in run.stderr
-    run = subprocess.run([sys.executable, "-c", SMALL_FILES.format(root=str(ROOT)), "planted.py", *rest,
-                          "--checkpoint-path", "full.pt", "--batch-size", "70"],
-                         cwd=trainer.folder, env=environment(), capture_output=True, text=True)
+    flags += ["--checkpoint-path", "full.pt", "--batch-size", 70]
+    run = zygote.run(on_a_full_disk(trainer, *flags, script="planted.py"), trainer.folder, environment())
     assert run.returncode == 1 and len(run.stderr.strip().splitlines()) == 1, run.stderr
     assert "could not be saved (File too large)" in run.stderr
     assert re.search(r"read the training tokens from \[\d+(, \d+){63}\] on", run.stderr), "70 would be a long line"
@@ -286,7 +285,7 @@ def test_a_run_that_does_not_fit_writes_nothing(trainer, ranks, full):
         f"train.main({'train_ddp.DDPWorld' if ranks else ''})\n")
     arguments = ["large.py" if word.endswith(".py") else word for word in
                  trainer.arguments(["--num-steps", 5, "--overwrite", "--grad-accum-steps", 2], ranks=ranks)]
-    run = subprocess.run(arguments, cwd=trainer.folder, env=environment(), capture_output=True, text=True, timeout=200)
+    run = zygote.run(arguments, trainer.folder, environment())
     assert run.returncode == 1 and "out of memory" in run.stderr.splitlines()[0], run.stderr
     after = {path.name: path.read_bytes() for path in trainer.folder.glob("c.*") if path.is_file()}
     assert before == after or before == {} and after.keys() == {"c.lock"}
@@ -313,10 +312,8 @@ def test_ended_while_it_tokenizes_it_leaves_nothing(trainer, text, tmp_path, how
     (tmp_path / "large.txt").write_text(text.read_text() * 300)
     (scratch := tmp_path / "scratch").mkdir()
     flags = [*["--dry-run"] * (how == "dry run"), "--train-data", "large.txt", "--cache-dir", "made"]
-    process = subprocess.Popen([*command("train.py"), *TINY, *flags, "--checkpoint-path", "d.pt"], cwd=tmp_path,
-                               env=environment(TMPDIR=str(scratch)), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               # A shell starts what is to run in its background with Ctrl-C ignored.
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    process = zygote.Popen([*command("train.py"), *TINY, *flags, "--checkpoint-path", "d.pt"], cwd=tmp_path,
+                           env=environment(TMPDIR=str(scratch)), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     drafts = (scratch, "mini-llm-*/*.draft/train.bin") if how == "dry run" else (tmp_path, "made/*.draft/train.bin")
     eventually(lambda: list(drafts[0].glob(drafts[1])), 60)
     process.send_signal(signal_number)
@@ -327,8 +324,7 @@ def test_ended_while_it_tokenizes_it_leaves_nothing(trainer, text, tmp_path, how
 def signalled(trainer, name, *flags, where="GPT.forward"):
     """train.py, which gets that signal in its first call of `where`: in the pass before its first step."""
     (trainer.folder / "signalled.py").write_text(SIGNALLED.format(root=str(ROOT), name=name, where=where))
-    return subprocess.run([sys.executable, "signalled.py", *trainer.arguments(flags)[2:]], cwd=trainer.folder,
-                          env=environment(), capture_output=True, text=True, timeout=200)
+    return zygote.run([sys.executable, "signalled.py", *trainer.arguments(flags)[2:]], trainer.folder, environment())
 
 
 def test_a_stop_before_the_first_step_replaces_nothing(trainer):
@@ -403,8 +399,8 @@ def test_a_time_limit_saves_and_leaves_and_sigusr1_saves_and_goes_on(trainer):
     assert limited.code == 128 + signal.SIGALRM and "stopped by --time-limit" in limited.out, limited.err
     assert limited.checkpoint.exists() and "--time-limit: saves and exits" in limited.err
 
-    process = subprocess.Popen(trainer.arguments(flags), cwd=trainer.folder, env=environment(), text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = zygote.Popen(trainer.arguments(flags), cwd=trainer.folder, env=environment(), text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         saved = None
         for line in process.stdout:
@@ -529,8 +525,8 @@ def test_a_run_that_hangs_says_where_and_its_heartbeat_stops(trainer, where, cal
     (trainer.folder / "hanging.py").write_text(HANGING.format(root=str(ROOT), where=where, call=call, first=first))
     flags = ["--num-steps", 30, "--log-steps", 2, "--eval-steps", 2, "--heartbeat-file", "beat"]
     _, _, *rest = trainer.arguments(flags)
-    process = subprocess.Popen([sys.executable, "hanging.py", *rest], cwd=trainer.folder, env=environment(), text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = zygote.Popen([sys.executable, "hanging.py", *rest], cwd=trainer.folder, env=environment(), text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         for line in process.stdout:
             if "far longer" in line:

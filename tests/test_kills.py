@@ -19,6 +19,7 @@ from collections import Counter
 
 import pytest
 import torch
+import zygote
 from conftest import ROOT, TINY, Run, environment, eventually, processes_with
 from test_train import same
 
@@ -36,8 +37,8 @@ class Life:
     def __init__(self, command, cwd, seconds, rng, name):
         self.signal = self.moment = self.ready = None
         self.began, self.lines = time.monotonic(), []
-        self.process = subprocess.Popen(command, cwd=cwd, env=environment(KILLED=name), stdout=subprocess.PIPE,
-                                        stderr=subprocess.STDOUT, start_new_session=True, text=True)
+        self.process = zygote.Popen(command, cwd=cwd, env=environment(KILLED=name), stdout=subprocess.PIPE,
+                                    stderr=subprocess.STDOUT, start_new_session=True, text=True)
         listener = threading.Thread(target=self._listen)
         listener.start()
         self._wait(seconds)

@@ -73,8 +73,8 @@ def faulted(trainer, record_property):
         name = f"{trainer.folder.name}-{fault}"
         args = [str(script) if part.endswith("train_ddp.py") else part for part in trainer.arguments(flags, ranks)]
         args[3:3] = torchrun
-        process = subprocess.Popen(args, cwd=trainer.folder, env=environment(FAULT=fault, FAULTED=name), text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process = zygote.Popen(args, cwd=trainer.folder, env=environment(FAULT=fault, FAULTED=name), text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         try:
             out, err = process.communicate(timeout=60 * ranks)
             eventually(lambda: not processes_with(f"FAULTED={name}"), 30)
@@ -202,7 +202,7 @@ def start_node(node, port, folder, flags, env=None, **streams):
     """torchrun with one rank on one of two nodes of this machine, in `folder`."""
     args = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--node-rank={node}",
             "--master-addr=127.0.0.1", f"--master-port={port}", ROOT / "train_ddp.py", *TINY, *flags]
-    return subprocess.Popen(list(map(str, args)), cwd=folder, env=environment(**(env or {})), text=True, **streams)
+    return zygote.Popen(list(map(str, args)), cwd=folder, env=environment(**(env or {})), text=True, **streams)
 
 
 @pytest.mark.parametrize(("flags", "words"), [

@@ -380,8 +380,8 @@ def test_a_console_that_is_closed_or_narrow_is_no_reason_to_end(trainer):
 def test_two_runs_never_write_to_one_path(trainer):
     """The second is refused, or where it is to go on from the first, waits for that to end."""
     long = ["--num-steps", 100_000, "--log-steps", 1000, "--eval-steps", 0]  # few lines: nobody reads them
-    first = second = subprocess.Popen(trainer.arguments(long), cwd=trainer.folder, text=True, env=environment(),
-                                      stdout=subprocess.PIPE)
+    first = second = zygote.Popen(trainer.arguments(long), cwd=trainer.folder, text=True, env=environment(),
+                                  stdout=subprocess.PIPE)
     try:
         next(line for line in first.stdout if "step 0/" in line)
         before = (trainer.folder / "c.config.toml").stat()
@@ -391,8 +391,8 @@ def test_two_runs_never_write_to_one_path(trainer):
         assert (trainer.folder / "c.config.toml").stat() == before
         first.send_signal(signal.SIGUSR1)  # a checkpoint
         eventually((trainer.folder / "c.pt").exists)
-        second = subprocess.Popen(trainer.arguments([*long, "--resume", "auto"]), cwd=trainer.folder, text=True,
-                                  env=environment(), stdout=subprocess.PIPE)
+        second = zygote.Popen(trainer.arguments([*long, "--resume", "auto"]), cwd=trainer.folder, text=True,
+                              env=environment(), stdout=subprocess.PIPE)
         next(line for line in second.stdout if "waiting for the run that still writes to c.pt" in line)
         first.send_signal(signal.SIGTERM)
         stopped = re.search(r"stopped by SIGTERM at step (\d+)", first.communicate(timeout=30)[0])[1]
@@ -457,8 +457,8 @@ def test_no_checkpoint_is_replaced_by_weights_that_give_no_finite_loss(trainer):
     flags = ["--save-steps", 10, "--log-steps", 100, "--eval-steps", 0, "--no-amp", "--warmup-steps", 0]
     assert trainer(*flags, "--num-steps", 22).code == 0
     endless = ["--num-steps", 10**6, "--max-bad-steps", 10**6, "--resume", "--lr", 1e30]
-    stopped = subprocess.Popen(trainer.arguments([*flags, *endless]), cwd=trainer.folder, text=True,
-                               env=environment(), stdout=subprocess.PIPE)
+    stopped = zygote.Popen(trainer.arguments([*flags, *endless]), cwd=trainer.folder, text=True,
+                           env=environment(), stdout=subprocess.PIPE)
     try:
         next(line for line in stopped.stdout if "steps skipped" in line)
         stopped.send_signal(signal.SIGUSR1)
@@ -718,8 +718,8 @@ def test_a_bar_is_shown_on_a_terminal(trainer):
 
     main, worker = pty.openpty()
     termios.tcsetwinsize(worker, (24, 100))
-    process = subprocess.Popen(trainer.arguments(["--num-steps", 60]), cwd=trainer.folder, stdout=worker, stderr=worker,
-                               env=environment())
+    process = zygote.Popen(trainer.arguments(["--num-steps", 60]), cwd=trainer.folder, stdout=worker, stderr=worker,
+                           env=environment())
     os.close(worker)
     seen = b""
     try:

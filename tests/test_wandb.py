@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+import zygote
 from conftest import REMOTE, ROOT, SHARED, Run, environment, eventually, interrupt_after, on_small_disk, processes_with
 from wandb_file import run_files
 
@@ -83,8 +84,7 @@ def test_a_crash_leaves_its_traceback_in_the_runs_log(trainer):
         "train.main()\n")
     arguments = trainer.arguments(["--num-steps", 20, *WANDB])
     arguments[1] = str(trainer.folder / "crash.py")
-    crashed = subprocess.run(arguments, cwd=trainer.folder, env=environment(), capture_output=True, text=True,
-                             timeout=200)
+    crashed = zygote.run(arguments, trainer.folder, environment())
     (tracked,) = run_files(trainer.folder)
     assert crashed.returncode == 1 and crashed.stderr.count("Traceback") == 1 and "Traceback" not in crashed.stdout
     for log in (trainer.folder / "c.log", tracked.folder / "files" / "output.log"):

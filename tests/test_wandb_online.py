@@ -87,7 +87,7 @@ def test_a_run_killed_between_checkpoints_and_resumed_is_one_chart_of_the_whole(
     arguments = trainer.arguments(["--use-wandb", *flags])
     arguments[1] = str(tmp_path / "killed.py")
     env = environment(**server.environment | QUICK)
-    assert subprocess.run(arguments, cwd=tmp_path, env=env, capture_output=True, timeout=200).returncode == -9
+    assert zygote.run(arguments, tmp_path, env).returncode == -9
     resumed = online(*flags, "--resume")  # at once: what the killed run left behind may still be sending
     assert resumed.code == 0 and "Resumed at step 30" in resumed.out, resumed.out + resumed.err
     stored = only_run(server)
@@ -111,8 +111,8 @@ def torchrun(trainer, server, *flags, nodes=2):
         arguments[arguments.index("--standalone"):arguments.index("--standalone") + 1] = [
             f"--nnodes={nodes}", f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}"]
         (folder := trainer.folder / f"node{node}").mkdir()
-        processes.append(subprocess.Popen(arguments, cwd=folder, text=True, stdout=subprocess.PIPE,
-                                          stderr=subprocess.STDOUT, env=environment(**server.environment | QUICK)))
+        processes.append(zygote.Popen(arguments, cwd=folder, text=True, stdout=subprocess.PIPE,
+                                      stderr=subprocess.STDOUT, env=environment(**server.environment | QUICK)))
     outputs = [process.communicate(timeout=170)[0] for process in processes]
     return [process.returncode for process in processes], outputs
 
@@ -156,9 +156,9 @@ def test_no_other_rank_opens_a_shared_run_before_the_first(trainer, server):
 
     server.fail("upsert", "hang")
     flags = ["--use-wandb", "--wandb-run-mode", "shared", "--wandb-run-id", "b", "--num-steps", 20]
-    process = subprocess.Popen(trainer.arguments(flags, ranks=2), cwd=trainer.folder, text=True,
-                               env=environment(**server.environment | QUICK), stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT)
+    process = zygote.Popen(trainer.arguments(flags, ranks=2), cwd=trainer.folder, text=True,
+                           env=environment(**server.environment | QUICK), stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT)
     eventually(upserts, 60)
     time.sleep(3)  # by then the other rank's process is up, too
     assert upserts() == ["b"]
@@ -210,8 +210,7 @@ def untracked(tmp_path_factory, text, cache):
     """The weights of the run that every fault must leave as they are."""
     folder = tmp_path_factory.mktemp("untracked")
     arguments = [*command("train.py"), *TINY, "--train-data", str(text), "--cache-dir", str(cache), *map(str, LONG)]
-    subprocess.run([*arguments, "--checkpoint-path", "c.pt"], cwd=folder, env=environment(), check=True,
-                   capture_output=True, timeout=180)
+    zygote.run([*arguments, "--checkpoint-path", "c.pt"], folder, environment()).check_returncode()
     return torch.load(folder / "c.pt", weights_only=True)["model"]
 
 
@@ -254,11 +253,9 @@ def test_a_failing_wandb_costs_training_nothing_and_sync_recovers_every_row(onli
 
 def test_the_wait_for_wandb_at_the_end_is_told_and_ctrl_c_ends_it(trainer, server):
     server.fail("filestream", "hang")
-    process = subprocess.Popen(trainer.arguments(["--use-wandb", "--num-steps", 20]), cwd=trainer.folder, text=True,
-                               env=environment(**server.environment | QUICK), stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT,
-                               # A shell starts what is to run in its background with Ctrl-C ignored.
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    process = zygote.Popen(trainer.arguments(["--use-wandb", "--num-steps", 20]), cwd=trainer.folder, text=True,
+                           env=environment(**server.environment | QUICK), stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT)
     told = next(line for line in process.stdout if "waiting" in line)
     assert re.search(r"waiting up to 58 s for W&B; Ctrl-C leaves the rest for later: python .*sync c\.pt", told)
     process.send_signal(signal.SIGINT)
@@ -367,9 +364,9 @@ def test_a_halt_is_an_alert(online, server):
 def test_the_finish_of_a_signalled_rank_is_told(trainer, server):
     """A rank dies: torchrun ends the others by SIGTERM, and the run says so, with every row there."""
     flags = ["--use-wandb", "--num-steps", 100000, "--log-steps", 10, "--eval-steps", 0, "--save-steps", 20]
-    process = subprocess.Popen(trainer.arguments(flags, ranks=2), cwd=trainer.folder, text=True,
-                               env=environment(**server.environment | QUICK), stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT)
+    process = zygote.Popen(trainer.arguments(flags, ranks=2), cwd=trainer.folder, text=True,
+                           env=environment(**server.environment | QUICK), stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT)
     for line in process.stdout:
         if "step 300/" in line:
             break
@@ -390,8 +387,7 @@ def test_the_command_that_a_warning_names_is_the_one_that_works(online, trainer,
     command = re.search(r"python (\S*wandb_tools\.py sync .*)", run.out)[1]
     server.heal()
     script, *words = shlex.split(command)
-    done = subprocess.run([sys.executable, script, *words], cwd=trainer.folder, capture_output=True,
-                          text=True, env=environment(**server.environment | QUICK), timeout=200)
+    done = zygote.run([sys.executable, script, *words], trainer.folder, environment(**server.environment | QUICK))
     assert done.returncode == 0 and "rows sent" in done.stdout, done.stderr
 
 

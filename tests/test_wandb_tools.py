@@ -228,9 +228,9 @@ def test_sync_sends_a_run_that_was_offline_twice(server, trainer, tool, folders)
 
 def test_sync_waits_for_the_end_of_a_run_and_completes_a_killed_one(server, trainer, tool):
     server.fail("filestream", 404)
-    process = subprocess.Popen(trainer.arguments(["--num-steps", 1000000, "--log-steps", 50, "--use-wandb"]),
-                               cwd=trainer.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               env=environment(**server.environment | QUICK))
+    process = zygote.Popen(trainer.arguments(["--num-steps", 1000000, "--log-steps", 50, "--use-wandb"]),
+                           cwd=trainer.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                           env=environment(**server.environment | QUICK))
     try:
         eventually(lambda: "filestream" in [kind for _, kind, _ in server.requests], 60)
         code, out, err = tool("sync", "c.pt")
@@ -288,10 +288,8 @@ def test_sync_says_of_a_run_what_it_was_and_not_where_it_is_sent_from(server, to
 def test_interrupted_it_ends_without_a_traceback(server, tool, tmp_path, command):
     leave(tmp_path, "c", "one", [{"loss": 2.0}])
     server.fail("graphql", "hang")
-    process = subprocess.Popen([*TOOLS, command, {"download": "p/one", "sync": "c.pt"}[command]], cwd=tmp_path,
-                               env=surroundings(server, tmp_path), stderr=subprocess.PIPE, text=True,
-                               # A shell starts what is to run in its background with Ctrl-C ignored.
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    process = zygote.Popen([*TOOLS, command, {"download": "p/one", "sync": "c.pt"}[command]], cwd=tmp_path,
+                           env=surroundings(server, tmp_path), stderr=subprocess.PIPE, text=True)
     eventually(lambda: server.requests, 60)
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=200)[1] == "" and process.returncode == 130

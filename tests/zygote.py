@@ -5,10 +5,12 @@ starts are its children, and copies of it."""
 import contextlib
 import ctypes
 import functools
+import gc
 import importlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
@@ -16,35 +18,60 @@ import sys
 import tempfile
 import warnings
 
-REPLY = 64  # bytes of each
 TORCHRUN = "torch.distributed.run"
+ROOM = 2**16  # bytes for an environment in the place of the zygote's
+
+
+class Popen(subprocess.Popen):
+    """As `subprocess.Popen([Python, script, …], start_new_session=True)`, or [Python, -m, module, …], with streams,
+    `cwd` and `env`. Once it has ended, `seconds` are those of a core that it took."""
+
+    def _execute_child(self, args, _, __, ___, ____, cwd, env, _____, ______, _______, *rest):
+        given, _, _, out, _, err = pipes = rest[:6]
+        self._child_created = True
+        self.ended, reply = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with reply, tempfile.TemporaryFile("w+") as asked:
+            json.dump(dict(command=list(map(str, args)), cwd=str(cwd), env=env), asked)
+            asked.seek(0)
+            streams = (own if stream == -1 else stream for own, stream in enumerate((given, out, err)))
+            socket.send_fds(zygote(TORCHRUN in args[:3]), [b"!"], [asked.fileno(), reply.fileno(), *streams])
+        self.pid = json.loads(self.ended.recv(64))
+        self._close_pipe_fds(*pipes)
+
+    def _try_wait(self, flags):
+        """As os.waitpid, though the process is the zygote's."""
+        if not select.select([self.ended], [], [], 0 if flags else None)[0]:
+            return 0, 0
+        status, self.seconds = json.loads(self.ended.recv(64))
+        self.ended.close()
+        return self.pid, status
+
+    def _internal_poll(self, *_, **__):
+        with self._waitpid_lock:
+            if self.returncode is None:
+                pid, status = self._try_wait(os.WNOHANG)
+                if pid:
+                    self._handle_exitstatus(status)
+        return self.returncode
 
 
 def run(command, cwd, env, input=None, timeout=300):
-    """As `subprocess.run(command, capture_output=True, text=True)` of [Python, script, …] or [Python, -m, module, …].
-    The result's `seconds` are those of a core that it took."""
+    """As `subprocess.run(command, capture_output=True, text=True)`; the result has `seconds`, too."""
     with contextlib.ExitStack() as stack:
-        asked, given, out, err = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(4))
+        given, out, err = files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(3)]
         given.write(input or "")
         given.seek(0)
-        request = dict(command=list(map(str, command)), cwd=str(cwd), env=env)
-        json.dump(request, asked)
-        asked.seek(0)
-        channel = zygote(TORCHRUN in command[:3])
-        socket.send_fds(channel, [b"!"], [file.fileno() for file in (asked, given, out, err)])
-        pid = json.loads(channel.recv(REPLY))
-        channel.settimeout(timeout)
+        process = Popen(command, stdin=given, stdout=out, stderr=err, cwd=cwd, env=env)
         try:
-            code, seconds = json.loads(channel.recv(REPLY))
-        except BaseException as error:  # pytest-timeout's, too
-            os.killpg(pid, signal.SIGKILL)
-            zygote.cache_clear()  # its next word would be of this command
-            raise subprocess.TimeoutExpired(command, timeout) if isinstance(error, TimeoutError) else error from None
-        channel.settimeout(None)
-        for file in (out, err):
+            if not select.select([process.ended], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(command, timeout)
+        finally:  # also pytest-timeout's end
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        for file in files:
             file.seek(0)
-        done = subprocess.CompletedProcess(command, code, out.read(), err.read())
-        done.seconds = seconds
+        done = subprocess.CompletedProcess(command, process.returncode, out.read(), err.read())
+        done.seconds = process.seconds
         return done
 
 
@@ -55,34 +82,49 @@ def zygote(for_torchrun):
     with theirs:
         subprocess.Popen([sys.executable, __file__, str(theirs.fileno()), *[TORCHRUN, "torch._dynamo"] * for_torchrun],
                          pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
-                         env=os.environ | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"})
+                         env=os.environ | dict(OMP_NUM_THREADS="1", TORCHINDUCTOR_COMPILE_THREADS="1", ROOM="x" * ROOM))
     return ours
 
 
 def serve(channel):
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait
     while True:
-        asked, files, *_ = socket.recv_fds(channel, 1, 4)
+        asked, files, *_ = socket.recv_fds(channel, 1, 5)
         if not asked:
             return
-        with open(files.pop(0)) as file:
-            request = json.load(file)
-        if not (pid := os.fork()):
+        if not os.fork():
             channel.close()
-            become(files=files, **request)
+            with open(files.pop(0)) as file:
+                request = json.load(file)
+            begin(*files, **request)
             return
         for file in files:
             os.close(file)
-        channel.send(json.dumps(pid).encode().ljust(REPLY))
-        _, status, used = os.wait4(pid, 0)
-        channel.send(json.dumps([os.waitstatus_to_exitcode(status), used.ru_utime]).encode().ljust(REPLY))
+
+
+def begin(reply, *files, **request):
+    """Start a command, and wait for it."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if not (pid := os.fork()):
+        os.close(reply)
+        become(files=files, **request)
+        return
+    for file in files:
+        os.close(file)
+    os.write(reply, json.dumps(pid).encode())
+    _, status, used = os.wait4(pid, 0)
+    os.write(reply, json.dumps([status, used.ru_utime]).encode())
+    os._exit(0)
 
 
 def become(command, cwd, env, files):
     """Be the script to its end, which is that of the interpreter."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has those in its background ignore
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
+    show(env)
     tempfile.tempdir = None  # the environment's
     for number, file in enumerate(files):
         os.dup2(file, number)
@@ -99,6 +141,15 @@ def become(command, cwd, env, files):
         runpy.run_module(command[2], run_name="__main__", alter_sys=True)
     else:
         runpy.run_path(command[1], run_name="__main__")
+
+
+def show(env):
+    """Write it over what this interpreter began with: /proc/PID/environ is where tests look for processes."""
+    with open("/proc/self/stat") as file:
+        begin, end = map(int, file.read().rpartition(")")[2].split()[47:49])
+    variables = "".join(f"{name}={value}\0" for name, value in env.items()).encode()
+    assert len(variables) <= end - begin, "raise ROOM"
+    ctypes.memmove(begin, variables.ljust(end - begin, b"\0"), end - begin)
 
 
 class Rank(subprocess.Popen):
@@ -120,7 +171,6 @@ class Rank(subprocess.Popen):
                         os.dup2(null, number, inheritable=False)
             for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
                 signal.signal(number, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
             become([args[0], *args[2:]], cwd or os.getcwd(), env, [])
             code = 0
         except SystemExit as leave:
@@ -136,4 +186,6 @@ if __name__ == "__main__":
 
     for module in sys.argv[2:]:  # which ranks need, and train.py does without
         importlib.import_module(module)
+    sys.modules.pop(TORCHRUN, None)  # it will be the main module
+    gc.freeze()  # else each copy looks through all that torch has made when it ends: 0.3 s
     serve(socket.socket(fileno=int(sys.argv[1])))
