@@ -2,6 +2,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import zygote
+from filelock import FileLock  # which PyTorch needs, too
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests run side by side, a process on each core
@@ -44,22 +46,31 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def text(tmp_path_factory):
+def common(tmp_path_factory):
+    """A folder for what one of pytest-xdist's workers makes for all."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def text(common):
     """A file of 120 KB of prose-like lines, the same on every machine."""
     import random
 
     rng = random.Random(7)
     words = "the a king sea of and runs sings night under stone bright old river".split()
     lines = [" ".join(rng.choices(words, k=rng.randint(3, 12))).capitalize() + "." for _ in range(3200)]
-    path = tmp_path_factory.mktemp("text") / "prose.txt"
-    path.write_text("\n".join(lines))
+    path = common / "prose.txt"
+    with FileLock(common / "prose.lock"):
+        if not path.exists():
+            path.write_text("\n".join(lines))
     return path
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory):
+def cache(common):
     """One token cache for the whole session: runs on the same text share it."""
-    return tmp_path_factory.mktemp("cache")
+    return common / "cache"
 
 
 class Run:
@@ -158,12 +169,21 @@ TUNED = {"gpt2": 257, "llama": 260, "qwen3": 260, "nanochat": 260}
 
 
 @pytest.fixture(scope="session")
-def tuned(tmp_path_factory, text, cache):
+def tuned(common, text, cache):
     """arch → (Hugging Face folder of random weights, the run that --init-from started from it); qwen3's on 2 ranks."""
+    folder = common / "tuned"
+    with FileLock(common / "tuned.lock"):
+        if not (found := folder / "found").exists():
+            folder.mkdir(exist_ok=True)
+            found.write_bytes(pickle.dumps(tune(folder, text, cache)))
+    return pickle.loads(found.read_bytes())
+
+
+def tune(folder, text, cache):
     import torch
     import transformers
 
-    folder, found = tmp_path_factory.mktemp("tuned"), {}
+    found = {}
     for arch, vocab_size in TUNED.items():
         if arch == "gpt2":
             config = transformers.GPT2Config(vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=64)

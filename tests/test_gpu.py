@@ -39,8 +39,8 @@ def test_resume_is_bit_for_bit_under_deterministic(trainer, precision):
 
 
 @pytest.mark.parametrize("how", [
-    ["--no-compile", "--skip-loss-spikes", 6, "--dropout", 0.1],
-    ["--optimizer", "muon", "--grad-accum-steps", 2]], ids=str)
+    ["--no-compile", "--optimizer", "muon", "--skip-loss-spikes", 6, "--dropout", 0.1],
+    ["--grad-accum-steps", 2]], ids=str)
 def test_between_reports_no_step_waits_for_the_gpu(trainer, how):
     flags = [*CUDA, *how, "--log-steps", 100, "--eval-steps", 0, "--no-save-best", "--save-steps", 0, "--overwrite"]
     code = (f"import runpy, sys, torch; torch.cuda.set_sync_debug_mode('warn'); sys.path.insert(0, {str(ROOT)!r}); "

@@ -19,6 +19,7 @@ import tempfile
 import warnings
 
 TORCHRUN = "torch.distributed.run"
+RANKS_NEED = TORCHRUN, "torch._dynamo", "torch.distributed.fsdp"  # and train.py does without
 ROOM = 2**16  # bytes for an environment in the place of the zygote's
 
 
@@ -80,7 +81,7 @@ def zygote(for_torchrun):
     """The channel to the process that is copied. It ends with the one that holds this end."""
     ours, theirs = socket.socketpair()
     with theirs:
-        subprocess.Popen([sys.executable, __file__, str(theirs.fileno()), *[TORCHRUN, "torch._dynamo"] * for_torchrun],
+        subprocess.Popen([sys.executable, __file__, str(theirs.fileno()), *RANKS_NEED * for_torchrun],
                          pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
                          env=os.environ | dict(OMP_NUM_THREADS="1", TORCHINDUCTOR_COMPILE_THREADS="1", ROOM="x" * ROOM))
     return ours
@@ -184,7 +185,7 @@ class Rank(subprocess.Popen):
 if __name__ == "__main__":
     import torch
 
-    for module in sys.argv[2:]:  # which ranks need, and train.py does without
+    for module in sys.argv[2:]:
         importlib.import_module(module)
     sys.modules.pop(TORCHRUN, None)  # it will be the main module
     gc.freeze()  # else each copy looks through all that torch has made when it ends: 0.3 s
