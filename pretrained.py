@@ -59,7 +59,10 @@ def resolve_init(cfg, resume_from):
     if saved and (init.init_from or saved.get("init_from")):
         if init.init_from:
             log.info("--init-from %s is not read: the weights are those of %s", init.init_from, resume_from)
-        model = dataclasses.replace(model, **{name: saved[name] for name in SIZES if name in saved} | stated)
+        sizes = {name: saved[name] for name in SIZES if name in saved}
+        if saved.get("init_from") and stated.get("max_position_embeddings", 0) > sizes["max_position_embeddings"]:
+            del stated["max_position_embeddings"]  # of the source's own run; the start dropped the untrained ones
+        model = dataclasses.replace(model, **sizes | stated)
         init = part_of(InitConfig, saved)
         seq_len = seq_len if "seq_len" in cfg.given else saved["seq_len"]
         if saved.get("init_from") and not prepared:

@@ -158,9 +158,11 @@ def test_positions_that_no_step_has_trained_do_not_come_back(trainer):
 def test_a_run_starts_from_a_checkpoint_with_the_flags_of_its_own(trainer):
     shape = ["--num-steps", 2, "--tokenizer-name", "byte", "--seq-len", 32, "--max-position-embeddings", 64]
     assert trainer(*shape, checkpoint="a.pt").code == 0
-    run = trainer("--config", "a.config.toml", "--init-from", "a.pt", "--tokenizer-name", "a.tokenizer", tiny=False,
-                  checkpoint="b.pt")
+    start = "--config", "a.config.toml", "--init-from", "a.pt", "--tokenizer-name", "a.tokenizer", "--resume", "auto"
+    run = trainer(*start, tiny=False, checkpoint="b.pt")
     assert run.code == 0 and load_model(trainer.folder / "b.pt")[0].cfg.max_position_embeddings == 32, run.err
+    restarted = trainer(*start, "--num-steps", 3, tiny=False, checkpoint="b.pt")
+    assert restarted.code == 0 and "Resumed at step 2" in restarted.out, restarted.err
     other = trainer("--config", "a.config.toml", "--init-from", "a.pt", "--tokenizer-name", "a.tokenizer",
                     "--max-position-embeddings", 128, tiny=False, checkpoint="c.pt")
     assert other.code == 2 and "--max-position-embeddings 128" in other.err and "have 32" in other.err, other.err
