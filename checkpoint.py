@@ -19,7 +19,10 @@ import shlex
 import shutil
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+from torch.utils._pytree import tree_map
 
 import hardware
 from archive import DamagedCheckpoint, link, load, peek
@@ -293,14 +296,16 @@ def is_of_a_run(payload):
 
 
 def restore(payload, parts, continues, world):
-    """Load a restored payload into a run's parts (name → object with load_state_dict) → its State. Raises UserError.
-    Collective."""
+    """Load a restored payload into a run's parts (name → object with state_dict and load_state_dict) → its State.
+    Raises UserError. Collective."""
     try:
-        for name, parameter in parts["model"].named_parameters():
-            payload["model"][name] = world.distribute(payload["model"][name], parameter)
         distribute_moments(payload["optimizer"], parts["optimizer"], world)
         for name, part in parts.items():
-            if payload.get(name):  # a scaler's state is empty except in fp16
+            if name != "optimizer":
+                here = part.state_dict()
+                for key, value in payload[name].items():
+                    payload[name][key] = tree_map(partial(world.distribute, like=here.get(key)), value)
+            if payload[name]:  # a scaler's state is empty except in fp16
                 part.load_state_dict(payload[name])
         state = State(**payload["state"])
     except Exception as error:  # torch raises many types

@@ -108,7 +108,7 @@ class FSDPWorld(DDPWorld):
         return tree_map_only(torch.Tensor, gather, state)
 
     def distribute(self, value, like):
-        if not torch.is_tensor(value) or value.shape != like.shape:
+        if not (torch.is_tensor(value) and isinstance(like, DTensor) and value.shape == like.shape):
             return super().distribute(value, like)
         # On other ranks only the shape counts. Not to the 2-D mesh at once, as each rank of the main one's replica
         # would then send a whole tensor to the others.

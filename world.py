@@ -56,7 +56,7 @@ class World:
 
     def distribute(self, value, like):
         """Collective; reverses `full_state`. `value` is a tensor or number that `from_main` returned; every rank gets
-        it whole or, under sharding, if it has the shape of the parameter `like`, this rank's shard of it."""
+        it whole or, under sharding, if it has the shape of the sharded tensor `like`, this rank's shard of it."""
         return value
 
     def full_model(self, model):

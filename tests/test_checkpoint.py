@@ -454,6 +454,9 @@ def test_a_resumed_run_knows_its_least_loss():
                                            (KeyError("norms"), UserError)])
 def test_a_checkpoint_that_does_not_fit_into_memory_is_not_called_another_runs(error, raised):
     class Part:
+        def state_dict(self):
+            return {}
+
         def load_state_dict(self, state):
             raise error
 
@@ -462,6 +465,15 @@ def test_a_checkpoint_that_does_not_fit_into_memory_is_not_called_another_runs(e
     saved = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), state={}, guard=dict(norms=1))
     with pytest.raises(raised, match="out of memory" if raised is not UserError else "not those of this run"):
         checkpoint.restore(saved, dict(model=model, optimizer=optimizer, guard=Part()), True, World.__new__(World))
+
+
+def test_a_part_that_the_checkpoint_lacks_is_not_left_as_it_is():
+    """An average of weights that are not drawn before a resume would be one of whatever the memory had."""
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters())
+    saved = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), state={})
+    with pytest.raises(UserError, match="not those of this run .*'ema'"):
+        checkpoint.restore(saved, dict(model=model, optimizer=optimizer, ema=model), True, World.__new__(World))
 
 
 def test_no_parameter_gets_the_moments_of_another():

@@ -53,10 +53,10 @@ def as_it_is(trainer):
     return lambda *flags, **options: trainer(*EVERY, *flags, checkpoint="plain.pt", **options)
 
 
-def branched(changed, title, *flags):
+def branched(changed, title, *flags, **options):
     """(a run, one that was resumed from its checkpoint of step 6)"""
-    whole = changed(title, *flags, "--save-steps", 6, "--keep-every", 6)
-    resumed = changed(title, *flags, "--resume", "changed.kept-00000006.pt", checkpoint="resumed.pt")
+    whole = changed(title, *flags, "--save-steps", 6, "--keep-every", 6, **options)
+    resumed = changed(title, *flags, "--resume", "changed.kept-00000006.pt", checkpoint="resumed.pt", **options)
     assert "Resumed at step 6" in resumed.out
     return whole, resumed
 
@@ -124,8 +124,11 @@ def test_optimizer_sharded(changed):
     assert sharded.losses() == pytest.approx(replicas.losses(), abs=1e-5)
 
 
-def test_state(changed):
-    whole, resumed = branched(changed, "Something with state: an average of the weights")
+@pytest.mark.parametrize("ranks", [None, 2])
+def test_state(changed, ranks):
+    # Of a size that ranks get one by one.
+    whole, resumed = branched(changed, "Something with state: an average of the weights", "--vocab-size", 2048,
+                              ranks=ranks)
     averages = [torch.load(run.checkpoint, weights_only=True)["ema"] for run in (whole, resumed)]
     assert same(*averages) and not same(whole.weights(), averages[0])
     row = whole.rows[12]
