@@ -96,7 +96,7 @@ def make_optimizer(model, cfg, device, matmul_dtype=None, orthogonalizer=None):
         return cfg.optimizer == "muon" and name.startswith("blocks.") and p.ndim == 2
 
     # (name, parameter) pairs: optimizer state is saved by place, so resuming compares the names.
-    named = list(model.named_parameters())
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     hidden = [(name, p) for name, p in named if is_hidden(name, p)]
     others = [(name, p) for name, p in named if not is_hidden(name, p)]
     muon = [dict(rule="muon", params=[(name, p) for name, p in hidden if p.shape == shape], momentum=MOMENTUM,

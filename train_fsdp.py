@@ -79,7 +79,7 @@ class FSDPWorld(DDPWorld):
         return contextlib.nullcontext()
 
     def clip_gradients(self, model, max_norm):
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).full_tensor()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).full_tensor()
         self.replicate(norm)  # another replica's ranks may have added it up in another order
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
         return norm

@@ -124,6 +124,16 @@ def test_optimizer_sharded(changed):
     assert sharded.losses() == pytest.approx(replicas.losses(), abs=1e-5)
 
 
+def test_frozen(changed, as_it_is):
+    initial = as_it_is("--num-steps", 1).weights()
+    whole, resumed = branched(changed, "Training only some of the weights", "--init-from", "plain.pt",
+                              "--weight-decay", 1, ranks=2, script="train_fsdp.py")
+    for name, weight in whole.weights().items():
+        trained = name.startswith(("blocks.1.", "norm."))
+        assert torch.equal(weight, initial[name][:len(weight)]) is not trained, name
+    assert same(whole.weights(), resumed.weights())
+
+
 @pytest.mark.parametrize("ranks", [None, 2])
 def test_state(changed, ranks):
     # Of a size that ranks get one by one.

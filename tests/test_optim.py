@@ -154,6 +154,18 @@ def test_muon_has_the_matrices_of_the_blocks_and_each_parameter_is_in_one_group(
         assert group_of[parameter]["weight_decay"] == (0.3 if matrix else 0.0), name
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_frozen_parameters_take_no_state(name):
+    model = tiny().requires_grad_(False)
+    model.blocks[2].requires_grad_()
+    optimizer = make_optimizer(model, OptimConfig(optimizer=name), torch.device("cpu"))
+    trained = {p for group in optimizer.param_groups for p in group["params"]}
+    assert trained == set(model.blocks[2].parameters())
+    moments = {"muon": 1, "adamw": 2}
+    assert sum(state_sizes(optimizer)) == 4 * sum(moments[group["rule"]] * p.numel()
+                                                  for group in optimizer.param_groups for p in group["params"])
+
+
 def test_muon_goes_on_from_its_state_as_if_it_had_never_stopped(tmp_path):
     model, cfg = tiny(), OptimConfig(optimizer="muon")
     optimizer = make_optimizer(model, cfg, torch.device("cpu"))
