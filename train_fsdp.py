@@ -67,7 +67,7 @@ class FSDPWorld(DDPWorld):
             if draw:
                 drawn = model.init_weight(name, torch.empty(like.shape, device="cpu" if self.is_main else "meta"))
             weights[name] = self.distribute(drawn, like) if draw else torch.empty_like(like, device=self.device)
-        model.load_state_dict(weights, assign=True)
+        model.load_state_dict(weights, strict=False, assign=True)  # buffers are as they were made
         return model
 
     def wrap(self, model):

@@ -258,6 +258,27 @@ def test_a_rank_that_is_killed_ends_the_others_and_is_named(trainer):
     assert torch.load(trainer.folder / "c.pt", weights_only=True)["state"]["step"] >= 20
 
 
+def test_a_buffer_is_that_which_the_model_was_made_with(trainer):
+    (trainer.folder / "buffered.py").write_text(f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import torch, model, train, train_fsdp
+
+def make(self, *args, **options):
+    init(self, *args, **options)
+    self.register_buffer("counts", torch.arange(3.0, device="cpu"))
+
+init, model.GPT.__init__ = model.GPT.__init__, make
+train.main(train_fsdp.FSDPWorld)
+""")
+    for flags in ["--num-steps", 2], ["--num-steps", 4, "--resume"]:
+        arguments = trainer.arguments(flags, ranks=2)
+        done = zygote.run([part.replace(str(ROOT / "train_ddp.py"), "buffered.py") for part in arguments],
+                          trainer.folder, environment())
+        assert done.returncode == 0, done.stderr
+        saved = torch.load(trainer.folder / "c.pt", weights_only=True)
+        assert saved["model"]["counts"].tolist() == [0, 1, 2] and saved["state"]["step"] == int(flags[1])
+
+
 def test_a_single_rank_holds_the_only_shard(monkeypatch):
     """As where a job is tried on one GPU."""
     def alone(world, cfg):
