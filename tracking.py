@@ -112,13 +112,13 @@ def activation_bytes(model, tokens, half, compiled):
 
 def state_bytes(model, optimizer_bytes, world, accum):
     """About what each rank keeps of weights and gradients, in fp32, and of the optimizer's `optimizer_bytes`."""
-    n_params = model.num_params()
-    whole = 8 * n_params + optimizer_bytes
+    n_params, n_trained = model.num_params(), sum(p.numel() for p in model.parameters() if p.requires_grad)
+    whole = 4 * (n_params + n_trained) + optimizer_bytes
     if world.shards > 1:  # and what is gathered: all that is not in a block, and two blocks
         n_blocks = sum(p.numel() for p in model.blocks.parameters())
         return whole // world.shards + 8 * (n_params - n_blocks + 2 * n_blocks // model.cfg.n_layers)
     # DDP's buckets are the gradients only in the last micro-batch.
-    return whole + 4 * n_params * (world.size > 1 and accum > 1)
+    return whole + 4 * n_trained * (world.size > 1 and accum > 1)
 
 
 def log_facts(cfg, world, corpus, raw, optimizer_bytes, precision, accum, state, resume_from):

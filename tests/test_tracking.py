@@ -126,6 +126,8 @@ def test_each_rank_is_told_to_need_what_it_keeps():
     assert needed(2, 1, 2) == 5 * weights, "and the buckets of DDP"
     gathered = 2 * (weights - blocks + blocks // 2)  # two of four blocks, and their gradients
     assert needed(2, 2, 2) == 4 * weights // 2 + gathered and needed(8, 4, 1) == 4 * weights // 4 + gathered
+    model.blocks.requires_grad_(False)
+    assert needed(1, 1, 1) == 4 * weights - blocks and needed(2, 1, 2) == 5 * weights - 2 * blocks, "no gradients"
 
 
 def test_a_line_leaves_out_what_was_not_measured():
