@@ -134,11 +134,12 @@ def test_frozen(changed, as_it_is):
     assert same(whole.weights(), resumed.weights())
 
 
-@pytest.mark.parametrize("ranks", [None, 2])
-def test_state(changed, ranks):
-    # Of a size that ranks get one by one.
+@pytest.mark.parametrize("options", [{}, dict(ranks=2), dict(ranks=2, script="train_fsdp.py")],
+                         ids=["one", "replicas", "shards"])
+def test_state(changed, options):
+    # An embedding so large that ranks get it by itself (DDPWorld.SENT_LATER).
     whole, resumed = branched(changed, "Something with state: an average of the weights", "--vocab-size", 2048,
-                              ranks=ranks)
+                              **options)
     averages = [torch.load(run.checkpoint, weights_only=True)["ema"] for run in (whole, resumed)]
     assert same(*averages) and not same(whole.weights(), averages[0])
     row = whole.rows[12]
