@@ -1,5 +1,6 @@
 import contextlib
 import ctypes
+import os
 import weakref
 from types import SimpleNamespace
 
@@ -32,14 +33,22 @@ def test_a_gpu_that_this_pytorch_cannot_use_is_no_reason_to_train_on_the_cpu(mon
     (tmp_path / "nvidia0").touch()
     monkeypatch.setattr(hardware, "NVIDIA", str(tmp_path / "nvidia[0-9]"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    with pytest.raises(UserError, match="too old for CUDA 13.0"):
-        hardware.choose_device("auto")
+    for shown in None, "0", "GPU-8932f937", "MIG-bed4bc2a":  # Slurm's and Kubernetes' names of them, too
+        if shown:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+        with pytest.raises(UserError, match="too old for CUDA 13.0"):
+            hardware.choose_device("auto")
     assert hardware.choose_device("cpu").type == "cpu"
     for hidden in ("", "-1", "NoDevFiles"):  # on purpose, or by Slurm
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
         assert hardware.choose_device("auto").type == "cpu"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with monkeypatch.context() as without_cuda:
+        without_cuda.setattr(torch.version, "cuda", None)
+        assert hardware.choose_device("auto").type == "cpu"
     (tmp_path / "nvidia0").unlink()
+    assert hardware.choose_device("auto").type == "cpu"
+    (tmp_path / "nvidia0").mkdir()  # one that cannot be opened, as of another job
     assert hardware.choose_device("auto").type == "cpu"
 
 
@@ -49,21 +58,104 @@ def test_metal_is_chosen_for_one_process_only(monkeypatch):
     assert hardware.choose_device("auto").type == "mps" and hardware.choose_device("auto", alone=False).type == "cpu"
 
 
+def test_a_device_that_this_rank_has_not_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match="^--device mps: .* no Metal support"):
+        hardware.choose_device("mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert hardware.choose_device("auto", local_rank=1) == torch.device("cuda", 1)
+    with pytest.raises(UserError, match="local rank 2 has no GPU of its own, this machine has 2;"):
+        hardware.choose_device("auto", local_rank=2)
+
+
 @pytest.mark.parametrize("capability, name", [((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")])
 def test_a_gpu_computes_in_what_its_tensor_cores_have(monkeypatch, capability, name):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     device = torch.device("cuda", 0)
     assert hardware.choose_precision(hardware.SpeedConfig(), device).name == name
     assert hardware.choose_precision(hardware.SpeedConfig(amp=False), device).name == "off"
+    assert hardware.choose_precision(hardware.SpeedConfig(amp_dtype="bf16"), device).device == device
+
+
+@pytest.mark.parametrize("amx, avx512", [(True, False), (False, True), (False, False)])
+def test_a_cpu_computes_in_bf16_where_it_multiplies_that(monkeypatch, amx, avx512):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
+    assert hardware.choose_precision(hardware.SpeedConfig(), cpu).name == ("bf16" if amx or avx512 else "off")
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")  # private: not every PyTorch has it
+    assert hardware.choose_precision(hardware.SpeedConfig(), cpu).name == ("bf16" if avx512 else "off")
+
+
+@pytest.mark.parametrize("amp_dtype", ["bf16", "fp16"])
+def test_gradients_are_scaled_in_fp16_only(amp_dtype):
+    precision = hardware.choose_precision(hardware.SpeedConfig(amp_dtype=amp_dtype), torch.device("cpu"))
+    assert precision.scaler().is_enabled() == (amp_dtype == "fp16")
+
+
+def test_unless_asked_only_what_triton_compiles_for_is_compiled(monkeypatch):
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    for capability, compiles in ((6, 1), False), ((7, 0), True):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, it=capability: it)
+        assert hardware.should_compile(hardware.SpeedConfig(), cuda) == compiles
+        assert hardware.should_compile(hardware.SpeedConfig(compile=True), cuda)
+        assert not hardware.should_compile(hardware.SpeedConfig(compile=False), cuda)
+    assert not hardware.should_compile(hardware.SpeedConfig(), cpu)
+
+
+@pytest.mark.parametrize("kind, flags, dropout, expected", [
+    ("cpu", {}, 0.0, "memory"), ("cpu", {}, 0.1, "memory cuDNN"), ("cpu", {}, 0.125, "memory"),
+    ("cpu", dict(compile=True), 0.0, "memory deterministic"),
+    ("cpu", dict(compile=True), 0.125, "memory deterministic seeded"),
+    ("cpu", dict(deterministic=True), 0.0, "memory deterministic"),
+    ("cuda", dict(compile=False), 0.1, "device TF32 cuDNN"),
+    ("cuda", {}, 0.125, "device TF32 seeded"),
+    ("cuda", dict(deterministic=True), 0.0, "device TF32 deterministic")], ids=str)
+def test_pytorch_is_switched_to_what_the_flags_need(monkeypatch, kind, flags, dropout, expected):
+    from torch._functorch import config as functorch
+
+    device, switched = torch.device(kind, 1 if kind == "cuda" else None), set()
+    for module, function, asked, name in [
+            (torch.backends.cuda, "enable_cudnn_sdp", False, "cuDNN"), (torch.cuda, "set_device", device, "device"),
+            (torch, "use_deterministic_algorithms", True, "deterministic"),
+            (torch, "set_float32_matmul_precision", "high", "TF32"), (hardware, "keep_freed_memory", None, "memory")]:
+        monkeypatch.setattr(module, function, lambda value=None, asked=asked, name=name:
+                            switched.add(name if value == asked else (name, value)))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    with functorch.patch(graphsafe_rng_functionalization=True):
+        hardware.configure(hardware.SpeedConfig(**flags), device, dropout)
+        switched |= set() if functorch.graphsafe_rng_functionalization else {"seeded"}
+    assert switched == set(expected.split())
+    assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == ("deterministic" in expected), "without it, a product raises"
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_after_a_sample_kernels_are_as_strict_as_before(monkeypatch, strict):
+    states = [strict]  # to switch it would import torch's compiler
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", states.append)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: states[-1])
+    for cudnn in True, False:
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        with pytest.raises(KeyboardInterrupt), hardware.allow_nondeterministic():
+            assert not states[-1] and not torch.backends.cuda.cudnn_sdp_enabled()
+            raise KeyboardInterrupt
+        assert states[-1] == strict and torch.backends.cuda.cudnn_sdp_enabled() == cudnn
+    torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def test_the_cores_are_those_that_this_process_may_use(monkeypatch):
     monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda pid: {3, 5, 8}, raising=False)
     monkeypatch.setattr(hardware.os, "cpu_count", lambda: 64)
     assert hardware.usable_cores() == 3
+    monkeypatch.delattr(hardware.os, "sched_getaffinity")  # macOS
+    assert hardware.usable_cores() == 64
 
 
-@pytest.mark.parametrize("limit, cores", [("max 100000", 6), ("250000 100000", 2), ("20000 100000", 1), ("", 6)])
+@pytest.mark.parametrize("limit, cores", [("max 100000", 6), ("250000 100000", 2), ("20000 100000", 1),
+                                          ("900000 100000", 6), ("", 6)])
 def test_a_container_has_as_many_threads_as_its_limit_has_cores(monkeypatch, tmp_path, limit, cores):
     calls = []
     (tmp_path / "cpu.max").write_text(limit + "\n")
@@ -85,6 +177,7 @@ def test_half_precision_on_metal_is_refused_where_its_mask_is_wrong(monkeypatch)
         monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
         with pytest.raises(UserError, match="PyTorch 2.13 or newer") if refused else contextlib.nullcontext():
             assert hardware.choose_precision(cfg, torch.device("mps")).dtype == torch.bfloat16
+        assert hardware.choose_precision(cfg, torch.device("cpu")).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("largest, asked", [(2**31, [1 << 30]), (1 << 25, [1 << 30, 1 << 25])])
@@ -112,7 +205,8 @@ def test_what_metal_would_compute_wrongly_is_refused(monkeypatch):
 
 def test_a_lack_of_memory_becomes_one_line_and_other_errors_stay_as_they_are():
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"), MemoryError(),
-                  RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")):
+                  RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+                  RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)")):
         with (pytest.raises(UserError, match="^out of memory: .*; lower --batch-size$"),
               hardware.enough_memory("lower --batch-size")):
             raise error
@@ -156,9 +250,45 @@ def test_a_stopwatch_counts_what_is_inside_and_starts_anew_when_read(monkeypatch
     assert watch.read() == pytest.approx(0.1) and watch.read() == 0
 
 
+def test_a_stopwatch_asks_a_gpu_for_nothing_that_it_has_not_done(monkeypatch):
+    clock, done = Clock(monkeypatch, hardware), [False]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock.now
+
+        def query(self):
+            return done[0]
+
+        def elapsed_time(self, end):
+            assert done[0], "it would wait"
+            return 1e3 * (end.at - self.at)  # CUDA's are milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    watch = Stopwatch(torch.device("cuda"))
+    for done[0], pending in (False, 1), (False, 2), (True, 0), (False, 1):
+        with watch:
+            clock.sleep(0.05)
+        assert len(watch.pending) == pending
+    done[0] = True  # as once it is synchronized
+    assert watch.read() == pytest.approx(0.2) and watch.read() == 0
+
+
 def test_a_full_disk_is_a_line_that_names_the_file():
     import errno
 
     full = OSError(errno.ENOSPC, "No space left on device", "runs/c.log")
     assert hardware.explained(full) == "runs/c.log: No space left on device; make room there"
+    quota = OSError(errno.EDQUOT, "Disk quota exceeded")  # of a write, which knows no name
+    assert hardware.explained(quota) == "the disk: Disk quota exceeded; make room there"
     assert hardware.explained(OSError(errno.EIO, "Input/output error", "c.log")) is None
+
+
+def test_a_lack_of_memory_and_of_a_compiler_is_a_line_that_says_what_to_do():
+    assert "; lower --batch-size and raise --grad-accum-steps" in hardware.explained(MemoryError())
+    for module in "_dynamo", "_inductor":
+        error = type("Failed", (RuntimeError,), dict(__module__=f"torch.{module}.exc"))("no compiler\nand more")
+        assert hardware.explained(error) == "torch.compile failed: no compiler; add --no-compile"
