@@ -56,6 +56,7 @@ def test_metal_is_chosen_for_one_process_only(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert hardware.choose_device("auto").type == "mps" and hardware.choose_device("auto", alone=False).type == "cpu"
+    assert hardware.peak_flops(torch.device("mps")) is None
 
 
 def test_a_device_that_this_rank_has_not_is_refused(monkeypatch):

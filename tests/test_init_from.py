@@ -134,6 +134,32 @@ def test_what_our_architecture_is_not_is_refused_by_its_field(arch, field, value
         gpt_config(theirs, "DIR")
 
 
+# What published configurations state besides, and no logit depends on; the last is not even known.
+BESIDES = dict(_name_or_path="x", architectures=["Their"], dtype="bfloat16", transformers_version="4.0", bos_token_id=1,
+               eos_token_id=[2, 3], pad_token_id=4, initializer_range=0.5, use_cache=False, id2label={0: "a"},
+               label2id={"a": 0}, problem_type="regression", return_dict=False, output_attentions=True,
+               chunk_size_feed_forward=1, attention_dropout=0.3, task_specific_params={"text-generation": {}},
+               auto_map={"AutoTokenizer": "theirs.T", "AutoProcessor": "theirs.P"})
+OF_ARCH = {"gpt2": dict(resid_pdrop=0.3, summary_type="mean", reorder_and_upcast_attn=True, n_inner=None),
+           "qwen3": dict(max_window_layers=7)}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_configuration_that_transformers_has_is_read_back(arch):
+    shape = dict(n_layers=3, n_heads=4, n_kv_heads=4, d_model=48, d_ff=192, head_dim=12, vocab_size=300,
+                 max_position_embeddings=96, tie_embeddings=True)
+    shape |= {} if arch == "gpt2" else dict(n_kv_heads=2, d_ff=80, head_dim=16, rope_theta=7e5, tie_embeddings=False)
+    theirs = hugging_face_config(GPTConfig(arch=arch, **shape))
+    found = gpt_config(theirs, "DIR")
+    assert {name: getattr(found, name) for name in shape} == shape
+    for name, value in (BESIDES | OF_ARCH.get(arch, {})).items():
+        setattr(theirs, name, value)
+    assert gpt_config(theirs, "DIR") == found
+    theirs.num_attention_heads = 5
+    with pytest.raises(UserError, match="does not divide|d_model / n_heads each"):
+        gpt_config(theirs, "DIR")
+
+
 def test_one_of_our_own_checkpoints_will_do_too(tuned):
     run = tuned["nanochat"][1]
     cfg = parse(Config, ["--init-from", str(run.checkpoint), "--tokenizer-name", "byte", "--seq-len", "32"])
