@@ -107,9 +107,14 @@ def test_every_loader_finds_ropes_base_and_what_an_empty_prompt_is(exported):
         assert load_run(folder)[3]["start"] == load_run(checkpoint)[3]["start"]
 
 
-def test_a_llama_that_transformers_cannot_hold_is_refused():
+def test_a_model_that_transformers_cannot_hold_is_refused():
+    odd = dict(d_model=256, n_heads=6, head_dim=64, vocab_size=300)
     with pytest.raises(UserError, match="holds no --d-model 256 that --n-heads 6"):
-        hugging_face_config(GPTConfig(arch="llama", d_model=256, n_heads=6, head_dim=64, vocab_size=300))
+        hugging_face_config(GPTConfig(arch="llama", **odd))
+    assert hugging_face_config(GPTConfig(arch="qwen3", **odd)).head_dim == 64
+    for changes in dict(n_kv_heads=2), dict(head_dim=32):
+        with pytest.raises(UserError, match="GPT-2 has as many key/value heads as query heads, of d_model / n_heads"):
+            hugging_face_config(GPTConfig(arch="gpt2", d_model=256, n_heads=4, vocab_size=300, **changes))
 
 
 def test_ids_without_a_token_are_never_drawn(exported):
