@@ -30,7 +30,7 @@ from data import Corpus, DataConfig, permute, prepare, take_turns
 from holdout import place, spread, tail_start, takes_tails
 from shards import HEADER, Shard, ShardWriter, read_meta, require_whole
 from text import Source, cut_text, find_sources, pieces, source_names, text_pieces
-from tokenizer import END_OF_TEXT, known_characters, load_tokenizer, open_tokenizer, train_tokenizer
+from tokenizer import END_OF_TEXT, encode, known_characters, load_tokenizer, open_tokenizer, train_tokenizer
 
 
 def config(path, cache, **changes):
@@ -747,11 +747,11 @@ def test_the_end_of_text_token_of_the_hub_is_what_its_config_says(tmp_path, text
     source = load_tokenizer("byte")
     source.add_special_tokens(["<|end of sentence|>", "<|turn|>"])
     source.save(str(tmp_path / "tokenizer.json"))
-    fetched, stated = set(), ["<|end of sentence|>"]
+    fetched, stated = [], ["<|end of sentence|>"]
 
     def hub_file(name, file, local_files_only=False):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": stated[0]}))
-        fetched.update([] if local_files_only else [file])
+        fetched.extend([] if local_files_only else [file])
         return str(tmp_path / file) if file in fetched else None
 
     monkeypatch.setattr(tokenizer_module, "_hub_file", hub_file)
@@ -761,6 +761,7 @@ def test_the_end_of_text_token_of_the_hub_is_what_its_config_says(tmp_path, text
     stated[0] = "<|turn|>"
     other = Corpus(config(text, tmp_path / "cache", tokenizer_name="someone/model"))
     assert other.eos == source.token_to_id("<|turn|>") and other.folder != corpus.folder
+    assert fetched == ["tokenizer_config.json", "tokenizer.json"], "once, the one that others wait for last"
 
 
 def test_two_vocabularies_of_one_text_are_two_folders(tmp_path, text):
@@ -784,7 +785,8 @@ def test_a_truncating_tokenizer_does_not_truncate_the_text(tmp_path, cache, text
     tokenizer.enable_truncation(8)
     tokenizer.enable_padding(length=8)
     save_tokenizer(tokenizer, tmp_path / "short", "bpe")
-    assert len(load_tokenizer(str(tmp_path / "short")).encode(text.read_text()).ids) > 1000
+    for whole in load_tokenizer(str(tmp_path / "short")), open_tokenizer(tmp_path / "short"):
+        assert len(whole.encode(text.read_text()).ids) > 1000 and len(whole.encode("a").ids) == 1, "nor pad it"
 
 
 # Shards
@@ -1176,7 +1178,55 @@ def test_tokenizers_give_back_the_text(name, tmp_path):
     import transformers
 
     theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "t"))
-    assert theirs(sample)["input_ids"] == loaded.encode(sample).ids and theirs.eos_token == END_OF_TEXT
+    assert theirs(sample)["input_ids"] == loaded.encode(sample).ids
+    assert theirs.eos_token == theirs.bos_token == END_OF_TEXT
+
+
+def test_tokens_have_the_same_ids_in_every_process():
+    """Sets have another order in each."""
+    assert train_tokenizer("char", ["ca", "béd"], 0).get_vocab() == {char: i for i, char in enumerate(
+        ["a", "b", "c", "d", "é", END_OF_TEXT])}
+    byte = load_tokenizer("byte")
+    assert [byte.id_to_token(i) for i in (0, 93, 94, 187, 255, 256)] == ["!", "~", "¡", "ÿ", "\u0143", END_OF_TEXT]
+
+
+def test_bpe_has_every_byte_and_char_a_text():
+    small = train_tokenizer("bpe", ["aaa"], 257)
+    assert small.get_vocab_size() == 257 and small.decode(small.encode("ж🎵\0").ids) == "ж🎵\0"
+    with pytest.raises(UserError, match="--vocab-size 256: bpe needs at least 257 tokens"):
+        train_tokenizer("bpe", ["aaa"], 256)
+    with pytest.raises(UserError, match="--tokenizer-name char: the text has no characters"):
+        train_tokenizer("char", ["", ""], 0)
+
+
+@pytest.mark.parametrize("config, eos", [
+    (None, "</s>"), ({}, "</s>"), ({"eos_token": "<|gone|>"}, "</s>"), ({"eos_token": "<|turn|>"}, "<|turn|>"),
+    ({"eos_token": {"content": "<|turn|>"}}, "<|turn|>")], ids=str)
+def test_a_tokenizers_end_of_text_is_what_it_says_or_a_usual_one(tmp_path, config, eos):
+    from tokenizers import Tokenizer, models
+
+    tokenizer = Tokenizer(models.BPE({"a": 0}, []))
+    assert tokenizer_module.end_of_text(tokenizer, str(tmp_path)) is None
+    tokenizer.add_special_tokens(["[SEP]"])
+    assert tokenizer_module.end_of_text(tokenizer, str(tmp_path)) == tokenizer.token_to_id("[SEP]"), "as BERT's"
+    tokenizer.add_special_tokens(["<|turn|>", "<eos>", "</s>"])
+    if config is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert tokenizer_module.end_of_text(tokenizer, str(tmp_path)) == tokenizer.token_to_id(eos)
+
+
+def test_what_a_tokenizer_puts_around_a_text_is_no_change_of_it():
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    tokenizer = train_tokenizer("bpe", ["a text of words"], 270)
+    bare = tokenizer.encode("a text").ids
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{END_OF_TEXT} $A",
+                                                             special_tokens=[(END_OF_TEXT, 0)])
+    assert encode(tokenizer, ["a text"]) == [bare], "no marks of its own"
+    assert tokenizer_module.gives_back(tokenizer, f"a text{END_OF_TEXT} of words")
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    assert tokenizer_module.gives_back(tokenizer, "a text of words") and encode(tokenizer, ["a text"]) != [bare]
+    assert known_characters(Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))) is None, "not one of chars"
 
 
 def test_gpt2s_tokenizer_from_the_local_cache(monkeypatch, text, cache):
