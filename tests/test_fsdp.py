@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import train_fsdp
 from config import parse
+from model import GPT, GPTConfig
 from train import Config
 from train_fsdp import FSDPWorld
 
@@ -289,6 +290,32 @@ def test_a_single_rank_holds_the_only_shard(monkeypatch):
     monkeypatch.setattr(train_fsdp, "keep_freed_memory", lambda up_to: None)
     world = FSDPWorld(parse(Config, []))
     assert (world.shards, world.mesh, world.replicas) == (1, ("cpu", 1), None)
+
+
+def test_each_block_is_gathered_in_autocasts_dtype_and_its_gradients_are_added_up_in_fp32(monkeypatch):
+    sharded, world = {}, FSDPWorld.__new__(FSDPWorld)
+    monkeypatch.setattr(train_fsdp, "fully_shard", lambda module, **how: sharded.update({module: how}))
+    world.mesh, world.dtype, world.compiles, world.device = "mesh", torch.bfloat16, False, torch.device("cpu")
+    world.distribute = lambda value, like: value
+    cfg = GPTConfig(n_layers=3, n_heads=2, d_model=8, vocab_size=11, max_position_embeddings=8)
+    model = world.place(functools.partial(GPT, cfg), draw=True)
+    assert list(sharded) == [*model.blocks, model], "the rest of it last: what is in a block is already another's"
+    for how in sharded.values():
+        policy = how["mp_policy"]
+        assert (policy.param_dtype, policy.reduce_dtype, how["mesh"]) == (torch.bfloat16, torch.float32, "mesh")
+        assert not policy.cast_forward_inputs, "the residual stream has a dtype of its own"
+    # The last block and the rest are used again at once, by the backward pass. (None: PyTorch's choice for a root.)
+    assert [how.get("reshard_after_forward") for how in sharded.values()] == [True, True, False, None]
+    assert all(p.dtype == torch.float32 and p.device.type == "cpu" for p in model.parameters())
+
+
+def test_what_is_saved_of_a_sharded_run_is_a_copy_and_on_the_main_rank_alone():
+    world, tensor = FSDPWorld.__new__(FSDPWorld), torch.ones(3)
+    saved = world.full_state(dict(guard=tensor, step=7))
+    tensor.zero_()
+    assert saved["guard"].tolist() == [1, 1, 1] and saved["step"] == 7
+    world.is_main = False
+    assert world.full_state(dict(guard=tensor))["guard"].device.type == "meta"
 
 
 def test_gradients_go_between_replicas_of_shards_once_a_step():
