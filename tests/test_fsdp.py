@@ -293,9 +293,10 @@ def test_a_single_rank_holds_the_only_shard(monkeypatch):
 
 
 def test_each_block_is_gathered_in_autocasts_dtype_and_its_gradients_are_added_up_in_fp32(monkeypatch):
-    sharded, world = {}, FSDPWorld.__new__(FSDPWorld)
+    sharded, compiled, world = {}, [], FSDPWorld.__new__(FSDPWorld)
     monkeypatch.setattr(train_fsdp, "fully_shard", lambda module, **how: sharded.update({module: how}))
-    world.mesh, world.dtype, world.compiles, world.device = "mesh", torch.bfloat16, False, torch.device("cpu")
+    monkeypatch.setattr(torch, "compile", lambda forward: compiled.append(forward) or forward)
+    world.mesh, world.dtype, world.compiles, world.device = "mesh", torch.bfloat16, True, torch.device("cpu")
     world.distribute = lambda value, like: value
     cfg = GPTConfig(n_layers=3, n_heads=2, d_model=8, vocab_size=11, max_position_embeddings=8)
     model = world.place(functools.partial(GPT, cfg), draw=True)
@@ -306,6 +307,7 @@ def test_each_block_is_gathered_in_autocasts_dtype_and_its_gradients_are_added_u
         assert not policy.cast_forward_inputs, "the residual stream has a dtype of its own"
     # The last block and the rest are used again at once, by the backward pass. (None: PyTorch's choice for a root.)
     assert [how.get("reshard_after_forward") for how in sharded.values()] == [True, True, False, None]
+    assert [forward.__self__ for forward in compiled] == list(model.blocks)
     assert all(p.dtype == torch.float32 and p.device.type == "cpu" for p in model.parameters())
 
 

@@ -1,0 +1,46 @@
+import pytest
+
+from wandb_errors import Relay, advice, reason, with_advice
+
+
+@pytest.mark.parametrize("message, words", [
+    ("the wandb package is missing", "pip install wandb"), ("WANDB_BASE_URL: not a URL", "correct or unset"),
+    ("api_key not configured (no-tty)", "wandb login"), ("HTTP 401: unauthorized", "wandb login"),
+    ("[Errno 28] No space left on device: '/w'", "name a folder"), ("[Errno 2] No such file: '/w'", "name a folder"),
+    ("[Errno 13] Permission denied: '/w'", "name a folder"), ("[Errno 122] Disk quota exceeded", "name a folder"),
+    ("[Errno 30] Read-only file system: '/w'", "name a folder"), ("[Errno 20] Not a directory: '/w'", "name a folder"),
+    ("[Errno 17] File exists: '/w'", "name a folder"), ("HTTP 409: Conflict", "an id is given once"),
+    ("run x was previously created and deleted", "an id is given once"),
+    ("HTTP 403: Forbidden", "check --wandb-entity"), ("HTTP 404", "check --wandb-entity"),
+    ("permission denied to write to me/p", "check --wandb-entity"), ("entity me is unknown", "check --wandb-entity"),
+    ("project not found", "check --wandb-entity"), ("Could not find project p", "check --wandb-entity"),
+    ("row 7 cannot be read back", "in a few minutes"), ("Cannot query field x on type Run", "this server is older"),
+    ("Unknown argument x", "this server is older"), ("unknown field x", "this server is older"),
+    ("HTTP 429: Too Many Requests", "W&B limits"), ("filestream: rate limit exceeded", "W&B limits"),
+    ("storage is used up", "W&B limits"), ("quota of this team is used up", "W&B limits"),
+    ("connection refused at port 4010", "check the network"), ("timed out", "check the network")])
+def test_an_error_comes_with_what_to_do(message, words):
+    assert advice(message).startswith(words)
+    assert with_advice(RuntimeError(f"{message}.")) == f"{message}; {advice(message)}"
+
+
+def test_a_reason_is_a_line_without_the_servers_response():
+    assert reason(RuntimeError('HTTP 400: {"errors": ["a", "b"]}\nand more')) == "HTTP 400"
+    assert reason(RuntimeError("x" * 999)) == "x" * 200 and reason(TimeoutError()) == "TimeoutError"
+    assert with_advice(RuntimeError('failed: {"code": 429}')).startswith("failed; W&B limits"), "which counts, too"
+    assert reason(RuntimeError("1 validation error for Settings")) == "1 validation error for Settings"
+
+
+def test_of_what_the_sdk_says_warnings_are_told_once_and_ten_at_most():
+    told = []
+    relay = Relay(lambda level, text: told.append((level, text)))
+    relay.write("wandb: \x1b[33mWARNING\x1b[0m the disk is ")
+    assert not told, "the line has not ended"
+    relay.write("slow\nwandb: Currently logged in as: me\nTraceback: wandb: ERROR x\nwandb: ERROR gone\n")
+    relay.write("wandb: WARNING the disk is slow\nwandb: WARNING shared mode is experimental\n"
+                "wandb: ERROR Fatal error while uploading data\nwandb: ERROR x already exists with the same content\n")
+    assert told == [("WARNING", "the disk is slow"), ("WARNING", "gone")]
+    more = "".join(f"wandb: ERROR number {i}\n" for i in range(20))
+    assert relay.write(more) == len(more)
+    relay.flush()
+    assert told[-1] == ("WARNING", "number 7") and len(told) == 10 and not relay.isatty()
