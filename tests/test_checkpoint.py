@@ -1,5 +1,6 @@
 import contextlib
 import errno
+import hashlib
 import math
 import os
 import pickle
@@ -115,6 +116,34 @@ def test_a_file_is_synced_to_the_disk_itself_where_that_is_another_call(monkeypa
         monkeypatch.setattr(files.fcntl, "F_FULLFSYNC", 51, raising=False)
     files.sync(7)
     assert calls == ["full" if there == "another call" else "fsync"]
+
+
+def test_a_checkpoint_is_on_the_disk_whole_before_it_has_its_name_and_then_that_is(tmp_path, monkeypatch):
+    def sync(fd):
+        found = os.fstat(fd)
+        synced.append((found.st_ino, path.exists() or found.st_size, fd))
+        if path.exists():
+            raise OSError(errno.EINVAL, "a file system without it, of folders")
+
+    path, synced = tmp_path / "c.pt", []
+    monkeypatch.setattr(archive, "sync", sync)
+    save(path, PAYLOAD)
+    assert [what[:2] for what in synced] == [(path.stat().st_ino, path.stat().st_size), (tmp_path.stat().st_ino, True)]
+    for *_, fd in synced:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
+
+
+def test_what_is_hashed_does_not_depend_on_the_blocks_that_are_written(tmp_path):
+    content = bytes(range(40))
+    for sizes in [40], [1] * 40, [2, 1, 0, 1, 20, 1, 15], [0, 39, 1]:
+        with open(tmp_path / "file", "wb") as file:
+            writer, left = archive._HashingFile(file), content
+            for size in sizes:
+                assert writer.write(memoryview(left)[:size]) == size
+                left = left[size:]
+        assert (tmp_path / "file").read_bytes() == content
+        assert writer.hash.digest() == hashlib.sha256(content[:-2]).digest(), sizes
 
 
 def test_a_save_that_fails_leaves_the_old_checkpoint_and_no_draft(tmp_path):
@@ -260,7 +289,7 @@ def test_where_there_is_no_room_for_a_copy_the_newest_is_saved_all_the_same(tmp_
     copy = archive.shutil.copyfile
 
     def no_link(source, target):
-        raise PermissionError(errno.EPERM, "Operation not permitted")
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
     def copy_all_but_the_best(source, target):
         if "best" in target.name:

@@ -1,5 +1,6 @@
 """Faults of the machine and of the numbers, in real runs: what is lost is at most what was not saved yet."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -124,20 +125,35 @@ class Free:
         self.free = free
 
 
-def test_rows_that_a_full_disk_refuses_are_written_later_each_once_and_whole(tmp_path):
-    sink = JsonlSink(tmp_path / "m.jsonl", 0)
-    sink.log(1, {"a": 1.0})
+@contextlib.contextmanager
+def room_for_nine_bytes(path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (sink.path.stat().st_size + 9, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 9, before[1]))
     try:
-        sink.log(2, {"a": 2.0})
-        sink.log(3, {"a": 3.0})
-        assert sink.path.read_text().count("\n") == 1 and sink.path.read_text().endswith("\n")
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    sink.log(4, {"a": 4.0})
+
+
+def test_rows_that_a_full_disk_refuses_are_written_later_each_once_and_whole(tmp_path, caplog):
+    sink = JsonlSink(tmp_path / "m.jsonl", 0)
+    sink.log(1, {"a": 1.0})
+    for step in 2, 5:  # twice
+        with room_for_nine_bytes(sink.path):
+            sink.log(step, {"a": 2.0})
+            sink.log(step + 1, {"a": 3.0})
+            assert sink.path.read_text().count("\n") == step - 1 and sink.path.read_text().endswith("\n")
+        if step == 2:
+            sink.log(4, {"a": 4.0})
     sink.close(0)
-    assert re.findall(r'"step": (\d)', sink.path.read_text()) == ["1", "2", "3", "4"]
+    assert re.findall(r'"step": (\d)', sink.path.read_text()) == ["1", "2", "3", "4", "5", "6"]
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2, "once each time"
+    lost = JsonlSink(tmp_path / "lost.jsonl", 0)
+    with room_for_nine_bytes(lost.path):
+        lost.log(1, {"a": 1.0})
+        lost.log(2, {"a": 2.0})
+        lost.close(0)
+    assert caplog.records[-1].levelname == "ERROR" and "lost.jsonl lacks its last 2 rows" in caplog.text
 
 
 @pytest.mark.parametrize("optimizer", OptimConfig.__dataclass_fields__["optimizer"].metadata["choices"])

@@ -306,6 +306,20 @@ def test_a_resume_cuts_metrics_back_to_the_checkpoint(tmp_path):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 10, 20, 30]
     JsonlSink(path, 0).close(0)
     assert path.read_text() == ""
+    path.unlink()
+    JsonlSink(path, 20).close(0)
+    assert path.read_text() == "", "a run whose metrics are gone goes on without"
+
+
+def test_a_record_is_where_the_file_is_said_to_end(tmp_path):
+    sink, places = JsonlSink(tmp_path / "m.jsonl", 0), []
+    for step in range(3):
+        places.append(sink.place())
+        sink.log(step, {"x": 1.0})
+    sink.close(0)
+    content = (tmp_path / "m.jsonl").read_bytes()
+    assert {path for path, _ in places} == {str(tmp_path / "m.jsonl")}
+    assert [json.loads(content[at:].split(b"\n")[0])["step"] for _, at in places] == [0, 1, 2]
 
 
 def test_a_resumed_run_drops_what_it_writes_again_and_keeps_why_it_ended(tmp_path):
@@ -351,13 +365,14 @@ def test_a_resumed_run_has_each_step_once_in_tensorboard(tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is an extra")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for start, steps in (0, (10, 20, 30)), (20, (30, 40)):
+    for start, steps in (0, (0, 10, 20)), (0, (0, 10, 20, 30)), (20, (30, 40)):  # begun anew, then resumed
         sink = TensorboardSink(tmp_path, start)
         for step in steps:
             sink.log(step, {"train/loss": step + start})
         sink.close(0)
     events = EventAccumulator(str(tmp_path)).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(10, 10), (20, 20), (30, 50), (40, 60)]
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(0, 0), (10, 10), (20, 20), (30, 50),
+                                                                            (40, 60)]
 
 
 def test_tensorboard_has_the_same_names_values_and_steps(tmp_path):
@@ -366,11 +381,28 @@ def test_tensorboard_has_the_same_names_values_and_steps(tmp_path):
 
     sink = TensorboardSink(tmp_path, 0)
     for step in (10, 20):
-        sink.log(step, {"train/loss": step / 4, "lr": 0.5})
+        sink.log(step, {"train/loss": step / 4, "lr": 0.5, "a histogram": {"of": "W&B"}})
+    sink.log(20, dict(event="sample", text="Once upon"))
+    sink.log(20, dict(event="exit", code=1))
     sink.close(0)
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(10, 2.5), (20, 5.0)]
     assert set(events.Tags()["scalars"]) == {"train/loss", "lr"}
+    assert events.Tensors("samples/text_summary")[0].tensor_proto.string_val == [b"Once upon"]
+
+
+def test_events_that_cannot_be_written_cost_one_warning(caplog):
+    calls, sink = [], TensorboardSink.__new__(TensorboardSink)
+
+    def fails(*args):
+        calls.append(args)
+        raise OSError("No space left on device")
+
+    sink.writer, sink.broken = SimpleNamespace(add_scalar=fails, close=fails), False
+    for step in 1, 2:
+        sink.log(step, {"lr": 0.1})
+    sink.close(0)
+    assert calls == [("lr", 0.1, 1)] and [record.levelname for record in caplog.records] == ["WARNING"]
 
 
 def test_a_resumed_interval_is_of_all_ranks_but_a_ranks_own_loss_is_its_own():

@@ -6,6 +6,7 @@ from wandb_errors import Relay, advice, reason, with_advice
 @pytest.mark.parametrize("message, words", [
     ("the wandb package is missing", "pip install wandb"), ("WANDB_BASE_URL: not a URL", "correct or unset"),
     ("api_key not configured (no-tty)", "wandb login"), ("HTTP 401: unauthorized", "wandb login"),
+    ("this API key is of another host", "wandb login"), ("not logged in", "wandb login"),
     ("[Errno 28] No space left on device: '/w'", "name a folder"), ("[Errno 2] No such file: '/w'", "name a folder"),
     ("[Errno 13] Permission denied: '/w'", "name a folder"), ("[Errno 122] Disk quota exceeded", "name a folder"),
     ("[Errno 30] Read-only file system: '/w'", "name a folder"), ("[Errno 20] Not a directory: '/w'", "name a folder"),

@@ -1,9 +1,14 @@
+import json
+import os
+import re
+import threading
 from types import SimpleNamespace
 
 import pytest
 from conftest import Clock
 
 import watchdog
+from checkpoint import State
 from config import parse
 from train import Config
 from watchdog import Watchdog
@@ -23,6 +28,35 @@ def test_each_rank_has_its_own_stacks_and_the_main_one_the_heartbeat(tmp_path):
     dogs = [Watchdog(None, None, cfg, rank) for rank in (0, 3)]
     assert [dog.heartbeat for dog in dogs] == [str(tmp_path / "beat"), ""]
     assert [dog.stacks.name for dog in dogs] == ["c.stacks.txt", "c.rank3.stacks.txt"]
+    assert all(dog.thread.daemon for dog in dogs), "a disk that hangs does not keep the process"
+
+
+def test_a_run_that_ends_waits_a_moment_at_most_for_a_disk_that_hangs():
+    dog, waited = Watchdog.__new__(Watchdog), []
+    dog.done, dog.thread = threading.Event(), SimpleNamespace(join=lambda seconds=None: waited.append(seconds))
+    dog.__exit__()
+    assert waited == [2.0] and dog.done.is_set()
+
+
+def test_a_heartbeat_begins_at_once_and_may_stop_but_end_no_run(tmp_path):
+    dog = Watchdog.__new__(Watchdog)
+    dog.heartbeat, dog.state, dog.thread = tmp_path / "beat", State(step=7), SimpleNamespace(start=lambda: None)
+    dog.heartbeat.write_text("of a run before")
+    dog.__enter__()
+    beat = json.loads(dog.heartbeat.read_text())
+    assert (beat["step"], beat["doing"], beat["pid"]) == (7, "start", os.getpid())
+    dog.heartbeat = tmp_path / "gone" / "beat"
+    dog._beat("step")
+    assert not dog.heartbeat.exists()
+
+
+def test_stacks_are_below_the_line_that_says_whose_they_are_and_above_those_of_the_next_hang(tmp_path):
+    dog = Watchdog.__new__(Watchdog)
+    dog.stacks, dog.state = tmp_path / "gone" / "c.stacks.txt", State(step=7)
+    for _ in range(2):
+        dog._dump("eval", 601.4)
+    said = re.findall(r"eval after step 7 has taken 601 s$|^Current thread|in _dump$", dog.stacks.read_text(), re.M)
+    assert said == ["eval after step 7 has taken 601 s", "Current thread", "in _dump"] * 2
 
 
 def test_every_advance_is_a_beat_and_every_hang_is_told_once(monkeypatch):
