@@ -22,7 +22,7 @@ from conftest import ROOT, TINY, Run, command, environment, eventually, interrup
 from test_train import same
 
 import checkpoint
-from checkpoint import CheckpointConfig, State
+from checkpoint import CheckpointConfig, State, step_of
 from config import UserError
 from data import Corpus, DataConfig
 from meter import Meter
@@ -231,14 +231,20 @@ train.main(DDPWorld if "RANK" in __import__("os").environ else train.World)
 """
 
 
-def test_fp16_leaves_a_batch_without_a_loss_out_too(trainer):
+def test_fp16_leaves_a_batch_without_a_loss_out_too_and_what_is_to_be_saved_waits_for_the_next(trainer):
     (trainer.folder / "planted.py").write_text(PLANTED.format(root=str(ROOT), every=5))
     _, _, *rest = trainer.arguments(["--num-steps", 30, "--amp-dtype", "fp16", "--eval-steps", 0, "--max-bad-steps",
-                                     29])
+                                     29, "--log-steps", 1, "--save-steps", 3, "--keep-last", 30])
     run = zygote.run([sys.executable, "planted.py", *rest], trainer.folder, environment())
     assert run.returncode == 0 and "steps skipped" in run.stdout, run.stderr
     saved = torch.load(trainer.folder / "c.pt", weights_only=True)
     assert 0 < saved["meter"]["skipped"][0] < 30 and all(map(torch.isfinite, map(torch.sum, saved["model"].values())))
+    rows = Run(run, trainer.folder, "c.pt").rows
+    skipped = [rows[step].get("train/skipped_steps", 0) for step in range(31)]
+    taken = [step for step in range(1, 31) if skipped[step] == skipped[step - 1]]
+    first = [next((step for step in taken if step >= due), 30) for due in range(3, 31, 3)]
+    assert first != list(range(3, 31, 3)), "some have to wait"
+    assert {step_of(path) for path in trainer.folder.glob("c.step-*")} == {*first, 30}
 
 
 @pytest.mark.parametrize("ranks", [None, pytest.param(2, marks=pytest.mark.full)])
