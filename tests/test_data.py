@@ -15,6 +15,7 @@ import time
 import tracemalloc
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -494,14 +495,17 @@ def test_shards_are_trained_on_as_they_are(text, cache):
 
 
 def test_prepared_tokens_are_those_that_the_same_flags_train_on(trainer, text):
+    bpe = ["--tokenizer-name", "bpe", "--vocab-size", 300, "--num-steps", 5]
     command = [str(ROOT / "prepare.py") if word.endswith("train.py") else word for word in
-               trainer.arguments(["--val-ratio", 0.2, "--cache-dir", "here", "--num-steps", 5])]
+               trainer.arguments(["--val-ratio", 0.2, "--cache-dir", "here", *bpe])]
     done = zygote.run(command, trainer.folder, environment())
     folder = done.stdout.splitlines()[-1]
     assert done.returncode == 0 and "tokenized" in done.stdout, done.stderr
     assert sorted(path.name for path in trainer.folder.iterdir()) == ["here"], "no run was begun"
-    found = trainer("--val-ratio", 0.2, "--cache-dir", "here", "--num-steps", 5)
-    moved = trainer("--num-steps", 5, "--train-data", folder, checkpoint="moved.pt")
+    tokens = json.loads(Path(trainer.folder, folder, "meta.json").read_text())["tokens"]
+    assert f" {tokens['train']:,} tokens to train on, {tokens['val']:,} to validate on\n" in done.stdout
+    found = trainer("--val-ratio", 0.2, "--cache-dir", "here", *bpe)
+    moved = trainer(*bpe, "--train-data", folder, checkpoint="moved.pt")
     assert found.code == moved.code == 0 and "tokenized" not in found.out + moved.out, found.err + moved.err
     assert folder in found.out and found.losses() == moved.losses()
     command[command.index("--train-data") + 1] = "nowhere.txt"
@@ -1213,6 +1217,15 @@ def test_a_tokenizers_end_of_text_is_what_it_says_or_a_usual_one(tmp_path, confi
     if config is not None:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert tokenizer_module.end_of_text(tokenizer, str(tmp_path)) == tokenizer.token_to_id(eos)
+
+
+def test_the_pieces_of_a_document_end_in_one_end_of_text_token_though_its_id_is_0():
+    tokenizer = train_tokenizer("bpe", ["a text of words"], 270)
+    pieces = [SimpleNamespace(content=content, ends_document=ends) for content, ends in (("a t", False), ("ext", True))]
+    assert tokenizer.token_to_id(END_OF_TEXT) == 0
+    for eos, marks in (0, [0]), (None, []):
+        found = [ids for _, ids, *_ in tokenizer_module.encode_pieces(tokenizer, pieces, eos)]
+        assert found == [tokenizer.encode("a t").ids, tokenizer.encode("ext").ids + marks]
 
 
 def test_what_a_tokenizer_puts_around_a_text_is_no_change_of_it():

@@ -3,12 +3,15 @@
 import contextlib
 import threading
 import time
+from http.client import BadStatusLine
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 import zygote
 from conftest import TINY, command, environment
 
+import tokenizer
 from tokenizer import hub_problem
 
 
@@ -64,3 +67,27 @@ def test_the_hub_serves_what_it_answers_for(monkeypatch, status, problem):
         began = time.monotonic()
         assert hub_problem("first", "a name", seconds=1.0) == problem and time.monotonic() - began < 10
     assert asked == ["/first", "/a%20name"]
+
+
+def test_a_hub_is_asked_where_it_is_and_not_for_long(monkeypatch):
+    asked, fails, over, told = [], [], threading.Event(), "the hub cannot be reached"
+
+    def urlopen(url, timeout):
+        asked.append((url, timeout, threading.current_thread().daemon))
+        if fails:
+            raise fails.pop()
+        over.wait(20)  # as a DNS lookup, which knows no timeout
+        return SimpleNamespace(close=int)
+
+    monkeypatch.setattr(tokenizer.urllib.request, "urlopen", urlopen)
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror.test/")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert hub_problem("a") == f"{told} (HF_HUB_OFFLINE is set)" and not asked
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    fails += [ValueError("unknown url type"), BadStatusLine("garbage"), TimeoutError()]
+    while fails:
+        assert hub_problem("a") == told  # and no thread has failed
+    began = time.monotonic()
+    assert hub_problem("a", seconds=0.1) == told and time.monotonic() - began < 10
+    over.set()
+    assert asked == [("https://mirror.test/a", 3.0, True)] * 3 + [("https://mirror.test/a", 0.1, True)]
