@@ -29,6 +29,7 @@ def test_schedules_rise_to_the_peak_and_end_at_the_floor(scheduler):
 def test_wsd_is_constant_until_its_last_fifth():
     lr = rates(lr_scheduler="wsd")
     assert set(lr[9:80]) == {1.0} and lr[80] < 1.0
+    assert rates(lr_scheduler="wsd", num_steps=4, warmup_steps=0) == pytest.approx([1.0, 1.0, 1.0, 0.1])
 
 
 @pytest.mark.parametrize("scheduler", ["cosine", "wsd", "linear"])
