@@ -149,9 +149,10 @@ def test_a_configuration_that_transformers_has_is_read_back(arch):
     shape = dict(n_layers=3, n_heads=4, n_kv_heads=4, d_model=48, d_ff=80, head_dim=12, vocab_size=300,
                  max_position_embeddings=96, tie_embeddings=True)
     shape |= {} if arch == "gpt2" else dict(n_kv_heads=2, head_dim=16, rope_theta=7e5, tie_embeddings=False)
-    theirs = hugging_face_config(GPTConfig(arch=arch, dropout=0.2, **shape))
+    theirs = hugging_face_config(GPTConfig(arch=arch, dropout=0.2, **shape), eos=256)
     assert {getattr(theirs, f"{part}_pdrop") for part in ("resid", "embd", "attn")} == {0.2} if arch == "gpt2" else (
         theirs.attention_dropout == 0.2)
+    assert theirs.bos_token_id == theirs.eos_token_id == 256, "a text begins as the one before has ended"
     assert theirs.pad_token_id is None, "no token is without meaning"
     found = gpt_config(theirs, "DIR")
     assert {name: getattr(found, name) for name in shape} == shape
