@@ -10,7 +10,6 @@ import importlib
 import json
 import os
 import runpy
-import select
 import signal
 import socket
 import subprocess
@@ -41,9 +40,10 @@ class Popen(subprocess.Popen):
 
     def _try_wait(self, flags):
         """As os.waitpid, though the process is the zygote's."""
-        if not select.select([self.ended], [], [], 0 if flags else None)[0]:
+        try:
+            status, self.seconds = json.loads(self.ended.recv(64, socket.MSG_DONTWAIT if flags else 0))
+        except BlockingIOError:
             return 0, 0
-        status, self.seconds = json.loads(self.ended.recv(64))
         self.ended.close()
         return self.pid, status
 
@@ -63,12 +63,12 @@ def run(command, cwd, env, input=None, timeout=300):
         given.write(input or "")
         given.seek(0)
         process = Popen(command, stdin=given, stdout=out, stderr=err, cwd=cwd, env=env)
+        process.ended.settimeout(timeout)
         try:
-            if not select.select([process.ended], [], [], timeout)[0]:
-                raise subprocess.TimeoutExpired(command, timeout)
-        finally:  # also pytest-timeout's end
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        except BaseException as error:  # pytest-timeout's, too
+            os.killpg(process.pid, signal.SIGKILL)
+            raise subprocess.TimeoutExpired(command, timeout) if isinstance(error, TimeoutError) else error from None
         for file in files:
             file.seek(0)
         done = subprocess.CompletedProcess(command, process.returncode, out.read(), err.read())
