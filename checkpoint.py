@@ -301,12 +301,13 @@ def restore(payload, parts, continues, world):
     try:
         distribute_moments(payload["optimizer"], parts["optimizer"], world)
         for name, part in parts.items():
-            if name != "optimizer":
+            found = payload[name]
+            if name != "optimizer":  # not kept in the payload, which outlives this: it may be a copy on the device
                 here = part.state_dict()
-                for key, value in payload[name].items():
-                    payload[name][key] = tree_map(partial(world.distribute, like=here.get(key)), value)
-            if payload[name]:  # a scaler's state is empty except in fp16
-                part.load_state_dict(payload[name])
+                found = {key: tree_map(partial(world.distribute, like=here.get(key)), value)
+                         for key, value in found.items()}
+            if found:  # a scaler's state is empty except in fp16
+                part.load_state_dict(found)
         state = State(**payload["state"])
     except Exception as error:  # torch raises many types
         if hardware.out_of_memory(error):
