@@ -169,7 +169,8 @@ def load_initial(raw, optimizer, init, identity, world):
     if not init.init_from:
         return State()
     weights, moments, first_sample = world.from_main(read)
-    raw.load_state_dict(weights | {name: world.distribute(weights[name], p) for name, p in raw.named_parameters()})
+    here = raw.state_dict()
+    raw.load_state_dict(weights | {name: world.distribute(weights[name], like) for name, like in here.items()})
     if moments:
         try:
             checkpoint.distribute_moments(moments, optimizer, world)

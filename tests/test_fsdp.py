@@ -266,18 +266,19 @@ import torch, model, train, train_fsdp
 
 def make(self, *args, **options):
     init(self, *args, **options)
-    self.register_buffer("counts", torch.arange(3.0, device="cpu"))
+    self.register_buffer("counts", torch.arange(2.0**16, device="cpu"))  # DDPWorld.SENT_LATER
 
 init, model.GPT.__init__ = model.GPT.__init__, make
 train.main(train_fsdp.FSDPWorld)
 """)
-    for flags in ["--num-steps", 2], ["--num-steps", 4, "--resume"]:
-        arguments = trainer.arguments(flags, ranks=2)
+    for checkpoint, flags in (("c.pt", ["--num-steps", 2]), ("c.pt", ["--num-steps", 4, "--resume"]),
+                              ("d.pt", ["--num-steps", 2, "--init-from", "c.pt"])):
+        arguments = trainer.arguments(flags, ranks=2, checkpoint=checkpoint)
         done = zygote.run([part.replace(str(ROOT / "train_ddp.py"), "buffered.py") for part in arguments],
                           trainer.folder, environment())
         assert done.returncode == 0, done.stderr
-        saved = torch.load(trainer.folder / "c.pt", weights_only=True)
-        assert saved["model"]["counts"].tolist() == [0, 1, 2] and saved["state"]["step"] == int(flags[1])
+        saved = torch.load(trainer.folder / checkpoint, weights_only=True)
+        assert torch.equal(saved["model"]["counts"], torch.arange(2.0**16)) and saved["state"]["step"] == flags[1]
 
 
 def test_a_single_rank_holds_the_only_shard(monkeypatch):
