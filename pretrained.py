@@ -61,7 +61,9 @@ def resolve_init(cfg, resume_from):
             log.info("--init-from %s is not read: the weights are those of %s", init.init_from, resume_from)
         sizes = {name: saved[name] for name in SIZES if name in saved}
         if saved.get("init_from") and stated.get("max_position_embeddings", 0) > sizes["max_position_embeddings"]:
-            del stated["max_position_embeddings"]  # of the source's own run; the start dropped the untrained ones
+            # That of the source's own run is accepted at the start, which drops the positions that were not trained on.
+            log.info("--max-position-embeddings %d does not count: the weights of %s have %d",
+                     stated.pop("max_position_embeddings"), resume_from, sizes["max_position_embeddings"])
         model = dataclasses.replace(model, **sizes | stated)
         init = part_of(InitConfig, saved)
         seq_len = seq_len if "seq_len" in cfg.given else saved["seq_len"]

@@ -193,6 +193,7 @@ def test_a_run_starts_from_a_checkpoint_with_the_flags_of_its_own(trainer):
     assert run.code == 0 and load_model(trainer.folder / "b.pt")[0].cfg.max_position_embeddings == 32, run.err
     restarted = trainer(*start, "--num-steps", 3, tiny=False, checkpoint="b.pt")
     assert restarted.code == 0 and "Resumed at step 2" in restarted.out, restarted.err
+    assert "--max-position-embeddings 64 does not count: the weights of b.pt have 32" in restarted.out
     other = trainer("--config", "a.config.toml", "--init-from", "a.pt", "--tokenizer-name", "a.tokenizer",
                     "--max-position-embeddings", 128, tiny=False, checkpoint="c.pt")
     assert other.code == 2 and "--max-position-embeddings 128" in other.err and "have 32" in other.err, other.err
