@@ -31,8 +31,9 @@ from tokenizer import id_count
 SAMPLING = dict(do_sample=True, temperature=TEMPERATURE, top_k=TOP_K)
 TRAINED_BY = (GPTConfig, DataConfig, BatchConfig, OptimConfig, SpeedConfig)  # the flags that the card lists
 # What is loaded from such a folder. Beside a new export, an earlier one's would count, too.
-LOADED = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*", "tokenizer*.json",
-          "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "chat_template.*", "vocab.*", "merges.txt")
+LOADED = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+          "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json", "tokenizer.model", "special_tokens_map.json",
+          "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json", "vocab.txt", "merges.txt")
 SPARE_IDS = 4096  # at most this many ids without a token are listed in generation_config.json as suppressed
 
 
@@ -98,7 +99,7 @@ def export(path, output, dtype="float32"):
                 (draft / name).replace(output / name)
             for file in (file for pattern in LOADED for file in output.glob(pattern)):
                 if file.name not in written and file.is_file():
-                    file.unlink()
+                    file.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--output {output}: {getattr(error, 'strerror', None) or error}; name a folder that can be "
                         f"written") from None

@@ -185,11 +185,14 @@ def test_an_earlier_export_leaves_nothing_that_would_be_loaded(tuned, tmp_path):
     folder.mkdir()
     (folder / "special_tokens_map.json").write_text('{"eos_token": "</s>"}')
     (folder / "model-00001-of-00002.safetensors").write_text("of a larger model")
-    (folder / "notes.txt").write_text("kept")
+    (folder / "pytorch_model-00001-of-00002.bin").write_text("of a larger model")
+    kept = "notes.txt", "vocab.py", "model-before.safetensors", "pytorch_model.bin.old", "tokenizer-before.json"
+    for name in kept:
+        (folder / name).write_text("kept")
     export.export(run.checkpoint, folder)
     assert AutoTokenizer.from_pretrained(folder).eos_token == "<|endoftext|>"
     assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() == load_model(run.checkpoint)[0].num_params()
-    assert not list(folder.glob("model-*")) and (folder / "notes.txt").read_text() == "kept"
+    assert not list(folder.glob("*-00001-of-*")) and {(folder / name).read_text() for name in kept} == {"kept"}
 
 
 @pytest.mark.full
