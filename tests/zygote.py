@@ -89,6 +89,7 @@ def zygote(for_torchrun):
 
 def serve(channel):
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for pytest, which then ends what it waits for
     while True:
         asked, files, *_ = socket.recv_fds(channel, 1, 5)
         if not asked:
