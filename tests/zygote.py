@@ -48,11 +48,13 @@ class Popen(subprocess.Popen):
         return self.pid, status
 
     def _internal_poll(self, *_, **__):
-        with self._waitpid_lock:
-            if self.returncode is None:
-                pid, status = self._try_wait(os.WNOHANG)
+        if self._waitpid_lock.acquire(blocking=False):  # else another thread waits, and this one may want to kill
+            try:
+                pid, status = (0, 0) if self.returncode is not None else self._try_wait(os.WNOHANG)
                 if pid:
                     self._handle_exitstatus(status)
+            finally:
+                self._waitpid_lock.release()
         return self.returncode
 
 
