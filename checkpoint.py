@@ -303,9 +303,7 @@ def restore(payload, parts, continues, world):
         for name, part in parts.items():
             found = payload[name]
             if name != "optimizer":  # not kept in the payload, which outlives this: it may be a copy on the device
-                here = part.state_dict()
-                found = {key: tree_map(partial(world.distribute, like=here.get(key)), value)
-                         for key, value in found.items()}
+                found = of_this_rank(found, part, world)
             if found:  # a scaler's state is empty except in fp16
                 part.load_state_dict(found)
         state = State(**payload["state"])
@@ -316,6 +314,12 @@ def restore(payload, parts, continues, world):
                         f"{' '.join(str(error).split())[:300]}); name another with --resume FILE, or start anew "
                         f"with another --checkpoint-path") from None
     return state if continues else dataclasses.replace(state, wandb_run_id="")  # a branch is a separate run
+
+
+def of_this_rank(saved, part, world):
+    """What this rank is to load of `saved`, a state dict of `part` that `world.from_main` returned. Collective."""
+    here = part.state_dict()
+    return {name: tree_map(partial(world.distribute, like=here.get(name)), value) for name, value in saved.items()}
 
 
 def distribute_moments(saved, optimizer, world):

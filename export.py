@@ -31,9 +31,9 @@ from tokenizer import id_count
 SAMPLING = dict(do_sample=True, temperature=TEMPERATURE, top_k=TOP_K)
 TRAINED_BY = (GPTConfig, DataConfig, BatchConfig, OptimConfig, SpeedConfig)  # the flags that the card lists
 # What is loaded from such a folder. Beside a new export, an earlier one's would count, too.
-LOADED = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-          "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json", "tokenizer.model", "special_tokens_map.json",
-          "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json", "vocab.txt", "merges.txt")
+LOADED = re.compile(r"model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin|tokenizer\.model|merges\.txt|"
+                    r"vocab\.(json|txt)|(model\.safetensors|pytorch_model\.bin)\.index\.json|special_tokens_map\.json|"
+                    r"added_tokens\.json|chat_template\.(jinja|json)")
 SPARE_IDS = 4096  # at most this many ids without a token are listed in generation_config.json as suppressed
 
 
@@ -97,8 +97,8 @@ def export(path, output, dtype="float32"):
             written = {file.name for file in draft.iterdir()}
             for name in written:  # once all of them are complete
                 (draft / name).replace(output / name)
-            for file in (file for pattern in LOADED for file in output.glob(pattern)):
-                if file.name not in written and file.is_file():
+            for file in output.iterdir():
+                if LOADED.fullmatch(file.name) and file.name not in written and file.is_file():
                     file.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--output {output}: {getattr(error, 'strerror', None) or error}; name a folder that can be "

@@ -171,8 +171,12 @@ def load_initial(raw, optimizer, init, identity, world):
     if not init.init_from:
         return State()
     weights, moments, first_sample = world.from_main(read)
-    here = raw.state_dict()
-    raw.load_state_dict(weights | {name: world.distribute(weights[name], like) for name, like in here.items()})
+    weights = checkpoint.of_this_rank(weights, raw, world)
+    try:
+        raw.load_state_dict(weights)
+    except RuntimeError as error:  # the sizes are the source's: the code of the model must have changed since
+        raise UserError(f"--init-from {init.init_from}: its weights do not fit this code's model "
+                        f"({' '.join(str(error).split())[:300]})") from None
     if moments:
         try:
             checkpoint.distribute_moments(moments, optimizer, world)

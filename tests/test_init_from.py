@@ -174,6 +174,15 @@ def test_one_of_our_own_checkpoints_will_do_too(tuned):
     assert all(torch.equal(tensor, raw.state_dict()[name]) for name, tensor in run.weights().items())
 
 
+def test_weights_of_a_model_from_before_its_code_changed_are_refused_by_name(tuned):
+    cfg = parse(Config, ["--init-from", str(tuned["nanochat"][1].checkpoint), "--tokenizer-name", "byte"])
+    model, *_ = resolve_init(cfg, None)
+    changed = GPT(model)
+    changed.register_parameter("temperature", torch.nn.Parameter(torch.ones(1)))
+    with pytest.raises(UserError, match=r"--init-from .*do not fit this code's model .*temperature"):
+        load_initial(changed, None, cfg.init, {}, World(cfg))
+
+
 def test_positions_that_no_step_has_trained_do_not_come_back(trainer):
     """64 positions, 32 of them trained; a run that begins with those; and one that trains on 16 of them."""
     shape = ["--num-steps", 2, "--tokenizer-name", "byte", "--lr", 1e-9, "--weight-decay", 0]
