@@ -121,13 +121,13 @@ def _files(path, label):
 
 def _suffix(file):
     """The suffix that says how to read a file: `.jsonl` if it is compressed JSON, else its last one."""
-    return ".jsonl" if _packed(file) else Path(file).suffix.lower()
+    return ".jsonl" if _packed(file) else os.path.splitext(file)[1].lower()  # a Path for each of many files takes long
 
 
 def _packed(file):
     """How a file of JSON is compressed; None if it is not one."""
-    *_, inner, suffix = ["", "", *map(str.lower, Path(file).suffixes)]
-    return PACKED.get(suffix) if KINDS.get(inner) == "json" else None
+    name, suffix = os.path.splitext(os.fspath(file).lower())
+    return PACKED.get(suffix) if KINDS.get(os.path.splitext(name)[1]) == "json" else None
 
 
 def _open(file):
