@@ -439,4 +439,4 @@ def _way_back(cfg):
         with contextlib.suppress(DamagedCheckpoint, UserError):
             load(file)
             return f"--resume {shlex.quote(str(file))} --overwrite goes back to that one, which is whole"
-    return f"no other checkpoint beside {cfg.checkpoint_path} is whole; --overwrite starts over"
+    return f"no other checkpoint beside {cfg.checkpoint_path} is whole; --overwrite instead of --resume starts over"

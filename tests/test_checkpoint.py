@@ -691,7 +691,7 @@ def test_where_the_newest_are_damaged_the_error_names_one_that_is_whole(tmp_path
     with pytest.raises(UserError, match=r"--resume '.+c\.best\.pt' --overwrite"):
         load_latest(tmp_path / "c.pt", cfg)
     (tmp_path / "c.best.pt").unlink()
-    with pytest.raises(UserError, match=r"c\.pt is .*c\.prev\.pt is .*no other checkpoint .*--overwrite starts over"):
+    with pytest.raises(UserError, match=r"c\.pt is .*c\.prev\.pt is .*no other checkpoint .*--overwrite instead of"):
         load_latest(tmp_path / "c.pt", cfg)
 
 
