@@ -12,7 +12,7 @@ import time
 import traceback
 import types
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from logging.handlers import MemoryHandler
 
 import torch
@@ -158,7 +158,7 @@ def log_facts(cfg, world, corpus, raw, optimizer_bytes, precision, accum, state,
     if world.device.type == "mps" and max(micro, size.vocab_size) >= 32767 and torch.__version__ < (2, 14):
         log.warning(f"PyTorch {torch.__version__} gets products over 32,767 and more elements wrong on M1 and M2, and "
                     f"this model has some (pytorch #193487): take PyTorch 2.14 or newer, or --device cpu")
-    if not cfg.wandb.use_wandb and cfg.wandb != WandbConfig():
+    if not cfg.wandb.use_wandb and replace(cfg.wandb, wandb_watch="none") != WandbConfig():  # metrics.jsonl has those
         log.warning("not tracked by W&B: its other flags count with --use-wandb only")
     if cfg.optim.warmup_steps >= cfg.optim.num_steps:
         log.warning(f"--warmup-steps {cfg.optim.warmup_steps} is not below --num-steps: the run ends in the warm-up")

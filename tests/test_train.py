@@ -423,6 +423,7 @@ def test_histograms_are_of_the_step_reported_and_of_gradients_of_their_true_size
         assert found == same_step and "parameters/tok_emb.weight" in found
         edges = [values["gradients/tok_emb.weight"]["edges"] for values in (found, of_fp16)]
         assert edges[0] == pytest.approx(edges[1], abs=0.1 * edges[0][-1]) and edges[0][-1] > 0.01, "clipped"
+    assert "not tracked by W&B" not in exact.out, "a flag that counts without W&B, too"
 
 
 def test_compiled_training_is_training(trainer):
