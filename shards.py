@@ -260,5 +260,6 @@ def read_meta(folder):
             raise TypeError("a value of it is of another type")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder}: no readable meta.json beside the shards ({error}); prepare them again, or give "
-                        f"nanoGPT's files by their names: --train-data train.bin --val-data val.bin") from None
+                        f"nanoGPT's files by their names: --train-data {folder / 'train.bin'} --val-data "
+                        f"{folder / 'val.bin'}") from None
     return meta

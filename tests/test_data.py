@@ -866,8 +866,9 @@ def test_a_number_of_bytes_that_is_none_is_refused(text, cache, tmp_path, number
     meta = json.loads((prepare(config(text, cache)) / "meta.json").read_text())
     meta["bytes"]["val"] = number
     (tmp_path / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(UserError, match="no readable meta.json"):
+    with pytest.raises(UserError, match="no readable meta.json") as error:
         read_meta(tmp_path)
+    assert f"--train-data {tmp_path / 'train.bin'} --val-data {tmp_path / 'val.bin'}" in str(error.value)
 
 
 def test_prepared_shards_are_data_of_their_own(text, cache):
