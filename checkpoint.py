@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import operator
 import os
 import re
 import shlex
@@ -270,7 +271,12 @@ def _require_same_run(source, payload, identity, config):
         hint = f" (--batch-size x --grad-accum-steps x ranks has to be {samples[0]})" if samples else ""
         own, flags_file = (shlex.quote(str(path)) for path in (source, beside_run(source, ".config.toml")))
         anew = f"train its weights in a new run: --init-from {own}"
-        if any(name not in NOT_THE_MODEL and not name.startswith("the ") for name in changed):
+        # Weights fit their own tokenizer only, and GPT-2's have no more positions than they were trained on.
+        unfit = "the tokenizer" in changed and any(flags.get(name) != config.get(name)
+                                                   for name in ("tokenizer_name", "vocab_size"))
+        if was.get("--arch") == "gpt2" and not flags.get("init_from") and "--seq-len" in changed:
+            unfit |= operator.lt(*changed["--seq-len"])
+        if unfit or any(name not in NOT_THE_MODEL and not name.startswith("the ") for name in changed):
             anew = "start anew"
         elif "--optimizer" not in changed:
             anew += " --keep-optimizer"

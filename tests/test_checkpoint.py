@@ -224,13 +224,15 @@ def test_a_bare_file_name_is_a_path(tmp_path, monkeypatch):
 def test_a_flag_of_another_run_is_found_before_any_text_is_tokenized(trainer, tmp_path):
     assert trainer("--num-steps", 2).code == 0
     (tmp_path / "other.txt").write_text("Another text, of which no tokens are cached. " * 100)
-    for flags, words in ((["--n-layers", 3], "--n-layers was 2, is 3"), (["--seq-len", 16], "--seq-len was 32, is 16"),
-                         (["--batch-size", 8], "sequences in a step was 4, is 8")):
+    kept, anew = "--init-from c.pt --keep-optimizer", "start anew"  # also where GPT-2 has too few positions
+    for flags, words, advice in ((["--n-layers", 3], "--n-layers was 2, is 3", anew),
+                                 (["--seq-len", 16], "--seq-len was 32, is 16", kept),
+                                 (["--seq-len", 64], "--seq-len was 32, is 64", anew),
+                                 (["--batch-size", 8], "sequences in a step was 4, is 8", kept)):
         run = trainer("--num-steps", 4, "--resume", "--train-data", "other.txt", *flags)
         assert run.code == 2 and run.err.count("\n") == 1 and words in run.err, run.err
         assert "tokenized" not in run.out
-        kept = "--init-from c.pt --keep-optimizer"
-        assert f"{'start anew' if '--n-layers' in flags else kept} with another --checkpoint-path" in run.err, run.err
+        assert f"{advice} with another --checkpoint-path" in run.err, run.err
 
 
 def test_a_foreign_checkpoint_is_not_resumed(tmp_path):
@@ -324,6 +326,16 @@ def test_other_data_may_be_trained_on_with_the_weights_and_the_optimizers_state(
     save(tmp_path / "c.pt", whole(1) | {"identity": was})
     with pytest.raises(UserError, match=r"the training data is another; .* new run: --init-from \S+ --keep-optimizer"):
         checkpoint.load_for_resume(tmp_path / "c.pt", config(tmp_path), now, {})
+
+
+@pytest.mark.parametrize("named, advice", [("char", "start anew"), ("bpe", r"--init-from \S+ --keep-optimizer")])
+def test_weights_are_offered_for_text_that_their_own_tokenizer_encodes(tmp_path, named, advice):
+    """One that is learned from other text is another, too, but gives way to that of the weights."""
+    flags = {"eval_tokens": EVAL_TOKENS, "tokenizer_name": "bpe"}
+    save(tmp_path / "c.pt", whole(1) | {"identity": {"the tokenizer": "a", "--vocab-size": 4096}, "config": flags})
+    with pytest.raises(UserError, match=f"or .*{advice} with another --checkpoint-path"):
+        checkpoint.load_for_resume(tmp_path / "c.pt", config(tmp_path), {"the tokenizer": "b", "--vocab-size": 999},
+                                   flags | {"tokenizer_name": named})
 
 
 def test_a_checkpoint_with_a_flag_that_this_code_lacks_goes_on_if_it_is_unset(tmp_path):
