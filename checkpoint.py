@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import logging
 import math
-import operator
 import os
 import re
 import shlex
@@ -274,8 +273,8 @@ def _require_same_run(source, payload, identity, config):
         # Weights fit their own tokenizer only, and GPT-2's have no more positions than they were trained on.
         unfit = "the tokenizer" in changed and any(flags.get(name) != config.get(name)
                                                    for name in ("tokenizer_name", "vocab_size"))
-        if was.get("--arch") == "gpt2" and not flags.get("init_from") and "--seq-len" in changed:
-            unfit |= operator.lt(*changed["--seq-len"])
+        if was.get("--arch") == "gpt2" and not flags.get("init_from"):
+            unfit |= "--seq-len" in changed and identity["--seq-len"] > was["--seq-len"]
         if unfit or any(name not in NOT_THE_MODEL and not name.startswith("the ") for name in changed):
             anew = "start anew"
         elif "--optimizer" not in changed:
