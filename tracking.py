@@ -14,6 +14,7 @@ import types
 from collections import deque
 from dataclasses import dataclass, replace
 from logging.handlers import MemoryHandler
+from pathlib import Path
 
 import torch
 
@@ -305,7 +306,8 @@ class Tracker:
         drawable = (sys.stdout.encoding or "").lower().startswith("utf")
         log.info("%s", "\n".join(["Training finished.", *rows * drawable]))
         log.info("Written: %s", ", ".join(files))
-        log.info("curves: python report.py %s --terminal", shlex.quote(str(self.beside(".pt"))))
+        report = os.path.relpath(Path(__file__).with_name("report.py"))
+        log.info("curves: %s", shlex.join(["python", report, str(self.beside(".pt")), "--terminal"]))
 
 
 def console_line(step, num_steps, m, seconds_per_step, amp):

@@ -163,7 +163,8 @@ def train(cfg, world):
         log.info("one step: loss %.4f in %.2f s; nothing written", losses.mean().item(), time.perf_counter() - began)
         return 0
     if state.step >= num_steps:
-        send = f"; rows that W&B lacks: {sync_command(cfg.checkpoint.beside('.pt'))}" * cfg.wandb.use_wandb
+        lacking = cfg.wandb.use_wandb and cfg.checkpoint.beside(".metrics.jsonl").exists()  # a branch has none
+        send = f"; rows that W&B lacks: {sync_command(cfg.checkpoint.beside('.pt'))}" * lacking
         log.info("already at step %d of %d: raise --num-steps (or --num-epochs …) to go on%s", state.step, num_steps,
                  send)
         return 0

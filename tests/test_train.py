@@ -244,11 +244,14 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(trainer):
 
 
 def test_a_finished_run_has_nothing_to_resume(trainer):
-    trainer("--num-steps", 5)
+    first = trainer("--num-steps", 5)
+    assert re.search(r"curves: python \S+report.py c.pt --terminal$", first.out, re.M), "from here"
     again = trainer("--num-steps", 4, "--resume")
     assert again.code == 0 and "already at step 5 of 4: raise --num-steps" in again.out and "W&B" not in again.out
     again = trainer("--num-steps", 5, "--resume", "--use-wandb")
     assert again.code == 0 and re.search(r"rows that W&B lacks: python \S+wandb_tools.py sync c.pt$", again.out, re.M)
+    branch = trainer("--num-steps", 4, "--resume", again.checkpoint, "--use-wandb", checkpoint="new.pt")
+    assert branch.code == 0 and "already at step 5 of 4" in branch.out and "W&B lacks" not in branch.out, branch.err
 
 
 @pytest.mark.parametrize("length", [["--num-epochs", 1.5], ["--num-tokens", "1e3"]], ids=str)
