@@ -312,7 +312,7 @@ def test_another_batch_goes_on_in_the_data_and_other_data_begins_at_its_first_sa
 
 @pytest.mark.parametrize("flags, words", [
     (["--optimizer", "muon"], "of --optimizer adamw; give this, too"),
-    (["--init-from", "{folder}"], "has no optimizer state, or leave"),
+    (["--init-from", "{folder}"], "has no optimizer state; give a checkpoint, or leave"),
     (["--init-from", "gone.pt"], "--init-from gone.pt: no such file"),
     (["--init-from", "reversed.pt"], "no tokenizer can be read at reversed.tokenizer; name the one"),
     (["--init-from", "reversed.pt", "--tokenizer-name", "byte"], "leave it out")])
