@@ -221,6 +221,8 @@ def test_sync_sends_a_run_that_was_offline_twice(server, trainer, tool, folders)
     assert [sorted({"step-10", "step-20"} & set(one.aliases)) for one in models] == (
         [["step-10"], ["step-20"]] * (whole and folders != "moved"))
     assert ("did not arrive: was it moved" in out) == (folders == "moved"), out
+    code, out, err = tool("download", "c.pt", "to")
+    assert (code, err) == (0, "") and f", {len(server.artifacts)} artifacts" in out, out + err
     code, out, err = tool("sync", "c.pt")
     assert (code, err) == (0, "") and "wandb sync" not in out
     assert_same_rows(stored, reports(trainer.folder / "c.metrics.jsonl"))

@@ -156,7 +156,8 @@ class ServerArtifact:
 
     def __init__(self, number, entityName, projectName, artifactTypeName, artifactCollectionName, digest, runName=None,
                  metadata=None, description=None, clientID=None, **_):
-        self.id, self.run, self.entity, self.project = identifier("Artifact", number), runName, entityName, projectName
+        self.id, self.run = identifier("Artifact", number), runName
+        self.entity, self.project = entityName or ENTITY, projectName  # `wandb sync` names no entity
         self.name, self.type, self.digest = artifactCollectionName, artifactTypeName, digest
         self.metadata, self.description, self.client_id = json.loads(metadata or "{}"), description, clientID
         self.version, self.aliases, self.wanted = "", [], []  # without a version it is a draft
