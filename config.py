@@ -367,7 +367,8 @@ SHARDING = "train_fsdp.py shards the model over all ranks"
 # space, what to do where no flag is like it.
 ELSEWHERE = {"learning_rate": "lr", "max_iters": "num_steps", "max_steps": "num_steps", "block_size": "seq_len",
              "output_dir": "checkpoint_path", "out_dir": "checkpoint_path", "bf16": "amp_dtype", "fp16": "amp_dtype",
-             "bfloat16": "bf16", "float16": "fp16",
+             "bfloat16": "bf16", "float16": "fp16", "constant": "none", "optim": "optimizer",
+             "torch_compile": "compile", "save_total_limit": "keep_last", "unembedding_lr": "lr",
              "resume_from_checkpoint": "resume", "hidden_size": "d_model", "n_embd": "d_model", "dtype": "amp_dtype",
              "gradient_accumulation_steps": "grad_accum_steps", "wandb_log": "use_wandb",
              "max_grad_norm": "grad_clip_norm", "grad_clip": "grad_clip_norm", "log_interval": "log_steps",

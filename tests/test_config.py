@@ -315,7 +315,8 @@ def test_a_word_of_another_meaning_is_not_taken_for_a_typing_error(words, answer
 
 
 @pytest.mark.parametrize("argv, answer", [
-    (["--arch", "bias"], "qwen3, nanochat"), (["--amp-dtype", "bfloat16"], "did you mean bf16?")], ids=str)
+    (["--arch", "bias"], "qwen3, nanochat"), (["--amp-dtype", "bfloat16"], "did you mean bf16?"),
+    (["--lr-scheduler", "constant"], "did you mean none?")], ids=str)
 def test_a_value_is_answered_with_a_value(argv, answer):
     with pytest.raises(UserError) as caught:
         parse(Config, argv)
