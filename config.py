@@ -10,7 +10,6 @@ import ast
 import atexit
 import contextlib
 import dataclasses
-import difflib
 import errno
 import gc
 import json
@@ -25,6 +24,8 @@ import tomllib
 import types
 import typing
 from pathlib import Path
+
+from suggestions import advice, nearest, plain
 
 # How a process is launched and where it writes, not what it trains; so are W&B's flags, wandb_…
 LAUNCH_FLAGS = {"resume", "overwrite", "dry_run", "checkpoint_path", "cache_dir", "heartbeat_file"}
@@ -146,6 +147,7 @@ def parse(cls, argv=None):
     given = vars(given)
     if unknown:
         kind = "flag" if unknown[0].startswith("-") else "argument"
+        _refuse_value(["", *argv][argv.index(unknown[0])], unknown[0], fields)  # the word before it
         if kind == "argument" and unknown[0].endswith((".toml", ".py")):  # nanoGPT's way
             toml = unknown[0].removesuffix(".py").removesuffix(".toml") + ".toml"
             written = "write it as TOML, as in configs/, and " * unknown[0].endswith(".py")
@@ -320,7 +322,7 @@ def coerce(label, declared, value):
     if value == "" and not meta["empty"]:
         raise UserError(f"{label} '': is empty; name a file, or leave it out")
     if meta["choices"] and value not in meta["choices"]:
-        raise UserError(f"{label} {value}: not one of {', '.join(meta['choices'])}{_nearest(value, meta['choices'])}")
+        raise UserError(f"{label} {value}: not one of {', '.join(meta['choices'])}{nearest(value, meta['choices'])}")
     return value
 
 
@@ -362,70 +364,18 @@ def _toml_values(path, table, cls, fields):
     return values
 
 
-SHARDING = "train_fsdp.py shards the model over all ranks"
-# Names of these flags in other projects (nanoGPT, nanochat, the Hugging Face Trainer), for "did you mean"; or, with a
-# space, what to do where no flag is like it.
-ELSEWHERE = {"learning_rate": "lr", "max_iters": "num_steps", "max_steps": "num_steps", "block_size": "seq_len",
-             "output_dir": "checkpoint_path", "out_dir": "checkpoint_path", "bf16": "amp_dtype", "fp16": "amp_dtype",
-             "bfloat16": "bf16", "float16": "fp16", "constant": "none", "optim": "optimizer",
-             "torch_compile": "compile", "save_total_limit": "keep_last", "unembedding_lr": "lr",
-             "resume_from_checkpoint": "resume", "hidden_size": "d_model", "n_embd": "d_model", "dtype": "amp_dtype",
-             "gradient_accumulation_steps": "grad_accum_steps", "wandb_log": "use_wandb",
-             "max_grad_norm": "grad_clip_norm", "grad_clip": "grad_clip_norm", "log_interval": "log_steps",
-             "eval_interval": "eval_steps", "dataset": "train_data", "tokenizer": "tokenizer_name",
-             "data": "train_data", "epochs": "num_epochs", "batch": "batch_size", "context_length": "seq_len",
-             "max_seq_len": "seq_len", "sequence_length": "seq_len", "ckpt": "checkpoint_path", "wandb": "use_wandb",
-             "model": "arch", "model_name": "init_from", "save_interval": "save_steps", "steps": "num_steps",
-             "always_save_checkpoint": "save_steps", "per_device_train_batch_size": "batch_size",
-             "micro_batch_size": "batch_size", "start": "prompt", "gpu": "cuda", "precision": "amp_dtype",
-             "gradient_checkpointing": "use_activation_checkpoint", "vocab": "vocab_size",
-             "num_train_epochs": "num_epochs", "num_iterations": "num_steps",
-             "tokens": "num_tokens", "train_tokens": "num_tokens", "total_tokens": "num_tokens",
-             "param_data_ratio": "num_tokens", "target_param_data_ratio": "num_tokens", "eval_iters": "eval_tokens",
-             "depth": "n_layers", "device_batch_size": "batch_size", "total_batch_size": "global_batch_tokens",
-             "matrix_lr": "muon_lr", "embedding_lr": "lr", "report_to": "use_wandb", "enable_wandb": "use_wandb",
-             "run_name": "wandb_run_name", "run": "wandb_run_name", "save_every": "save_steps",
-             "checkpoint_every": "save_steps", "sample_every": "sample_steps", "eval_every": "eval_steps",
-             "logging_steps": "log_steps", "log_every": "log_steps", "val_interval": "eval_steps",
-             "validation_data": "val_data", "val_split": "val_ratio", "val_size": "val_ratio", "resume_from": "resume",
-             "resume_from_step": "resume", "adam_beta1": "beta1", "adam_beta2": "beta2", "wd": "weight_decay",
-             "load_optimizer": "keep_optimizer", "load_optimizer_state": "keep_optimizer",
-             # The schedule.
-             "warmup": "warmup_steps", "warmup_iters": "warmup_steps", "warmup_ratio": "warmup_steps",
-             "lr_scheduler_type": "lr_scheduler", "decay_lr": "lr_scheduler", "lr_decay_iters": "num_steps",
-             "final_lr": "min_lr", "final_lr_frac": "min_lr", "decay_ratio": "decay_steps", "decay": "decay_steps",
-             "lr_decay_steps": "decay_steps", "decay_iters": "decay_steps", "warmdown": "decay_steps",
-             "warmdown_ratio": "decay_steps", "warmdown_steps": "decay_steps", "warmdown_iters": "decay_steps",
-             "cooldown": "decay_steps", "cooldown_steps": "decay_steps", "cooldown_ratio": "decay_steps",
-             # torchtitan's and torchtune's tables, Flyte's words.
-             "metrics": "wandb", "metric_logger": "wandb", "run_mode": "wandb_run_mode", "project": "wandb_project",
-             "rank_scope": "wandb_rank_scope",
-             **dict.fromkeys(("use_tensor_parallel", "tensor_parallel", "tp", "fsdp", "use_fsdp"), SHARDING),
-             "download_logs": "after the run: python wandb_tools.py download RUN.pt",
-             "eval_only": "run python evaluate.py", "bias": "it comes with --arch",
-             "z_loss": "docs/extending.md has it as a diff", "ema": "docs/extending.md has it as a diff",
-             "mlp_ratio": "the MLP's width is --d-ff",
-             "early_stop": "the best weights are kept in .best.pt", "patience": "the best weights are kept in .best.pt",
-             "early_stopping": "the best weights are kept in .best.pt"}
-
-
 def refuse_unknown(word, known, what, otherwise=" (see --help)"):
     """Raises UserError, with the name among `known` that is most like `word`, if there is one."""
     word = word.split("=")[0]
-    meant = ELSEWHERE.get(_plain(word), "")
-    answer = f"; {meant}" if " " in meant else _nearest(word, known) or otherwise
-    raise UserError(f"{what} {word} is not known{answer}")
+    raise UserError(f"{what} {word} is not known{advice(word, known) or otherwise}")
 
 
-def _plain(name):
-    return name.lstrip("-").replace("-", "_")
-
-
-def _nearest(word, known):
-    names, meant = {_plain(name): name for name in known}, ELSEWHERE.get(_plain(word), "")
-    # Typing errors score above 0.8, words of another meaning below.
-    close = [meant] if meant in names else difflib.get_close_matches(_plain(word), names, n=1, cutoff=0.8)
-    return f"; did you mean {names[close[0]]}?" if close else ""
+def _refuse_value(word, value, fields):
+    """Raises UserError if `word` is a switch, which the Hugging Face Trainer gives a value."""
+    name = plain(word).removeprefix("no_")
+    if word.startswith("--") and name in fields and _base_type(fields[name].kind) is bool:
+        no = flag("no_" + name)
+        raise UserError(f"{flag(name)} {value}: a switch has no value; give {flag(name)} or {no} alone")
 
 
 def _plain_flags(word, fields):
@@ -440,6 +390,8 @@ def _plain_flags(word, fields):
     if kind and _base_type(kind) is bool and value.lower() in ("true", "false"):
         on = (value.lower() == "true") is not bool(no)
         return [flag(name.removeprefix(no) if on else "no_" + name.removeprefix(no))]
+    if equals:
+        _refuse_value("--" + name, value, fields)
     if value == "None" and type(None) in typing.get_args(kind):
         return []
     if typing.get_origin(kind) is list and value.startswith("["):

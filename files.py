@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shlex
 from pathlib import Path
 
 # What the names of a run's other checkpoints have between its stem and `.pt`, as a regex.
@@ -16,6 +17,14 @@ OTHER_CHECKPOINT = r"\.(best(-of-\d+)?|prev|nonfinite|(step|kept)-\d+)"
 RECORD_HEAD = re.compile(rb'\{"step": (?P<step>\d+), "time": (?P<time>[^,]+), ("event": "(?P<event>\w+)")?')
 # The fields that a record of metrics.jsonl must have if it is an event, by kind of event.
 EVENTS = dict(config=dict(config=dict), sample=dict(text=str), alert=dict(title=str, text=str), exit=dict(code=int))
+
+
+def command(script, *arguments):
+    """The command line of one of our scripts, as it is typed in the working folder."""
+    path = Path(__file__).with_name(script)
+    with contextlib.suppress(OSError):  # the working folder may be gone
+        path = os.path.relpath(path)
+    return shlex.join(["python", *map(str, (path, *arguments))])
 
 
 def exists(path):

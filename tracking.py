@@ -14,12 +14,11 @@ import types
 from collections import deque
 from dataclasses import dataclass, replace
 from logging.handlers import MemoryHandler
-from pathlib import Path
 
 import torch
 
 from config import RUN_CONFIG, RunFailed, UserError, arg, flatten, to_toml, visible
-from files import write_whole
+from files import command, write_whole
 from hardware import device_name, should_compile
 from plots import sparkline
 from progress import ProgressBar
@@ -306,8 +305,7 @@ class Tracker:
         drawable = (sys.stdout.encoding or "").lower().startswith("utf")
         log.info("%s", "\n".join(["Training finished.", *rows * drawable]))
         log.info("Written: %s", ", ".join(files))
-        report = os.path.relpath(Path(__file__).with_name("report.py"))
-        log.info("curves: %s", shlex.join(["python", report, str(self.beside(".pt")), "--terminal"]))
+        log.info("curves: %s", command("report.py", self.beside(".pt"), "--terminal"))
 
 
 def console_line(step, num_steps, m, seconds_per_step, amp):

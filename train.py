@@ -246,8 +246,10 @@ def main(world_type=World):
         cfg.wandb.require_best(cfg.checkpoint.save_best)
         if trial := sweep_trial():  # each trial of a sweep is a separate run
             cfg.checkpoint.checkpoint_path = str(cfg.checkpoint.beside(f".{trial}.pt"))
-        if not world_type.launchers:  # torchrun's ranks may be waiting for each other, and end at once
-            leave_on_sigterm()
+        if not world_type.launchers:
+            if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+                raise UserError("torchrun: train.py trains on one device; start train_ddp.py or train_fsdp.py instead")
+            leave_on_sigterm()  # torchrun's ranks may be waiting for each other, and end at once
         stop_when_orphaned(world_type.launchers + bool(trial))  # a sweep's agent is a launcher, too
         world = world_type(cfg)
         setup_logging(world.is_main)

@@ -24,7 +24,7 @@ ADVICE = [  # (pattern in W&B's error message, what to do)
     (r"cannot be read back", "in a few minutes, repeat this: it sends what is lacking then"),
     (r"cannot query field|unknown (field|argument)", "this server is older than the wandb package: update either"),
     (r"\b429\b|rate limit|quota|storage", "W&B limits this account: fewer reports (--log-steps), or wait"),
-    (r"", "check the network and WANDB_BASE_URL, or take --wandb-mode offline"),
+    (r"", "check the network and WANDB_BASE_URL, or train with --wandb-mode offline"),
 ]
 
 

@@ -10,7 +10,6 @@ import os
 import platform
 import re
 import secrets
-import shlex
 import string
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from config import UserError, arg, flag, switched_on
-from files import write_whole
+from files import command, write_whole
 
 SOURCE = Path(__file__).resolve().parent
 # Most checkpoints that wait for their upload, by policy. Each is a hard link that may keep a replaced file on the disk:
@@ -236,8 +235,7 @@ def run_path(init, api):
 
 def sync_command(path):
     """The command that sends what W&B lacks of the run with this checkpoint path."""
-    tool = os.path.relpath(Path(__file__).with_name("wandb_tools.py"))
-    return shlex.join(["python", tool, "sync", str(path)])
+    return command("wandb_tools.py", "sync", path)
 
 
 def recalled(path):

@@ -323,6 +323,13 @@ def test_a_value_is_answered_with_a_value(argv, answer):
     assert str(caught.value).endswith(answer), caught.value
 
 
+@pytest.mark.parametrize("argv", [["--compile=1"], ["--compile", "True"], ["--no-compile", "yes"],
+                                  ["--lr", "1e-4", "--compile", "on"]], ids=str)
+def test_a_switch_with_a_value_is_refused_by_name(argv):
+    with pytest.raises(UserError, match="^--compile .+: a switch has no value; give --compile or --no-compile alone$"):
+        parse(Config, argv)
+
+
 @pytest.mark.parametrize("word, answer", [("resume", "give --resume instead"), ("scratch", "leave it out")])
 def test_the_words_of_nanogpts_init_from_are_answered(word, answer):
     with pytest.raises(UserError, match=f"--init-from {word}: .*{answer}"):

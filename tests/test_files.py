@@ -2,12 +2,13 @@ import errno
 import json
 import math
 import os
+import shlex
 
 import pytest
 from conftest import PUT
 
 import files
-from files import beside_run, exists, matching_files, read_json, read_records, without_infinity
+from files import beside_run, command, exists, matching_files, read_json, read_records, without_infinity
 
 
 def test_only_what_is_surely_not_there_does_not_exist(tmp_path, monkeypatch):
@@ -81,3 +82,12 @@ def test_records_are_those_that_a_run_writes(tmp_path):
     lines = [json.dumps(record).encode() for record in [*BAD[:8], *GOOD, *BAD[8:]]]
     (tmp_path / "m.jsonl").write_bytes(b"\n".join([*lines, b"\xff", b"[" * 100_000, b'{"step": 1, "time": 1']))
     assert list(read_records(tmp_path / "m.jsonl")) == GOOD
+
+
+def test_a_command_is_told_as_it_is_typed_in_the_working_folder(tmp_path, monkeypatch):
+    (gone := tmp_path / "gone").mkdir()
+    monkeypatch.chdir(gone)
+    words = shlex.split(command("report.py", "of me.pt"))
+    assert words[::2] == ["python", "of me.pt"] and not os.path.isabs(words[1]) and os.path.isfile(words[1])
+    gone.rmdir()
+    assert os.path.isfile(shlex.split(command("report.py", "c.pt"))[1])

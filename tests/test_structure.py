@@ -10,7 +10,8 @@ from config import flag, flag_fields
 from train import Config
 
 ALLOWED = {
-    "config": set(),
+    "suggestions": set(),
+    "config": {"suggestions"},
     "files": set(),
     "progress": set(),
     "toy": set(),

@@ -715,6 +715,13 @@ def test_ddp_without_torchrun_says_how_to_launch(tmp_path, known):
     assert len(run.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
+def test_torchrun_is_told_which_trainers_it_starts(tmp_path):
+    run = subprocess.run([sys.executable, str(ROOT / "train.py"), "--use-toy-data"], cwd=tmp_path, capture_output=True,
+                         text=True, env=environment(TORCHELASTIC_RUN_ID="none", WORLD_SIZE="2"))
+    assert run.returncode == 2 and "start train_ddp.py or train_fsdp.py" in run.stderr, run.stderr
+    assert run.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
 def test_a_bar_is_shown_on_a_terminal(trainer):
     import os
     import pty
