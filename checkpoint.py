@@ -149,7 +149,8 @@ def plan(cfg, locks=True):
     if cfg.resume in ("auto", "latest"):
         return newest
     if not os.path.isfile(cfg.resume):
-        raise UserError(f"--resume {cfg.resume}: no such file" + f"; --resume alone takes {path}" * bool(newest))
+        advice = f"--resume alone takes {newest}" if newest else "name a checkpoint, or leave --resume out to start"
+        raise UserError(f"--resume {cfg.resume}: no such file; {advice}")
     if known and not cfg.overwrite and not os.path.samefile(cfg.resume, known[0]):
         effect = "rolls it back to that file" if cfg.continues(cfg.resume) else "replaces that run and its metrics"
         raise UserError(f"--resume {cfg.resume}: {path} exists, too; --overwrite {effect}, a new --checkpoint-path "

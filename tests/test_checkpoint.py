@@ -200,7 +200,7 @@ def test_plan_decides_from_flags_and_files(tmp_path):
     with pytest.raises(UserError, match="branches off"):
         plan(config(tmp_path, resume=str(tmp_path / "other.pt")))
     assert plan(config(tmp_path, resume=str(tmp_path / "other.pt"), overwrite=True)).name == "other.pt"
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match=f"no such file; --resume alone takes {path}"):
         plan(config(tmp_path, resume=str(tmp_path / "nowhere.pt")))
 
 

@@ -620,7 +620,7 @@ WRONG = {
     "no checkpoint to resume": (["--resume"], ["--resume", "no checkpoint"]),
     "nothing to resume": (["--resume", ""], ["--resume ''", "is empty"]),
     "steps without end": (["--num-steps", "10000000000"], ["--num-steps", "at most"]),
-    "no such file to resume": (["--resume", "nowhere.pt"], ["--resume nowhere.pt", "no such file\n"]),
+    "no such file to resume": (["--resume", "nowhere.pt"], ["--resume nowhere.pt: no such file", "leave --resume out"]),
     "a name of another of its files": (["--checkpoint-path", "c.best.pt"], ["c.best.pt", "NAME.pt"]),
     "another suffix": (["--checkpoint-path", "c.ckpt"], ["c.ckpt", "NAME.pt"]),
     "truncated checkpoint": (["--resume", "truncated.pt"], ["truncated.pt", "cut short", "--overwrite"]),
