@@ -272,8 +272,8 @@ def _require_same_run(source, payload, identity, config):
         own, flags_file = (shlex.quote(str(path)) for path in (source, beside_run(source, ".config.toml")))
         anew = f"train its weights in a new run: --init-from {own}"
         # Weights fit their own tokenizer only, and GPT-2's have no more positions than they were trained on.
-        unfit = "the tokenizer" in changed and any(flags.get(name) != config.get(name)
-                                                   for name in ("tokenizer_name", "vocab_size"))
+        unfit = any(what in changed and flags.get(name) != config.get(name)
+                    for what, name in (("the tokenizer", "tokenizer_name"), ("--vocab-size", "vocab_size")))
         if was.get("--arch") == "gpt2" and not flags.get("init_from"):
             unfit |= "--seq-len" in changed and identity["--seq-len"] > was["--seq-len"]
         if unfit or any(name not in NOT_THE_MODEL and not name.startswith("the ") for name in changed):

@@ -268,7 +268,7 @@ def _folder(source):
             return source  # which is not a folder
 
     if source.endswith(".pt") and not os.path.isdir(source):
-        raise UserError(f"--init-from {source}: no such file")
+        raise UserError(f"--init-from {source}: no such file; give a checkpoint, or a Hugging Face folder or name")
     folder, problem = source, ""
     if not os.path.isdir(source) and not whole(folder := snapshot(local_files_only=True)):
         problem = hub_problem(f"api/models/{source}/revision/main", f"{source}/resolve/main/config.json")

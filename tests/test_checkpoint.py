@@ -328,14 +328,16 @@ def test_other_data_may_be_trained_on_with_the_weights_and_the_optimizers_state(
         checkpoint.load_for_resume(tmp_path / "c.pt", config(tmp_path), now, {})
 
 
-@pytest.mark.parametrize("named, advice", [("char", "start anew"), ("bpe", r"--init-from \S+ --keep-optimizer")])
-def test_weights_are_offered_for_text_that_their_own_tokenizer_encodes(tmp_path, named, advice):
+@pytest.mark.parametrize("flag, advice", [
+    ({"tokenizer_name": "char"}, "start anew"), ({"vocab_size": 999}, "start anew"),
+    ({}, r"--init-from \S+ --keep-optimizer")], ids=str)
+def test_weights_are_offered_for_text_that_their_own_tokenizer_encodes(tmp_path, flag, advice):
     """One that is learned from other text is another, too, but gives way to that of the weights."""
-    flags = {"eval_tokens": EVAL_TOKENS, "tokenizer_name": "bpe"}
+    flags = {"eval_tokens": EVAL_TOKENS, "tokenizer_name": "bpe", "vocab_size": 0}
     save(tmp_path / "c.pt", whole(1) | {"identity": {"the tokenizer": "a", "--vocab-size": 4096}, "config": flags})
     with pytest.raises(UserError, match=f"or .*{advice} with another --checkpoint-path"):
         checkpoint.load_for_resume(tmp_path / "c.pt", config(tmp_path), {"the tokenizer": "b", "--vocab-size": 999},
-                                   flags | {"tokenizer_name": named})
+                                   flags | flag)
 
 
 def test_a_checkpoint_with_a_flag_that_this_code_lacks_goes_on_if_it_is_unset(tmp_path):
