@@ -271,11 +271,13 @@ def _require_same_run(source, payload, identity, config):
         hint = f" (--batch-size x --grad-accum-steps x ranks has to be {samples[0]})" if samples else ""
         own, flags_file = (shlex.quote(str(path)) for path in (source, beside_run(source, ".config.toml")))
         anew = f"train its weights in a new run: --init-from {own}"
-        # Weights fit their own tokenizer only, and GPT-2's have no more positions than they were trained on.
-        unfit = any(what in changed and flags.get(name) != config.get(name)
-                    for what, name in (("the tokenizer", "tokenizer_name"), ("--vocab-size", "vocab_size")))
+        # Weights fit their own tokenizer only, which replaces a learned one but not that of token shards, and GPT-2's
+        # have no more positions than they were trained on.
+        unfit = any(flags.get(name) != config.get(name) for name in ("tokenizer_name", "vocab_size", "use_toy_data"))
+        shards = [path for path in config.get("train_data", ()) if Path(path, "meta.json").exists()]
+        unfit |= "the tokenizer" in changed and bool(shards)
         if was.get("--arch") == "gpt2" and not flags.get("init_from"):
-            unfit |= "--seq-len" in changed and identity["--seq-len"] > was["--seq-len"]
+            unfit |= identity.get("--seq-len", 0) > was.get("--seq-len", 0)
         if unfit or any(name not in NOT_THE_MODEL and not name.startswith("the ") for name in changed):
             anew = "start anew"
         elif "--optimizer" not in changed:
@@ -441,7 +443,7 @@ def load_latest(path, cfg):
 
 def _way_back(cfg):
     """Advice for when the checkpoint to resume from is lost."""
-    for file in (*reversed(cfg.numbered()), cfg.beside(".best.pt")):
+    for file in (Path(cfg.checkpoint_path), cfg.beside(".prev.pt"), *reversed(cfg.numbered()), cfg.beside(".best.pt")):
         with contextlib.suppress(DamagedCheckpoint, UserError):
             load(file)
             return f"--resume {shlex.quote(str(file))} --overwrite goes back to that one, which is whole"

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import errno
 import gc
+import itertools
 import json
 import math
 import operator
@@ -147,11 +148,13 @@ def parse(cls, argv=None):
     given = vars(given)
     if unknown:
         kind = "flag" if unknown[0].startswith("-") else "argument"
-        _refuse_value(["", *argv][argv.index(unknown[0])], unknown[0], fields)  # the word before it
         if kind == "argument" and unknown[0].endswith((".toml", ".py")):  # nanoGPT's way
             toml = unknown[0].removesuffix(".py").removesuffix(".toml") + ".toml"
             written = "write it as TOML, as in configs/, and " * unknown[0].endswith(".py")
             raise UserError(f"argument {unknown[0]}: {written}give it as --config {toml}")
+        for before, word in itertools.pairwise(argv) if kind == "argument" else ():
+            if word == unknown[0]:
+                _refuse_value(before, word, fields)
         refuse_unknown(unknown[0], [flag(name) for name in fields] + ["--config"], kind)
 
     values = {}
@@ -339,8 +342,8 @@ def _read_toml(path, cls, fields):
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # numbers with too many digits raise ValueError, too
-        advice = {".py": "; write it as TOML, as in configs/", ".yaml": "; a sweep: python sweep.py create"}
-        raise UserError(f"--config {path}: not valid TOML: {error}{advice.get(Path(path).suffix, '')}") from None
+        hints = {".py": "; write it as TOML, as in configs/", ".yaml": "; a sweep: python sweep.py create"}
+        raise UserError(f"--config {path}: not valid TOML: {error}{hints.get(Path(path).suffix, '')}") from None
 
 
 def _toml_values(path, table, cls, fields):
@@ -374,8 +377,8 @@ def _refuse_value(word, value, fields):
     """Raises UserError if `word` is a switch, which the Hugging Face Trainer gives a value."""
     name = plain(word).removeprefix("no_")
     if word.startswith("--") and name in fields and _base_type(fields[name].kind) is bool:
-        no = flag("no_" + name)
-        raise UserError(f"{flag(name)} {value}: a switch has no value; give {flag(name)} or {no} alone")
+        raise UserError(f"{word} {value or repr(value)}: a switch has no value; give {flag(name)} or "
+                        f"{flag('no_' + name)} alone")
 
 
 def _plain_flags(word, fields):
@@ -390,10 +393,10 @@ def _plain_flags(word, fields):
     if kind and _base_type(kind) is bool and value.lower() in ("true", "false"):
         on = (value.lower() == "true") is not bool(no)
         return [flag(name.removeprefix(no) if on else "no_" + name.removeprefix(no))]
-    if equals:
-        _refuse_value("--" + name, value, fields)
     if value == "None" and type(None) in typing.get_args(kind):
         return []
+    if equals:
+        _refuse_value(flag(name), value, fields)
     if typing.get_origin(kind) is list and value.startswith("["):
         with contextlib.suppress(ValueError, SyntaxError):
             return [flag(name), *map(str, ast.literal_eval(value))]

@@ -177,7 +177,7 @@ def load_initial(raw, optimizer, init, identity, world):
         raw.load_state_dict(weights)
     except RuntimeError as error:  # the sizes are the source's: the code of the model must have changed since
         raise UserError(f"--init-from {init.init_from}: its weights do not fit this code's model "
-                        f"({' '.join(str(error).split())[:300]})") from None
+                        f"({' '.join(str(error).split())[:300]}); use the version that wrote them") from None
     if moments:
         try:
             checkpoint.distribute_moments(moments, optimizer, world)

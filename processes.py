@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import arg
+from config import UserError, arg
 
 STARTED = time.monotonic()  # when this process started: --time-limit counts from here
 HELD = set()  # lock files that this process holds until it ends
@@ -26,6 +26,14 @@ class RanksConfig:
                                  "0: at the start and before each checkpoint only", ge=0)
     shard_ranks: int = arg(0, "under train_fsdp.py, number of consecutive ranks over which one replica of the model is "
                               "split, such as those of a node; 0: all", ge=0, metavar="RANKS")
+
+
+def refuse_torchrun():
+    """Raises UserError if torchrun has started this process and others: each would train by itself."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["WORLD_SIZE"] != "1":
+        if os.environ["RANK"] != "0":
+            time.sleep(10)  # the first one says it, and torchrun ends the others
+        raise UserError("torchrun: train.py trains on one device; start train_ddp.py or train_fsdp.py instead")
 
 
 def parent_of(pid):

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import Parser, UserError, flag, is_launch_flag, needed_packages, one_line_errors, positive, visible
-from files import beside_run, read_records
+from files import beside_run, command, read_records
 from plots import MARKS, Panel, comparable, figure, looks, panels, short, terminal_plot
 
 ROWS = ".metrics.jsonl"
@@ -164,7 +164,7 @@ def _known(folder):
     """What can be named instead, to be pasted."""
     runs = [str(beside_run(rows, ".pt")) for rows in _runs_in(folder)]
     if len(runs) > 5:
-        return f"; for all {len(runs)} runs there: python report.py {shlex.quote(str(folder))}"
+        return f"; for all {len(runs)} runs there: {command('report.py', folder)}"
     names = runs or sorted({str(rows.parent) for rows in folder.glob("*/*" + ROWS)})
     return f"; there: {shlex.join(names[:5])}" if names else f"; {folder} has no run: python train.py makes one"
 

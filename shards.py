@@ -7,6 +7,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import shlex
 import struct
 from pathlib import Path
 
@@ -260,6 +261,6 @@ def read_meta(folder):
             raise TypeError("a value of it is of another type")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder}: no readable meta.json beside the shards ({error}); prepare them again, or give "
-                        f"nanoGPT's files by their names: --train-data {folder / 'train.bin'} --val-data "
-                        f"{folder / 'val.bin'}") from None
+                        f"nanoGPT's files by their names: {shlex.quote(str(folder / 'train.bin'))} and "
+                        f"{shlex.quote(str(folder / 'val.bin'))}") from None
     return meta

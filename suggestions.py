@@ -11,6 +11,7 @@ ELSEWHERE = {"learning_rate": "lr", "max_iters": "num_steps", "max_steps": "num_
              "torch_compile": "compile", "save_total_limit": "keep_last", "unembedding_lr": "lr",
              "overwrite_output_dir": "overwrite", "per_device_eval_batch_size": "batch_size",
              "max_seq_length": "seq_len", "model_name_or_path": "init_from", "evaluation_strategy": "eval_steps",
+             "eval_strategy": "eval_steps", "constant_with_warmup": "none",
              "resume_from_checkpoint": "resume", "hidden_size": "d_model", "n_embd": "d_model", "dtype": "amp_dtype",
              "gradient_accumulation_steps": "grad_accum_steps", "wandb_log": "use_wandb",
              "max_grad_norm": "grad_clip_norm", "grad_clip": "grad_clip_norm", "log_interval": "log_steps",

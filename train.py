@@ -19,7 +19,7 @@ from meter import Meter
 from model import GPT, GPTConfig
 from optim import OptimConfig, StepGuard, lr_at, make_optimizer, set_lr, state_sizes
 from pretrained import InitConfig, load_initial, resolve_init, resolve_vocab_size
-from processes import RanksConfig, StopSignal, stop_when_orphaned
+from processes import RanksConfig, StopSignal, refuse_torchrun, stop_when_orphaned
 from saver import Saver, raise_nonfinite
 from tracking import ReportConfig, Tracker, TrackingConfig, log_facts, make_profiler, setup_logging
 from wandb_runs import WandbConfig, sweep_trial, sync_command
@@ -163,7 +163,7 @@ def train(cfg, world):
         log.info("one step: loss %.4f in %.2f s; nothing written", losses.mean().item(), time.perf_counter() - began)
         return 0
     if state.step >= num_steps:
-        lacking = cfg.wandb.use_wandb and cfg.checkpoint.beside(".metrics.jsonl").exists()  # a branch has none
+        lacking = cfg.wandb.use_wandb and cfg.checkpoint.beside(".wandb.json").exists()  # else nothing can be sent
         send = f"; rows that W&B lacks: {sync_command(cfg.checkpoint.beside('.pt'))}" * lacking
         log.info("already at step %d of %d: raise --num-steps (or --num-epochs …) to go on%s", state.step, num_steps,
                  send)
@@ -247,8 +247,7 @@ def main(world_type=World):
         if trial := sweep_trial():  # each trial of a sweep is a separate run
             cfg.checkpoint.checkpoint_path = str(cfg.checkpoint.beside(f".{trial}.pt"))
         if not world_type.launchers:
-            if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
-                raise UserError("torchrun: train.py trains on one device; start train_ddp.py or train_fsdp.py instead")
+            refuse_torchrun()
             leave_on_sigterm()  # torchrun's ranks may be waiting for each other, and end at once
         stop_when_orphaned(world_type.launchers + bool(trial))  # a sweep's agent is a launcher, too
         world = world_type(cfg)

@@ -330,9 +330,14 @@ def test_other_data_may_be_trained_on_with_the_weights_and_the_optimizers_state(
 
 @pytest.mark.parametrize("flag, advice", [
     ({"tokenizer_name": "char"}, "start anew"), ({"vocab_size": 999}, "start anew"),
+    ({"train_data": ["shards"]}, "start anew"), ({"train_data": ["text"]}, r"--init-from \S+ --keep-optimizer"),
     ({}, r"--init-from \S+ --keep-optimizer")], ids=str)
-def test_weights_are_offered_for_text_that_their_own_tokenizer_encodes(tmp_path, flag, advice):
+def test_weights_are_offered_for_text_that_their_own_tokenizer_encodes(tmp_path, monkeypatch, flag, advice):
     """One that is learned from other text is another, too, but gives way to that of the weights."""
+    monkeypatch.chdir(tmp_path)
+    for name in "shards", "text":
+        (tmp_path / name).mkdir()
+    (tmp_path / "shards" / "meta.json").touch()
     flags = {"eval_tokens": EVAL_TOKENS, "tokenizer_name": "bpe", "vocab_size": 0}
     save(tmp_path / "c.pt", whole(1) | {"identity": {"the tokenizer": "a", "--vocab-size": 4096}, "config": flags})
     with pytest.raises(UserError, match=f"or .*{advice} with another --checkpoint-path"):
@@ -707,6 +712,10 @@ def test_where_the_newest_are_damaged_the_error_names_one_that_is_whole(tmp_path
     (tmp_path / "c.best.pt").unlink()
     with pytest.raises(UserError, match=r"c\.pt is .*c\.prev\.pt is .*no other checkpoint .*--overwrite instead of"):
         load_latest(tmp_path / "c.pt", cfg)
+    (tmp_path / "x.pt").write_bytes(b"damaged")
+    save(tmp_path / "c.pt", whole(3))
+    with pytest.raises(UserError, match=r"x\.pt is .*--resume .*c\.pt'? --overwrite goes back to that one"):
+        load_latest(tmp_path / "x.pt", cfg)
 
 
 def test_a_path_spelled_otherwise_is_the_same_run(tmp_path, monkeypatch):

@@ -868,7 +868,7 @@ def test_a_number_of_bytes_that_is_none_is_refused(text, cache, tmp_path, number
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(UserError, match="no readable meta.json") as error:
         read_meta(tmp_path)
-    assert f"--train-data {tmp_path / 'train.bin'} --val-data {tmp_path / 'val.bin'}" in str(error.value)
+    assert f"{tmp_path / 'train.bin'} and {tmp_path / 'val.bin'}" in str(error.value)
 
 
 def test_prepared_shards_are_data_of_their_own(text, cache):

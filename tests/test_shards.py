@@ -154,5 +154,5 @@ def test_what_is_no_token_file_is_refused(tmp_path, prepared, case):
 def test_a_folder_of_nanogpts_says_how_to_name_its_files(tmp_path):
     for split in ("train", "val"):
         (tmp_path / f"{split}.bin").write_bytes(nanogpt(range(100)))
-    with pytest.raises(UserError, match=f"--train-data {tmp_path}/train.bin --val-data {tmp_path}/val.bin"):
+    with pytest.raises(UserError, match=f"{tmp_path}/train.bin and {tmp_path}/val.bin$"):
         prepare(DataConfig(train_data=[str(tmp_path)], cache_dir=str(tmp_path / "cache")))

@@ -249,6 +249,9 @@ def test_a_finished_run_has_nothing_to_resume(trainer):
     again = trainer("--num-steps", 4, "--resume")
     assert again.code == 0 and "already at step 5 of 4: raise --num-steps" in again.out and "W&B" not in again.out
     again = trainer("--num-steps", 5, "--resume", "--use-wandb")
+    assert again.code == 0 and "W&B lacks" not in again.out, "of a run that was not tracked"
+    (trainer.folder / "c.wandb.json").write_text("{}")
+    again = trainer("--num-steps", 5, "--resume", "--use-wandb")
     assert again.code == 0 and re.search(r"rows that W&B lacks: python \S+wandb_tools.py sync c.pt$", again.out, re.M)
     branch = trainer("--num-steps", 4, "--resume", again.checkpoint, "--use-wandb", checkpoint="new.pt")
     assert branch.code == 0 and "already at step 5 of 4" in branch.out and "W&B lacks" not in branch.out, branch.err
@@ -716,10 +719,10 @@ def test_ddp_without_torchrun_says_how_to_launch(tmp_path, known):
 
 
 def test_torchrun_is_told_which_trainers_it_starts(tmp_path):
-    run = subprocess.run([sys.executable, str(ROOT / "train.py"), "--use-toy-data"], cwd=tmp_path, capture_output=True,
-                         text=True, env=environment(TORCHELASTIC_RUN_ID="none", WORLD_SIZE="2"))
-    assert run.returncode == 2 and "start train_ddp.py or train_fsdp.py" in run.stderr, run.stderr
-    assert run.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(ROOT / "train.py"),
+                          "--use-toy-data"], cwd=tmp_path, capture_output=True, text=True, env=environment())
+    assert run.stderr.count("error: torchrun: train.py trains on one device; start train_ddp.py") == 1, run.stderr
+    assert run.returncode and not list(tmp_path.iterdir())
 
 
 def test_a_bar_is_shown_on_a_terminal(trainer):

@@ -236,7 +236,7 @@ def test_sync_waits_for_the_end_of_a_run_and_completes_a_killed_one(server, trai
     try:
         eventually(lambda: "filestream" in [kind for _, kind, _ in server.requests], 60)
         code, out, err = tool("sync", "c.pt")
-        assert (code, out, err.count("\n")) == (2, "", 1) and "still being sent" in err
+        assert (code, out, err.count("\n")) == (2, "", 1) and "still being sent; wait for it to end, at most" in err
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
