@@ -236,7 +236,7 @@ def test_sync_waits_for_the_end_of_a_run_and_completes_a_killed_one(server, trai
     try:
         eventually(lambda: "filestream" in [kind for _, kind, _ in server.requests], 60)
         code, out, err = tool("sync", "c.pt")
-        assert (code, out, err.count("\n")) == (2, "", 1) and "still being sent; wait for it to end, at most" in err
+        assert (code, out, err.count("\n")) == (2, "", 1) and "still being sent; wait for it to end\n" in err
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -366,6 +366,9 @@ def test_sync_makes_a_run_of_one_that_was_not_tracked(server, tool, tmp_path):
     with only_one(tmp_path / "c.lock"):
         code, out, err = tool("sync", "c.pt")
     assert (code, out, err.count("\n")) == (2, "", 1) and "this run is still training; wait" in err
+    with only_one(tmp_path / "c.wandb.lock"):  # of the process that sends the rest
+        code, out, err = tool("sync", "c.pt")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "wait for it to end, at most its --wandb-finish-t" in err
     code, out, err = tool("sync", "none.pt", "--wandb-run-id", "three")
     assert (code, out, err.count("\n")) == (2, "", 1) and "none.metrics.jsonl: no such file" in err
     assert not list(tmp_path.glob("none*")), "nothing is left of a typing error"
