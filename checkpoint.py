@@ -274,7 +274,7 @@ def _require_same_run(source, payload, identity, config):
         # Weights fit their own tokenizer only, which replaces a learned one but not that of token shards, and GPT-2's
         # have no more positions than they were trained on.
         unfit = any(flags.get(name) != config.get(name) for name in ("tokenizer_name", "vocab_size", "use_toy_data"))
-        shards = [path for path in config.get("train_data", ()) if Path(path, "meta.json").exists()]
+        shards = [path for path in config.get("train_data", ()) if os.path.exists(os.path.join(path, "meta.json"))]
         unfit |= "the tokenizer" in changed and bool(shards)
         if was.get("--arch") == "gpt2" and not flags.get("init_from"):
             unfit |= identity.get("--seq-len", 0) > was.get("--seq-len", 0)
