@@ -152,8 +152,8 @@ def parse(cls, argv=None):
             toml = unknown[0].removesuffix(".py").removesuffix(".toml") + ".toml"
             written = "write it as TOML, as in configs/, and " * unknown[0].endswith(".py")
             raise UserError(f"argument {unknown[0]}: {written}give it as --config {toml}")
-        for before, word in itertools.pairwise(argv) if kind == "argument" else ():
-            if word == unknown[0]:
+        for before, word in itertools.pairwise(argv):
+            if kind == "argument" and word == unknown[0]:
                 _refuse_value(before, word, fields)
         refuse_unknown(unknown[0], [flag(name) for name in fields] + ["--config"], kind)
 

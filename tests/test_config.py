@@ -317,8 +317,11 @@ def test_a_word_of_another_meaning_is_not_taken_for_a_typing_error(words, answer
 @pytest.mark.parametrize("argv, answer", [
     (["--arch", "bias"], "qwen3, nanochat"), (["--amp-dtype", "bfloat16"], "did you mean bf16?"),
     (["--lr-scheduler", "constant"], "did you mean none?"),
-    (["--lr-scheduler", "constant_with_warmup"], "did you mean none?")], ids=str)
-def test_a_value_is_answered_with_a_value(argv, answer):
+    (["--lr-scheduler", "constant_with_warmup"], "did you mean none?"),
+    (["--compile", "--num-stesp", "5"], "flag --num-stesp is not known; did you mean --num-steps?"),
+    (["--use-wandb", "--learning_rate=1"], "flag --learning_rate is not known; did you mean --lr?"),
+    (["--compile", "a.py"], "give it as --config a.toml")], ids=str)
+def test_a_value_is_answered_with_a_value_and_what_follows_a_switch_as_elsewhere(argv, answer):
     with pytest.raises(UserError) as caught:
         parse(Config, argv)
     assert str(caught.value).endswith(answer), caught.value
@@ -329,16 +332,6 @@ def test_a_value_is_answered_with_a_value(argv, answer):
 def test_a_switch_with_a_value_is_refused_by_name(argv):
     with pytest.raises(UserError, match="^--(no-)?compile [^ ]+: a switch has no value; give --compile or --no-"):
         parse(Config, argv)
-
-
-@pytest.mark.parametrize("argv, answer", [
-    (["--compile", "--num-stesp", "5"], "flag --num-stesp is not known; did you mean --num-steps?"),
-    (["--use-wandb", "--learning_rate=1"], "flag --learning_rate is not known; did you mean --lr?"),
-    (["--compile", "a.py"], "give it as --config a.toml")], ids=str)
-def test_what_follows_a_switch_is_answered_as_elsewhere(argv, answer):
-    with pytest.raises(UserError) as caught:
-        parse(Config, argv)
-    assert str(caught.value).endswith(answer), caught.value
 
 
 def test_a_switch_that_a_sweep_leaves_unset_is_unset():
