@@ -74,8 +74,8 @@ class Precision:
 
 
 def choose_device(name, local_rank=0, alone=True):
-    """auto|cuda|cpu|mps → torch.device; for a CPU, limits PyTorch's threads to the cores that this process may use.
-    Raises UserError if the device is not available."""
+    """auto|cuda|cpu|mps → torch.device, of a process that is `alone` or one of several ranks; for a CPU, limits
+    PyTorch's threads to the cores that this process may use. Raises UserError if the device is not available."""
     has_mps = torch.backends.mps.is_available()
     if name == "auto":  # Metal has no collectives
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps and alone else "cpu"
@@ -93,6 +93,8 @@ def choose_device(name, local_rank=0, alone=True):
         return torch.device("cuda", local_rank)
     if name == "mps" and not has_mps:
         raise UserError("--device mps: this PyTorch has no Metal support; use --device cpu")
+    if name == "mps" and not alone:
+        raise UserError("--device mps: PyTorch has no collectives on Metal; use --device cpu, or python train.py")
     if name == "cpu" and "OMP_NUM_THREADS" not in os.environ and usable_cores() < torch.get_num_threads():
         # A container's limit is not in the affinity that PyTorch counts: waiting threads would use up its time.
         torch.set_num_threads(usable_cores())

@@ -110,7 +110,7 @@ class Pulse(NoPulse):
     def __init__(self, store, rank, size, timeout):
         self.store, self.rank, self.size, self.timeout, self.silent = store, rank, size, timeout, min(timeout, SILENT)
         name = f"rank {rank} ({socket.gethostname()}, pid {os.getpid()})"
-        self.backends = []
+        self.counters = []  # functions that return how many collectives this rank has begun
         self._count(dist.group.WORLD)
         # A rank with fewer moves than the others is one that they are waiting for in a collective.
         self.me = dict(name=name, pid=os.getpid(), node=os.environ["GROUP_RANK"], beat=0, moves=0, step=0,
@@ -138,7 +138,8 @@ class Pulse(NoPulse):
     def _count(self, group):
         """Its collectives count as moves from now on."""
         with contextlib.suppress(AttributeError):  # private functions of torch's: steps alone tell less exactly
-            self.backends += [group._get_backend(device) for device in group._device_types]
+            self.counters += [group._get_backend(device)._get_sequence_number_for_group
+                              for device in group._device_types]
 
     def _where(self):
         return f"at step {self.me['step']}" if self.me["step"] else "before the first step"  # same on all ranks ±1
@@ -146,7 +147,7 @@ class Pulse(NoPulse):
     def _publish(self):
         collectives = 0
         with contextlib.suppress(AttributeError):  # see _count
-            collectives = sum(backend._get_sequence_number_for_group() for backend in self.backends)
+            collectives = sum(count() for count in self.counters)
         self.me["moves"] = self.me["step"] + collectives
         self.store.set(str(self.rank), json.dumps(self.me))
 
@@ -282,6 +283,14 @@ def portable(error):
     except Exception:  # whatever its constructor raises
         return RunFailed(f"{type(error).__name__}: {error}")
     return error
+
+
+def gather(values):
+    """Collective. Every rank's numbers, as floats, in rank order."""
+    mine = torch.tensor(values, dtype=torch.float64)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    return [row.tolist() for row in everyone]
 
 
 def shared_out(compute, batch, group=None):

@@ -132,7 +132,8 @@ def log_facts(cfg, world, corpus, raw, optimizer_bytes, precision, accum, state,
     activations = activation_bytes(raw, micro, precision.dtype, compiled)
     log.info(f"Using device: {world.device} ({device_name(world.device)}), {world.size} rank{'s' * (world.size > 1)}"
              + f", each {world.shards} of which hold a replica of the model" * (1 < world.shards < world.size)
-             + ", which share one replica of the model" * (1 < world.shards == world.size))
+             + ", which share one replica of the model" * (1 < world.shards == world.size)
+             + ", which exchange gradients through shared memory" * bool(world.memory))
     log.info("Arguments: " + " ".join(f"{name}={value}" for name, value in flatten(cfg).items()
                                       if cfg.wandb.use_wandb or not name.startswith("wandb_")))
     log.info(f"total tokens: {tokens['train']:,} train, {tokens['val']:,} val ({corpus.folder}); "

@@ -203,7 +203,7 @@ def train(cfg, world):
             meter.add(losses, norm, taken, tokens=batch_size * accum * corpus.seq_len)
             profiler.step()
             track.bar.update()
-            signal_number, save_now = stop.agreed()  # two numbers over gloo: does not wait for the GPU
+            signal_number, save_now = stop.agreed()  # two numbers on the CPU: does not wait for the GPU
             metrics, best = {}, False
             if cfg.ranks.check_replicas and state.step % cfg.ranks.check_replicas == 0:
                 world.require_replicas(raw, optimizer)

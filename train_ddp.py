@@ -15,13 +15,15 @@ from torch.utils._pytree import tree_map_only
 
 from config import UserError
 from hardware import usable_cores
-from ranks import RESUME, NoPulse, RankFault, digests, join, launched, portable, require_same, shared_out
+from ranks import RESUME, NoPulse, RankFault, digests, gather, join, launched, portable, require_same, shared_out
+from shared_memory import share
 from train import main
 from world import World
 
 
 class DDPWorld(World):
     script, launchers = "train_ddp.py", 1  # torchrun, or Slurm's step
+    hook = None  # DDP's communication hook; None: through shared memory on one host without GPUs, else all-reduce
     replicas = None  # the process group of those that hold the same weights; None: of all
     pulse = NoPulse()  # how this rank reports faults and exits; of the class: errors can occur before there is a World
     SENT_LATER = 2**16  # elements of a tensor of which `from_main` gives the others the shape, for `distribute`
@@ -32,8 +34,6 @@ class DDPWorld(World):
         # By default each rank has a process per core for torch.compile's kernels. Read when the compiler is imported.
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, min(32, usable_cores() // self.local_size))))
         super().__init__(cfg)
-        if self.device.type == "mps":
-            raise UserError("--device mps: PyTorch has no collectives on Metal; use --device cpu, or python train.py")
         if self.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
             torch.set_num_threads(max(1, usable_cores() // self.local_size))  # torchrun's default, 1, leaves cores idle
         if cfg.checkpoint.resume != "auto" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
@@ -42,12 +42,16 @@ class DDPWorld(World):
         DDPWorld.pulse = join("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", cfg.ranks.timeout)
 
     def wrap(self, model):
-        devices = [self.device.index] if self.device.type == "cuda" else None
+        devices, self.memory = [self.device.index] if self.device.type == "cuda" else None, share(self)
         # Nothing to broadcast: buffers are equal on all ranks and never change. torch 2.13 renamed the option.
         sync = "forward_sync_buffers" if torch.__version__ >= (2, 13) else "broadcast_buffers"
         # torch.compile splits its graph at every bucket of gradients: of 1.5B into 146 graphs at the default 25 MB.
-        return DistributedDataParallel(model, device_ids=devices, bucket_cap_mb=100 if devices else None,
-                                       gradient_as_bucket_view=True, **{sync: False})
+        # And shared memory is used by turns with the backward pass: no bucket is early.
+        model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **{sync: False},
+                                        bucket_cap_mb=100 if devices or self.memory else None)
+        if hook := self.hook or self.memory and self.memory.hook:
+            model.register_comm_hook(None, hook)
+        return model
 
     def grad_sync(self, model, last):
         return contextlib.nullcontext() if last else model.no_sync()
@@ -58,10 +62,7 @@ class DDPWorld(World):
         return shared_out(compute, matrices, self.replicas) if self.shards < self.size else compute(matrices)
 
     def gather(self, values):
-        mine = torch.tensor(values, dtype=torch.float64)
-        everyone = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(everyone, mine)
-        return [row.tolist() for row in everyone]
+        return self.memory.gather(values) if self.memory else gather(values)
 
     def from_main(self, make):
         outcome, value = [None, None], None  # outcome: the exception, and the value with meta tensors

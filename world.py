@@ -20,6 +20,7 @@ class World:
     size = local_size = 1
     shards = 1  # parts that parameters, gradients and optimizer state are split into, of which each rank holds one
     launchers = 0  # number of launcher processes above this one (torchrun): when one dies, this process saves and exits
+    memory = None  # through which the ranks exchange gradients and numbers, if they are on one host (shared_memory.py)
     is_main = True  # global rank 0: the one that logs and saves
     saving = contextlib.nullcontext()  # context manager held while a checkpoint is written
 

@@ -262,11 +262,12 @@ def note(*what):
     os.write(3, (" ".join(map(str, what)) + "\\n").encode())
 
 def wrapping(self, model):
-    ddp = wrap(self, model)
     def hook(state, bucket):
         note("reduced", self.rank)
-        return allreduce_hook(state, bucket)
-    ddp.register_comm_hook(None, hook)
+        return reduce(state, bucket)
+    self.hook = hook
+    ddp = wrap(self, model)
+    reduce = self.memory.hook if self.memory else allreduce_hook
     return ddp
 
 def seeding(seed, step, rank, device):

@@ -56,6 +56,8 @@ def test_metal_is_chosen_for_one_process_only(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert hardware.choose_device("auto").type == "mps" and hardware.choose_device("auto", alone=False).type == "cpu"
+    with pytest.raises(UserError, match="^--device mps: PyTorch has no collectives on Metal"):
+        hardware.choose_device("mps", alone=False)
     assert hardware.peak_flops(torch.device("mps")) is None
 
 

@@ -30,6 +30,9 @@ from data import Corpus
 from train import main
 from train_ddp import DDPWorld
 kind, rank, step = os.environ["FAULT"].split()
+if "GLOO" in os.environ:
+    import shared_memory
+    shared_memory.MAX_RANKS = 0
 batch, wrap = Corpus.batch, DDPWorld.wrap
 
 def faulty(self, at, *rest):
@@ -69,12 +72,12 @@ def faulted(trainer, record_property):
     script = trainer.folder / "faulty.py"
     script.write_text(FAULTY)
 
-    def run(fault, *flags, torchrun=(), ranks=2):
+    def run(fault, *flags, torchrun=(), ranks=2, **env):
         name = f"{trainer.folder.name}-{fault}"
         args = [str(script) if part.endswith("train_ddp.py") else part for part in trainer.arguments(flags, ranks)]
         args[3:3] = torchrun
-        process = zygote.Popen(args, cwd=trainer.folder, env=environment(FAULT=fault, FAULTED=name), text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process = zygote.Popen(args, cwd=trainer.folder, env=environment(FAULT=fault, FAULTED=name, **env),
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         try:
             out, err = process.communicate(timeout=60 * ranks)
             eventually(lambda: not processes_with(f"FAULTED={name}"), 30)
@@ -113,6 +116,13 @@ def test_a_rank_with_a_fault_ends_all_ranks_in_time_and_is_named_in_one_line(fau
     ours = err[:err.index("torch/distributed/elastic")]  # torchrun has a traceback of its own
     assert ours.count("Traceback") == (kind == "raise"), "only a mistake in the code, and only of the rank that made it"
     assert torch.load(trainer.folder / "c.pt", weights_only=True)["state"]["step"] == 20
+
+
+def test_over_gloo_a_killed_rank_is_named_too(faulted):
+    """On one host ranks exchange gradients through shared memory, where none has an error from the others."""
+    code, _, err, seconds = faulted("kill 1 25", *LONG, "--timeout", 10, GLOO="1")
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code != 0 and seconds < 60 and line.startswith("error: rank 1 (") and "is gone at step 26" in line, line
 
 
 @pytest.mark.full
@@ -277,7 +287,7 @@ def test_a_digest_tells_every_bit_and_place(dtype):
 def pulse(monkeypatch):
     """Rank 0 of two without its threads; `sleep` ends what has slept ten times."""
     made, slept = Pulse.__new__(Pulse), []
-    made.rank, made.size, made.timeout, made.silent, made.rounds, made.backends = 0, 2, 100, 6, 0, []
+    made.rank, made.size, made.timeout, made.silent, made.rounds, made.counters = 0, 2, 100, 6, 0, []
     made.me = dict(name="rank 0", pid=os.getpid(), node="0", beat=0, moves=0, step=3, left=False)
     made.leaving, made.saving = threading.Lock(), threading.Lock()
     made.store = SimpleNamespace(set=lambda *_: None, check=lambda names: names == ["said"], add=lambda *_: 1,
