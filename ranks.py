@@ -43,6 +43,10 @@ class RankFault(RunFailed):
     """A fault that ends a distributed run: a rank's weights differ, or torchrun's store is unreachable."""
 
 
+class RankEnded(RuntimeError):
+    """A rank has ended that this one was waiting for in a collective."""
+
+
 def launched(script):
     """(rank, number of ranks, local rank, number of local ranks, node), as torchrun or srun has said. Raises UserError
     if neither has started this process."""
@@ -164,7 +168,7 @@ class Pulse(NoPulse):
             self.me["beat"] += 1
             try:
                 self._publish()
-                gone = last and last["node"] == self.me["node"] and not _exists(last["pid"])
+                gone = last and last["node"] == self.me["node"] and not exists(last["pid"])
                 peer = self._read(next_rank)
                 if self.store.check(["reason"]):
                     self.fail()
@@ -253,7 +257,8 @@ class Pulse(NoPulse):
         """Exit because of an exception in this rank. An exception in a collective means that another rank failed or is
         gone: the rank that detects this ends this process, too."""
         advice = explained(error)
-        if isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and re.search(r"\bgloo\b", str(error)):
+        if (isinstance(error, (dist.DistError, RankEnded))
+                or isinstance(error, RuntimeError) and re.search(r"\bgloo\b", str(error))):
             self.silent = min(self.silent, 5)
             time.sleep(15)
         elif not advice:
@@ -268,7 +273,7 @@ def _say(what, kind="error"):
         print(f"{kind}: {what}", file=sys.stderr, flush=True)
 
 
-def _exists(pid):
+def exists(pid):
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -11,10 +11,13 @@ import time
 
 import torch
 
+from ranks import RankEnded, exists
+
 PLACE = 1 << 22  # bytes that a rank hands over at a time: the fastest of 512 KB to 64 MB
 MAX_RANKS = 8  # each rank reads what every other has written; gloo's ring does not grow with their number
 SPIN = 0.0002  # seconds of waiting for another rank before the core is given up
-LINE = 64  # bytes of a cache line: one for each rank's counter
+PATIENCE = 1  # seconds of waiting before asking whether the others are still there
+LINE = 64  # bytes of a cache line: one for each rank's counter and pid
 
 
 def share(world):
@@ -65,12 +68,13 @@ class SharedMemory:
     def __init__(self, memory, rank, size):
         whole = torch.frombuffer(memory, dtype=torch.uint8)
         self.rank, self.size, self.count = rank, size, 0
-        self.counters = whole[:size * LINE].view(torch.int64).view(size, -1)[:, 0].numpy()
+        self.counters, self.pids, *_ = whole[:size * LINE].view(torch.int64).view(size, -1).numpy().T
+        self.pids[rank] = os.getpid()
         self.places = whole[size * LINE:].view(2, size, PLACE)
 
     def exchange(self, mine, scale=1):
         """Collective. (n,) of at most PLACE bytes → (size, n): the tensor of every rank, multiplied by `scale`. Valid
-        until the next exchange."""
+        until the next exchange. Raises RankEnded where gloo's collectives have an error, too."""
         self.count += 1
         everyone = self.places[self.count % 2, :, :mine.nbytes].view(mine.dtype)
         torch.mul(mine, scale, out=everyone[self.rank])
@@ -79,7 +83,14 @@ class SharedMemory:
         while self.counters.min() < self.count:
             waited = time.perf_counter() - began
             os.sched_yield() if waited < SPIN else time.sleep(min(waited / 20, 0.01))
+            if waited > PATIENCE:
+                self._require_others()
         return everyone
+
+    def _require_others(self):
+        for rank, pid in enumerate(self.pids):
+            if not exists(pid) and self.counters[rank] < self.count:  # in this order: it may take part and end
+                raise RankEnded(f"rank {rank} has ended")
 
     def gather(self, values):
         """Collective. Every rank's list of numbers, as floats, in rank order."""

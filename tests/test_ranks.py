@@ -43,6 +43,7 @@ def faulty(self, at, *rest):
             case "stop": os.kill(os.getpid(), signal.SIGSTOP)
             case "hang": time.sleep(1000)
             case "rest": time.sleep(9)
+            case "leave": raise KeyboardInterrupt
             case "raise": raise ValueError("a broken sample")
             case "memory": torch.empty(1 << 50)
             case "store":  # what a reset connection to it looks like
@@ -123,6 +124,13 @@ def test_over_gloo_a_killed_rank_is_named_too(faulted):
     code, _, err, seconds = faulted("kill 1 25", *LONG, "--timeout", 10, GLOO="1")
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code != 0 and seconds < 60 and line.startswith("error: rank 1 (") and "is gone at step 26" in line, line
+
+
+@pytest.mark.full
+def test_ranks_do_not_wait_for_one_that_has_left(faulted):
+    """As by a second Ctrl-C to it alone: torchrun would end them after 30 s, srun never."""
+    code, out, _, _ = faulted("leave 1 25", *LONG)
+    assert code != 0 and "error: stopped by RankEnded: rank 1 has ended" in out
 
 
 @pytest.mark.full

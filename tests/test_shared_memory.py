@@ -3,6 +3,7 @@
 import mmap
 import os
 import random
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from conftest import ROOT
 from test_train import same
 
 import shared_memory
+from ranks import RankEnded
 from shared_memory import LINE, SharedMemory
 
 linux_x86 = pytest.mark.skipif(not Path("/dev/shm").is_dir() or os.uname().machine != "x86_64",
@@ -85,6 +87,17 @@ def test_a_rank_waits_without_using_its_core(together):
         return time.thread_time() - before
 
     assert together(2, work)[0] < 0.2
+
+
+def test_a_rank_that_has_ended_is_waited_for_only_if_it_took_part(monkeypatch):
+    monkeypatch.setattr(shared_memory, "PATIENCE", 0.01)
+    memory, ended = mmap.mmap(-1, 2 * (LINE + 2 * shared_memory.PLACE)), subprocess.Popen(["true"])
+    ended.wait()
+    mine, other = (SharedMemory(memory, rank, 2) for rank in range(2))
+    other.pids[1], other.counters[1] = ended.pid, 1
+    assert mine.gather([3]) == [[3], [0]]
+    with pytest.raises(RankEnded, match="rank 1 has ended"):
+        mine.gather([4])
 
 
 def a_world(**changes):

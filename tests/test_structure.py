@@ -48,7 +48,7 @@ ALLOWED = {
     "train": {"config", "hardware", "model", "optim", "checkpoint", "data", "evaluate", "generate", "meter",
               "pretrained", "processes", "saver", "tracking", "wandb_runs", "watchdog", "world"},
     "world": {"hardware", "optim"},
-    "shared_memory": set(),
+    "shared_memory": {"ranks"},
     "train_ddp": {"config", "hardware", "ranks", "shared_memory", "train", "world"},
     "train_fsdp": {"config", "hardware", "model", "optim", "train", "train_ddp"},
     "hugging_face": {"config", "model"},
