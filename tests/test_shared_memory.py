@@ -4,6 +4,7 @@ import mmap
 import os
 import random
 import subprocess
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, eventually
 from test_train import same
 
 import shared_memory
@@ -89,15 +90,23 @@ def test_a_rank_waits_without_using_its_core(together):
     assert together(2, work)[0] < 0.2
 
 
-def test_a_rank_that_has_ended_is_waited_for_only_if_it_took_part(monkeypatch):
+def test_a_rank_that_has_ended_is_waited_for_no_longer_but_one_that_is_late(together, monkeypatch):
     monkeypatch.setattr(shared_memory, "PATIENCE", 0.01)
-    memory, ended = mmap.mmap(-1, 2 * (LINE + 2 * shared_memory.PLACE)), subprocess.Popen(["true"])
+    ended = subprocess.Popen(["true"])
     ended.wait()
-    mine, other = (SharedMemory(memory, rank, 2) for rank in range(2))
-    other.pids[1], other.counters[1] = ended.pid, 1
-    assert mine.gather([3]) == [[3], [0]]
-    with pytest.raises(RankEnded, match="rank 1 has ended"):
-        mine.gather([4])
+
+    def work(memory, rank):
+        if rank == 2:
+            eventually(lambda: memory.counters[1])
+            memory.pids[1] = ended.pid  # as if it had ended then
+            time.sleep(0.3)
+        everyone = memory.gather([rank])
+        if rank != 1:
+            with pytest.raises(RankEnded, match="rank 1 has ended"):
+                memory.gather([rank])
+        return everyone
+
+    assert together(3, work) == 3 * [[[0], [1], [2]]]
 
 
 def a_world(**changes):
@@ -107,33 +116,41 @@ def a_world(**changes):
                                   from_main=lambda make: make(), max=lambda values: values) | changes)
 
 
-def of_ours():
-    return set(Path("/dev/shm").glob("mini-llm-*"))
+@pytest.fixture
+def made(monkeypatch):
+    """The paths of temporary files that are made."""
+    paths, make = [], tempfile.mkstemp
+
+    def noted(**where):
+        file, path = make(**where)
+        paths.append(path)
+        return file, path
+
+    monkeypatch.setattr(tempfile, "mkstemp", noted)
+    return paths
 
 
 @linux_x86
-def test_its_file_is_gone_once_all_have_it():
-    before = of_ours()
+def test_its_file_is_gone_once_all_have_it(made):
     memory = shared_memory.share(a_world())
-    assert isinstance(memory, SharedMemory) and of_ours() == before
+    assert isinstance(memory, SharedMemory) and len(made) == 1 and not os.path.exists(made[0])
 
 
 @linux_x86
 @pytest.mark.parametrize("changes", [dict(local_size=1), dict(size=1, local_size=1), dict(size=9, local_size=9),
-                                     dict(device=torch.device("cuda")), dict(max=lambda values: [1])])
-def test_several_hosts_many_ranks_gpus_and_a_rank_that_cannot_open_it_have_gloo(changes):
-    before = of_ours()
-    assert shared_memory.share(a_world(**changes)) is None and of_ours() == before
+                                     dict(device=torch.device("cuda")), dict(max=lambda values: [1]),
+                                     dict(from_main=lambda make: "/dev/shm/of-another-host", rank=1, is_main=False)])
+def test_several_hosts_many_ranks_gpus_and_a_rank_that_cannot_open_it_have_gloo(made, changes):
+    assert shared_memory.share(a_world(**changes)) is None and not any(map(os.path.exists, made))
 
 
 @linux_x86
-def test_without_room_there_is_gloo(monkeypatch):
+def test_without_room_there_is_gloo(made, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    before = of_ours()
     monkeypatch.setattr(os, "posix_fallocate", full)
-    assert shared_memory.share(a_world()) is None and of_ours() == before
+    assert shared_memory.share(a_world()) is None and len(made) == 1 and not os.path.exists(made[0])
 
 
 OVER_GLOO = f"""
