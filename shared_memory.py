@@ -21,8 +21,8 @@ LINE = 64  # bytes of a cache line: one for each rank's counter and pid
 
 
 def share(world):
-    """Collective. The SharedMemory of a DDPWorld's ranks; None if they train on GPUs, are on several hosts or too many,
-    or if there is no room."""
+    """Collective. The SharedMemory of a DDPWorld's ranks; None if they train on GPUs, have a hook of their own, are on
+    several hosts or too many, or if there is no room."""
     path = world.from_main(lambda: _create(world))
     memory = path and _open(path)
     lacking = world.max([memory is None])[0]  # also a barrier: each has opened it
@@ -38,7 +38,7 @@ def share(world):
 def _create(world):
     """The path of a new file in memory, of the size that the world's ranks need; None where `share` returns None."""
     # Others must see a rank's data before its counter: what an x86 processor writes becomes visible in that order.
-    if (world.device.type != "cpu" or not 1 < world.size == world.local_size <= MAX_RANKS
+    if (world.hook or world.device.type != "cpu" or not 1 < world.size == world.local_size <= MAX_RANKS
             or platform.system() != "Linux" or platform.machine() != "x86_64"):
         return None
     with contextlib.suppress(OSError):

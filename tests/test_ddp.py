@@ -1,4 +1,4 @@
-"""train_ddp.py under the real torchrun, with gloo on the CPU. One process is the oracle of many."""
+"""train_ddp.py under the real torchrun, on the CPU. One process is the oracle of many."""
 
 import json
 import os
@@ -264,11 +264,9 @@ def note(*what):
 def wrapping(self, model):
     def hook(state, bucket):
         note("reduced", self.rank)
-        return reduce(state, bucket)
+        return allreduce_hook(state, bucket)
     self.hook = hook
-    ddp = wrap(self, model)
-    reduce = self.memory.hook if self.memory else allreduce_hook
-    return ddp
+    return wrap(self, model)
 
 def seeding(seed, step, rank, device):
     note("seed", step, rank)

@@ -194,6 +194,7 @@ def test_mode(changed, as_it_is):
     plain = as_it_is(*flags, ranks=2)
     assert run.losses() == pytest.approx(plain.losses(), abs=1e-3)
     assert not same(run.weights(), plain.weights())
+    assert "through shared memory" not in run.out, "they have a hook of their own"
 
 
 def same(a, b):

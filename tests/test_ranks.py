@@ -1,4 +1,4 @@
-"""Ranks that misbehave, under the real torchrun with gloo: all leave, soon, and one line says which it was and why."""
+"""Ranks that misbehave, under the real torchrun: all leave, soon, and one line says which it was and why."""
 
 import contextlib
 import os

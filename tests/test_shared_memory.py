@@ -112,7 +112,7 @@ def test_a_rank_that_has_ended_is_waited_for_no_longer_but_one_that_is_late(toge
 def a_world(**changes):
     """Rank 0's view of two ranks on a CPU, of which the other does as it does."""
     return SimpleNamespace(**dict(device=torch.device("cpu"), size=2, local_size=2, rank=0, is_main=True,
-                                  pulse=SimpleNamespace(counters=[]),
+                                  hook=None, pulse=SimpleNamespace(counters=[]),
                                   from_main=lambda make: make(), max=lambda values: values) | changes)
 
 
@@ -138,9 +138,9 @@ def test_its_file_is_gone_once_all_have_it(made):
 
 @linux_x86
 @pytest.mark.parametrize("changes", [dict(local_size=1), dict(size=1, local_size=1), dict(size=9, local_size=9),
-                                     dict(device=torch.device("cuda")), dict(max=lambda values: [1]),
+                                     dict(device=torch.device("cuda")), dict(hook=print), dict(max=lambda values: [1]),
                                      dict(from_main=lambda make: "/dev/shm/of-another-host", rank=1, is_main=False)])
-def test_several_hosts_many_ranks_gpus_and_a_rank_that_cannot_open_it_have_gloo(made, changes):
+def test_several_hosts_many_ranks_gpus_a_hook_and_a_rank_that_cannot_open_it_have_gloo(made, changes):
     assert shared_memory.share(a_world(**changes)) is None and not any(map(os.path.exists, made))
 
 
