@@ -2,54 +2,48 @@
 
 import difflib
 
-SHARDING = "train_fsdp.py shards the model over all ranks"
-# Names of our flags in other projects (nanoGPT, nanochat, the Hugging Face Trainer), for "did you mean"; or, with a
-# space, what to do where no flag is like it.
-ELSEWHERE = {"learning_rate": "lr", "max_iters": "num_steps", "max_steps": "num_steps", "block_size": "seq_len",
-             "output_dir": "checkpoint_path", "out_dir": "checkpoint_path", "bf16": "amp_dtype", "fp16": "amp_dtype",
-             "bfloat16": "bf16", "float16": "fp16", "constant": "none", "optim": "optimizer",
-             "torch_compile": "compile", "save_total_limit": "keep_last", "unembedding_lr": "lr",
-             "overwrite_output_dir": "overwrite", "per_device_eval_batch_size": "batch_size",
-             "max_seq_length": "seq_len", "model_name_or_path": "init_from", "evaluation_strategy": "eval_steps",
-             "eval_strategy": "eval_steps", "constant_with_warmup": "none",
-             "resume_from_checkpoint": "resume", "hidden_size": "d_model", "n_embd": "d_model", "dtype": "amp_dtype",
-             "gradient_accumulation_steps": "grad_accum_steps", "wandb_log": "use_wandb",
-             "max_grad_norm": "grad_clip_norm", "grad_clip": "grad_clip_norm", "log_interval": "log_steps",
-             "eval_interval": "eval_steps", "dataset": "train_data", "tokenizer": "tokenizer_name",
-             "data": "train_data", "epochs": "num_epochs", "batch": "batch_size", "context_length": "seq_len",
-             "max_seq_len": "seq_len", "sequence_length": "seq_len", "ckpt": "checkpoint_path", "wandb": "use_wandb",
-             "model": "arch", "model_name": "init_from", "save_interval": "save_steps", "steps": "num_steps",
-             "always_save_checkpoint": "save_steps", "per_device_train_batch_size": "batch_size",
-             "micro_batch_size": "batch_size", "start": "prompt", "gpu": "cuda", "precision": "amp_dtype",
-             "gradient_checkpointing": "use_activation_checkpoint", "vocab": "vocab_size",
-             "num_train_epochs": "num_epochs", "num_iterations": "num_steps",
-             "tokens": "num_tokens", "train_tokens": "num_tokens", "total_tokens": "num_tokens",
-             "param_data_ratio": "num_tokens", "target_param_data_ratio": "num_tokens", "eval_iters": "eval_tokens",
-             "depth": "n_layers", "device_batch_size": "batch_size", "total_batch_size": "global_batch_tokens",
-             "matrix_lr": "muon_lr", "embedding_lr": "lr", "report_to": "use_wandb", "enable_wandb": "use_wandb",
-             "run_name": "wandb_run_name", "run": "wandb_run_name", "save_every": "save_steps",
-             "checkpoint_every": "save_steps", "sample_every": "sample_steps", "eval_every": "eval_steps",
-             "logging_steps": "log_steps", "log_every": "log_steps", "val_interval": "eval_steps",
-             "validation_data": "val_data", "val_split": "val_ratio", "val_size": "val_ratio", "resume_from": "resume",
-             "resume_from_step": "resume", "adam_beta1": "beta1", "adam_beta2": "beta2", "wd": "weight_decay",
-             "load_optimizer": "keep_optimizer", "load_optimizer_state": "keep_optimizer",
-             # The schedule.
-             "warmup": "warmup_steps", "warmup_iters": "warmup_steps", "warmup_ratio": "warmup_steps",
-             "lr_scheduler_type": "lr_scheduler", "decay_lr": "lr_scheduler", "lr_decay_iters": "num_steps",
-             "final_lr": "min_lr", "final_lr_frac": "min_lr", "decay_ratio": "decay_steps", "decay": "decay_steps",
-             "lr_decay_steps": "decay_steps", "decay_iters": "decay_steps", "warmdown": "decay_steps",
-             "warmdown_ratio": "decay_steps", "warmdown_steps": "decay_steps", "warmdown_iters": "decay_steps",
-             "cooldown": "decay_steps", "cooldown_steps": "decay_steps", "cooldown_ratio": "decay_steps",
-             # torchtitan's and torchtune's tables, Flyte's words.
-             "metrics": "wandb", "metric_logger": "wandb", "run_mode": "wandb_run_mode", "project": "wandb_project",
-             "rank_scope": "wandb_rank_scope",
-             **dict.fromkeys(("use_tensor_parallel", "tensor_parallel", "tp", "fsdp", "use_fsdp"), SHARDING),
-             "download_logs": "after the run: python wandb_tools.py download RUN.pt",
-             "eval_only": "run python evaluate.py", "bias": "it comes with --arch",
-             "z_loss": "docs/extending.md has it as a diff", "ema": "docs/extending.md has it as a diff",
-             "mlp_ratio": "the MLP's width is --d-ff",
-             "early_stop": "the best weights are kept in .best.pt", "patience": "the best weights are kept in .best.pt",
-             "early_stopping": "the best weights are kept in .best.pt"}
+# Our flags, values and TOML tables → their names in other projects, such as nanoGPT, nanochat, torchtitan and the
+# Hugging Face Trainer. With a space: what to say where no flag is like it.
+OTHER_NAMES = {
+    # The model.
+    "arch": "model", "n_layers": "depth", "d_model": "hidden_size n_embd", "vocab_size": "vocab",
+    "init_from": "model_name_or_path model_name", "use_activation_checkpoint": "gradient_checkpointing",
+    "it comes with --arch": "bias", "the MLP's width is --d-ff": "mlp_ratio",
+    # The data and the batch.
+    "train_data": "dataset data", "val_data": "validation_data", "val_ratio": "val_split val_size",
+    "tokenizer_name": "tokenizer", "prompt": "start",
+    "seq_len": "block_size max_seq_length max_seq_len sequence_length context_length",
+    "batch_size": "batch micro_batch_size device_batch_size per_device_train_batch_size per_device_eval_batch_size",
+    "global_batch_tokens": "total_batch_size", "grad_accum_steps": "gradient_accumulation_steps",
+    # The length of the run, the optimizer and its schedule.
+    "num_steps": "steps max_steps max_iters num_iterations lr_decay_iters",
+    "num_tokens": "tokens train_tokens total_tokens param_data_ratio target_param_data_ratio",
+    "num_epochs": "epochs num_train_epochs", "optimizer": "optim", "weight_decay": "wd", "beta1": "adam_beta1",
+    "beta2": "adam_beta2", "grad_clip_norm": "max_grad_norm grad_clip", "muon_lr": "matrix_lr",
+    "lr": "learning_rate embedding_lr unembedding_lr", "min_lr": "final_lr final_lr_frac",
+    "lr_scheduler": "lr_scheduler_type decay_lr", "none": "constant constant_with_warmup",
+    "warmup_steps": "warmup warmup_iters warmup_ratio",
+    "decay_steps": "decay decay_iters decay_ratio lr_decay_steps cooldown cooldown_steps cooldown_ratio warmdown "
+                   "warmdown_steps warmdown_iters warmdown_ratio",
+    "docs/extending.md has it as a diff": "z_loss ema",
+    # The device and precision.
+    "amp_dtype": "dtype precision bf16 fp16", "bf16": "bfloat16", "fp16": "float16", "cuda": "gpu",
+    "compile": "torch_compile",
+    "train_fsdp.py shards the model over all ranks": "fsdp use_fsdp tp tensor_parallel use_tensor_parallel",
+    # Evaluation, reports and checkpoints.
+    "eval_steps": "eval_every eval_interval eval_strategy evaluation_strategy val_interval",
+    "eval_tokens": "eval_iters", "log_steps": "log_every log_interval logging_steps", "sample_steps": "sample_every",
+    "run python evaluate.py": "eval_only",
+    "checkpoint_path": "output_dir out_dir ckpt", "overwrite": "overwrite_output_dir", "keep_last": "save_total_limit",
+    "save_steps": "save_every save_interval always_save_checkpoint checkpoint_every",
+    "resume": "resume_from resume_from_step resume_from_checkpoint",
+    "keep_optimizer": "load_optimizer load_optimizer_state",
+    "the best weights are kept in .best.pt": "early_stop early_stopping patience",
+    # Weights & Biases.
+    "use_wandb": "wandb wandb_log enable_wandb report_to", "wandb": "metrics metric_logger",
+    "wandb_run_name": "run run_name", "wandb_run_mode": "run_mode", "wandb_project": "project",
+    "wandb_rank_scope": "rank_scope", "after the run: python wandb_tools.py download RUN.pt": "download_logs"}
+ELSEWHERE = {other: ours for ours, others in OTHER_NAMES.items() for other in others.split()}
 
 
 def plain(name):
