@@ -96,6 +96,10 @@ class CheckpointConfig:
         """The checkpoints kept by --keep-last and --keep-every, oldest first."""
         return sorted(self.matching(r"\.(step|kept)-\d+\.pt"), key=step_of)
 
+    def candidates(self):
+        """Where checkpoints to resume from may be, the preferred one first."""
+        return [self.beside(".pt"), self.beside(".prev.pt"), *reversed(self.numbered()), self.beside(".best.pt")]
+
     def continues(self, resume_from):
         """Whether resuming from that file continues the run at the checkpoint path (the file is one of that run's)
         rather than branching off from it."""
@@ -132,13 +136,12 @@ def plan(cfg, locks=True):
             if not cfg.resume or not lock_until_exit(lock, PATIENCE):
                 raise _in_use(cfg)
         exists(cfg.beside(".rank0000.metrics.jsonl.tmp"))  # raises here if the name would be too long
-        last_two = list(filter(exists, (path, cfg.beside(".prev.pt"))))
-        known = last_two + list(filter(exists, (*reversed(cfg.numbered()), cfg.beside(".best.pt"))))
+        known = list(filter(exists, cfg.candidates()))
     except OSError as error:
         raise UserError(f"--checkpoint-path {path}: {folder} cannot be written ({error.strerror}); give a path in a "
                         f"folder of your own") from None
     # A run killed before its first --save-steps may have left only its best checkpoint.
-    newest = path if last_two else next(iter(known), None)
+    newest = path if cfg.beside(".prev.pt") in known else next(iter(known), None)
     if not cfg.resume:
         if newest and not cfg.overwrite:
             raise UserError(f"--checkpoint-path {path}: there is a checkpoint already; add --resume to go on, "
@@ -397,8 +400,7 @@ def saved(file):
 
 
 def _surely_saved(file):
-    """As `saved`, of a file that is removed or written over by what it says. Raises UserError if it is there and cannot
-    be read now."""
+    """As `saved`, to decide on removing the file: raises UserError if it is there and cannot be read now."""
     found = saved(file)
     if not found["state"] and exists(file):
         with contextlib.suppress(DamagedCheckpoint):
@@ -425,25 +427,23 @@ def require_space(cfg, n_bytes, n_steps, uploads=0):
 
 
 def load_latest(path, cfg):
-    """(checkpoint, its path): the one at `path` or, if that is damaged, the previous one. Raises UserError if neither
-    is intact."""
+    """(checkpoint, its path): that at `path` or, if damaged, the previous one. Raises UserError if neither is whole."""
     previous, damage = cfg.beside(".prev.pt"), []
     is_newest = os.path.realpath(path) == os.path.realpath(cfg.checkpoint_path)
     for file in [path, previous] if is_newest and exists(previous) else [path]:
         try:
             payload = load(file)
+            if damage:
+                log.warning("%s; falling back to %s", damage[0], file)
+            return payload, file
         except DamagedCheckpoint as error:
             damage.append(str(error))
-            continue
-        if damage:
-            log.warning("%s; falling back to %s", damage[0], file)
-        return payload, file
     raise UserError(f"--resume: {'; '.join(damage)}; {_way_back(cfg)}")
 
 
 def _way_back(cfg):
     """Advice for when the checkpoint to resume from is lost."""
-    for file in (Path(cfg.checkpoint_path), cfg.beside(".prev.pt"), *reversed(cfg.numbered()), cfg.beside(".best.pt")):
+    for file in cfg.candidates():
         with contextlib.suppress(DamagedCheckpoint, UserError):
             load(file)
             return f"--resume {shlex.quote(str(file))} --overwrite goes back to that one, which is whole"

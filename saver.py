@@ -163,8 +163,8 @@ def raise_nonfinite(cfg, payload, saving, samples):
 def _way_on(cfg, payload, step):
     """Advice for a run whose weights, those of `step`, give no finite loss."""
     rate = "a lower --lr" + " and --muon-lr" * (payload["config"]["optimizer"] == "muon")
-    newest = Path(cfg.checkpoint_path)
-    for file in (newest, cfg.beside(".prev.pt"), *reversed(cfg.numbered()), cfg.beside(".best.pt")):
+    newest, *_ = files = cfg.candidates()
+    for file in files:
         if 0 < (before := saved(file)["state"].get("step", 0)) < step:
             resume = "--resume" if file == newest else f"--resume {shlex.quote(str(file))} --overwrite"
             return f"{resume} with {rate} goes on from step {before}"
