@@ -356,7 +356,7 @@ def begin(cfg, resume_from, state, eval_tokens):
     stale = cfg.drafts() + ([cfg.beside(".prev.pt"), cfg.beside(".nonfinite.pt")] if cfg.overwrite else [])
     if cfg.overwrite and goes_on:
         stale += [file for file in cfg.numbered() if step_of(file) > state.step]
-        stale += [file for file in bests if _surely_saved(file)["state"].get("step", 0) > state.step]
+        stale += [file for file in bests if _surely_peeked(file)["state"].get("step", 0) > state.step]
         link(Path(resume_from), path)
     elif not goes_on:  # any such files belong to another run, even if that one never saved a checkpoint
         shutil.rmtree(cfg.beside(".tensorboard"), ignore_errors=True)
@@ -375,13 +375,13 @@ def _loss_to_beat(cfg, state, eval_tokens):
     """The loss of `.best.pt`, which may be newer than the checkpoint resumed from; infinity if there is none. One that
     was measured with another `eval_tokens` is not comparable: it is kept under a name with that number, and the best
     of before with this number, if there was one, is the best again."""
-    found = _surely_saved(best := cfg.beside(".best.pt"))
+    found = _surely_peeked(best := cfg.beside(".best.pt"))
     of = found["config"].get("eval_tokens", eval_tokens)
     if of != eval_tokens:
         link(best, kept := cfg.beside(f".best-of-{of}.pt"))
         log.info("the best loss so far is over --eval-tokens %d: not comparable; its weights stay in %s", of, kept)
     if of != eval_tokens or not found["state"]:  # not comparable, missing or not readable
-        found = _surely_saved(before := cfg.beside(f".best-of-{eval_tokens}.pt"))
+        found = _surely_peeked(before := cfg.beside(f".best-of-{eval_tokens}.pt"))
         if not found["state"]:  # the next evaluation writes one
             return math.inf
         os.replace(before, best)
@@ -393,15 +393,15 @@ def step_of(file):
     return int(Path(file).stem.rpartition("-")[2])
 
 
-def saved(file):
-    """Configuration and state of a checkpoint; both {} if it cannot be read."""
+def peek_run(file):
+    """What a checkpoint says of its run: its config, state and identity; each {} if it cannot be read."""
     found = peek(file)
-    return found if is_of_a_run(found) else {"config": {}, "state": {}}
+    return found if is_of_a_run(found) else {"config": {}, "state": {}, "identity": {}}
 
 
-def _surely_saved(file):
-    """As `saved`, to decide on removing the file: raises UserError if it is there and cannot be read now."""
-    found = saved(file)
+def _surely_peeked(file):
+    """As `peek_run`, to decide on removing the file: raises UserError if it is there and cannot be read now."""
+    found = peek_run(file)
     if not found["state"] and exists(file):
         with contextlib.suppress(DamagedCheckpoint):
             found = whole if is_of_a_run(whole := load(file)) else found

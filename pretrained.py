@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
-from archive import DamagedCheckpoint, load, peek
+from archive import DamagedCheckpoint, load
 from checkpoint import State
 from config import UserError, arg, first_line, flag, part_of
 from files import beside_run, read_json
@@ -91,7 +91,7 @@ def _resolve_source(cfg, stated, prepared):
     theirs = _source_config(source)
     # The flags that a checkpoint's own run was started with fit it, too, though positions that were not trained on are
     # dropped (model_parts).
-    own = checkpoint.saved(source)["config"] if os.path.isfile(source) else {}
+    own = checkpoint.peek_run(source)["config"] if os.path.isfile(source) else {}
     if "seq_len" not in cfg.given:
         seq_len = own.get("seq_len", min(1024, theirs.max_position_embeddings))
     if theirs.parts.rope_theta:
@@ -161,7 +161,7 @@ def load_initial(raw, optimizer, init, identity, world):
     main rank reads and broadcasts them. Returns the State in which a run of this `identity` begins. Raises UserError.
     Collective."""
     def read():
-        theirs = checkpoint.saved(init.init_from).get("identity", {}).get("the tokenizer")  # a folder states none
+        theirs = checkpoint.peek_run(init.init_from)["identity"].get("the tokenizer")  # a folder states none
         if theirs not in (None, identity.get("the tokenizer")):
             log.warning("the tokens are not of the tokenizer that %s was trained with, or not as it was then",
                         init.init_from)
@@ -191,8 +191,8 @@ def _saved_config(path, cfg):
     """All flags of the run whose checkpoint is at `path`, without reading its tensors; {} if it is not of a run, which
     `checkpoint.load_for_resume` reports. Raises UserError if it is damaged, and the one before, too."""
     for file in (path, cfg.beside(".prev.pt")):
-        if checkpoint.is_of_a_run(saved := peek(file)):
-            return saved["config"]
+        if config := checkpoint.peek_run(file)["config"]:
+            return config
     checkpoint.load_latest(path, cfg)  # raises: now, and not once a large text is tokenized
     return {}
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import hardware
 from archive import save
-from checkpoint import saved, step_of
+from checkpoint import peek_run, step_of
 from config import RunFailed
 
 log = logging.getLogger("mini_llm")
@@ -40,7 +40,7 @@ def save_run(cfg, payload, step, latest, best, kept=False):
         return best_path
     named = cfg.keep_last > 0 and _is_sound(payload)
     names = [best_path] * best + [step_path] * named + [cfg.beside(f".kept-{step:08d}.pt")] * kept
-    save(path, payload, cfg.beside(".prev.pt") if _is_sound(saved(path)) else None, names)
+    save(path, payload, cfg.beside(".prev.pt") if _is_sound(peek_run(path)) else None, names)
     if named:
         # Not those of later steps, left from before the run fell back: they would outlive the new ones.
         for old in [file for file in cfg.matching(r"\.step-\d+\.pt") if file <= step_path][:-cfg.keep_last]:
@@ -165,7 +165,7 @@ def _way_on(cfg, payload, step):
     rate = "a lower --lr" + " and --muon-lr" * (payload["config"]["optimizer"] == "muon")
     newest, *_ = files = cfg.candidates()
     for file in files:
-        if 0 < (before := saved(file)["state"].get("step", 0)) < step:
+        if 0 < (before := peek_run(file)["state"].get("step", 0)) < step:
             resume = "--resume" if file == newest else f"--resume {shlex.quote(str(file))} --overwrite"
             return f"{resume} with {rate} goes on from step {before}"
     return f"no checkpoint is from before step {step}: start as before, with --overwrite and {rate}"
