@@ -145,19 +145,10 @@ def parse(cls, argv=None):
 
     argv = [word for given in (sys.argv[1:] if argv is None else argv) for word in _plain_flags(given, fields)]
     given, unknown = parser.parse_known_args(argv)
-    given = vars(given)
     if unknown:
-        kind = "flag" if unknown[0].startswith("-") else "argument"
-        if kind == "argument" and unknown[0].endswith((".toml", ".py")):  # nanoGPT's way
-            toml = unknown[0].removesuffix(".py").removesuffix(".toml") + ".toml"
-            written = "write it as TOML, as in configs/, and " * unknown[0].endswith(".py")
-            raise UserError(f"argument {unknown[0]}: {written}give it as --config {toml}")
-        for before, word in itertools.pairwise(argv):
-            if kind == "argument" and word == unknown[0]:
-                _refuse_value(before, word, fields)
-        refuse_unknown(unknown[0], [flag(name) for name in fields] + ["--config"], kind)
+        _refuse_word(unknown[0], argv, fields)
 
-    values = {}
+    given, values = vars(given), {}
     for path in given.pop("config"):
         found = _read_toml(path, cls, fields)
         if path.endswith(RUN_CONFIG) and "checkpoint_path" in fields:  # of that run, wherever it has been moved
@@ -371,6 +362,20 @@ def refuse_unknown(word, known, what, otherwise=" (see --help)"):
     """Raises UserError, with the name among `known` that is most like `word`, if there is one."""
     word = word.split("=")[0]
     raise UserError(f"{what} {word} is not known{advice(word, known) or otherwise}")
+
+
+def _refuse_word(word, argv, fields):
+    """Raises UserError for a word of the command line that is no flag, nor the value of one."""
+    known = [*map(flag, fields), "--config"]
+    if word.startswith("-"):
+        refuse_unknown(word, known, "flag")
+    if word.endswith((".toml", ".py")):  # nanoGPT's way
+        written = "write it as TOML, as in configs/, and " * word.endswith(".py")
+        raise UserError(f"argument {word}: {written}give it as --config {os.path.splitext(word)[0]}.toml")
+    for before, value in itertools.pairwise(argv):
+        if value == word:
+            _refuse_value(before, word, fields)
+    refuse_unknown(word, known, "argument")
 
 
 def _refuse_value(word, value, fields):

@@ -50,7 +50,7 @@ ALLOWED = {
     "world": {"hardware", "optim"},
     "shared_memory": {"ranks"},
     "train_ddp": {"config", "hardware", "ranks", "shared_memory", "train", "world"},
-    "train_fsdp": {"config", "hardware", "model", "optim", "train", "train_ddp"},
+    "train_fsdp": {"config", "hardware", "model", "train", "train_ddp"},
     "hugging_face": {"config", "model"},
     "pretrained": {"archive", "checkpoint", "config", "files", "hugging_face", "model", "tokenizer"},
     "export": {"config", "data", "files", "generate", "hardware", "hugging_face", "model", "optim", "pretrained",
