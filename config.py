@@ -156,10 +156,7 @@ def parse(cls, argv=None):
         override(values, found, cls, f"--config {path}: ")
     override(values, {name: coerce(flag(name), fields[name], value) for name, value in given.items()}, cls)
 
-    groups = {}
-    for group in dataclasses.fields(cls):
-        own = {name: value for name, value in values.items() if fields[name].group == group.name}
-        groups[group.name] = group.type(**own)
+    groups = {group.name: part_of(group.type, values) for group in dataclasses.fields(cls)}
     config = cls(**groups)
     config.given = frozenset(values)  # set explicitly, rather than left at their defaults
     for part in [*groups.values(), config]:
