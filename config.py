@@ -199,8 +199,8 @@ def flag_fields(cls):
 
 def flatten(config):
     """A filled dataclass of dataclasses as one flat dict: what is logged, tracked and saved."""
-    groups = {name: declared.group for name, declared in flag_fields(type(config)).items()}
-    return {name: getattr(getattr(config, group), name) for name, group in groups.items()}
+    return {name: value for group in dataclasses.fields(config)
+            for name, value in vars(getattr(config, group.name)).items()}
 
 
 def is_launch_flag(name):

@@ -6,26 +6,13 @@ import os
 import signal
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError, arg
+from config import UserError
 
 STARTED = time.monotonic()  # when this process started: --time-limit counts from here
 HELD = set()  # lock files that this process holds until it ends
 LAST_CALL = 600  # seconds from the request to stop until an orphan forces its own exit
-
-
-@dataclass
-class RanksConfig:
-    """Ranks"""
-
-    timeout: int = arg(1800, "seconds that ranks wait for a stalled one before all exit; must exceed the longest time "
-                             "that one tokenizes, compiles or saves alone", ge=1, le=10**7, metavar="SECONDS")
-    check_replicas: int = arg(0, "steps between comparisons of the ranks' weights and optimizer states, bit for bit; "
-                                 "0: at the start and before each checkpoint only", ge=0)
-    shard_ranks: int = arg(0, "under train_fsdp.py, number of consecutive ranks over which one replica of the model is "
-                              "split, such as those of a node; 0: all", ge=0, metavar="RANKS")
 
 
 def refuse_torchrun():

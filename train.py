@@ -19,12 +19,12 @@ from meter import Meter
 from model import GPT, GPTConfig
 from optim import OptimConfig, StepGuard, lr_at, make_optimizer, set_lr, state_sizes
 from pretrained import InitConfig, load_initial, resolve_init, resolve_vocab_size
-from processes import RanksConfig, StopSignal, refuse_torchrun, stop_when_orphaned
+from processes import StopSignal, refuse_torchrun, stop_when_orphaned
 from saver import Saver, raise_nonfinite
 from tracking import ReportConfig, Tracker, TrackingConfig, log_facts, make_profiler, setup_logging
 from wandb_runs import WandbConfig, sweep_trial, sync_command
 from watchdog import Watchdog
-from world import World
+from world import RanksConfig, World
 
 log = logging.getLogger("mini_llm")
 

@@ -6,11 +6,25 @@ points of the loop.
 
 import contextlib
 import sys
+from dataclasses import dataclass
 
 import torch
 
 import hardware
+from config import arg
 from optim import orthogonalize
+
+
+@dataclass
+class RanksConfig:
+    """Ranks"""
+
+    timeout: int = arg(1800, "seconds that ranks wait for a stalled one before all exit; must exceed the longest time "
+                             "that one tokenizes, compiles or saves alone", ge=1, le=10**7, metavar="SECONDS")
+    check_replicas: int = arg(0, "steps between comparisons of the ranks' weights and optimizer states, bit for bit; "
+                                 "0: at the start and before each checkpoint only", ge=0)
+    shard_ranks: int = arg(0, "under train_fsdp.py, number of consecutive ranks over which one replica of the model is "
+                              "split, such as those of a node; 0: all", ge=0, metavar="RANKS")
 
 
 class World:

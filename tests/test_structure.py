@@ -47,7 +47,7 @@ ALLOWED = {
     "sinks": {"files"},
     "train": {"config", "hardware", "model", "optim", "checkpoint", "data", "evaluate", "generate", "meter",
               "pretrained", "processes", "saver", "tracking", "wandb_runs", "watchdog", "world"},
-    "world": {"hardware", "optim"},
+    "world": {"config", "hardware", "optim"},
     "shared_memory": {"ranks"},
     "train_ddp": {"config", "hardware", "ranks", "shared_memory", "train", "world"},
     "train_fsdp": {"config", "hardware", "model", "train", "train_ddp"},
