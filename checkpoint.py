@@ -269,27 +269,27 @@ def _require_same_run(source, payload, identity, config):
     if any(name.startswith("the ") for name in changed):  # hashes, which say nothing: name the flags behind them
         changed |= {flag(name): (flags[name], config.get(name)) for name in DATA_FLAGS
                     if name in flags and flags[name] != config.get(name)}
-    if changed:
-        samples = changed.get("sequences in a step")
-        hint = f" (--batch-size x --grad-accum-steps x ranks has to be {samples[0]})" if samples else ""
-        own, flags_file = (shlex.quote(str(path)) for path in (source, beside_run(source, ".config.toml")))
-        anew = f"train its weights in a new run: --init-from {own}"
-        # Weights fit their own tokenizer only, which replaces a learned one but not that of token shards, and GPT-2's
-        # have no more positions than they were trained on.
-        unfit = any(flags.get(name) != config.get(name) for name in ("tokenizer_name", "vocab_size", "use_toy_data"))
-        shards = [path for path in config.get("train_data", ()) if os.path.exists(os.path.join(path, "meta.json"))]
-        unfit |= "the tokenizer" in changed and bool(shards)
-        if was.get("--arch") == "gpt2" and not flags.get("init_from"):
-            unfit |= identity.get("--seq-len", 0) > was.get("--seq-len", 0)
-        if unfit or any(name not in NOT_THE_MODEL and not name.startswith("the ") for name in changed):
-            anew = "start anew"
-        elif "--optimizer" not in changed:
-            anew += " --keep-optimizer"
-        changed = [f"{name} is another" if name.startswith("the ") else f"{name} was {before}, is {now}"
-                   for name, (before, now) in changed.items()]
-        raise UserError(f"--resume: {source} is of another run: {'; '.join(changed)}{hint}; give the flags and data "
-                        f"that it was started with (--config {flags_file}), or {anew} with "
-                        f"another --checkpoint-path")
+    if not changed:
+        return
+    samples = changed.get("sequences in a step")
+    hint = f" (--batch-size x --grad-accum-steps x ranks has to be {samples[0]})" if samples else ""
+    own, flags_file = (shlex.quote(str(path)) for path in (source, beside_run(source, ".config.toml")))
+    anew = f"train its weights in a new run: --init-from {own}"
+    # Weights fit their own tokenizer only, which replaces a learned one but not that of token shards, and GPT-2's
+    # have no more positions than they were trained on.
+    unfit = any(flags.get(name) != config.get(name) for name in ("tokenizer_name", "vocab_size", "use_toy_data"))
+    shards = any(os.path.exists(os.path.join(path, "meta.json")) for path in config.get("train_data", ()))
+    unfit |= "the tokenizer" in changed and shards
+    if was.get("--arch") == "gpt2" and not flags.get("init_from"):
+        unfit |= identity.get("--seq-len", 0) > was.get("--seq-len", 0)
+    if unfit or any(name not in NOT_THE_MODEL and not name.startswith("the ") for name in changed):
+        anew = "start anew"
+    elif "--optimizer" not in changed:
+        anew += " --keep-optimizer"
+    said = [f"{name} is another" if name.startswith("the ") else f"{name} was {before}, is {now}"
+            for name, (before, now) in changed.items()]
+    raise UserError(f"--resume: {source} is of another run: {'; '.join(said)}{hint}; give the flags and data "
+                    f"that it was started with (--config {flags_file}), or {anew} with another --checkpoint-path")
 
 
 def _one_file(a, b):
