@@ -343,8 +343,7 @@ def make_profiler(enabled, path, steps_left):
     if enabled and steps_left < 4:
         log.warning("--use-profiler: no trace, which begins with the fourth step of a start: there are %d to come; "
                     "raise --num-steps", steps_left)
-        enabled = False
-    if not enabled:
+    if not enabled or steps_left < 4:
         return contextlib.nullcontext(types.SimpleNamespace(step=lambda: None))
 
     def on_ready(profiler):
