@@ -388,18 +388,18 @@ def _plain_flags(word, fields):
     --train-data=['a', 'b'] → --train-data a b, --eval-steps=None → nothing. Other values are unchanged."""
     if not word.startswith("--"):
         return [word]
-    name, equals, value = word[2:].partition("=")
-    name = name.replace("-", "_")
-    no = "no_" if name.startswith("no_") else ""
-    kind = fields[name.removeprefix(no)].kind if name.removeprefix(no) in fields else None
+    given, equals, value = word[2:].partition("=")
+    given = given.replace("-", "_")
+    name = given.removeprefix("no_")
+    kind = fields[name].kind if name in fields else None
     if kind and _base_type(kind) is bool and value.lower() in ("true", "false"):
-        on = (value.lower() == "true") is not bool(no)
-        return [flag(name.removeprefix(no) if on else "no_" + name.removeprefix(no))]
+        on = (value.lower() == "true") is (given == name)
+        return [flag(name if on else "no_" + name)]
     if value == "None" and type(None) in typing.get_args(kind):
         return []
     if equals:
-        _refuse_value(flag(name), value, fields)
+        _refuse_value(flag(given), value, fields)
     if typing.get_origin(kind) is list and value.startswith("["):
         with contextlib.suppress(ValueError, SyntaxError):
-            return [flag(name), *map(str, ast.literal_eval(value))]
-    return [flag(name) + equals + value if kind else word]  # an unknown one as it was typed, for the error
+            return [flag(given), *map(str, ast.literal_eval(value))]
+    return [flag(given) + equals + value if kind else word]  # an unknown one as it was typed, for the error

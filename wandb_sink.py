@@ -52,7 +52,7 @@ class WandbSink:
                        init_timeout=cfg.wandb_init_timeout, finish_timeout=cfg.wandb_finish_timeout, rows=rows,
                        console=console, lock=str(beside(f"{tag}.wandb.lock")), tokenizer=str(beside(".tokenizer")),
                        sync=sync_command(beside(".pt")))
-        self.beside, self.tag, self.process = beside, tag, None
+        self.beside, self.tag, self.process = beside, tag, None  # process: False if it could not be started
         self.closing = self.given_up = False
         sent = recalled(memory := beside(f"{tag}.wandb.json")).get("sent", {})
         sent = sent if sent.get("id") == plan.run_id else {}
