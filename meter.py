@@ -130,17 +130,17 @@ class Meter:
         seconds, steps, forward = self._clock(), self.steps, self.forward.read()
         if not steps:
             return {}
-        ranks = self.world.gather([self.tokens, seconds, forward / steps])  # (size, 3)
-        total = sum(tokens for tokens, _, _ in ranks) / max(time_ for _, time_, _ in ranks)
+        tokens, times, forwards = zip(*self.world.gather([self.tokens, seconds, forward / steps]), strict=True)
+        total = sum(tokens) / max(times)
         achieved = total * self.flops_per_token / self.world.size
         metrics = {"train/step_time_sec": seconds / steps, "global_tokens_per_sec": total,
                    "train/tflops_per_rank": achieved / 1e12, "rank/tokens_per_sec": self.tokens / seconds,
                    "rank/step_time_sec": seconds / steps}
-        metrics |= _spread("tokens_per_sec_per_rank", [tokens / time_ for tokens, time_, _ in ranks])
+        metrics |= _spread("tokens_per_sec_per_rank", [n / took for n, took in zip(tokens, times, strict=True)])
         # On Metal it would only measure submitting work to the device; of shards, also waiting for other ranks.
         if self.world.device.type != "mps" and self.world.shards == 1:
             metrics["rank/forward_time_sec"] = forward / steps
-            metrics |= _spread("train/forward_time_sec", [forward_ for _, _, forward_ in ranks])
+            metrics |= _spread("train/forward_time_sec", forwards)
         if self.peak_flops:
             metrics["train/mfu"] = achieved / self.peak_flops
         return metrics
