@@ -171,20 +171,20 @@ class Tracker:
     """Sends each report to the console and to every sink. Ranks other than the main one have no console output, and
     have sinks only if --wandb-run-mode makes them write to W&B."""
 
-    def __init__(self, cfg, world, state, epochs, amp, config):
-        """`cfg`: the whole configuration; `config`: the facts to record with the run. `state` is read at each record,
-        and gets the id of the W&B run; `epochs(state)`: how often the data has been read. Collective with --use-wandb.
+    def __init__(self, cfg, world, state, epochs, amp, facts):
+        """`cfg`: the whole configuration; `facts`: what to record with the run. `state` is read at each record, and
+        gets the id of the W&B run; `epochs(state)`: how often the data has been read. Collective with --use-wandb.
         """
-        self.state, self.epochs, self.amp, self.flops_per_token = state, epochs, amp, config["flops_per_token"]
+        self.state, self.epochs, self.amp, self.flops_per_token = state, epochs, amp, facts["flops_per_token"]
         self.num_steps, self.exit_code = cfg.optim.num_steps, 0
-        self.beside, self.is_main, self.sinks, self.file = cfg.checkpoint.beside, world.is_main, [], None
+        self.beside, self.is_main, self.sinks, self.log_file = cfg.checkpoint.beside, world.is_main, [], None
         self.drawn = {title: [] for title in DRAWN}
-        self.wandb, self.lately = None, deque([(time.perf_counter(), state.step)], 100)  # when each report was
-        wandb, self.plan = self._plan_wandb(cfg, world, state)
+        self.lately = deque([(time.perf_counter(), state.step)], 100)  # when each report was
+        self.wandb, (settings, self.plan) = None, self._plan_wandb(cfg, world, state)
         if world.is_main or self.plan:
-            self._open(cfg, state.step, wandb, config | distributed_info(world) | dict(
-                wandb_run_id=state.wandb_run_id, device=device_name(world.device), command=shlex.join(sys.orig_argv)),
-                       "" if world.is_main else f".rank{world.rank}")
+            facts = facts | distributed_info(world) | dict(
+                wandb_run_id=state.wandb_run_id, device=device_name(world.device), command=shlex.join(sys.orig_argv))
+            self._open(cfg, state.step, settings, facts, "" if world.is_main else f".rank{world.rank}")
         self.bar = ProgressBar(total=self.num_steps, initial=state.step, unit="step", leave=False, dynamic_ncols=True,
                                disable=None if world.is_main else True)
 
@@ -193,26 +193,26 @@ class Tracker:
         if not cfg.wandb.use_wandb:
             return None, None
         info = distributed_info(world)
-        wandb, state.wandb_run_id = world.from_main(lambda: resolve_run(  # even if another node's environment differs
+        settings, state.wandb_run_id = world.from_main(lambda: resolve_run(  # another node's environment may differ
             cfg.wandb, self.beside(".wandb.json"), bool(cfg.checkpoint.resume), state.wandb_run_id, info))
-        if wandb.wandb_mode == "disabled":
+        if settings.wandb_mode == "disabled":
             log.info("W&B is off: by --wandb-mode, WANDB_MODE or `wandb disabled`")
             return None, None
-        return wandb, plan_run(wandb.wandb_run_mode, wandb.wandb_rank_scope, state.wandb_run_id, info)
+        return settings, plan_run(settings.wandb_run_mode, settings.wandb_rank_scope, state.wandb_run_id, info)
 
-    def _open(self, cfg, step, wandb, config, tag):
+    def _open(self, cfg, step, settings, facts, tag):
         """Open this rank's files; on ranks other than the main one, their names contain `tag`."""
         self.beside(".log").parent.mkdir(parents=True, exist_ok=True)
         console, toml = None, to_toml(cfg, without=NOT_KEPT)
         if self.is_main:
-            self.file = _LogFile(self.beside(".log"), mode="a" if step else "w", encoding="utf-8")
-            self.file.setFormatter(_Formatter())
+            self.log_file = _LogFile(self.beside(".log"), mode="a" if step else "w", encoding="utf-8")
+            self.log_file.setFormatter(_Formatter())
             console = str(self.beside(".log")), self.beside(".log").stat().st_size
             for early in [handler for handler in log.handlers if isinstance(handler, MemoryHandler)]:
-                early.setTarget(self.file)
+                early.setTarget(self.log_file)
                 early.flush()
                 log.removeHandler(early)
-            log.addHandler(self.file)
+            log.addHandler(self.log_file)
             write_whole(self.beside(RUN_CONFIG), toml.encode())
         rows = JsonlSink(self.beside(f"{tag}.metrics.jsonl"), step)
         self.sinks.append(rows)
@@ -221,10 +221,10 @@ class Tracker:
         if self.plan:
             from wandb_sink import WandbSink
 
-            config |= provenance()
-            self.wandb = WandbSink(wandb, self.plan, self.beside, tag, config, rows.place(), console, toml)
+            facts |= provenance()
+            self.wandb = WandbSink(settings, self.plan, self.beside, tag, facts, rows.place(), console, toml)
             self.sinks.append(self.wandb)
-        self._record(step, event="config", config=config)
+        self._record(step, event="config", config=facts)
 
     def __enter__(self):
         return self
@@ -234,9 +234,9 @@ class Tracker:
         if kind:
             self.exit_code = {UserError: 2, KeyboardInterrupt: 130}.get(kind, 1)  # as train.main does
             log.error("stopped by %s: %s", kind.__name__, error)
-            if self.file and not issubclass(kind, (RunFailed, KeyboardInterrupt)):  # else only stderr has it
+            if self.log_file and not issubclass(kind, (RunFailed, KeyboardInterrupt)):  # else only stderr has it
                 with contextlib.suppress(OSError):
-                    traceback.print_exception(error, file=self.file.stream)
+                    traceback.print_exception(error, file=self.log_file.stream)
             known = [file for file in map(self.beside, (".pt", ".best.pt")) if file.exists()]
             if known and not issubclass(kind, NonFinite):  # which says from where to go on
                 log.info("the last checkpoint is %s: --resume goes on from it", known[0])
@@ -244,10 +244,10 @@ class Tracker:
         self._record(self.state.step, event="exit", code=self.exit_code)
         for sink in self.sinks:
             sink.close(self.exit_code)
-        if self.file:
-            log.removeHandler(self.file)
+        if self.log_file:
+            log.removeHandler(self.log_file)
             with contextlib.suppress(OSError):  # a full disk, to which the last lines could not be written
-                self.file.close()
+                self.log_file.close()
 
     def _record(self, step, **record):
         for sink in self.sinks:

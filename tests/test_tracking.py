@@ -93,7 +93,7 @@ def test_a_log_that_the_disk_cannot_take_ends_no_run_that_is_done(tmp_path):
     file.stream = open("/dev/full", "w")  # noqa: SIM115 - closed below
     file.stream.write("the last line")
     tracker = Tracker.__new__(Tracker)
-    tracker.bar, tracker.sinks, tracker.file = SimpleNamespace(close=int), [], file
+    tracker.bar, tracker.sinks, tracker.log_file = SimpleNamespace(close=int), [], file
     tracker.exit_code, tracker.state = 0, State(step=9)
     tracker.__exit__(None, None, None)
 
@@ -106,7 +106,7 @@ def test_an_error_is_one_alert_of_all_ranks_and_names_the_checkpoint_to_go_on_fr
     (tmp_path / ".best.pt").touch()
     caplog.set_level("INFO", "mini_llm")
     records, tracker = [], Tracker.__new__(Tracker)
-    tracker.bar, tracker.file, tracker.beside = SimpleNamespace(close=int), None, lambda suffix: tmp_path / suffix
+    tracker.bar, tracker.log_file, tracker.beside = SimpleNamespace(close=int), None, lambda suffix: tmp_path / suffix
     tracker.sinks = [SimpleNamespace(log=lambda step, record, to=records: to.append(record), close=int)]
     tracker.exit_code, tracker.state, tracker.is_main = 0, State(step=9), is_main
     tracker.__exit__(type(error), error, None)
