@@ -111,8 +111,8 @@ class Corpus:
         self.meta = read_meta(self.folder)
         if not (cfg.is_shards or cfg.use_toy_data):  # the cached shards may have been made with one of another name
             self.meta["tokenizer"] = cfg.tokenizer_name
-        self.facts = {f"corpus_{name}": self.meta[name] for name in ("tokens", "tokenizer")} | dict(
-            corpus=str(folder), tokenizer_hash=self.meta["tokenizer_hash"][:16])
+        self.facts = dict(corpus_tokens=self.meta["tokens"], corpus_tokenizer=self.meta["tokenizer"],
+                          corpus=str(folder), tokenizer_hash=self.meta["tokenizer_hash"][:16])
         self.train, self.val = (Shard(self.folder / f"{split}.bin") for split in ("train", "val"))
         if checks:
             self._check(cfg)
