@@ -274,6 +274,7 @@ def _say(what, kind="error"):
 
 
 def exists(pid):
+    """Whether a process of this host is there (or has ended, and its parent has not asked how)."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -13,7 +13,7 @@ import torch
 
 from ranks import RankEnded, exists
 
-PLACE = 3 << 20  # bytes that a rank hands over at a time: about the fastest, and a container may have 64 MB for all
+BUFFER = 3 << 20  # bytes that a rank hands over at a time: about the fastest, and a container may have 64 MB for all
 MAX_RANKS = 8  # each rank reads what every other has written; gloo's ring does not grow with their number
 SPIN = 0.0002  # seconds of waiting for another rank before the core is given up
 PATIENCE = 1  # seconds of waiting before asking whether the others are still there
@@ -38,13 +38,13 @@ def share(world):
 def _create(world):
     """The path of a new file in memory, of the size that the world's ranks need; None where `share` returns None."""
     # Others must see a rank's data before its counter: what an x86 processor writes becomes visible in that order.
-    if (world.hook or world.device.type != "cpu" or not 1 < world.size == world.local_size <= MAX_RANKS
+    if (world.comm_hook or world.device.type != "cpu" or not 1 < world.size == world.local_size <= MAX_RANKS
             or platform.system() != "Linux" or platform.machine() != "x86_64"):
         return None
     with contextlib.suppress(OSError):
         file, path = tempfile.mkstemp(prefix="mini-llm-", dir="/dev/shm")
         try:
-            os.posix_fallocate(file, 0, world.size * (LINE + 2 * PLACE))  # else writing to a full one ends a process
+            os.posix_fallocate(file, 0, world.size * (LINE + 2 * BUFFER))  # else writing to a full one ends a process
         except OSError:  # a container may have 64 MB
             os.unlink(path)
             raise
@@ -61,22 +61,22 @@ def _open(path):
 
 
 class SharedMemory:
-    """All ranks call the same methods in the same order. Each rank has a counter of its exchanges, and two places, of
-    which exchanges take turns: a rank that writes to one knows that the others have read it, as they are at the next
-    exchange since."""
+    """All ranks call the same methods in the same order. Each rank has a counter of its all-gathers, and two buffers
+    that they use in turn: a rank that writes to one again knows that the others have read it, as each has begun the
+    all-gather in between. `memory`: a buffer of size * (LINE + 2 * BUFFER) bytes, zero at first."""
 
     def __init__(self, memory, rank, size):
         whole = torch.frombuffer(memory, dtype=torch.uint8)
         self.rank, self.size, self.count = rank, size, 0
         self.counters, self.pids, *_ = whole[:size * LINE].view(torch.int64).view(size, -1).numpy().T
         self.pids[rank] = os.getpid()
-        self.places = whole[size * LINE:].view(2, size, PLACE)
+        self.buffers = whole[size * LINE:].view(2, size, BUFFER)
 
-    def exchange(self, mine, scale=1):
-        """Collective. (n,) of at most PLACE bytes → (size, n): the tensor of every rank, multiplied by `scale`. Valid
-        until the next exchange. Raises RankEnded where gloo's collectives have an error, too."""
+    def all_gather(self, mine, scale=1):
+        """Collective. (n,) of at most BUFFER bytes → (size, n): the tensor of every rank, multiplied by `scale`. Valid
+        until the next all-gather. Raises RankEnded where gloo's collectives have an error, too."""
         self.count += 1
-        everyone = self.places[self.count % 2, :, :mine.nbytes].view(mine.dtype)
+        everyone = self.buffers[self.count % 2, :, :mine.nbytes].view(mine.dtype)
         torch.mul(mine, scale, out=everyone[self.rank])
         self.counters[self.rank] = self.count
         began = time.perf_counter()
@@ -94,18 +94,18 @@ class SharedMemory:
 
     def gather(self, values):
         """Collective. Every rank's list of numbers, as floats, in rank order."""
-        return self.exchange(torch.tensor(values, dtype=torch.float64)).tolist()
+        return self.all_gather(torch.tensor(values, dtype=torch.float64)).tolist()
 
     def average(self, tensor):
         """Collective. Replaces a tensor (n,) by its mean over the ranks: the same bits on each, as they add up in rank
         order."""
-        for part in tensor.split(PLACE // tensor.itemsize):
-            first, *others = self.exchange(part, 1 / self.size)
+        for part in tensor.split(BUFFER // tensor.itemsize):
+            first, *others = self.all_gather(part, 1 / self.size)
             torch.add(first, others[0], out=part)
             for other in others[1:]:
                 part += other
 
-    def hook(self, state, bucket):
+    def comm_hook(self, state, bucket):
         """For DDP's `register_comm_hook`."""
         done = torch.futures.Future()
         self.average(bucket.buffer())

@@ -23,7 +23,7 @@ from world import World
 
 class DDPWorld(World):
     script, launchers = "train_ddp.py", 1  # torchrun, or Slurm's step
-    hook = None  # DDP's communication hook; None: through shared memory on one host without GPUs, else all-reduce
+    comm_hook = None  # DDP's communication hook; None: through shared memory on one host without GPUs, else all-reduce
     replicas = None  # the process group of those that hold the same weights; None: of all
     pulse = NoPulse()  # how this rank reports faults and exits; of the class: errors can occur before there is a World
     SENT_LATER = 2**16  # elements of a tensor of which `from_main` gives the others the shape, for `distribute`
@@ -49,7 +49,7 @@ class DDPWorld(World):
         # And shared memory is used by turns with the backward pass: no bucket is early.
         model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **{sync: False},
                                         bucket_cap_mb=100 if devices or self.memory else None)
-        if hook := self.hook or self.memory and self.memory.hook:
+        if hook := self.comm_hook or self.memory and self.memory.comm_hook:
             model.register_comm_hook(None, hook)
         return model
 

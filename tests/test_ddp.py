@@ -265,7 +265,7 @@ def wrapping(self, model):
     def hook(state, bucket):
         note("reduced", self.rank)
         return allreduce_hook(state, bucket)
-    self.hook = hook
+    self.comm_hook = hook
     return wrap(self, model)
 
 def seeding(seed, step, rank, device):

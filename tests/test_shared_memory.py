@@ -26,10 +26,10 @@ linux_x86 = pytest.mark.skipif(not Path("/dev/shm").is_dir() or os.uname().machi
 @pytest.fixture
 def together(monkeypatch):
     """`together(size, work)` calls `work(memory, rank)` in a thread for each rank → what they return, in rank order."""
-    monkeypatch.setattr(shared_memory, "PLACE", 1024)
+    monkeypatch.setattr(shared_memory, "BUFFER", 1024)
 
     def run(size, work):
-        memory, results = mmap.mmap(-1, size * (LINE + 2 * shared_memory.PLACE)), [None] * size
+        memory, results = mmap.mmap(-1, size * (LINE + 2 * shared_memory.BUFFER)), [None] * size
 
         def rank(number):
             results[number] = work(SharedMemory(memory, number, size), number)
@@ -112,7 +112,7 @@ def test_a_rank_that_has_ended_is_waited_for_no_longer_but_one_that_is_late(toge
 def a_world(**changes):
     """Rank 0's view of two ranks on a CPU, of which the other does as it does."""
     return SimpleNamespace(**dict(device=torch.device("cpu"), size=2, local_size=2, rank=0, is_main=True,
-                                  hook=None, pulse=SimpleNamespace(counters=[]),
+                                  comm_hook=None, pulse=SimpleNamespace(counters=[]),
                                   from_main=lambda make: make(), max=lambda values: values) | changes)
 
 
@@ -138,7 +138,8 @@ def test_its_file_is_gone_once_all_have_it(made):
 
 @linux_x86
 @pytest.mark.parametrize("changes", [dict(local_size=1), dict(size=1, local_size=1), dict(size=9, local_size=9),
-                                     dict(device=torch.device("cuda")), dict(hook=print), dict(max=lambda values: [1]),
+                                     dict(device=torch.device("cuda")), dict(comm_hook=print),
+                                     dict(max=lambda values: [1]),
                                      dict(from_main=lambda make: "/dev/shm/of-another-host", rank=1, is_main=False)])
 def test_several_hosts_many_ranks_gpus_a_hook_and_a_rank_that_cannot_open_it_have_gloo(made, changes):
     assert shared_memory.share(a_world(**changes)) is None and not any(map(os.path.exists, made))
