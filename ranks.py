@@ -149,10 +149,7 @@ class Pulse(NoPulse):
         return f"at step {self.me['step']}" if self.me["step"] else "before the first step"  # same on all ranks ±1
 
     def _publish(self):
-        collectives = 0
-        with contextlib.suppress(AttributeError):  # see _count
-            collectives = sum(count() for count in self.counters)
-        self.me["moves"] = self.me["step"] + collectives
+        self.me["moves"] = self.me["step"] + sum(count() for count in self.counters)
         self.store.set(str(self.rank), json.dumps(self.me))
 
     def _read(self, rank):
