@@ -14,7 +14,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 import hardware
-from config import UserError, first_line
+from errors import UserError, first_line
 from files import replacing, sync
 
 COMMENT = b"sha256:"

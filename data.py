@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from config import UserError, arg
+from config import arg
+from errors import UserError
 from files import write_whole
 from shards import Shard, part_shards, read_meta, read_windows, spread_windows
 from token_cache import prepare, require_sequences

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 import hardware
-from config import UserError, arg, one_line_errors, parse
+from config import arg, parse
+from errors import UserError, one_line_errors
 from files import without_infinity
 from model import IGNORE
 from pretrained import load_run

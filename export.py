@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from config import UserError, arg, is_launch_flag, one_line_errors, parse
+from config import arg, is_launch_flag, parse
 from data import BatchConfig, DataConfig
+from errors import UserError, one_line_errors
 from files import beside_run, read_json, read_records
 from generate import TEMPERATURE, TOP_K
 from hardware import SpeedConfig

@@ -39,6 +39,13 @@ def exists(path):
     return True
 
 
+def same_file(a, b):
+    """Whether both paths are names, such as hard links, of one file. No: one is missing, or only another node's."""
+    with contextlib.suppress(OSError):
+        return os.path.samefile(a, b)
+    return False
+
+
 @contextlib.contextmanager
 def replacing(path):
     """Yields the path of a draft that takes the place of `path` at the end: a kill at any moment leaves either the old

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 import hardware
-from config import UserError, arg, one_line_errors, parse
+from config import arg, parse
+from errors import UserError, one_line_errors
 from model import KVCache
 from pretrained import load_run
 from tokenizer import encode, id_count, known_characters, open_tokenizer

@@ -14,7 +14,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from config import UserError, arg, flag
+from config import arg, flag
+from errors import UserError
 from kernels import MAX_EXPLICIT_CONTEXT, MIN_CHUNKED_VOCABULARY, CausalAttention, Embedding, Linear, head_cross_entropy
 
 IGNORE = -1  # ignore_index: targets excluded from the loss
@@ -323,8 +324,7 @@ class GPT(nn.Module):
         return logits
 
     def num_params(self, matmul=False):
-        """The number of parameters; with `matmul`, the N of 6N FLOPs per token: without embeddings that are only looked
-        up (positions, and tokens unless tied to the head)."""
+        """The number of parameters; with `matmul`, the N of 6N FLOPs: without embeddings that are only looked up."""
         skipped = {"pos_emb.weight"} | ({"tok_emb.weight"} if self.head is not None else set())
         return sum(p.numel() for name, p in self.named_parameters() if not (matmul and name in skipped))
 

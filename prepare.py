@@ -8,8 +8,9 @@ the last line that it prints, to another machine, and pass that as --train-data.
 
 import logging
 
-from config import UserError, one_line_errors, parse
+from config import parse
 from data import Corpus
+from errors import UserError, one_line_errors
 from pretrained import resolve_init
 from tracking import setup_logging
 from train import Config

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
+import resume
 from archive import DamagedCheckpoint, load
 from checkpoint import State
-from config import UserError, arg, first_line, flag, part_of
+from config import arg, flag, part_of
+from errors import UserError, first_line
 from files import beside_run, read_json
 from hugging_face import from_hugging_face, gpt_config
 from model import GPT, GPTConfig
@@ -91,7 +92,7 @@ def _resolve_source(cfg, stated, prepared):
     theirs = _source_config(source)
     # The flags that a checkpoint's own run was started with fit it, too, though positions that were not trained on are
     # dropped (model_parts).
-    own = checkpoint.peek_run(source)["config"] if os.path.isfile(source) else {}
+    own = resume.peek_run(source)["config"] if os.path.isfile(source) else {}
     if "seq_len" not in cfg.given:
         seq_len = own.get("seq_len", min(1024, theirs.max_position_embeddings))
     if theirs.parts.rope_theta:
@@ -161,7 +162,7 @@ def load_initial(raw, optimizer, init, identity, world):
     main rank reads and broadcasts them. Returns the State in which a run of this `identity` begins. Raises UserError.
     Collective."""
     def read():
-        theirs = checkpoint.peek_run(init.init_from)["identity"].get("the tokenizer")  # a folder states none
+        theirs = resume.peek_run(init.init_from)["identity"].get("the tokenizer")  # a folder states none
         if theirs not in (None, identity.get("the tokenizer")):
             log.warning("the tokens are not of the tokenizer that %s was trained with, or not as it was then",
                         init.init_from)
@@ -172,7 +173,7 @@ def load_initial(raw, optimizer, init, identity, world):
     if not init.init_from:
         return State()
     weights, moments, first_sample = world.from_main(read)
-    weights = checkpoint.of_this_rank(weights, raw, world)
+    weights = resume.of_this_rank(weights, raw, world)
     try:
         raw.load_state_dict(weights)
     except RuntimeError as error:  # the sizes are the source's: the code of the model must have changed since
@@ -180,7 +181,7 @@ def load_initial(raw, optimizer, init, identity, world):
                         f"({' '.join(str(error).split())[:300]}); use the version that wrote them") from None
     if moments:
         try:
-            checkpoint.distribute_moments(moments, optimizer, world)
+            resume.distribute_moments(moments, optimizer, world)
         except ValueError as error:
             raise UserError(f"--keep-optimizer: {init.init_from}: {error}; leave it out") from None
         optimizer.load_state_dict(moments)
@@ -189,11 +190,11 @@ def load_initial(raw, optimizer, init, identity, world):
 
 def _saved_config(path, cfg):
     """All flags of the run whose checkpoint is at `path`, without reading its tensors; {} if it is not of a run, which
-    `checkpoint.load_for_resume` reports. Raises UserError if it is damaged, and the one before, too."""
+    `resume.load_for_resume` reports. Raises UserError if it is damaged, and the one before, too."""
     for file in (path, cfg.beside(".prev.pt")):
-        if config := checkpoint.peek_run(file)["config"]:
+        if config := resume.peek_run(file)["config"]:
             return config
-    checkpoint.load_latest(path, cfg)  # raises: now, and not once a large text is tokenized
+    resume.load_latest(path, cfg)  # raises: now, and not once a large text is tokenized
     return {}
 
 
@@ -227,7 +228,7 @@ def _source_weights_and_moments(source, identity):
             if name == "pos_emb.weight":  # the positions that model_parts has kept; else all would be saved with them
                 kept = moments["state"].get(index, {})
                 kept.update({key: value[:len(weights[name])].clone() for key, value in kept.items() if value.ndim})
-    if any(was.get(name) != identity[name] for name in checkpoint.ORDER):
+    if any(was.get(name) != identity[name] for name in resume.ORDER):
         log.info("the data, or its order, is not that of %s: it is read from its first sample", source)
         return weights, moments, 0
     first_sample = state.get("first_sample", 0) + state["step"] * was["sequences in a step"]
@@ -379,6 +380,6 @@ def _checkpoint(path, named_by, mapped=True):
         others = sorted(str(file) for file in Path(path).parent.glob("*.pt") if file != Path(path))
         advice = f"beside it: {', '.join(others[:5])}" if others else "python train.py makes one"
         raise UserError(f"{named_by}: {error}; {advice}") from None
-    if not checkpoint.is_of_a_run(saved):
+    if not resume.is_of_a_run(saved):
         raise UserError(f"{named_by} {path}: not a checkpoint of this version of mini-llm; use the one that wrote it")
     return saved

@@ -1,14 +1,15 @@
-"""Signals to stop or save, processes orphaned by their launcher, and lock files."""
+"""Signals to stop or save, processes orphaned by their launcher, lock files, and the limit of open files."""
 
 import contextlib
 import fcntl
 import os
+import resource
 import signal
 import threading
 import time
 from pathlib import Path
 
-from config import UserError
+from errors import UserError
 
 STARTED = time.monotonic()  # when this process started: --time-limit counts from here
 HELD = set()  # lock files that this process holds until it ends
@@ -105,6 +106,15 @@ def try_lock(file):
     except BlockingIOError:
         return False
     return True
+
+
+def allow_many_files():
+    """Raise the limit of open files, which is 256 on macOS: each path of --val-data, say, takes one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 10240 if hard == resource.RLIM_INFINITY else min(hard, 10240)  # more, macOS refuses
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class StopSignal:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from config import RunFailed, UserError, first_line
+from errors import RunFailed, UserError, first_line
 from hardware import explained
 from optim import local
 

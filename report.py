@@ -22,7 +22,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import Parser, UserError, flag, is_launch_flag, needed_packages, one_line_errors, positive, visible
+from config import Parser, flag, is_launch_flag, positive
+from errors import UserError, needed_packages, one_line_errors, visible
 from files import beside_run, command, read_records
 from plots import MARKS, Panel, comparable, figure, looks, panels, short, terminal_plot
 

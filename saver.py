@@ -11,8 +11,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import hardware
 from archive import save
-from checkpoint import peek_run, step_of
-from config import RunFailed
+from checkpoint import step_of
+from errors import RunFailed
+from resume import peek_run
 
 log = logging.getLogger("mini_llm")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError
+from errors import UserError
 from files import read_json, sync
 from tokenizer import OWN
 

@@ -20,7 +20,8 @@ import sys
 import tomllib
 from pathlib import Path
 
-from config import Parser, UserError, coerce, flag_fields, override, positive, refuse_unknown
+from config import Parser, coerce, flag_fields, override, positive, refuse_unknown
+from errors import UserError
 from wandb_errors import reason
 from wandb_follower import import_wandb
 from wandb_runs import WandbConfig, with_environment

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError, first_line
+from errors import UserError, first_line
 from holdout import place, spread, tail_start, takes_tails
 from shards import read_token_file, token_file_format
 from tokenizer import END_OF_TEXT, hub_problem

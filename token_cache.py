@@ -14,7 +14,7 @@ from itertools import accumulate, chain, islice
 from pathlib import Path
 
 import toy
-from config import UserError
+from errors import UserError
 from files import read_json, sync, write_whole
 from holdout import takes_tails
 from processes import try_lock

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError, switched_on
+from config import switched_on
+from errors import UserError
 from files import read_json
 
 END_OF_TEXT = "<|endoftext|>"

@@ -12,19 +12,20 @@ import time
 import traceback
 import types
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from logging.handlers import MemoryHandler
 
 import torch
 
-from config import RUN_CONFIG, RunFailed, UserError, arg, flatten, to_toml, visible
+from config import RUN_CONFIG, arg, to_toml
+from errors import RunFailed, UserError, visible
 from files import command, write_whole
-from hardware import device_name, should_compile
+from hardware import device_name
 from plots import sparkline
 from progress import ProgressBar
 from saver import NonFinite
 from sinks import JsonlSink, TensorboardSink
-from wandb_runs import WandbConfig, distributed_info, plan_run, provenance, resolve_run
+from wandb_runs import distributed_info, plan_run, provenance, resolve_run
 
 # What a finished run draws on the console: title → metric.
 DRAWN = {"train loss": "train/loss", "val loss": "val/loss", "grad norm": "train/grad_norm", "lr": "lr",
@@ -97,74 +98,6 @@ class _ConsoleHandler(logging.Handler):
 class _LogFile(logging.FileHandler):
     def handleError(self, record):
         """Ignore errors: a full disk only loses lines of this file, which are on the console, too."""
-
-
-def activation_bytes(model, tokens, half, compiled):
-    """About what a micro-batch of so many tokens keeps for its backward pass. As counted by Korthikanti et al. 2022: 34
-    bytes per token, layer and channel with flash attention and 16-bit products (`half`); checkpointing keeps each
-    layer's input and all of one layer. Logits and their gradient share a buffer in the chunked loss and if compiled.
-    """
-    size = model.cfg
-    per_channel = 34 + 2 * size.n_layers if size.use_activation_checkpoint else 34 * size.n_layers
-    per_logit = 2 if model.chunks_loss or compiled else 10
-    return tokens * (per_channel * size.d_model + per_logit * size.vocab_size) * (1 if half else 2)
-
-
-def state_bytes(model, optimizer_bytes, world, accum):
-    """About what each rank keeps of weights and gradients, in fp32, and of the optimizer's `optimizer_bytes`."""
-    n_params, n_trained = model.num_params(), sum(p.numel() for p in model.parameters() if p.requires_grad)
-    whole = 4 * (n_params + n_trained) + optimizer_bytes
-    if world.shards > 1:  # and what is gathered: all that is not in a block, and two blocks
-        n_blocks = sum(p.numel() for p in model.blocks.parameters())
-        return whole // world.shards + 8 * (n_params - n_blocks + 2 * n_blocks // model.cfg.n_layers)
-    # DDP's buckets are the gradients only in the last micro-batch.
-    return whole + 4 * n_trained * (world.size > 1 and accum > 1)
-
-
-def log_facts(cfg, world, corpus, raw, optimizer_bytes, precision, accum, state, resume_from):
-    """Log what is about to be trained, and on which device and data."""
-    tokens, n_params, size = corpus.meta["tokens"], raw.num_params(), raw.cfg
-    micro = cfg.batch.batch_size * corpus.seq_len
-    step_tokens, epoch_tokens = micro * accum * world.size, corpus.n_windows * corpus.seq_len
-    run_tokens = cfg.optim.num_steps * step_tokens
-    compiled = should_compile(cfg.speed, world.device)
-    fixed = state_bytes(raw, optimizer_bytes, world, accum)
-    activations = activation_bytes(raw, micro, precision.dtype, compiled)
-    log.info(f"Using device: {world.device} ({device_name(world.device)}), {world.size} rank{'s' * (world.size > 1)}"
-             + f", each {world.shards} of which hold a replica of the model" * (1 < world.shards < world.size)
-             + ", which share one replica of the model" * (1 < world.shards == world.size)
-             + ", which exchange gradients through shared memory" * bool(world.memory))
-    log.info("Arguments: " + " ".join(f"{name}={value}" for name, value in flatten(cfg).items()
-                                      if cfg.wandb.use_wandb or not name.startswith("wandb_")))
-    log.info(f"total tokens: {tokens['train']:,} train, {tokens['val']:,} val ({corpus.folder}); "
-             f"vocabulary {size.vocab_size:,} ({corpus.meta['tokenizer']})")
-    log.info(f"train dataset size: {corpus.n_windows:,}, val dataset size: {corpus.n_val_windows:,} sequences of "
-             f"{corpus.seq_len}; steps per epoch: {epoch_tokens / step_tokens:,.1f}")
-    if corpus.shares:
-        log.info("samples: " + ", ".join(
-            f"{share:.1%} of {name} ({shard.count:,} tokens, which this run reads "
-            f"{run_tokens * share / shard.windows(corpus.seq_len) / corpus.seq_len:.3g} times)"
-            for share, (name, shard) in zip(corpus.shares, corpus.train_sources.items(), strict=True)))
-    if corpus.meta["entropy_rate"]:
-        log.info(f"toy data: no model can get below a loss of {corpus.meta['entropy_rate']:.4f} nats per token")
-    log.info(f"model: {size.arch}, {n_params:,} parameters, {raw.flops_per_token(corpus.seq_len):.3g} FLOPs per token; "
-             f"about {(fixed + activations) / 1e9:.2f} GB ({fixed / 1e9:.2f} weights and optimizer, "
-             f"{activations / 1e9:.2f} activations)" + " on each rank" * (world.size > 1))
-    log.info(f"step: {step_tokens:,} tokens = batch {cfg.batch.batch_size} x sequence {corpus.seq_len} x accumulation "
-             f"{accum} x ranks {world.size}; amp {precision.name} ({precision.reason})"
-             + ("; torch.compile, before the first step" if compiled else ""))
-    log.info(f"run: {cfg.optim.num_steps:,} steps, {run_tokens:,} tokens: {run_tokens / epoch_tokens:.3g} epochs, "
-             f"{run_tokens / n_params:.3g} tokens per parameter; evaluated every "
-             f"{cfg.report.eval_every(cfg.optim.num_steps) or cfg.optim.num_steps:,} steps")
-    if world.device.type == "mps" and max(micro, size.vocab_size) >= 32767 and torch.__version__ < (2, 14):
-        log.warning(f"PyTorch {torch.__version__} gets products over 32,767 and more elements wrong on M1 and M2, and "
-                    f"this model has some (pytorch #193487): take PyTorch 2.14 or newer, or --device cpu")
-    if not cfg.wandb.use_wandb and replace(cfg.wandb, wandb_watch="none") != WandbConfig():  # metrics.jsonl has those
-        log.warning("not tracked by W&B: its other flags count with --use-wandb only")
-    if cfg.optim.warmup_steps >= cfg.optim.num_steps:
-        log.warning(f"--warmup-steps {cfg.optim.warmup_steps} is not below --num-steps: the run ends in the warm-up")
-    log.info(f"Resumed at step {state.step} from {resume_from}" if resume_from else
-             f"Starting from {cfg.init.init_from or 'scratch'}")
 
 
 class Tracker:

@@ -9,10 +9,13 @@ import torch
 
 import checkpoint
 import hardware
+import resume
 from checkpoint import CheckpointConfig
-from config import RunFailed, UserError, flag, flatten, leave_on_sigterm, needed_packages, parse
+from config import flag, flatten, parse
 from data import BatchConfig, Corpus, DataConfig
+from errors import RunFailed, UserError, leave_on_sigterm, needed_packages
 from evaluate import evaluate
+from facts import log_facts
 from generate import sample_text
 from hardware import SpeedConfig
 from meter import Meter
@@ -21,7 +24,7 @@ from optim import OptimConfig, StepGuard, lr_at, make_optimizer, set_lr, state_s
 from pretrained import InitConfig, load_initial, resolve_init, resolve_vocab_size
 from processes import StopSignal, refuse_torchrun, stop_when_orphaned
 from saver import Saver, raise_nonfinite
-from tracking import ReportConfig, Tracker, TrackingConfig, log_facts, make_profiler, setup_logging
+from tracking import ReportConfig, Tracker, TrackingConfig, make_profiler, setup_logging
 from wandb_runs import WandbConfig, sweep_trial, sync_command
 from watchdog import Watchdog
 from world import RanksConfig, World
@@ -60,13 +63,13 @@ def train(cfg, world):
 
     # The data, and what defines the run.
     global_batch_size = batch_size * accum * world.size
-    known = checkpoint.identity_of_flags(cfg, global_batch_size)
-    earlier = world.from_main(lambda: checkpoint.earlier_shards(resume_from, cfg.checkpoint, flatten(cfg), known))
+    known = resume.identity_of_flags(cfg, global_batch_size)
+    earlier = world.from_main(lambda: resume.earlier_shards(resume_from, cfg.checkpoint, flatten(cfg), known))
     corpus = Corpus(cfg.data, cfg.model.vocab_size, writes=world.local_rank == 0, scratch=dry_run, earlier=earlier)
     cfg.optim = cfg.optim.in_steps(global_batch_size, corpus.seq_len, corpus.n_windows)
     config = flatten(cfg)
     vocab_size = resolve_vocab_size(cfg.model, cfg.init, corpus.vocab_size, cfg.data.tokenizer_name)
-    identity = checkpoint.run_identity(cfg, corpus, vocab_size, global_batch_size)
+    identity = resume.run_identity(cfg, corpus, vocab_size, global_batch_size)
     precision = hardware.choose_precision(cfg.speed, world.device)
 
     # The ranks must have the same data, precision and kind of device; then the checkpoint is read.
@@ -76,7 +79,7 @@ def train(cfg, world):
     world.require_same({"precision": precision.name, "device": device}, "devices",
                        "give an --amp-dtype that all have, or --no-amp, and under Muon devices that are the same")
     saved = resume_from and world.from_main(
-        lambda: checkpoint.load_for_resume(resume_from, cfg.checkpoint, identity, config, mends=not dry_run))
+        lambda: resume.load_for_resume(resume_from, cfg.checkpoint, identity, config, mends=not dry_run))
 
     torch.manual_seed(cfg.optim.seed)  # the same initial weights on every rank
     raw = world.place(lambda draw: GPT(replace(cfg.model, vocab_size=vocab_size), draw),
@@ -91,7 +94,7 @@ def train(cfg, world):
     guard = StepGuard(cfg.optim, optimizer, scaler, world.device)
     parts = dict(model=raw, optimizer=optimizer, scaler=scaler, guard=guard, meter=meter)
     if saved:
-        state = checkpoint.restore(saved, parts, cfg.checkpoint.continues(resume_from), world)
+        state = resume.restore(saved, parts, cfg.checkpoint.continues(resume_from), world)
     del saved  # else its tensors stay in memory for the whole run
     corpus.first_sample = state.first_sample
     fast = torch.compile(raw) if hardware.should_compile(cfg.speed, world.device) else raw
@@ -138,7 +141,7 @@ def train(cfg, world):
         """Everything a run needs to resume, on the main rank. Collective."""
         world.require_replicas(raw, optimizer)
         return world.full_state({name: part.state_dict() for name, part in parts.items()}) | dict(
-            format=checkpoint.FORMAT, state=asdict(state), identity=identity, config=config, start=corpus.start,
+            format=resume.FORMAT, state=asdict(state), identity=identity, config=config, start=corpus.start,
             tokens=os.path.abspath(corpus.folder), torch=str(torch.__version__))
 
     def halt():
@@ -184,7 +187,7 @@ def train(cfg, world):
             return 128 + number
         world.from_main(lambda: corpus.export_tokenizer(cfg.checkpoint.beside(".tokenizer")))
         state.best_val = world.from_main(
-            lambda: checkpoint.begin(cfg.checkpoint, resume_from, state, cfg.report.eval_tokens))
+            lambda: resume.begin(cfg.checkpoint, resume_from, state, cfg.report.eval_tokens))
 
     facts = config | corpus.facts | dict(n_params=raw.num_params(), accum_steps=accum,
                                           flops_per_token=flops_per_token)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
-from config import UserError
+from errors import UserError
 from hardware import usable_cores
 from ranks import RESUME, NoPulse, RankFault, digests, gather, join, launched, portable, require_same, shared_out
 from shared_memory import share

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from config import UserError, arg, flag, switched_on
+from config import arg, flag, switched_on
+from errors import UserError
 from files import command, write_whole
 
 SOURCE = Path(__file__).resolve().parent

@@ -16,7 +16,8 @@ import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path, PurePosixPath
 
-from config import Parser, UserError
+from config import Parser
+from errors import UserError
 from files import beside_run, matching_files, read_records, write_whole
 from processes import only_one
 from wandb_errors import advice, reason, with_advice

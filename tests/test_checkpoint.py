@@ -16,10 +16,13 @@ from conftest import PEAK_MB, ROOT
 import archive
 import checkpoint
 import files
+import resume
 import saver
 from archive import DamagedCheckpoint, load, save
-from checkpoint import CheckpointConfig, State, load_latest, plan
-from config import UserError, parse
+from checkpoint import CheckpointConfig, State, plan
+from config import parse
+from errors import UserError
+from resume import load_latest
 from saver import Saver, save_run
 from train import Config, World
 
@@ -238,7 +241,7 @@ def test_a_flag_of_another_run_is_found_before_any_text_is_tokenized(trainer, tm
 def test_a_foreign_checkpoint_is_not_resumed(tmp_path):
     save(tmp_path / "c.pt", {"model": {}})
     with pytest.raises(UserError, match="not a checkpoint of this version"):
-        checkpoint.load_for_resume(tmp_path / "c.pt", config(tmp_path), {}, {})
+        resume.load_for_resume(tmp_path / "c.pt", config(tmp_path), {}, {})
 
 
 def test_a_large_tensor_written_in_one_block_is_hashed_right(tmp_path):
@@ -308,7 +311,7 @@ def test_where_there_is_no_room_for_a_copy_the_newest_is_saved_all_the_same(tmp_
 def test_drafts_of_a_killed_save_are_removed_and_no_other_runs(tmp_path):
     for name in ("c.pt.tmp", "c.best.pt.tmp", "c.step-00000008.pt.tmp", "cat.pt.tmp", "c.cat.pt.tmp"):
         (tmp_path / name).touch()
-    checkpoint.begin(config(tmp_path), None, State(), EVAL_TOKENS)
+    resume.begin(config(tmp_path), None, State(), EVAL_TOKENS)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["c.cat.pt.tmp", "cat.pt.tmp"]
 
 
@@ -316,16 +319,16 @@ def test_a_checkpoint_that_is_older_than_a_flag_goes_on(tmp_path):
     save(tmp_path / "c.pt", whole(1) | {"identity": {"--arch": "llama"}})
     identity = {"--arch": "llama", "--rope-theta": 0.0}
     newer = identity | {"--window": None, "--scaled": False}  # flags that it did not have, unset
-    assert checkpoint.load_for_resume(tmp_path / "c.pt", config(tmp_path), newer, {"window": 5})["step"] == 1
+    assert resume.load_for_resume(tmp_path / "c.pt", config(tmp_path), newer, {"window": 5})["step"] == 1
     with pytest.raises(UserError, match="--rope-theta was None, is 5e5"):
-        checkpoint.load_for_resume(tmp_path / "c.pt", config(tmp_path), identity | {"--rope-theta": "5e5"}, {})
+        resume.load_for_resume(tmp_path / "c.pt", config(tmp_path), identity | {"--rope-theta": "5e5"}, {})
 
 
 def test_other_data_may_be_trained_on_with_the_weights_and_the_optimizers_state(tmp_path):
     was, now = ({"--arch": "llama", "the training data": data} for data in "ab")
     save(tmp_path / "c.pt", whole(1) | {"identity": was})
     with pytest.raises(UserError, match=r"the training data is another; .* new run: --init-from \S+ --keep-optimizer"):
-        checkpoint.load_for_resume(tmp_path / "c.pt", config(tmp_path), now, {})
+        resume.load_for_resume(tmp_path / "c.pt", config(tmp_path), now, {})
 
 
 @pytest.mark.parametrize("flag, advice", [
@@ -341,16 +344,16 @@ def test_weights_are_offered_for_text_that_their_own_tokenizer_encodes(tmp_path,
     flags = {"eval_tokens": EVAL_TOKENS, "tokenizer_name": "bpe", "vocab_size": 0}
     save(tmp_path / "c.pt", whole(1) | {"identity": {"the tokenizer": "a", "--vocab-size": 4096}, "config": flags})
     with pytest.raises(UserError, match=f"or .*{advice} with another --checkpoint-path"):
-        checkpoint.load_for_resume(tmp_path / "c.pt", config(tmp_path), {"the tokenizer": "b", "--vocab-size": 999},
+        resume.load_for_resume(tmp_path / "c.pt", config(tmp_path), {"the tokenizer": "b", "--vocab-size": 999},
                                    flags | flag)
 
 
 def test_a_checkpoint_with_a_flag_that_this_code_lacks_goes_on_if_it_is_unset(tmp_path):
     save(tmp_path / "c.pt", whole(1) | {"identity": {"--arch": "llama", "--scaled": False, "--window": 8}})
     with pytest.raises(UserError, match="another run: --window was 8, is None;"):
-        checkpoint.load_for_resume(tmp_path / "c.pt", config(tmp_path), {"--arch": "llama"}, {})
+        resume.load_for_resume(tmp_path / "c.pt", config(tmp_path), {"--arch": "llama"}, {})
     again = {"--arch": "llama", "--window": 8}
-    assert checkpoint.load_for_resume(tmp_path / "c.pt", config(tmp_path), again, {})["step"] == 1
+    assert resume.load_for_resume(tmp_path / "c.pt", config(tmp_path), again, {})["step"] == 1
 
 
 def test_a_run_that_trains_on_may_replace_a_checkpoint_while_it_is_read(tmp_path, monkeypatch):
@@ -369,7 +372,7 @@ EVAL_TOKENS = 100
 
 
 def whole(step):
-    return payload(step) | {"format": checkpoint.FORMAT, "identity": {}, "config": {"eval_tokens": EVAL_TOKENS},
+    return payload(step) | {"format": resume.FORMAT, "identity": {}, "config": {"eval_tokens": EVAL_TOKENS},
                             "model": {}, "state": {"step": step, "best_val": 1.5}}
 
 
@@ -378,7 +381,7 @@ def test_a_fallback_mends_the_newest_so_that_a_kill_in_the_next_save_loses_nothi
     for step in (1, 2):
         save_run(cfg, whole(step), step, latest=True, best=False)
     (tmp_path / "c.pt").write_bytes(b"damaged")
-    assert checkpoint.load_for_resume(tmp_path / "c.pt", cfg, {}, {})["step"] == 1
+    assert resume.load_for_resume(tmp_path / "c.pt", cfg, {}, {})["step"] == 1
 
     def killed(*_, **__):
         raise KeyboardInterrupt
@@ -396,9 +399,9 @@ def test_a_best_checkpoint_that_is_the_damaged_newest_by_another_name_is_forgott
     with open(tmp_path / "c.pt", "r+b") as file:  # in place, as a disk does it: `.best.pt` has these bytes, too
         file.seek(-200, os.SEEK_END)
         file.write(bytes([file.read(1)[0] ^ 1]))
-    restored = checkpoint.load_for_resume(tmp_path / "c.pt", cfg, {}, {})
+    restored = resume.load_for_resume(tmp_path / "c.pt", cfg, {}, {})
     assert restored["step"] == 1 and not (tmp_path / "c.best.pt").exists()
-    assert checkpoint.begin(cfg, tmp_path / "c.pt", State(step=1), EVAL_TOKENS) == math.inf
+    assert resume.begin(cfg, tmp_path / "c.pt", State(step=1), EVAL_TOKENS) == math.inf
 
 
 def test_overwrite_says_whether_it_rolls_a_run_back_or_replaces_it(tmp_path):
@@ -430,8 +433,8 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_a_damaged_one(tmp
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"c\.pt cannot be read now"):
         patch.setattr(archive, "file_digest", fail)
-        checkpoint.load_for_resume(tmp_path / "c.pt", cfg, {}, {})
-    assert checkpoint.load_for_resume(tmp_path / "c.pt", cfg, {}, {})["step"] == 2
+        resume.load_for_resume(tmp_path / "c.pt", cfg, {}, {})
+    assert resume.load_for_resume(tmp_path / "c.pt", cfg, {}, {})["step"] == 2
 
 
 def test_starting_over_leaves_nothing_of_the_old_run_in_force(tmp_path):
@@ -440,7 +443,7 @@ def test_starting_over_leaves_nothing_of_the_old_run_in_force(tmp_path):
         save_run(cfg, whole(step), step, latest=True, best=True)
     for name in ("c.best-of-64.pt", "c.wandb.json", "c.rank1.wandb.json", "c.rank1.metrics.jsonl"):
         (tmp_path / name).touch()
-    assert checkpoint.begin(cfg, None, State(), EVAL_TOKENS) == math.inf
+    assert resume.begin(cfg, None, State(), EVAL_TOKENS) == math.inf
     assert os.listdir(tmp_path) == []
     assert plan(config(tmp_path, resume="auto")) is None
 
@@ -452,7 +455,7 @@ def test_rolling_back_makes_the_file_the_newest_at_once_and_keeps_a_best_one_tha
     cfg = config(tmp_path, keep_last=3, overwrite=True)
     for step in (10, 20, 30):
         save_run(cfg, whole(step), step, latest=True, best=step == best_at)
-    assert checkpoint.begin(cfg, tmp_path / back_to, State(step=20, best_val=1.5), EVAL_TOKENS) == least
+    assert resume.begin(cfg, tmp_path / back_to, State(step=20, best_val=1.5), EVAL_TOKENS) == least
     assert load(tmp_path / "c.pt")["state"]["step"] == 20
     best = {"c.best.pt"} if least < math.inf else set()
     assert set(os.listdir(tmp_path)) == {"c.pt", "c.step-00000010.pt", "c.step-00000020.pt"} | best
@@ -466,7 +469,7 @@ def test_rolling_back_to_a_symbolic_link_takes_what_it_leads_to(tmp_path, name):
         save_run(cfg, whole(step), step, latest=True, best=False)
     step = load(tmp_path / name)["state"]["step"]
     (tmp_path / "latest.pt").symlink_to(name)
-    checkpoint.begin(cfg, tmp_path / "latest.pt", State(step=step), EVAL_TOKENS)
+    resume.begin(cfg, tmp_path / "latest.pt", State(step=step), EVAL_TOKENS)
     assert not (tmp_path / "c.pt").is_symlink() and load(tmp_path / "c.pt")["state"]["step"] == step
 
 
@@ -486,7 +489,7 @@ def test_from_the_plan_to_resume_on_no_other_run_may_write(tmp_path):
 def test_a_branch_does_not_take_up_the_wandb_run_of_what_it_replaces(tmp_path, source, kept):
     (tmp_path / "c.wandb.json").touch()
     save_run(config(tmp_path, checkpoint_path=str(tmp_path / source)), whole(5), 5, latest=True, best=False)
-    checkpoint.begin(config(tmp_path, resume=source), tmp_path / source, State(step=5), EVAL_TOKENS)
+    resume.begin(config(tmp_path, resume=source), tmp_path / source, State(step=5), EVAL_TOKENS)
     assert (tmp_path / "c.wandb.json").exists() == kept
 
 
@@ -494,7 +497,7 @@ def test_a_resumed_run_knows_its_least_loss():
     model = torch.nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters())
     saved = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), state=dict(step=5, best_val=1.5))
-    restored = checkpoint.restore(saved, dict(model=model, optimizer=optimizer), True, World.__new__(World))
+    restored = resume.restore(saved, dict(model=model, optimizer=optimizer), True, World.__new__(World))
     assert restored.best_val == 1.5
 
 
@@ -512,7 +515,7 @@ def test_a_checkpoint_that_does_not_fit_into_memory_is_not_called_another_runs(e
     optimizer = torch.optim.SGD(model.parameters())
     saved = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), state={}, guard=dict(norms=1))
     with pytest.raises(raised, match="out of memory" if raised is not UserError else "not those of this run"):
-        checkpoint.restore(saved, dict(model=model, optimizer=optimizer, guard=Part()), True, World.__new__(World))
+        resume.restore(saved, dict(model=model, optimizer=optimizer, guard=Part()), True, World.__new__(World))
 
 
 def test_a_part_that_the_checkpoint_lacks_is_not_left_as_it_is():
@@ -521,7 +524,7 @@ def test_a_part_that_the_checkpoint_lacks_is_not_left_as_it_is():
     optimizer = torch.optim.SGD(model.parameters())
     saved = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), state={})
     with pytest.raises(UserError, match="not those of this run .*'ema'"):
-        checkpoint.restore(saved, dict(model=model, optimizer=optimizer, ema=model), True, World.__new__(World))
+        resume.restore(saved, dict(model=model, optimizer=optimizer, ema=model), True, World.__new__(World))
 
 
 def test_no_parameter_gets_the_moments_of_another():
@@ -531,7 +534,7 @@ def test_no_parameter_gets_the_moments_of_another():
     forward.step()
     saved = dict(model=model.state_dict(), optimizer=forward.state_dict(), state={})
     with pytest.raises(UserError, match="the optimizer has other parameters, or in another order"):
-        checkpoint.restore(saved, dict(model=model, optimizer=backward), True, World.__new__(World))
+        resume.restore(saved, dict(model=model, optimizer=backward), True, World.__new__(World))
 
 
 def test_a_best_checkpoint_alone_is_one_and_is_gone_on_from(tmp_path):
@@ -539,8 +542,8 @@ def test_a_best_checkpoint_alone_is_one_and_is_gone_on_from(tmp_path):
     save_run(config(tmp_path), whole(20), 20, latest=False, best=True)
     with pytest.raises(UserError, match="there is a checkpoint already"):
         plan(config(tmp_path))
-    for resume in ("auto", "latest"):
-        cfg = config(tmp_path, resume=resume)
+    for wanted in ("auto", "latest"):
+        cfg = config(tmp_path, resume=wanted)
         assert plan(cfg) == tmp_path / "c.best.pt" and cfg.continues(plan(cfg))
     save_run(config(tmp_path), whole(30), 30, latest=True, best=False)
     assert plan(config(tmp_path, resume="auto")) == tmp_path / "c.pt"
@@ -575,33 +578,33 @@ def test_a_run_that_goes_on_from_before_its_best_checkpoint_has_that_to_beat(tmp
     for step, loss, best in ((60, 3.2, False), (100, 3.1, True)):
         saved = whole(step) | {"state": dict(step=step, best_val=loss)}
         save_run(cfg, saved, step, latest=not best, best=best)
-    assert checkpoint.begin(cfg, tmp_path / "c.pt", State(step=60, best_val=3.2), EVAL_TOKENS) == 3.1
-    assert checkpoint.begin(cfg, tmp_path / "c.pt", State(step=60, best_val=3.2), 0) == math.inf  # of another set
+    assert resume.begin(cfg, tmp_path / "c.pt", State(step=60, best_val=3.2), EVAL_TOKENS) == 3.1
+    assert resume.begin(cfg, tmp_path / "c.pt", State(step=60, best_val=3.2), 0) == math.inf  # of another set
     assert load(tmp_path / f"c.best-of-{EVAL_TOKENS}.pt")["state"]["step"] == 100
     (tmp_path / "c.best.pt").write_bytes(b"damaged")  # there are no best weights: the next evaluation makes some
-    assert checkpoint.begin(cfg, tmp_path / "c.pt", State(step=60, best_val=3.2), 0) == math.inf
+    assert resume.begin(cfg, tmp_path / "c.pt", State(step=60, best_val=3.2), 0) == math.inf
 
 
 def test_a_best_checkpoint_that_cannot_be_read_for_a_moment_is_not_written_over(tmp_path, monkeypatch):
     cfg = config(tmp_path, resume="latest")
     save_run(cfg, whole(100) | {"state": dict(step=100, best_val=3.1)}, 100, latest=False, best=True)
-    monkeypatch.setattr(checkpoint, "peek", lambda path: {})  # as on a file system without mmap
-    assert checkpoint.begin(cfg, tmp_path / "c.pt", State(step=60), EVAL_TOKENS) == 3.1
-    assert checkpoint.begin(cfg, tmp_path / "c.pt", State(step=60), 7) == math.inf
-    assert checkpoint.begin(cfg, tmp_path / "c.pt", State(step=60), EVAL_TOKENS) == 3.1, "back from .best-of-N.pt"
+    monkeypatch.setattr(resume, "peek", lambda path: {})  # as on a file system without mmap
+    assert resume.begin(cfg, tmp_path / "c.pt", State(step=60), EVAL_TOKENS) == 3.1
+    assert resume.begin(cfg, tmp_path / "c.pt", State(step=60), 7) == math.inf
+    assert resume.begin(cfg, tmp_path / "c.pt", State(step=60), EVAL_TOKENS) == 3.1, "back from .best-of-N.pt"
 
     def fail(path):
         raise OSError(errno.ESTALE, "Stale file handle")
 
     monkeypatch.setattr(archive, "file_digest", fail)
     with pytest.raises(UserError, match=r"c\.best\.pt cannot be read now"):
-        checkpoint.begin(cfg, tmp_path / "c.pt", State(step=60), EVAL_TOKENS)
+        resume.begin(cfg, tmp_path / "c.pt", State(step=60), EVAL_TOKENS)
 
 
 def test_the_best_over_some_tokens_is_the_best_again_when_they_are_those_again(tmp_path):
     def best_of(eval_tokens, loss, step):
         """A start with so many --eval-tokens → the loss to beat; then a best checkpoint, if `loss` is below that."""
-        to_beat = checkpoint.begin(cfg, tmp_path / "c.pt", State(step=60), eval_tokens)
+        to_beat = resume.begin(cfg, tmp_path / "c.pt", State(step=60), eval_tokens)
         if loss < to_beat:
             saved = whole(step) | dict(state=dict(step=step, best_val=loss), config=dict(eval_tokens=eval_tokens))
             save_run(cfg, saved, step, latest=False, best=True)
@@ -614,19 +617,19 @@ def test_the_best_over_some_tokens_is_the_best_again_when_they_are_those_again(t
     assert best_of(512, 3.6, 90) == (3.3, 70)  # the worse one does not replace the first
     assert best_of(1024, 3.1, 100) == (3.2, 100)
     assert best_of(512, 3.0, 110) == (3.3, 110)
-    assert [file.name for file in cfg.matching(checkpoint.OTHER_BEST)] == ["c.best-of-1024.pt"]
+    assert [file.name for file in cfg.matching(resume.OTHER_BEST)] == ["c.best-of-1024.pt"]
     back = config(tmp_path, overwrite=True)
-    checkpoint.begin(back, tmp_path / "c.pt", State(step=60), 512)  # a rollback: of later steps there is no best
+    resume.begin(back, tmp_path / "c.pt", State(step=60), 512)  # a rollback: of later steps there is no best
     assert not back.matching(r"\.best.*\.pt")
 
 
 def test_the_tokens_of_a_run_are_found_where_it_left_them_or_in_a_cache_that_has_been_moved(tmp_path):
-    flags = dict.fromkeys(checkpoint.DATA_FLAGS) | dict(cache_dir=str(tmp_path / "cache"))
+    flags = dict.fromkeys(resume.DATA_FLAGS) | dict(cache_dir=str(tmp_path / "cache"))
     saved = whole(1) | dict(config=flags, tokens=str(tmp_path / "then" / "name"))
     save_run(cfg := config(tmp_path), saved, 1, latest=True, best=False)
 
     def find(**changes):
-        return checkpoint.earlier_shards(tmp_path / "c.pt", cfg, flags | changes, {})
+        return resume.earlier_shards(tmp_path / "c.pt", cfg, flags | changes, {})
 
     assert find() is None
     (tmp_path / "cache" / "name").mkdir(parents=True)
@@ -643,7 +646,7 @@ def test_a_damaged_checkpoint_leaves_with_all_its_names(tmp_path):
         file.seek(500)
         file.write(b"damaged")
     os.link(tmp_path / "c.pt", tmp_path / "c.best-of-1.pt")
-    assert checkpoint.load_for_resume(tmp_path / "c.pt", cfg, {}, {})["step"] == load(tmp_path / "c.pt")["step"] == 30
+    assert resume.load_for_resume(tmp_path / "c.pt", cfg, {}, {})["step"] == load(tmp_path / "c.pt")["step"] == 30
     assert sorted(file.name for file in tmp_path.glob("*.pt")) == ["c.prev.pt", "c.pt", "c.step-00000030.pt"]
 
 
@@ -655,7 +658,7 @@ def test_files_of_a_run_whose_name_begins_alike_are_left_alone(tmp_path):
     for step in (1, 2):
         save_run(cfg, whole(step), step, latest=True, best=False)
     assert [file.name for file in cfg.numbered()] == ["c.step-00000002.pt"]
-    checkpoint.begin(cfg, None, State(), EVAL_TOKENS)
+    resume.begin(cfg, None, State(), EVAL_TOKENS)
     assert set(os.listdir(tmp_path)) == foreign
     for name in ("c.step-final.pt", "c.rank3.pt", "c.upload-x.pt"):
         with pytest.raises(UserError, match="which are names of a run's other files"):
@@ -671,7 +674,7 @@ def test_a_branch_begins_without_the_history_of_the_run_that_was_there(tmp_path)
     for name in ("a.upload-3.pt", "a.upload-5.best.pt", "a.rank1.upload-5.pt"):  # which it could not send
         (tmp_path / name).touch()
     cfg = CheckpointConfig(str(tmp_path / "a.pt"), resume=str(tmp_path / "b.pt"), overwrite=True, keep_last=1)
-    checkpoint.begin(cfg, tmp_path / "b.pt", State(step=5), EVAL_TOKENS)
+    resume.begin(cfg, tmp_path / "b.pt", State(step=5), EVAL_TOKENS)
     # Nor is the source's checkpoint put there: a kill before the first save would leave one of the source's W&B run.
     assert {path.name for path in tmp_path.iterdir()} == {"b.pt", "b.step-00000005.pt"}
 
@@ -689,7 +692,7 @@ def test_a_checkpoint_that_came_while_this_run_tokenized_is_not_written_over(tmp
 
 def test_a_flag_that_says_the_default_is_no_difference():
     def identity(*flags):
-        return checkpoint.identity_of_flags(parse(Config, ["--arch", "qwen3", *flags]), 8)
+        return resume.identity_of_flags(parse(Config, ["--arch", "qwen3", *flags]), 8)
 
     assert identity() == identity("--rope-theta", "1e6") != identity("--rope-theta", "5e5")
 

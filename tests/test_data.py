@@ -26,8 +26,8 @@ import processes
 import text as text_module
 import token_cache
 import tokenizer as tokenizer_module
-from config import UserError
 from data import Corpus, DataConfig, permute, prepare, take_turns
+from errors import UserError
 from holdout import place, spread, tail_start, takes_tails
 from shards import HEADER, Shard, ShardWriter, read_meta, require_whole
 from text import Source, cut_text, find_sources, pieces, source_names, text_pieces

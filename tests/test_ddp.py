@@ -18,7 +18,8 @@ from test_train import same
 from wandb_file import run_files
 
 import hardware
-from config import RunFailed, UserError, parse
+from config import parse
+from errors import RunFailed, UserError
 from train import Config
 
 full = pytest.mark.full

@@ -12,7 +12,7 @@ import zygote
 from conftest import ROOT, TINY, environment
 from test_generate import command, refused, shown
 
-from config import UserError
+from errors import UserError
 from evaluate import figures, interval, main, open_data, own_validation_set, sliding_windows, window_batches
 from export import export
 from model import IGNORE

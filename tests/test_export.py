@@ -11,7 +11,7 @@ import zygote
 from conftest import ROOT, environment
 
 import export
-from config import UserError
+from errors import UserError
 from generate import generate
 from hugging_face import hugging_face_config
 from model import ARCHS, GPTConfig

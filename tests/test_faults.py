@@ -23,8 +23,8 @@ from test_train import same
 
 import checkpoint
 from checkpoint import CheckpointConfig, State, step_of
-from config import UserError
 from data import Corpus, DataConfig
+from errors import UserError
 from meter import Meter
 from optim import OptimConfig, StepGuard, make_optimizer
 from saver import NotSaved, Saver, _buffers

@@ -17,8 +17,8 @@ import zygote
 from conftest import ROOT, environment
 from test_model import build, randomized
 
-from config import UserError
 from data import DataConfig, prepare
+from errors import UserError
 from evaluate import open_data
 from export import export
 from generate import Continuation, GenerateConfig, batches, generate, main, prompt_ids, sample, sample_text

@@ -9,7 +9,8 @@ import torch
 from conftest import Clock
 
 import hardware
-from config import UserError, parse
+from config import parse
+from errors import UserError
 from hardware import Stopwatch, memory_metrics, peak_of
 from train import Config, World
 

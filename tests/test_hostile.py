@@ -23,14 +23,15 @@ import zygote
 from conftest import PEAK_MB, PUT, ROOT, SHARED, TINY, environment
 
 import archive
-import checkpoint
 import evaluate
 import export
 import generate
+import resume
 import token_cache
 import train
-from config import UserError, parse
+from config import parse
 from data import Corpus, DataConfig, prepare
+from errors import UserError
 from pretrained import load_initial, resolve_init
 from text import find_sources
 from tokenizer import load_tokenizer, open_tokenizer
@@ -104,7 +105,7 @@ class Evil:
 
 
 def evil(kind, file, marker):
-    thing = {"format": checkpoint.FORMAT, "model": Evil(marker), "config": {}, "identity": {}, "state": {}}
+    thing = {"format": resume.FORMAT, "model": Evil(marker), "config": {}, "identity": {}, "state": {}}
     if kind == "pickle":
         file.write_bytes(pickle.dumps(thing))
     elif kind == "signed":

@@ -7,12 +7,13 @@ import torch
 from conftest import TUNED
 
 from archive import save
-from checkpoint import FORMAT
-from config import UserError, parse
+from config import parse
 from data import DataConfig, prepare
+from errors import UserError
 from hugging_face import gpt_config, hugging_face_config
 from model import ARCHS, GPT, GPTConfig
 from pretrained import SIZES, load_initial, load_model, resolve_init
+from resume import FORMAT
 from train import Config, World
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from config import UserError
+from errors import UserError
 from model import GPT, GPTConfig
 from optim import MuonAdamW, OptimConfig, StepGuard, lr_at, make_optimizer, orthogonalize, set_lr, state_sizes
 

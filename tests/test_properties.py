@@ -19,9 +19,10 @@ import archive as archive_module
 import evaluate
 import generate
 import train
-from checkpoint import DamagedCheckpoint
-from config import UserError, flag, flag_fields, parse, to_toml
+from archive import DamagedCheckpoint
+from config import flag, flag_fields, parse, to_toml
 from data import Corpus, DataConfig
+from errors import UserError
 from shards import HEADER, Shard
 from text import text_pieces
 from tokenizer import END_OF_TEXT, open_tokenizer

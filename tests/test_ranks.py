@@ -18,7 +18,8 @@ from conftest import ROOT, TINY, Run, environment, eventually, processes_with
 from test_train import same
 
 import ranks
-from config import UserError, parse
+from config import parse
+from errors import UserError
 from ranks import Pulse, differences, digest
 from train import Config
 

@@ -8,8 +8,8 @@ import pytest
 import zygote
 from conftest import ROOT, environment
 
-from config import UserError
 from data import DataConfig, prepare
+from errors import UserError
 from shards import HEADER, MAGIC, Shard, read_token_file
 from text import find_sources
 from tokenizer import count_bytes, encode, load_tokenizer, train_tokenizer

@@ -15,7 +15,8 @@ import torch
 from conftest import QUICK, ROOT, TINY, environment, eventually, processes_with
 
 import sweep
-from config import UserError, flatten, parse
+from config import flatten, parse
+from errors import UserError
 from sweep import COMMANDS, read_sweep, require_flags, shares
 from train import Config
 

@@ -14,12 +14,13 @@ import hardware
 import meter as meter_module
 import tracking
 from checkpoint import State
-from config import UserError, visible
+from errors import UserError, visible
+from facts import state_bytes
 from meter import Meter, histograms
 from model import GPT, GPTConfig
 from saver import NonFinite
 from sinks import JsonlSink, TensorboardSink
-from tracking import Tracker, console_line, state_bytes
+from tracking import Tracker, console_line
 from train import World
 
 

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 
 import wandb_runs
-from config import UserError
+from errors import UserError
 from processes import only_one
 from wandb_runs import (
     Job,

@@ -14,7 +14,7 @@ from conftest import QUICK, REMOTE, ROOT, command, environment, eventually, proc
 from wandb_server import ServerSweep, WandbServer
 
 import wandb_tools
-from config import UserError
+from errors import UserError
 from processes import only_one
 from wandb_errors import with_advice
 from wandb_runs import ENVIRONMENT, WandbConfig, run_path

@@ -1,0 +1,258 @@
+"""Whether a checkpoint is of this run, and what the run takes over from it.
+
+train.py calls, in this order: `identity_of_flags` and `earlier_shards` (is the checkpoint this run's, by its flags? its
+token shards), `run_identity` and `load_for_resume` (and by its data?), `restore`; and, before the first step, `begin`
+(removes what a replaced run left).
+"""
+
+import contextlib
+import dataclasses
+import logging
+import math
+import os
+import shlex
+import shutil
+from functools import partial
+from pathlib import Path
+
+from torch.utils._pytree import tree_map
+
+import hardware
+from archive import DamagedCheckpoint, link, load, peek
+from checkpoint import State, step_of
+from config import flag, is_launch_flag
+from errors import UserError
+from files import beside_run, exists, same_file
+
+FORMAT = 1
+DATA_FLAGS = ("tokenizer_name", "train_data", "val_data", "val_ratio", "max_tokens", "text_column", "use_toy_data",
+              "train_weights", "data_seed", "vocab_size")  # those that decide what the tokens are
+# The names in a run's identity that do not describe its model: another run may train its weights with other values.
+NOT_THE_MODEL = {*map(flag, DATA_FLAGS), "--seq-len", "--optimizer", "sequences in a step"}
+# Those that decide which samples a run reads, and in which order.
+ORDER = ("--seq-len", "--data-seed", "--train-weights", "the mixture", "the tokenizer", "the training data")
+OTHER_BEST = r"\.best-of-\d+\.pt"  # the best by losses over another number of --eval-tokens
+
+log = logging.getLogger("mini_llm")
+
+
+def identity_of_flags(cfg, global_batch_size):
+    """What of `run_identity` is known before the data is read."""
+    model = dataclasses.asdict(cfg.model)
+    if cfg.model.rope_theta == cfg.model.parts.rope_theta:  # as is 0
+        model["rope_theta"] = 0.0
+    known = {flag(name): value for name, value in model.items()
+             if name != "vocab_size" and name not in cfg.model.RUN_FLAGS}
+    return known | {"--seq-len": cfg.data.seq_len, "--optimizer": cfg.optim.optimizer,
+                    "sequences in a step": global_batch_size}
+
+
+def run_identity(cfg, corpus, vocab_size, global_batch_size):
+    """What a resumed run must have in common with the run it resumes: model, optimizer, tokenizer, data, and sequences
+    per step, from which the position in the data follows."""
+    return identity_of_flags(cfg, global_batch_size) | {
+        "--vocab-size": vocab_size, "--data-seed": corpus.seed, "--train-weights": corpus.shares,
+        "the mixture": [[shard.start, shard.count] for shard in corpus.train_sources.values() if corpus.shares],
+        "the tokenizer": corpus.meta["tokenizer_hash"][:16],
+        "the training data": corpus.fingerprint["train"], "the validation data": corpus.fingerprint["val"]}
+
+
+def earlier_shards(path, cfg, config, known):
+    """The folder of token shards that the run at `path` had, if its flags for the data are those of `config` and it is
+    still there; else None. Raises UserError if that run's identity differs from what is `known` of this one's: before
+    a text is tokenized."""
+    for file in (path, cfg.beside(".prev.pt")) if path else ():
+        if is_of_a_run(found := peek(file)):  # else damaged
+            _require_same_run(file, found, known, config)
+            if any(found["config"].get(name) != config.get(name) for name in DATA_FLAGS):
+                return None
+            folder = str(found.get("tokens", ""))
+            here = os.path.join(config["cache_dir"], os.path.basename(folder))  # if all has been moved, cache included
+            return next(filter(os.path.isdir, (folder, here)), None)
+    return None
+
+
+def load_for_resume(path, cfg, identity, config, mends=True):
+    """The checkpoint at `path`, verified, and checked to be from this run: same model, tokenizer, data and batch. If it
+    is damaged, the one before, which with `mends` then takes its place.
+
+    `identity` must be equal; `config` is all flags, whose differences are only logged. Raises UserError.
+    """
+    payload, source = load_latest(path, cfg)
+    if not is_of_a_run(payload):
+        raise UserError(f"--resume: {source} is not a checkpoint of this version of mini-llm; use the one that "
+                        f"wrote it, or start anew with another --checkpoint-path")
+    only_there = {name: None for name, value in payload["identity"].items() if name.startswith("--") and value}
+    _require_same_run(source, payload, only_there | identity, config)
+    flags = payload["config"]
+    for name, value in config.items():
+        compared = not is_launch_flag(name) and name != "grad_accum_steps"  # the step's sequences are compared
+        if compared and flags.get(name, value) != value:
+            log.info("resumed with another %s: was %s, is %s", flag(name), flags[name], value)
+    if source != path and mends:
+        # The damaged file's other names: the best would be the one to beat, one that is kept would take its turn.
+        for file in [cfg.beside(".best.pt"), *cfg.matching(OTHER_BEST), *cfg.numbered()]:
+            if same_file(file, path):
+                file.unlink()
+        link(source, path)  # else the next save would replace the good file with the damaged one
+    return payload
+
+
+def _require_same_run(source, payload, identity, config):
+    """Raises UserError, with what differs, unless the checkpoint's identity has the values of `identity`."""
+    was, flags = payload["identity"], payload["config"]
+    # A flag that only this code has, or only the checkpoint, counts as changed only if it is set; unset ones are falsy.
+    changed = {name: (was.get(name), value) for name, value in identity.items()
+               if (name in was or value) and was.get(name) != value}
+    if any(name.startswith("the ") for name in changed):  # hashes, which say nothing: name the flags behind them
+        changed |= {flag(name): (flags[name], config.get(name)) for name in DATA_FLAGS
+                    if name in flags and flags[name] != config.get(name)}
+    if not changed:
+        return
+    samples = changed.get("sequences in a step")
+    hint = f" (--batch-size x --grad-accum-steps x ranks has to be {samples[0]})" if samples else ""
+    own, flags_file = (shlex.quote(str(path)) for path in (source, beside_run(source, ".config.toml")))
+    anew = f"train its weights in a new run: --init-from {own}"
+    # Weights fit their own tokenizer only, which replaces a learned one but not that of token shards, and GPT-2's
+    # have no more positions than they were trained on.
+    unfit = any(flags.get(name) != config.get(name) for name in ("tokenizer_name", "vocab_size", "use_toy_data"))
+    shards = any(os.path.exists(os.path.join(path, "meta.json")) for path in config.get("train_data", ()))
+    unfit |= "the tokenizer" in changed and shards
+    if was.get("--arch") == "gpt2" and not flags.get("init_from"):
+        unfit |= identity.get("--seq-len", 0) > was.get("--seq-len", 0)
+    if unfit or any(name not in NOT_THE_MODEL and not name.startswith("the ") for name in changed):
+        anew = "start anew"
+    elif "--optimizer" not in changed:
+        anew += " --keep-optimizer"
+    said = [f"{name} is another" if name.startswith("the ") else f"{name} was {before}, is {now}"
+            for name, (before, now) in changed.items()]
+    raise UserError(f"--resume: {source} is of another run: {'; '.join(said)}{hint}; give the flags and data "
+                    f"that it was started with (--config {flags_file}), or {anew} with another --checkpoint-path")
+
+
+def load_latest(path, cfg):
+    """(checkpoint, its path): that at `path` or, if damaged, the previous one. Raises UserError if neither is whole."""
+    previous, damage = cfg.beside(".prev.pt"), []
+    is_newest = os.path.realpath(path) == os.path.realpath(cfg.checkpoint_path)
+    for file in [path, previous] if is_newest and exists(previous) else [path]:
+        try:
+            payload = load(file)
+            if damage:
+                log.warning("%s; falling back to %s", damage[0], file)
+            return payload, file
+        except DamagedCheckpoint as error:
+            damage.append(str(error))
+    raise UserError(f"--resume: {'; '.join(damage)}; {_way_back(cfg)}")
+
+
+def _way_back(cfg):
+    """Advice for when the checkpoint to resume from is lost."""
+    for file in cfg.candidates():
+        with contextlib.suppress(DamagedCheckpoint, UserError):
+            load(file)
+            return f"--resume {shlex.quote(str(file))} --overwrite goes back to that one, which is whole"
+    return f"no other checkpoint beside {cfg.checkpoint_path} is whole; --overwrite instead of --resume starts over"
+
+
+def is_of_a_run(payload):
+    """Whether a checkpoint, which may come from anywhere, has the parts that ours have."""
+    return (isinstance(payload, dict) and payload.get("format") == FORMAT
+            and all(isinstance(payload.get(part), dict) for part in ("model", "state", "identity", "config"))
+            and isinstance(payload["state"].get("step"), int))
+
+
+def peek_run(file):
+    """What a checkpoint says of its run: its config, state and identity; each {} if it cannot be read."""
+    found = peek(file)
+    return found if is_of_a_run(found) else {"config": {}, "state": {}, "identity": {}}
+
+
+def _surely_peeked(file):
+    """As `peek_run`, to decide on removing the file: raises UserError if it is there and cannot be read now."""
+    found = peek_run(file)
+    if not found["state"] and exists(file):
+        with contextlib.suppress(DamagedCheckpoint):
+            found = whole if is_of_a_run(whole := load(file)) else found
+    return found
+
+
+def restore(payload, parts, continues, world):
+    """Load a restored payload into a run's parts (name → object with state_dict and load_state_dict) → its State.
+    Raises UserError. Collective."""
+    try:
+        distribute_moments(payload["optimizer"], parts["optimizer"], world)
+        for name, part in parts.items():
+            found = payload[name]
+            if name != "optimizer":  # not kept in the payload, which outlives this: it may be a copy on the device
+                found = of_this_rank(found, part, world)
+            if found:  # a scaler's state is empty except in fp16
+                part.load_state_dict(found)
+        state = State(**payload["state"])
+    except Exception as error:  # torch raises many types
+        if hardware.out_of_memory(error):
+            raise
+        raise UserError(f"--resume: parts of the checkpoint are not those of this run ({type(error).__name__}: "
+                        f"{' '.join(str(error).split())[:300]}); name another with --resume FILE, or start anew "
+                        f"with another --checkpoint-path") from None
+    return state if continues else dataclasses.replace(state, wandb_run_id="")  # a branch is a separate run
+
+
+def of_this_rank(saved, part, world):
+    """What this rank is to load of `saved`, a state dict of `part` that `world.from_main` returned. Collective."""
+    here = part.state_dict()
+    return {name: tree_map(partial(world.distribute, like=here.get(name)), value) for name, value in saved.items()}
+
+
+def distribute_moments(saved, optimizer, world):
+    """Makes the optimizer state of a checkpoint, `saved`, one for `optimizer` to load: this rank's part of each tensor,
+    with the weight decay and betas of the flags. Raises ValueError if it is of other parameters. Collective."""
+    groups = optimizer.state_dict()["param_groups"]
+    was, now = ([name for group in of for name in group.get("param_names", ())]
+                for of in (saved["param_groups"], groups))
+    if was and was != now:  # its state is saved by place: a parameter would get the moments of another
+        raise ValueError("the optimizer has other parameters, or in another order")
+    saved["param_groups"] = groups
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, state in saved["state"].items():
+        state.update({name: world.distribute(value, params[index]) for name, value in state.items()})
+
+
+def begin(cfg, resume_from, state, eval_tokens):
+    """Before the first step, removes the drafts of killed saves and what a replaced run left: its log and metrics
+    unless this run continues it, with --overwrite its checkpoints. A rollback makes `resume_from` the newest at once.
+    Returns the validation loss to beat."""
+    path, bests = Path(cfg.checkpoint_path), [cfg.beside(".best.pt"), *cfg.matching(OTHER_BEST)]
+    goes_on = resume_from is not None and cfg.continues(resume_from)
+    stale = cfg.drafts() + ([cfg.beside(".prev.pt"), cfg.beside(".nonfinite.pt")] if cfg.overwrite else [])
+    if cfg.overwrite and goes_on:
+        stale += [file for file in cfg.numbered() if step_of(file) > state.step]
+        stale += [file for file in bests if _surely_peeked(file)["state"].get("step", 0) > state.step]
+        link(Path(resume_from), path)
+    elif not goes_on:  # any such files belong to another run, even if that one never saved a checkpoint
+        shutil.rmtree(cfg.beside(".tensorboard"), ignore_errors=True)
+        stale += [cfg.beside(".metrics.jsonl"), cfg.beside(".log")]
+        stale += cfg.matching(r"(\.rank\d+)?\.upload-\d+(\.best)?\.pt")
+        if resume_from is not None or cfg.resume != "auto":  # auto continues the W&B run of a start that saved nothing
+            stale += cfg.matching(r"\.wandb\.json|\.rank\d+\.(wandb\.json|metrics\.jsonl)")
+        if cfg.overwrite:  # a branch's path gets its own first checkpoint: that of `resume_from` names another W&B run
+            stale += [path, *bests, *cfg.numbered()]
+    for file in stale:
+        file.unlink(missing_ok=True)
+    return _loss_to_beat(cfg, state, eval_tokens)
+
+
+def _loss_to_beat(cfg, state, eval_tokens):
+    """The loss of `.best.pt`, which may be newer than the checkpoint resumed from; infinity if there is none. One that
+    was measured with another `eval_tokens` is not comparable: it is kept under a name with that number, and the best
+    of before with this number, if there was one, is the best again."""
+    found = _surely_peeked(best := cfg.beside(".best.pt"))
+    of = found["config"].get("eval_tokens", eval_tokens)
+    if of != eval_tokens:
+        link(best, kept := cfg.beside(f".best-of-{of}.pt"))
+        log.info("the best loss so far is over --eval-tokens %d: not comparable; its weights stay in %s", of, kept)
+    if of != eval_tokens or not found["state"]:  # not comparable, missing or not readable
+        found = _surely_peeked(before := cfg.beside(f".best-of-{eval_tokens}.pt"))
+        if not found["state"]:  # the next evaluation writes one
+            return math.inf
+        os.replace(before, best)
+    return found["state"].get("best_val", state.best_val)
