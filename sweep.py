@@ -22,8 +22,8 @@ from pathlib import Path
 
 from config import Parser, coerce, flag_fields, override, positive, refuse_unknown
 from errors import UserError
+from wandb_client import import_wandb
 from wandb_errors import reason
-from wandb_follower import import_wandb
 from wandb_runs import WandbConfig, with_environment
 from wandb_tools import run_command
 

@@ -20,8 +20,8 @@ from config import Parser
 from errors import UserError
 from files import beside_run, matching_files, read_records, write_whole
 from processes import only_one
+from wandb_client import LOST_CODE, Publisher, awaited, import_wandb, leave, open_run
 from wandb_errors import advice, reason, with_advice
-from wandb_follower import LOST_CODE, Publisher, awaited, import_wandb, leave, open_run
 from wandb_runs import ENVIRONMENT, IDENTITY, Job, WandbConfig, local_folder, recalled, run_path, with_environment
 
 TIMEOUT = 30  # seconds per request

@@ -15,9 +15,11 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, eventually
 
+import wandb_client
 import wandb_follower
 import wandb_sink
-from wandb_follower import Delivery, Follower, Publisher, import_wandb, open_run, reports_before, settings_of
+from wandb_client import Publisher, import_wandb, open_run, reports_before, settings_of
+from wandb_follower import Delivery, Follower
 from wandb_runs import Job, WandbConfig, plan_run, remember_sent, with_environment
 from wandb_sink import FAILURE_TIMEOUT, UPLOADS, WandbSink
 
@@ -185,8 +187,8 @@ def test_a_configuration_that_cannot_be_logged_costs_a_warning(tmp_path, monkeyp
 
     said, run = [], SimpleNamespace(offline=True, id="one", name="", dir="f/files", define_metric=lambda *_, **__: None)
     wandb = SimpleNamespace(Settings=dict, init=lambda **_: run)
-    monkeypatch.setattr(wandb_follower, "import_wandb", lambda: wandb)
-    monkeypatch.setattr(wandb_follower, "describe", describe)
+    monkeypatch.setattr(wandb_client, "import_wandb", lambda: wandb)
+    monkeypatch.setattr(wandb_client, "describe", describe)
     job = Job(dict(dir=str(tmp_path)), {}, mode="offline")
     assert open_run(job, lambda level, text: said.append((level, text))) is run
     assert said == [("INFO", "run one offline in f"), ("WARNING", "configuration or files not logged: no room")]
@@ -196,7 +198,7 @@ def test_what_a_killed_wandb_core_leaves_behind_lies_in_the_folder_that_is_remov
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=None))
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(wandb_follower, "scratch", lambda: SimpleNamespace(name="removed"))
+    monkeypatch.setattr(wandb_client, "scratch", lambda: SimpleNamespace(name="removed"))
     import_wandb()
     assert tempfile.gettempdir() == "removed"
     assert os.environ["TMPDIR"] == ("removed" if sys.platform == "linux" else str(tmp_path))
@@ -256,7 +258,7 @@ def test_a_checkpoint_that_cannot_be_read_or_removed_does_not_keep_a_run_from_it
     publisher = Publisher(SimpleNamespace(offline=False), Job({}, {}), lambda level, text: said.append(text))
     publisher.waiting = [dict(step=3, path="c.upload-00000003.pt", best=False)]
     for name in "exists", "unlink":
-        monkeypatch.setattr(wandb_follower.Path, name, fail)
+        monkeypatch.setattr(wandb_client.Path, name, fail)
     publisher.upload_waiting(last=True)
     (told,) = said
     assert re.fullmatch(r"checkpoint of step 3 not uploaded: .* Stale file handle: 'c.upload-00000003.pt'", told)
