@@ -27,7 +27,7 @@ from text import find_sources, pieces, require_hub, source_names, take
 from token_cache import BATCH
 from tokenizer import encode_pieces, id_count
 
-MIN_DOCUMENTS = 20  # with fewer, the confidence interval clusters by window, not by document
+MIN_DOCUMENTS = 20  # with fewer, the confidence interval clusters by --seq-len tokens, not by document
 
 
 def token_nats(model, x, y, precision, device):
@@ -204,27 +204,31 @@ def evaluate_text(model, shards, bytes_per_token, cfg, seq_len, precision, devic
     """Everything that the command reports, as a dict."""
     starts = {name: document_starts(shard) for name, shard in shards.items()}
     documents = {name: np.zeros((2, len(at) + 1)) for name, at in starts.items()}  # nats and tokens of each document
-    windows = {name: [] for name in shards}  # the same of each window, (2, B) per batch
+    # The same of each seq_len tokens, the windows without --stride: its own, shorter ones would narrow the interval.
+    windows = {name: np.zeros((2, shard.windows(seq_len) + 1)) for name, shard in shards.items()}
     bar = ProgressBar(total=cfg.eval_tokens or sum(shard.count for shard in shards.values()), unit=" tokens",
                       unit_scale=True, leave=False, disable=None)  # none in a pipe
     for name, firsts, x, y in window_batches(shards, seq_len, cfg.stride, cfg.eval_tokens, cfg.batch_size):
         losses, counted = token_nats(model, x, y, precision, device).cpu().numpy().astype(np.float64), y != IGNORE
         targets = firsts[:, None] + 1 + np.arange(y.shape[1])  # (B, T) positions
-        keys = np.searchsorted(starts[name], targets, side="right")  # (B, T) documents
-        for sums, values in zip(documents[name], (losses, counted), strict=True):
-            np.add.at(sums, keys, values)
-        windows[name].append([losses.sum(1), counted.sum(1)])
+        for part, keys in ((documents[name], np.searchsorted(starts[name], targets, side="right")),
+                           (windows[name], (targets - 1) // seq_len)):  # (B, T) keys
+            for sums, values in zip(part, (losses, counted), strict=True):
+                np.add.at(sums, keys, values)
         bar.update(int(counted.sum()))
     bar.close()
     totals = {name: sums.sum(1) for name, sums in documents.items()}
     # As in `evaluate`: sources count by their own sizes, whatever share of the windows they have.
     weights = {name: shards[name].windows(seq_len) * seq_len / n if cfg.eval_tokens else 1.0
                for name, (_, n) in totals.items()}
-    kind, clusters = "documents", np.concatenate([sums * weights[name] for name, sums in documents.items()], axis=1)
-    clusters = clusters[:, clusters[1] > 0]
+
+    def joined(parts):
+        all_of_them = np.concatenate([sums * weights[name] for name, sums in parts.items()], axis=1)
+        return all_of_them[:, all_of_them[1] > 0]
+
+    kind, clusters = "documents", joined(documents)
     if clusters.shape[1] < MIN_DOCUMENTS:
-        kind, clusters = "windows", np.concatenate([np.multiply(batch, weights[name]) for name, batches
-                                                    in windows.items() for batch in batches], axis=1)
+        kind, clusters = "windows", joined(windows)
     nats, n_tokens = clusters.sum(1).tolist()
     return figures(nats / n_tokens, bytes_per_token[""]) | {
         "ci95": interval(*clusters), "clusters": f"{clusters.shape[1]} {kind}",

@@ -180,6 +180,10 @@ def test_stride_equals_a_loop_over_single_tokens(run_folder, stride):
     expected = brute_force(run_folder, ids, 32, stride)
     found = evaluate(run_folder, "--data", "b.txt", "--stride", stride)
     assert found["tokens"] == len(expected) == len(ids) - 1
+    assert found["clusters"] == f"{math.ceil(len(expected) / 32)} windows", "as many as without a stride"
+    nats = [[expected[at] for at in range(first, min(first + 32, len(ids)))] for first in range(1, len(ids), 32)]
+    assert found["ci95"] == pytest.approx(interval(np.array([sum(part) for part in nats]),
+                                                   np.array([len(part) for part in nats])), rel=1e-5)
     assert found["loss"] == pytest.approx(sum(expected.values()) / len(expected), rel=1e-5)
     n_bytes = len((run_folder / "b.txt").read_bytes())
     assert found["bits_per_byte"] == pytest.approx(found["loss"] / math.log(2) * len(ids) / n_bytes, rel=1e-9)
