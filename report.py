@@ -31,7 +31,9 @@ ROWS = ".metrics.jsonl"
 DEFAULT = "checkpoints/minigpt.pt"
 # Recorded beside the flags, and derived from them.
 NOT_FLAGS = ("command", "n_params", "flops_per_token", "corpus", "corpus_tokens", "tokenizer_hash", "accum_steps")
-ROW = ("steps", "val loss", "best val loss", "tokens/s", "time")  # the facts of a run in one row of text
+# The facts of a run in one row of text, by the metric that compares the runs.
+ROW = {"val/loss": ("steps", "val loss", "best val loss", "tokens/s", "time"),
+       "val/bits_per_byte": ("steps", "val loss", "bits per byte", "tokens/s", "time")}
 EMPTY = "(nothing: the model ended the text at once)"
 X_METRICS = {"step": "step", "tokens": "train/tokens", "flops": "train/flops", "time": "elapsed"}
 
@@ -125,7 +127,8 @@ class Run:
                  f"{ranks} rank{'s' * (ranks > 1)}" if ranks else "", f"first report {started:%Y-%m-%d %H:%M}"]
         if weights := self.config.get("init_from"):
             parts.append(f"weights{' and optimizer state' * bool(self.config.get('keep_optimizer'))} from {weights}")
-        resumed = [f"{step:,}" for step, _ in self.starts if step]
+        starts = zip(self.starts, self.starts[:1] + self.starts, strict=False)  # each with the one before it
+        resumed = [f"{step:,}{_changes(before, config)}" for (step, config), (_, before) in starts if step]
         if origin := self.origin():
             parts.append(f"branched from {origin} at step {resumed.pop(0)}")
         if resumed:
@@ -134,6 +137,17 @@ class Run:
             ago = datetime.timedelta(seconds=round(max(0, time.time() - self.rows[-1]["time"])))
             parts.append(f"running, or killed: last report {ago} ago")
         return " · ".join(filter(None, parts))
+
+
+def _is_setting(name):
+    return name not in NOT_FLAGS and not is_launch_flag(name)
+
+
+def _changes(before, after):
+    """What a resumed run was told otherwise than before: " (lr 0.001 → 0.0003)"."""
+    changed = ", ".join(f"{name} {show(before.get(name))} → {show(value)}" for name, value in after.items()
+                        if _is_setting(name) and before.get(name) != value)
+    return f" ({changed})" if changed else ""
 
 
 def _is_number(value):
@@ -194,8 +208,7 @@ def differences(runs):
     """flag → its value in each run, for the flags whose values differ."""
     names = dict.fromkeys(name for run in runs for name in run.config)
     return {name: [run.config.get(name) for run in runs] for name in names
-            if name not in NOT_FLAGS and not is_launch_flag(name)
-            and any(run.config.get(name) != runs[0].config.get(name) for run in runs)}
+            if _is_setting(name) and any(run.config.get(name) != runs[0].config.get(name) for run in runs)}
 
 
 @dataclass
@@ -220,12 +233,14 @@ def plots(runs, x):
 
 def sweep(runs):
     """The plot of the best loss against a flag, if it is the one in which the runs differ and has three values or more,
-    all numbers: a list of one or none. Runs that differ in the seed alone are trials of the same value."""
-    found = {name: values for name, values in differences(runs).items() if name not in ("seed", "device")}
+    all numbers: a list of one or none. Runs that differ in the seeds alone are trials of the same value. A run that was
+    resumed with another value is left out: its loss is of neither."""
+    found = {name: values for name, values in differences(runs).items() if name not in ("seed", "data_seed", "device")}
     values, metric = next(iter(found.values()), []), comparable(runs)
     if len(found) != 1 or not all(map(_is_number, values)) or len(set(values)) < 3:
         return []
-    points = [Point(run.name, at, best[0]) for run, at in zip(runs, values, strict=True) if (best := run.best(metric))]
+    points = [Point(run.name, at, best[0]) for run, at in zip(runs, values, strict=True) if (best := run.best(metric))
+              and all(config.get(*found) == at for _, config in run.starts)]
     low, high, label = min(values), max(values), flag(*found)
     what, unit = {"val/loss": ("loss", "nats per token")}.get(metric, ("bits per byte", "comparable across tokenizers"))
     panel = Panel("sweep", f"Best validation {what} against {label}", unit, points=metric, log_above=20,
@@ -338,11 +353,11 @@ def print_text(runs, x, smooth):
             continue
         height = 12 if panel.name in ("loss", "sweep") else 5
         print("\n".join(terminal_plot(panel, drawn, axis, smooth, min(size.columns, 100), height, color)) + "\n")
-    columns, flags = [], differences(runs)
+    columns, flags, main_facts = [], differences(runs), ROW[comparable(runs)]
     many = len(runs) > 4  # too many to fit beside each other: each gets a row, of its main facts
     for i, run in enumerate(runs):
         facts, letter = run.facts(), f"{MARKS[i % len(MARKS)]}  " if len(runs) > 1 else ""
-        columns.append({"run": letter + run.name} | {name: facts[name] for name in (ROW if many else facts)}
+        columns.append({"run": letter + run.name} | {name: facts[name] for name in (main_facts if many else facts)}
                        | {name: show(values[i]) for name, values in flags.items()})
     table = [list(columns[0]), *(list(column.values()) for column in columns)]
     table = table if many else list(zip(*table, strict=True))

@@ -169,6 +169,10 @@ def test_in_a_terminal_more_than_four_runs_have_a_row_each(tmp_path, monkeypatch
     rows = [re.split("  +", line) for line in lines[start + 1:start + 13]]
     assert [row[:2] for row in rows[:2] + rows[-1:]] == [["A", "rate-00"], ["B", "rate-01"], ["L", "rate-07"]]
     assert rows[-1][2:] == ["30 of 40", "2.3140", "2.3140 at 30", "20k", "0:15:00", "0.008"]
+    for i in range(12):  # losses per token then compare nothing
+        write_run(tmp_path / f"rate-{i:02}.metrics.jsonl", tokenizer_hash=str(i))
+    out = in_process(monkeypatch, capsys, tmp_path, "--terminal")[1]
+    assert re.search("^run  +steps  +val loss  +bits per byte  ", out, re.MULTILINE)
 
 
 def test_no_flag_acts_on_the_terminal(tmp_path, monkeypatch, capsys):
@@ -180,7 +184,8 @@ def test_no_flag_acts_on_the_terminal(tmp_path, monkeypatch, capsys):
 
 def test_a_sweep_is_shown_against_its_flag(tmp_path, monkeypatch, capsys):
     for name, (lr, seed) in {"a": (1e-4, 1), "b": (2e-3, 1), "c": (1e-3, 1), "d": (1e-3, 2)}.items():
-        write_run(tmp_path / "lr" / f"{name}.metrics.jsonl", lr=lr, seed=seed, device=f"host {name}", accum_steps=name)
+        write_run(tmp_path / "lr" / f"{name}.metrics.jsonl", lr=lr, seed=seed, data_seed=seed, device=f"host {name}",
+                  accum_steps=name)
     code, out, _ = in_process(monkeypatch, capsys, tmp_path / "lr", "--terminal")
     title, *plot = out.split("\n\n")[1].splitlines()
     assert code == 0 and title == "Best validation loss against --lr (nats per token)"
@@ -248,13 +253,24 @@ def test_a_run_that_was_resumed_and_is_still_going(tmp_path):
     assert run.series("lr", "tokens")[0][-1] == 40 * 2048
 
 
+def test_a_run_resumed_with_other_flags_says_which_and_is_no_point_of_a_sweep(tmp_path):
+    for name, lr in dict(a=1e-4, b=2e-3, c=1e-3, d=4e-3).items():
+        path = write_run(tmp_path / f"{name}.metrics.jsonl", lr=lr, num_steps=40, warmup_steps=5)
+    path.write_text(path.read_text().replace('"lr": 0.004, "num_steps": 40', '"lr": 0.008, "num_steps": 20', 1))
+    runs = {run.name: run for run in report.load([tmp_path])}
+    assert runs["d"].story().endswith("resumed at step 20 (lr 0.008 → 0.004, num_steps 20 → 40)")
+    assert runs["c"].story().endswith("resumed at step 20")
+    assert {point.name for point in report.sweep(list(runs.values()))[0][1]} == {"a", "b", "c"}
+
+
 def test_a_branch_says_where_it_began(trainer):
     flags = ["--save-steps", 4, "--eval-steps", 4, "--log-steps", 2]
     trainer(*flags, "--num-steps", 8, "--keep-last", 3, checkpoint="a.pt")
     trainer(*flags, "--num-steps", 8, "--resume", "a.step-00000004.pt", checkpoint="b.pt")
     trainer(*flags, "--num-steps", 10, "--resume", checkpoint="b.pt")
     (run,) = report.load([trainer.folder / "b.pt"])
-    assert run.rows[0]["step"] == 6 and run.story().endswith("branched from a.pt at step 4 · resumed at step 8")
+    assert run.rows[0]["step"] == 6 and run.story().endswith(
+        "branched from a.pt at step 4 · resumed at step 8 (num_steps 8 → 10)")
     trainer(*flags, "--num-steps", 4, "--init-from", "a.pt", "--tokenizer-name", "a.tokenizer", "--keep-optimizer",
             "--device", "cpu", checkpoint="c.pt", tiny=False)
     (run,) = report.load([trainer.folder / "c.pt"])
