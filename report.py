@@ -88,7 +88,7 @@ class Run:
         speeds, best = self.series("global_tokens_per_sec")[1], self.best()
         step, steps = self.rows[-1]["step"], self.config.get("num_steps", 0)
         return {
-            "steps": f"{step:,}" + f" of {steps:,}" * (step < steps),
+            "steps": f"{step:,}" + f" of {steps:,}" * (not self.has_ended()),
             "tokens": _text(self.last("train/tokens"), short),
             "parameters": _text(self.config.get("n_params"), short),
             "FLOPs": _text(self.last("train/flops"), short),
@@ -101,6 +101,10 @@ class Run:
             "time": str(datetime.timedelta(seconds=round(self.rows[-1]["elapsed"]))),
             "exit": self.ending(),
         }
+
+    def has_ended(self):
+        """Whether all steps have been taken."""
+        return self.rows[-1]["step"] >= self.config.get("num_steps", 0)
 
     def ending(self):
         if self.code is None:
@@ -231,21 +235,47 @@ def plots(runs, x):
     return found[:1] + sweep(runs) + found[1:]
 
 
+def settings(runs):
+    """`differences`, without those that are no settings: runs that differ in these alone are trials of the same."""
+    return {name: values for name, values in differences(runs).items() if name not in ("seed", "data_seed", "device")}
+
+
 def sweep(runs):
-    """The plot of the best loss against a flag, if it is the one in which the runs differ and has three values or more,
-    all numbers: a list of one or none. Runs that differ in the seeds alone are trials of the same value. A run that was
-    resumed with another value is left out: its loss is of neither."""
-    found = {name: values for name, values in differences(runs).items() if name not in ("seed", "data_seed", "device")}
-    values, metric = next(iter(found.values()), []), comparable(runs)
-    if len(found) != 1 or not all(map(_is_number, values)) or len(set(values)) < 3:
+    """The plot of the best loss against the one flag in which the runs differ or, if there are several and models of
+    several sizes (the largest at least twice the smallest), against the number of parameters, if that has three values
+    or more, all numbers: a list of one or none. A run that was resumed with another value is left out: its loss is of
+    neither."""
+    found, metric = list(settings(runs)), comparable(runs)
+    name = found[0] if len(found) == 1 else "n_params"
+    values = [run.config.get(name) for run in runs]
+    if not all(map(_is_number, values)) or len(set(values)) < 3:
+        return []
+    low, high, label = min(values), max(values), "parameters" if name == "n_params" else flag(name)
+    if name == "n_params" and high < 2 * low:
         return []
     points = [Point(run.name, at, best[0]) for run, at in zip(runs, values, strict=True) if (best := run.best(metric))
-              and all(config.get(*found) == at for _, config in run.starts)]
-    low, high, label = min(values), max(values), flag(*found)
+              and all(config.get(name) == at for _, config in run.starts)]
     what, unit = {"val/loss": ("loss", "nats per token")}.get(metric, ("bits per byte", "comparable across tokenizers"))
     panel = Panel("sweep", f"Best validation {what} against {label}", unit, points=metric, log_above=20,
-                  smooth=False, log_x=low > 0 and high > 10 * low)
+                  smooth=False, log_x=low > 0 and high >= 5 * low)
     return [(panel, points, label)] if points else []
+
+
+def over_seeds(runs):
+    """A table of text, its titles first: each setting that runs have ended with, with the mean and the standard
+    deviation of their best losses, the lowest mean first. [] if no setting has two runs."""
+    metric, flags, trials = comparable(runs), settings(runs), {}
+    for run, *values in zip(runs, *flags.values(), strict=True):
+        changed = any(_changes(config, run.config) for _, config in run.starts)  # at a resume: of neither setting
+        if run.has_ended() and not changed and (best := run.best(metric)):
+            trials.setdefault(tuple(map(show, values)), []).append(best[0])
+    if max(map(len, trials.values()), default=0) < 2:
+        return []
+    rows = [(*values, str(len(losses)), f"{statistics.fmean(losses):.4f}",
+             f"{statistics.stdev(losses):.4f}" if len(losses) > 1 else "–")
+            for values, losses in sorted(trials.items(), key=lambda trial: statistics.fmean(trial[1]))]
+    return [(*flags, "runs", "best val loss" if metric == "val/loss" else "best bits per byte", "± standard deviation"),
+            *rows]
 
 
 def show(value):
@@ -313,6 +343,9 @@ def _comparison(runs):
     if flags := differences(runs):
         cells = [[f"<td>{_escape(show(values[i]))}</td>" for values in flags.values()] for i in range(len(runs))]
         parts += ["<h2>Flags that differ</h2>", _table(runs, flags, cells)]
+    if seeds := over_seeds(runs):
+        head, *rows = ["".join(f"<td>{_escape(cell)}</td>" for cell in row) for row in seeds]
+        parts += ["<h2>Over seeds</h2>", _wide(head.replace("td>", "th>"), rows)]
     return "\n".join(parts)
 
 
@@ -322,8 +355,13 @@ def _table(runs, titles, cells):
     for i, run in enumerate(runs):
         color, line = looks(i)
         swatch = f'<span class="swatch" style="border-top: 3px {line} {color}"></span>' if len(runs) > 1 else ""
-        rows.append(f"<tr><td>{swatch}{_escape(run.name)}</td>{''.join(cells[i])}</tr>")
-    return f'<div class="wide"><table><tr>{head}</tr>\n' + "\n".join(rows) + "\n</table></div>"
+        rows.append(f"<td>{swatch}{_escape(run.name)}</td>{''.join(cells[i])}")
+    return _wide(head, rows)
+
+
+def _wide(head, rows):
+    lines = "\n".join(f"<tr>{row}</tr>" for row in rows)
+    return f'<div class="wide"><table><tr>{head}</tr>\n{lines}\n</table></div>'
 
 
 def _escape(text):
@@ -360,14 +398,20 @@ def print_text(runs, x, smooth):
         columns.append({"run": letter + run.name} | {name: facts[name] for name in (main_facts if many else facts)}
                        | {name: show(values[i]) for name, values in flags.items()})
     table = [list(columns[0]), *(list(column.values()) for column in columns)]
-    table = table if many else list(zip(*table, strict=True))
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        print(visible("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()))
+    _print_table(table if many else list(zip(*table, strict=True)))
+    if seeds := over_seeds(runs):
+        print("\nover seeds:")
+        _print_table(seeds)
     for run in runs:
         print("\n" + visible("\n".join([run.story(), *run.alerts])))
         for step, text in run.samples[-1:]:
             print(f"\n{run.name}, sample at step {step:,}:\n{visible(text or EMPTY)}")
+
+
+def _print_table(rows):
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print(visible("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()))
 
 
 @one_line_errors()

@@ -204,13 +204,18 @@ def test_a_sweep_is_shown_against_its_flag(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("flags, shown", [
     ([dict(dropout=0.0), dict(dropout=0.1), dict(dropout=0.9)], "linear"),
-    ([dict(batch_size=1), dict(batch_size=4), dict(batch_size=10)], "linear"),
-    ([dict(batch_size=1), dict(batch_size=4), dict(batch_size=11)], "log"),
+    ([dict(batch_size=2), dict(batch_size=4), dict(batch_size=9)], "linear"),
+    ([dict(batch_size=2), dict(batch_size=4), dict(batch_size=10)], "log"),
     ([dict(dropout=0.0), dict(dropout=0.1), dict(dropout=0.1)], None),  # two values: the table tells as much
     ([dict(seed=1), dict(seed=2), dict(seed=3)], None),
     ([dict(dropout=0.0, d_ff=1), dict(dropout=0.1, d_ff=2), dict(dropout=0.2, d_ff=3)], None),
     ([dict(dropout=0.0), dict(dropout=0.1), dict(dropout=0.2, optimizer="muon")], None),
     ([dict(min_lr=None), dict(min_lr=0.1), dict(min_lr=0.2), dict(min_lr=0.3)], None),
+    # Models of several sizes differ in several flags: the axis is their parameters, unless those differ by the way.
+    ([dict(d_model=1, lr=3, n_params=10), dict(d_model=2, lr=2, n_params=30), dict(d_model=3, n_params=50)], "log"),
+    ([dict(d_model=1, lr=3, n_params=10), dict(d_model=2, lr=2, n_params=15), dict(d_model=3, n_params=20)], "linear"),
+    ([dict(arch="gpt2", n_params=10), dict(d_ff=2, n_params=12), dict(d_ff=3, n_params=19)], None),
+    ([dict(d_model=1, lr=3, n_params=10), dict(d_model=2, lr=2, n_params=50)], None),
     ([dict(arch="gpt2"), dict(arch="llama"), dict(arch="qwen3")], None),
 ], ids=str)
 def test_a_sweep_is_of_one_flag_that_is_a_number(tmp_path, flags, shown):
@@ -261,6 +266,31 @@ def test_a_run_resumed_with_other_flags_says_which_and_is_no_point_of_a_sweep(tm
     assert runs["d"].story().endswith("resumed at step 20 (lr 0.008 → 0.004, num_steps 20 → 40)")
     assert runs["c"].story().endswith("resumed at step 20")
     assert {point.name for point in report.sweep(list(runs.values()))[0][1]} == {"a", "b", "c"}
+
+
+def test_runs_that_differ_in_seeds_alone_are_trials_of_one_setting(tmp_path, monkeypatch, capsys):
+    for name, flags in dict(a=dict(lr=1e-3, seed=1), b=dict(lr=1e-3, seed=2), c=dict(lr=2e-3, seed=1),
+                            going=dict(lr=1e-3, seed=3, steps=20), changed=dict(lr=1e-3, seed=4)).items():
+        path = write_run(tmp_path / f"{name}.metrics.jsonl", data_seed=flags["seed"], device=name, **flags)
+    path.write_text(path.read_text().replace('"lr": 0.001', '"lr": 0.002', 1))  # changed at the resume
+    lower = (tmp_path / "a.metrics.jsonl").read_text().splitlines()
+    for i, row in enumerate(map(json.loads, lower)):
+        if row.get("val/loss"):
+            lower[i] = json.dumps(row | {"val/loss": row["val/loss"] - 1})
+    (tmp_path / "a.metrics.jsonl").write_text("\n".join(lower) + "\n")
+    runs = report.load([tmp_path])
+    a, b = (next(run.best()[0] for run in runs if run.name == name) for name in "ab")
+    assert a == b - 1
+    titles = ("lr", "runs", "best val loss", "± standard deviation")
+    assert report.over_seeds(runs) == [titles, ("0.001", "2", f"{(a + b) / 2:.4f}", f"{math.sqrt(0.5):.4f}"),
+                                       ("0.002", "1", f"{b:.4f}", "–")]
+    assert report.over_seeds([run for run in runs if run.name in "ac"]) == []
+    assert report.over_seeds([run for run in runs if run.name in "ab"])[1] == ("2", f"{(a + b) / 2:.4f}", "0.7071")
+    code, out, _ = in_process(monkeypatch, capsys, tmp_path, "--terminal")
+    assert code == 0 and re.search(rf"over seeds:\nlr +runs .*\n0\.001 +2 +{(a + b) / 2:.4f} +0\.7071\n0\.002 +1 ", out)
+    page = Page(report.page(runs, []))
+    assert {"Over seeds", "0.7071", *titles} <= set(page.texts)
+    assert page.tags.count("table") == 3 + len(runs) and page.tags.count("tr") > 3
 
 
 def test_a_branch_says_where_it_began(trainer):
