@@ -27,7 +27,8 @@ from text import find_sources, pieces, require_hub, source_names, take
 from token_cache import BATCH
 from tokenizer import encode_pieces, id_count
 
-MIN_DOCUMENTS = 20  # with fewer, the confidence interval clusters by --seq-len tokens, not by document
+# With fewer documents, the confidence interval clusters by parts of the text: few and long, as neighbors are alike.
+MIN_DOCUMENTS, PARTS = 20, 30
 
 
 def token_nats(model, x, y, precision, device):
@@ -204,16 +205,16 @@ def evaluate_text(model, shards, bytes_per_token, cfg, seq_len, precision, devic
     """Everything that the command reports, as a dict."""
     starts = {name: document_starts(shard) for name, shard in shards.items()}
     documents = {name: np.zeros((2, len(at) + 1)) for name, at in starts.items()}  # nats and tokens of each document
-    # The same of each seq_len tokens, the windows without --stride: its own, shorter ones would narrow the interval.
-    windows = {name: np.zeros((2, shard.windows(seq_len) + 1)) for name, shard in shards.items()}
+    length = max(seq_len, math.ceil(sum(shard.count - 1 for shard in shards.values()) / PARTS))
+    parts = {name: np.zeros((2, shard.count // length + 1)) for name, shard in shards.items()}
     bar = ProgressBar(total=cfg.eval_tokens or sum(shard.count for shard in shards.values()), unit=" tokens",
                       unit_scale=True, leave=False, disable=None)  # none in a pipe
     for name, firsts, x, y in window_batches(shards, seq_len, cfg.stride, cfg.eval_tokens, cfg.batch_size):
         losses, counted = token_nats(model, x, y, precision, device).cpu().numpy().astype(np.float64), y != IGNORE
         targets = firsts[:, None] + 1 + np.arange(y.shape[1])  # (B, T) positions
-        for part, keys in ((documents[name], np.searchsorted(starts[name], targets, side="right")),
-                           (windows[name], (targets - 1) // seq_len)):  # (B, T) keys
-            for sums, values in zip(part, (losses, counted), strict=True):
+        for clusters, keys in ((documents[name], np.searchsorted(starts[name], targets, side="right")),
+                               (parts[name], (targets - 1) // length)):  # (B, T) keys
+            for sums, values in zip(clusters, (losses, counted), strict=True):
                 np.add.at(sums, keys, values)
         bar.update(int(counted.sum()))
     bar.close()
@@ -222,13 +223,13 @@ def evaluate_text(model, shards, bytes_per_token, cfg, seq_len, precision, devic
     weights = {name: shards[name].windows(seq_len) * seq_len / n if cfg.eval_tokens else 1.0
                for name, (_, n) in totals.items()}
 
-    def joined(parts):
-        all_of_them = np.concatenate([sums * weights[name] for name, sums in parts.items()], axis=1)
+    def joined(clusters):
+        all_of_them = np.concatenate([sums * weights[name] for name, sums in clusters.items()], axis=1)
         return all_of_them[:, all_of_them[1] > 0]
 
     kind, clusters = "documents", joined(documents)
     if clusters.shape[1] < MIN_DOCUMENTS:
-        kind, clusters = "windows", joined(windows)
+        kind, clusters = "parts of the text", joined(parts)
     nats, n_tokens = clusters.sum(1).tolist()
     return figures(nats / n_tokens, bytes_per_token[""]) | {
         "ci95": interval(*clusters), "clusters": f"{clusters.shape[1]} {kind}",
