@@ -38,7 +38,9 @@ class CheckpointConfig:
     resume: str = arg("", "resume from --checkpoint-path; auto: if it exists, else start; FILE: from FILE",
                       const="latest", metavar="auto|FILE", empty=False)
     overwrite: bool = arg(False, "start over and replace the existing run; with --resume FILE, from that file")
-    save_steps: int = arg(250, "steps between checkpoints; 0: only after the last step", ge=0)
+    save_steps: int = arg(250, "steps between checkpoints; 0: by --save-minutes and after the last step only", ge=0)
+    save_minutes: float = arg(30.0, "minutes after a checkpoint until the next, if no other has been saved by then; 0: "
+                                    "by --save-steps only", ge=0, le=10**7)
     save_best: bool = arg(True, "save a checkpoint at each new lowest validation loss, too, as FILE.best.pt")
     keep_last: int = arg(0, "how many of the newest checkpoints to keep as FILE.step-N.pt, too; 0: none", ge=0)
     keep_every: int = arg(0, "keep the first checkpoint of every N steps as FILE.kept-N.pt, for good; 0: none", ge=0)
@@ -178,7 +180,7 @@ def require_space(cfg, n_bytes, n_steps, uploads=0):
     files = [file for file in map(Path, cfg.files()) if file.suffix == ".pt" and ".kept-" not in file.name]
     files += cfg.drafts()
     ours = {file.stat().st_ino: file.stat().st_size for file in files}
-    saves = math.ceil(n_steps / cfg.save_steps) if cfg.save_steps else 1
+    saves = math.ceil(n_steps / cfg.save_steps) if cfg.save_steps else 1  # and those of --save-minutes
     wanted = 1 + cfg.save_best + uploads + min(max(2, cfg.keep_last), saves + len(ours))
     wanted += min(saves, n_steps // cfg.keep_every + 1) if cfg.keep_every else 0
     metrics = cfg.beside(".metrics.jsonl")

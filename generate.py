@@ -188,14 +188,14 @@ def batches(lengths, batch_size, max_new_tokens):
     return found
 
 
-def prompt_ids(tokenizer, start, prompt, prefix=()):
-    """The ids of a prompt, after those of `prefix`; [start] if there are none."""
+def prompt_ids(tokenizer, start, prompt, prefix=(), given="--prompt"):
+    """The ids of a prompt, after those of `prefix`; [start] if there are none. `given`: the flag that it is from."""
     (ids,) = encode(tokenizer, [prompt])
     if prompt and not ids:
-        raise UserError(f"--prompt {prompt!r}: the tokenizer knows none of these characters; give another")
+        raise UserError(f"{given} {prompt!r}: the tokenizer knows none of these characters; give another")
     known = known_characters(tokenizer)
     if known is not None and (unknown := "".join(sorted(set(prompt) - known))):
-        print(f"warning: the tokenizer has no token for {unknown!r}: left out of --prompt {prompt!r}", file=sys.stderr)
+        print(f"warning: the tokenizer has no token for {unknown!r}: left out of {given} {prompt!r}", file=sys.stderr)
     return [*prefix, *ids] or [start]
 
 
@@ -238,15 +238,17 @@ def write_texts(model, tokenizer, eos, saved, cfg, out):
     return n_tokens
 
 
-def sample_text(model, tokenizer_folder, corpus):
-    """A text that `model` generates unconditionally, from `corpus.start`."""
+def sample_text(model, tokenizer_folder, corpus, prompt=""):
+    """`prompt` and what `model` makes of it; without one, a text that it generates from `corpus.start`."""
     tokenizer = open_tokenizer(tokenizer_folder)
-    steps = generate(model, [[corpus.start]], SAMPLE_TOKENS, TEMPERATURE, TOP_K, seeds=[1337],
+    ids = prompt_ids(tokenizer, corpus.start, prompt, given="--sample-prompt")
+    steps = generate(model, [ids], SAMPLE_TOKENS, TEMPERATURE, TOP_K, seeds=[1337],
                      # The model may have more ids than its tokenizer (--vocab-size) and more positions than it is
                      # trained on: the surplus means nothing.
                      vocab_size=id_count(tokenizer), context=corpus.seq_len)
     with hardware.allow_nondeterministic():  # a GPU has no deterministic cumulative sum
-        return tokenizer.decode(list(takewhile(lambda token: token != corpus.eos, (token for token, in steps))))
+        new = takewhile(lambda token: token != corpus.eos, (token for token, in steps))
+        return tokenizer.decode([*(ids if prompt else []), *new])
 
 
 @one_line_errors()

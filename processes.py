@@ -168,8 +168,9 @@ class StopSignal:
         """The signal's name, or --time-limit if that sent it."""
         return "--time-limit" if number == signal.SIGALRM else signal.Signals(number).name
 
-    def agreed(self):
-        """The signal to stop for (0: none) and whether to save now, if any rank received one; equal on all ranks."""
+    def agreed(self, overdue=False):
+        """The signal to stop for (0: none), whether one asks to save now, and whether a save is `overdue`: if it is so
+        on any rank; equal on all ranks."""
         asked, self.save = self.save, False
-        number, asked = self.world.max([self.received, asked])
-        return number, bool(asked)
+        number, asked, overdue = self.world.max([self.received, asked, overdue])
+        return number, bool(asked), bool(overdue)

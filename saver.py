@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import shlex
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -62,12 +63,19 @@ class Saver:
         """`state` is the run's own; the Tracker `track` is told of each file saved, and of the first failure."""
         self.cfg, self.world, self.state, self.track, self.failing = cfg, world, state, track, False
         self.pool, self.copies = ThreadPoolExecutor(1, "save"), []
+        self.since = time.monotonic()  # when the newest checkpoint was begun, or this start
         self.future = self.under_way = None  # under_way, on every rank: (step, best_val before) of the save in progress
+
+    def is_overdue(self):
+        """Whether --save-minutes have passed since the newest checkpoint, by the main rank's clock."""
+        limit = self.cfg.save_minutes * 60
+        return self.world.is_main and 0 < limit <= time.monotonic() - self.since
 
     def save(self, payload, latest, best, last):
         """Save what `payload()` returns; `best`: its validation loss is the lowest so far. A failed save is logged, and
         the next save tries again; if the `last` one fails, NotSaved is raised."""
         self.conclude()
+        self.since = time.monotonic() if latest else self.since
         before = self.state.best_val
         if best:
             self.state.best_val = self.state.val_loss

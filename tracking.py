@@ -45,6 +45,7 @@ class ReportConfig:
                                        "unset: 20 to 40 per run, or at each report if there are fewer", ge=0)
     eval_tokens: int = arg(16384, "validation tokens of one evaluation, spread evenly over the set; 0: all", ge=0)
     sample_steps: int = arg(0, "steps between samples of generated text; 0: only at the end", ge=0)
+    sample_prompt: str = arg("", "text that the samples begin with", metavar="TEXT")
 
     def eval_every(self, num_steps):
         if self.eval_steps is not None:

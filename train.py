@@ -158,7 +158,7 @@ def train(cfg, world):
         with meter.excluded("sample"), precision.autocast():
             full = world.full_model(raw)
             world.from_main(lambda: track.sample(lambda: sample_text(
-                full.to(world.device), cfg.checkpoint.beside(".tokenizer"), corpus)))
+                full.to(world.device), cfg.checkpoint.beside(".tokenizer"), corpus, cfg.report.sample_prompt)))
 
     if dry_run:
         began = time.perf_counter()
@@ -196,7 +196,7 @@ def train(cfg, world):
                         num_steps - state.step) as profiler,
           stop, Watchdog(meter, state, cfg, world.rank)):
         saver = Saver(cfg.checkpoint, world, state, track)
-        save_due = False  # --save-steps has asked for a save that is still to come
+        save_due = False  # --save-steps or --save-minutes has asked for a save that is still to come
         if state.step == 0:
             track.report(evaluate_now())
         while state.step < num_steps:
@@ -206,7 +206,8 @@ def train(cfg, world):
             meter.add(losses, norm, taken, tokens=batch_size * accum * corpus.seq_len)
             profiler.step()
             track.bar.update()
-            signal_number, save_now = stop.agreed()  # two numbers on the CPU: does not wait for the GPU
+            # Three numbers on the CPU: does not wait for the GPU.
+            signal_number, save_now, overdue = stop.agreed(saver.is_overdue())
             metrics, best = {}, False
             if cfg.ranks.check_replicas and state.step % cfg.ranks.check_replicas == 0:
                 world.require_replicas(raw, optimizer)
@@ -225,9 +226,9 @@ def train(cfg, world):
                 halt()
             if due(cfg.report.sample_steps):  # before saving: a run killed in here repeats the step and its sample
                 sample_now()
-            save_due = save_due or due(cfg.checkpoint.save_steps)
+            save_due = save_due or overdue or due(cfg.checkpoint.save_steps)
             last = signal_number or state.step == num_steps
-            # While steps are being skipped, --save-steps waits: the weights may be the cause, and of no use. A signal's
+            # While steps are being skipped, these two wait: the weights may be the cause, and of no use. A signal's
             # save and the last one do not wait. (Reading `skipped_in_row` waits for the device.)
             newest = last or save_now or (save_due and not meter.skipped_in_row)
             if newest or best:

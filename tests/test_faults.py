@@ -96,6 +96,26 @@ def test_only_a_last_checkpoint_that_cannot_be_written_fails_the_run(trainer):
     assert 100 < alerts["not saved"] < 200 == alerts["stopped by NotSaved"], "told at the next report"
 
 
+def test_a_slow_run_saves_by_the_clock(trainer):
+    """Steps of about 4 ms, saves every 40 ms at least: after the same step on both ranks, or they would hang."""
+    run = trainer("--num-steps", 60, "--save-steps", 0, "--save-minutes", 0.04 / 60, "--keep-last", 99,
+                  "--no-save-best", ranks=2)
+    assert run.code == 0, run.err
+    steps = [int(file.stem.rpartition("-")[2]) for file in trainer.folder.glob("c.step-*.pt")]
+    assert len(steps) >= 2 and max(steps) == 60, steps
+    cfg = CheckpointConfig(checkpoint_path=str(trainer.folder / "d.pt"), save_minutes=1.0)
+    saver = Saver(cfg, World.__new__(World), State(step=1), None)
+    assert not saver.is_overdue()
+    saver.since -= 59
+    assert not saver.is_overdue()
+    saver.since -= 2
+    assert saver.is_overdue()
+    saver.world.is_main = False  # one clock decides
+    assert not saver.is_overdue()
+    saver.world.is_main, cfg.save_minutes = True, 0.0
+    assert not saver.is_overdue()
+
+
 def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path, monkeypatch):
     cfg = CheckpointConfig(checkpoint_path=str(tmp_path / "new" / "c.pt"), keep_last=2)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: Free(3_900))

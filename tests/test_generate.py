@@ -78,6 +78,16 @@ def test_positions_beyond_the_context_are_not_used(run_folder):
     assert len(whole) > 100 and whole != sample_text(model, tokenizer, SimpleNamespace(start=0, eos=None, seq_len=8))
 
 
+def test_a_sample_begins_with_its_prompt(run_folder):
+    model, tokenizer, *_ = load_run(run_folder / "c.pt")
+    corpus = SimpleNamespace(start=0, eos=None, seq_len=32)
+    text = sample_text(model, run_folder / "c.tokenizer", corpus, prompt := "the naïve é ")
+    ids = tokenizer.encode(prompt).ids
+    new = continued(model, [ids], 128, temperature=0.8, top_k=50, seeds=[1337],
+                    vocab_size=tokenizer.get_vocab_size(), context=32)[0]
+    assert len(text) > len(prompt) and text.startswith(prompt) and text == tokenizer.decode([*ids, *new])
+
+
 def test_a_sample_has_no_ids_that_the_tokenizer_lacks(run_folder):
     """Of a model with more of them (--vocab-size); here two of those are the likeliest, one or the other."""
     model = randomized(GPT(dataclasses.replace(load_run(run_folder / "c.pt")[0].cfg, vocab_size=300)))

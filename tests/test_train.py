@@ -361,7 +361,9 @@ def test_a_run_killed_with_nothing_but_its_best_checkpoint_goes_on_from_that(tra
 
 
 def test_a_sample_is_not_training_time(trainer):
-    run = trainer("--num-steps", 10, "--log-steps", 5, "--sample-steps", 5, "--eval-steps", 0)
+    run = trainer("--num-steps", 10, "--log-steps", 5, "--sample-steps", 5, "--eval-steps", 0,
+                  "--sample-prompt", "To be")
+    assert len(re.findall(r"sample at step (5|10):\nTo be", run.out)) == 2
     assert 0 < run.rows[10]["time/sample_sec"] < run.rows[10]["time/dt_sec"]
     assert run.rows[10]["train/step_time_sec"] * 5 + run.rows[10]["time/sample_sec"] < run.rows[10]["time/dt_sec"]
 
