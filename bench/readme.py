@@ -2,7 +2,7 @@
 
     python train.py && python bench/readme.py checkpoints/minigpt.pt README.md
 
-rewrites README.md between two markers, and docs/loss.svg beside it.
+rewrites README.md between two markers, and docs/loss.svg beside it, which the README shows at its top.
 """
 
 import re
@@ -16,7 +16,6 @@ from files import beside_run  # noqa: E402
 from plots import figure, panels  # noqa: E402
 from report import load  # noqa: E402
 
-SAMPLE_LINES = 6
 BEGIN, END = "<!-- run:begin -->", "<!-- run:end -->"
 
 
@@ -37,23 +36,22 @@ def write_readme(run, readme):
 
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "mini-llm"}):  # small, and equal for equal runs
         figure(panels([run])[0], [run]).savefig(plot, metadata={"Date": None})
-    shown = f"{fence}\n{lines}\n{fence}\n\n![training and validation loss over steps](docs/loss.svg)"
+    shown = f"{fence}\n{lines}\n{fence}"
     readme.write_text(f"{text[:marked.start()]}{BEGIN}\n{shown}\n{END}{text[marked.end():]}")
     return [str(readme), str(plot)]
 
 
 def excerpt(log):
-    """A log without its flags, with four of its reports and the first lines of a sample."""
+    """A log without its flags and samples, with four of its reports."""
     entries = re.split(r"\n(?=\[\d{4}-)", log.rstrip("\n"))
     reports = [entry for entry in entries if re.match(r"\[[^]]*\] epoch \d+ step ", entry)]
     kept = {*reports[:2], *reports[len(reports) // 2:][:1], *reports[-1:]}
     lines = []
     for entry in entries:
-        if re.match(r"\[[^]]*\] Arguments: ", entry):
+        if re.match(r"\[[^]]*\] (Arguments: |sample at step )", entry):
             continue
         if entry not in reports or entry in kept:
-            text = [line for line in entry.split("\n") if line.strip()]
-            lines.append("\n".join(text[:SAMPLE_LINES] + ["…"] * (len(text) > SAMPLE_LINES)))
+            lines.append(entry)
         elif lines[-1] != "…":
             lines.append("…")
     return "\n".join(lines)
