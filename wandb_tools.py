@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from config import Parser
 from errors import UserError
-from files import beside_run, matching_files, read_records, write_whole
+from files import beside_run, matching_files, read_records, without_infinity, write_whole
 from processes import only_one
 from wandb_client import LOST_CODE, Publisher, awaited, import_wandb, leave, open_run
 from wandb_errors import advice, reason, with_advice
@@ -253,7 +253,7 @@ def lacking(records, stored):
 
 def download(args):
     """Download config, summary, history, files and artifacts of a run, of those of all ranks of the run at a checkpoint
-    path, or of a sweep's runs, to a folder per run."""
+    path, or of a sweep's runs, to a folder per run, and beside it what report.py reads."""
     path = re.sub(r"^\w+://[^/]*|[?#].*", "", args.run)  # of a URL: https://wandb.ai/ENTITY/PROJECT/runs/ID
     parts = [part for part in path.split("/") if part]
     kind = "sweeps" if "sweeps" in parts else "runs"
@@ -284,8 +284,14 @@ def fetch(runs, where):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(run.config, indent=1))
         (folder / "summary.json").write_text(json.dumps(dict(run.summary), indent=1, default=dict))
+        n_rows, reports = 0, {}
         with open(folder / "history.jsonl", "w") as file:
-            rows = [file.write(json.dumps(row) + "\n") for row in history(run)]
+            for row in history(run):
+                file.write(json.dumps(row) + "\n")
+                n_rows += 1
+                add_report(reports, row)
+        if reports:
+            write_whole(folder.with_name(f"{run.id}.metrics.jsonl"), metrics_jsonl(run, reports).encode())
         wanted = [(file, "files", dict(replace=True)) for file in run.files() if _stays_inside(file.name)]
         wanted += [(artifact, f"artifacts/{artifact.name.replace(':', '-')}", {})
                    for artifact in run.logged_artifacts()]
@@ -297,8 +303,26 @@ def fetch(runs, where):
             except Exception as error:  # the rest is wanted all the same
                 print(f"error: {folder / place}: {item.name} not fetched: {with_advice(error)}", file=sys.stderr)
                 code = 1
-        print(f"{folder}: {len(rows)} rows, {fetched['files']} files, {fetched['artifacts']} artifacts", flush=True)
+        print(f"{folder}: {n_rows} rows, {fetched['files']} files, {fetched['artifacts']} artifacts", flush=True)
     return code
+
+
+def add_report(reports, row):
+    """Adds the numbers of a row of W&B's to `reports`: step → record of a metrics.jsonl. What cannot be null there, NaN
+    and infinity, is."""
+    if isinstance(step := row.get("step"), int) and isinstance(when := row.get("_timestamp"), int | float):
+        numbers = {name: value for name, value in row.items() if name[0] != "_" and isinstance(value, int | float)}
+        numbers |= {name: None for name, value in row.items() if value in ("NaN", "Infinity")}
+        reports[step] = reports.get(step, {}) | numbers | {"time": when}
+
+
+def metrics_jsonl(run, reports):
+    """What report.py reads of a run: its configuration, its reports in the order of their steps, and how it ended."""
+    ends = dict(step=max(reports), time=reports[max(reports)]["time"])
+    records = [dict(step=0, time=0.0, event="config", config=dict(run.config)),
+               *({"step": step} | reports[step] for step in sorted(reports))]
+    records += [ends | dict(event="exit", code=0)] if run.state == "finished" else []
+    return "".join(json.dumps(without_infinity(record)) + "\n" for record in records)
 
 
 def _stays_inside(name):

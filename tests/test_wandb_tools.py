@@ -1,6 +1,7 @@
 """`wandb_tools.py` against a server on loopback: check, sync, download."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -13,12 +14,24 @@ import zygote
 from conftest import QUICK, REMOTE, ROOT, command, environment, eventually, processes_with
 from wandb_server import ServerSweep, WandbServer
 
+import report
 import wandb_tools
 from errors import UserError
+from files import read_records
 from processes import only_one
 from wandb_errors import with_advice
 from wandb_runs import ENVIRONMENT, WandbConfig, run_path
-from wandb_tools import fetch, forget_environment, history, lacking, memories, offline_folders, renamed
+from wandb_tools import (
+    add_report,
+    fetch,
+    forget_environment,
+    history,
+    lacking,
+    memories,
+    metrics_jsonl,
+    offline_folders,
+    renamed,
+)
 
 TOOLS = [sys.executable, str(ROOT / "wandb_tools.py")]
 FAILING = {  # what fails, and how → the step that says so, and what to do
@@ -454,9 +467,35 @@ def test_download_brings_all_of_a_run(server, trainer, tool):
     assert (folder / "artifacts" / f"model-{stored.run_id}-v0" / "model.pt").read_bytes() == (
         run.checkpoint.read_bytes())
     model = f"{folder.parent.name}/{folder.name}/artifacts/model-{stored.run_id}-v0/model.pt"
+    theirs, = report.load([folder.parent])  # the page of a run of another machine
+    ours, = report.load([run.checkpoint])
+    for metric in ("train/loss", "val/loss", "val/bits_per_byte", "lr", "global_tokens_per_sec"):
+        for x in report.X_METRICS:
+            assert theirs.series(metric, x) == ours.series(metric, x), (metric, x)
+    assert theirs.facts() == ours.facts() and theirs.name == stored.run_id and theirs.ending() == "0"
     made = zygote.run([*command("generate.py"), "--checkpoint-path", model, "--max-new-tokens", 5], trainer.folder,
                       environment())
     assert made.returncode == 0 and "5 tokens" in made.stderr, made.stderr  # its tokenizer came along
+
+
+def test_what_a_downloaded_run_reported(tmp_path):
+    """Rows of one step are one report, a step that was repeated after a resume is the later one, NaN is null."""
+    rows = [{"step": 5, "_timestamp": 1.5, "_step": 0, "train/loss": 3.0, "val/loss": 2.5},
+            {"step": 5, "_timestamp": 1.6, "samples": {"_type": "table-file"}},
+            {"step": 4, "_timestamp": 9.0, "train/loss": "NaN", "val/ppl": "Infinity"},
+            {"step": 5, "_timestamp": 9.5, "train/loss": 2.0, "gradients/x": {"_type": "histogram"}, "amp": "on"},
+            {"_timestamp": 9.5, "other": 1}]
+    reports = {}
+    for row in rows:
+        add_report(reports, row)
+    run = SimpleNamespace(config=dict(lr=math.nan), state="finished")
+    (tmp_path / "r.metrics.jsonl").write_text(metrics_jsonl(run, reports))
+    config, *found, ended = read_records(tmp_path / "r.metrics.jsonl")
+    assert found == [{"step": 4, "time": 9.0, "train/loss": None, "val/ppl": None},
+                     {"step": 5, "time": 9.5, "train/loss": 2.0, "val/loss": 2.5}]
+    assert config["config"] == dict(lr=None) and ended == dict(step=5, time=9.5, event="exit", code=0)
+    run.state = "crashed"
+    assert "exit" not in metrics_jsonl(run, reports)
 
 
 def test_what_cannot_be_fetched_or_leads_out_of_the_folder_is_left_out_and_the_rest_fetched(tmp_path, capsys):
@@ -489,7 +528,7 @@ def test_download_takes_the_runs_of_all_ranks(server, trainer, tool):
     assert run.code == 0, run.out
     code, out, err = tool("download", "c.pt", "to")
     assert (code, err) == (0, "") and out.count(" rows, ") == 2, out
-    assert sorted(path.name[-7:] for path in (trainer.folder / "to").iterdir()) == ["-rank-0", "-rank-1"]
+    assert sorted(path.name[-7:] for path in (trainer.folder / "to").iterdir() if path.is_dir()) == ["-rank-0", "-rank-1"]
     code, out, err = tool("download", "none.pt", "to")
     assert (code, out, err.count("\n")) == (2, "", 1) and "no none.wandb.json beside it" in err
 
