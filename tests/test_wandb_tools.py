@@ -528,7 +528,8 @@ def test_download_takes_the_runs_of_all_ranks(server, trainer, tool):
     assert run.code == 0, run.out
     code, out, err = tool("download", "c.pt", "to")
     assert (code, err) == (0, "") and out.count(" rows, ") == 2, out
-    assert sorted(path.name[-7:] for path in (trainer.folder / "to").iterdir() if path.is_dir()) == ["-rank-0", "-rank-1"]
+    folders = sorted(path.name[-7:] for path in (trainer.folder / "to").iterdir() if path.is_dir())
+    assert folders == ["-rank-0", "-rank-1"]
     code, out, err = tool("download", "none.pt", "to")
     assert (code, out, err.count("\n")) == (2, "", 1) and "no none.wandb.json beside it" in err
 
