@@ -283,7 +283,7 @@ class Stopwatch:
 def out_of_memory(error, advice="lower --batch-size and raise --grad-accum-steps, or --use-activation-checkpoint"):
     """The message for an out-of-memory error; None for any other error."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or isinstance(error, RuntimeError) and re.search(
-            "DefaultCPUAllocator|out of memory", str(error)):  # CPU; Metal, and CUDA outside torch's allocator
+            "DefaultCPUAllocator|out of memory|_ALLOC_FAILED", str(error)):  # CPU; Metal, NCCL and CUDA's own; cuBLAS's
         return f"out of memory: {first_line(error)}; {advice}"
     return None
 
@@ -301,11 +301,15 @@ def enough_memory(advice):
 
 def explained(error):
     """The message for an error whose cause is known; None for any other error."""
+    if said := out_of_memory(error):  # before the compiler's, which allocates, too
+        return said
+    if "no kernel image is available" in str(error):
+        return "this PyTorch has no kernels for this GPU: take a build for an older or newer CUDA, or --device cpu"
     if type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):
         return f"torch.compile failed: {first_line(error)}; add --no-compile"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{error.filename or 'the disk'}: {error.strerror}; make room there"
-    return out_of_memory(error)
+    return None
 
 
 @contextlib.contextmanager

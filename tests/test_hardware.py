@@ -210,7 +210,8 @@ def test_what_metal_would_compute_wrongly_is_refused(monkeypatch):
 def test_a_lack_of_memory_becomes_one_line_and_other_errors_stay_as_they_are():
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"), MemoryError(),
                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
-                  RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)")):
+                  RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"),
+                  RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")):
         with (pytest.raises(UserError, match="^out of memory: .*; lower --batch-size$"),
               hardware.enough_memory("lower --batch-size")):
             raise error
@@ -296,3 +297,10 @@ def test_a_lack_of_memory_and_of_a_compiler_is_a_line_that_says_what_to_do():
     for module in "_dynamo", "_inductor":
         error = type("Failed", (RuntimeError,), dict(__module__=f"torch.{module}.exc"))("no compiler\nand more")
         assert hardware.explained(error) == "torch.compile failed: no compiler; add --no-compile"
+        full = type(error)("OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB")
+        assert "; lower --batch-size and raise --grad-accum-steps" in hardware.explained(full)
+
+
+def test_a_gpu_that_this_pytorch_has_no_kernels_for_is_a_line_that_says_what_to_do():
+    error = torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device\nmore", 209)
+    assert "take a build for an older or newer CUDA" in hardware.explained(error)
