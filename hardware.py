@@ -89,8 +89,9 @@ def choose_device(name, local_rank=0, alone=True):
             raise UserError("--device cuda: this PyTorch sees no CUDA device; use --device cpu, or check nvidia-smi "
                             "and that torch is the CUDA build")
         if local_rank >= torch.cuda.device_count():
-            raise UserError(f"--device cuda: local rank {local_rank} has no GPU of its own, this machine has "
-                            f"{torch.cuda.device_count()}; lower --nproc-per-node")
+            raise UserError(f"--device cuda: local rank {local_rank} has no GPU of its own, it sees "
+                            f"{torch.cuda.device_count()}; lower --nproc-per-node, or let each rank see all GPUs (no "
+                            f"--gpus-per-task)")
         return torch.device("cuda", local_rank)
     if name == "mps" and not has_mps:
         raise UserError("--device mps: this PyTorch has no Metal support; use --device cpu")

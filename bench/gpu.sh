@@ -17,6 +17,7 @@ cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1  # what was printed before a time limit is not lost
 python=${PYTHON:-python3}
 what=${1:?check, speed, trainer, step, loss, ddp or fsdp}
+$python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("this PyTorch sees no CUDA device: see nvidia-smi")'
 case $what in
 check|ddp|fsdp) ;;  # with all GPUs
 *) export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} ;;  # of several the Trainer would take all

@@ -1,12 +1,14 @@
 import contextlib
 import ctypes
 import os
+import subprocess
+import sys
 import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import Clock
+from conftest import ROOT, Clock, environment
 
 import hardware
 from config import parse
@@ -69,8 +71,14 @@ def test_a_device_that_this_rank_has_not_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert hardware.choose_device("auto", local_rank=1) == torch.device("cuda", 1)
-    with pytest.raises(UserError, match="local rank 2 has no GPU of its own, this machine has 2;"):
+    with pytest.raises(UserError, match=r"local rank 2 has no GPU of its own, it sees 2;.*\(no --gpus-per-task"):
         hardware.choose_device("auto", local_rank=2)
+
+
+def test_what_is_to_be_measured_on_a_gpu_does_not_pass_without_one():
+    run = subprocess.run(["bash", ROOT / "bench" / "gpu.sh", "check"], text=True, capture_output=True,
+                         env=environment(PYTHON=sys.executable, CUDA_VISIBLE_DEVICES=""))
+    assert run.returncode == 1 and not run.stdout and "no CUDA device" in run.stderr, run.stdout + run.stderr
 
 
 @pytest.mark.parametrize("capability, name", [((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")])
