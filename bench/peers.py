@@ -71,7 +71,8 @@ class Bench:
         (self.tokens / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": self.vocab}))
         if nanogpt:
             self.nanogpt = self.folder / "nanoGPT"
-            shutil.copytree(nanogpt, self.nanogpt, ignore=shutil.ignore_patterns(".git", "out*"), dirs_exist_ok=True)
+            unneeded = shutil.ignore_patterns(".git", "out*", "*.bin")  # 17 GB, if OpenWebText has been prepared there
+            shutil.copytree(nanogpt, self.nanogpt, ignore=unneeded, dirs_exist_ok=True)
             shutil.copytree(self.tokens, self.nanogpt / "data" / "same", dirs_exist_ok=True)
 
     def ours(self, steps, *flags):
