@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -175,6 +176,25 @@ def test_targets(changed, as_it_is, tmp_path):
     assert run.rows[1]["train/loss"] == pytest.approx(nats[counted].mean().item(), abs=1e-5)
     assert plain.rows[1]["train/loss"] == pytest.approx(nats.mean().item(), abs=1e-5)
     assert run.rows[0]["val/loss"] == plain.rows[0]["val/loss"]
+
+
+def test_documents(changed, as_it_is, tmp_path):
+    """A window's loss is that of its documents, each by itself; a token of one changes no loss of the next."""
+    (tmp_path / "documents.txt").write_text("<|endoftext|>".join(["a king sings under the sea", "night"] * 400))
+    flags = "--train-data", tmp_path / "documents.txt", "--arch", "qwen3", "--n-kv-heads", 1
+    plain = as_it_is(*flags)
+    model, corpus, x, y = first_batch(plain)
+    run = changed("Attention within documents", *flags, "--document-end", corpus.eos)
+    nats = []
+    for tokens, targets in zip(x, y, strict=True):
+        ends = [0, *(tokens == corpus.eos).nonzero().flatten().tolist(), len(tokens)]
+        nats += [model(tokens[None, a:b], targets[None, a:b], reduction="none") for a, b in pairwise(ends) if a < b]
+    assert len(nats) > 8
+    assert run.rows[1]["train/loss"] == pytest.approx(torch.cat(nats).mean().item(), abs=1e-5)
+    assert abs(run.rows[1]["train/loss"] - plain.rows[1]["train/loss"]) > 1e-4
+    ranks = changed("Attention within documents", *flags, "--document-end", corpus.eos, "--batch-size", 2, "--compile",
+                    "--use-activation-checkpoint", ranks=2, script="train_fsdp.py", checkpoint="ranks.pt")
+    assert ranks.losses() == pytest.approx(run.losses(), abs=1e-4)
 
 
 def test_data(trainer, tmp_path):
