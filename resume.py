@@ -27,8 +27,10 @@ from files import beside_run, exists, same_file
 FORMAT = 1
 DATA_FLAGS = ("tokenizer_name", "train_data", "val_data", "val_ratio", "max_tokens", "text_column", "use_toy_data",
               "train_weights", "data_seed", "vocab_size")  # those that decide what the tokens are
-# The names in a run's identity that do not describe its model: another run may train its weights with other values.
-NOT_THE_MODEL = {*map(flag, DATA_FLAGS), "--seq-len", "--optimizer", "sequences in a step"}
+# The parts of a run's identity that are long or hashes: an error does not print them, but names the flags behind them.
+HASHED = ("the mixture", "the tokenizer", "the training data", "the validation data")
+# Those that do not describe its model: another run may train its weights with other values.
+NOT_THE_MODEL = {*map(flag, DATA_FLAGS), *HASHED, "--seq-len", "--optimizer", "sequences in a step"}
 # Those that decide which samples a run reads, and in which order.
 ORDER = ("--seq-len", "--data-seed", "--train-weights", "the mixture", "the tokenizer", "the training data")
 OTHER_BEST = r"\.best-of-\d+\.pt"  # the best by losses over another number of --eval-tokens
@@ -104,7 +106,7 @@ def _require_same_run(source, payload, identity, config):
     # A flag that only this code has, or only the checkpoint, counts as changed only if it is set; unset ones are falsy.
     changed = {name: (was.get(name), value) for name, value in identity.items()
                if (name in was or value) and was.get(name) != value}
-    if any(name.startswith("the ") for name in changed):  # hashes, which say nothing: name the flags behind them
+    if any(name in HASHED for name in changed):
         changed |= {flag(name): (flags[name], config.get(name)) for name in DATA_FLAGS
                     if name in flags and flags[name] != config.get(name)}
     if not changed:
@@ -120,11 +122,11 @@ def _require_same_run(source, payload, identity, config):
     unfit |= "the tokenizer" in changed and shards
     if was.get("--arch") == "gpt2" and not flags.get("init_from"):
         unfit |= identity.get("--seq-len", 0) > was.get("--seq-len", 0)
-    if unfit or any(name not in NOT_THE_MODEL and not name.startswith("the ") for name in changed):
+    if unfit or any(name not in NOT_THE_MODEL for name in changed):
         anew = "start anew"
     elif "--optimizer" not in changed:
         anew += " --keep-optimizer"
-    said = [f"{name} is another" if name.startswith("the ") else f"{name} was {before}, is {now}"
+    said = [f"{name} is another" if name in HASHED else f"{name} was {before}, is {now}"
             for name, (before, now) in changed.items()]
     raise UserError(f"--resume: {source} is of another run: {'; '.join(said)}{hint}; give the flags and data "
                     f"that it was started with (--config {flags_file}), or {anew} with another --checkpoint-path")
