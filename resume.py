@@ -1,8 +1,8 @@
 """Whether a checkpoint is of this run, and what the run takes over from it.
 
 train.py calls, in this order: `identity_of_flags` and `earlier_shards` (is the checkpoint this run's, by its flags? its
-token shards), `run_identity` and `load_for_resume` (and by its data?), `restore`; and, before the first step, `begin`
-(removes what a replaced run left).
+token shards), `run_identity` and `load_for_resume` (and by its data?), `restore`; and, before the first step,
+`remove_stale_files` (of a run that is replaced) and `loss_to_beat`.
 """
 
 import contextlib
@@ -219,16 +219,16 @@ def distribute_moments(saved, optimizer, world):
         state.update({name: world.distribute(value, params[index]) for name, value in state.items()})
 
 
-def begin(cfg, resume_from, state, eval_tokens):
+def remove_stale_files(cfg, resume_from, step):
     """Before the first step, removes the drafts of killed saves and what a replaced run left: its log and metrics
-    unless this run continues it, with --overwrite its checkpoints. A rollback makes `resume_from` the newest at once.
-    Returns the validation loss to beat."""
+    unless this run continues it, with --overwrite its checkpoints. A rollback, to `step`, makes `resume_from` the
+    newest at once."""
     path, bests = Path(cfg.checkpoint_path), [cfg.beside(".best.pt"), *cfg.matching(OTHER_BEST)]
     goes_on = resume_from is not None and cfg.continues(resume_from)
     stale = cfg.drafts() + ([cfg.beside(".prev.pt"), cfg.beside(".nonfinite.pt")] if cfg.overwrite else [])
     if cfg.overwrite and goes_on:
-        stale += [file for file in cfg.numbered() if step_of(file) > state.step]
-        stale += [file for file in bests if _surely_peeked(file)["state"].get("step", 0) > state.step]
+        stale += [file for file in cfg.numbered() if step_of(file) > step]
+        stale += [file for file in bests if _surely_peeked(file)["state"].get("step", 0) > step]
         link(Path(resume_from), path)
     elif not goes_on:  # any such files belong to another run, even if that one never saved a checkpoint
         shutil.rmtree(cfg.beside(".tensorboard"), ignore_errors=True)
@@ -240,10 +240,9 @@ def begin(cfg, resume_from, state, eval_tokens):
             stale += [path, *bests, *cfg.numbered()]
     for file in stale:
         file.unlink(missing_ok=True)
-    return _loss_to_beat(cfg, state, eval_tokens)
 
 
-def _loss_to_beat(cfg, state, eval_tokens):
+def loss_to_beat(cfg, state, eval_tokens):
     """The loss of `.best.pt`, which may be newer than the checkpoint resumed from; infinity if there is none. One that
     was measured with another `eval_tokens` is not comparable: it is kept under a name with that number, and the best
     of before with this number, if there was one, is the best again."""

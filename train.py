@@ -186,8 +186,8 @@ def train(cfg, world):
             log.info("stopped by %s before the first step: nothing has been replaced", stop.cause(number))
             return 128 + number
         world.from_main(lambda: corpus.export_tokenizer(cfg.checkpoint.beside(".tokenizer")))
-        state.best_val = world.from_main(
-            lambda: resume.begin(cfg.checkpoint, resume_from, state, cfg.report.eval_tokens))
+        world.from_main(lambda: resume.remove_stale_files(cfg.checkpoint, resume_from, state.step))
+        state.best_val = world.from_main(lambda: resume.loss_to_beat(cfg.checkpoint, state, cfg.report.eval_tokens))
 
     facts = config | corpus.facts | dict(n_params=raw.num_params(), accum_steps=accum,
                                           flops_per_token=flops_per_token)

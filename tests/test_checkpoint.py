@@ -311,7 +311,7 @@ def test_where_there_is_no_room_for_a_copy_the_newest_is_saved_all_the_same(tmp_
 def test_drafts_of_a_killed_save_are_removed_and_no_other_runs(tmp_path):
     for name in ("c.pt.tmp", "c.best.pt.tmp", "c.step-00000008.pt.tmp", "cat.pt.tmp", "c.cat.pt.tmp"):
         (tmp_path / name).touch()
-    resume.begin(config(tmp_path), None, State(), EVAL_TOKENS)
+    resume.remove_stale_files(config(tmp_path), None, 0)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["c.cat.pt.tmp", "cat.pt.tmp"]
 
 
@@ -401,7 +401,7 @@ def test_a_best_checkpoint_that_is_the_damaged_newest_by_another_name_is_forgott
         file.write(bytes([file.read(1)[0] ^ 1]))
     restored = resume.load_for_resume(tmp_path / "c.pt", cfg, {}, {})
     assert restored["step"] == 1 and not (tmp_path / "c.best.pt").exists()
-    assert resume.begin(cfg, tmp_path / "c.pt", State(step=1), EVAL_TOKENS) == math.inf
+    assert resume.loss_to_beat(cfg, State(step=1), EVAL_TOKENS) == math.inf
 
 
 def test_overwrite_says_whether_it_rolls_a_run_back_or_replaces_it(tmp_path):
@@ -443,7 +443,8 @@ def test_starting_over_leaves_nothing_of_the_old_run_in_force(tmp_path):
         save_run(cfg, whole(step), step, latest=True, best=True)
     for name in ("c.best-of-64.pt", "c.wandb.json", "c.rank1.wandb.json", "c.rank1.metrics.jsonl"):
         (tmp_path / name).touch()
-    assert resume.begin(cfg, None, State(), EVAL_TOKENS) == math.inf
+    resume.remove_stale_files(cfg, None, 0)
+    assert resume.loss_to_beat(cfg, State(), EVAL_TOKENS) == math.inf
     assert os.listdir(tmp_path) == []
     assert plan(config(tmp_path, resume="auto")) is None
 
@@ -455,7 +456,8 @@ def test_rolling_back_makes_the_file_the_newest_at_once_and_keeps_a_best_one_tha
     cfg = config(tmp_path, keep_last=3, overwrite=True)
     for step in (10, 20, 30):
         save_run(cfg, whole(step), step, latest=True, best=step == best_at)
-    assert resume.begin(cfg, tmp_path / back_to, State(step=20, best_val=1.5), EVAL_TOKENS) == least
+    resume.remove_stale_files(cfg, tmp_path / back_to, 20)
+    assert resume.loss_to_beat(cfg, State(step=20, best_val=1.5), EVAL_TOKENS) == least
     assert load(tmp_path / "c.pt")["state"]["step"] == 20
     best = {"c.best.pt"} if least < math.inf else set()
     assert set(os.listdir(tmp_path)) == {"c.pt", "c.step-00000010.pt", "c.step-00000020.pt"} | best
@@ -469,7 +471,7 @@ def test_rolling_back_to_a_symbolic_link_takes_what_it_leads_to(tmp_path, name):
         save_run(cfg, whole(step), step, latest=True, best=False)
     step = load(tmp_path / name)["state"]["step"]
     (tmp_path / "latest.pt").symlink_to(name)
-    resume.begin(cfg, tmp_path / "latest.pt", State(step=step), EVAL_TOKENS)
+    resume.remove_stale_files(cfg, tmp_path / "latest.pt", step)
     assert not (tmp_path / "c.pt").is_symlink() and load(tmp_path / "c.pt")["state"]["step"] == step
 
 
@@ -489,7 +491,7 @@ def test_from_the_plan_to_resume_on_no_other_run_may_write(tmp_path):
 def test_a_branch_does_not_take_up_the_wandb_run_of_what_it_replaces(tmp_path, source, kept):
     (tmp_path / "c.wandb.json").touch()
     save_run(config(tmp_path, checkpoint_path=str(tmp_path / source)), whole(5), 5, latest=True, best=False)
-    resume.begin(config(tmp_path, resume=source), tmp_path / source, State(step=5), EVAL_TOKENS)
+    resume.remove_stale_files(config(tmp_path, resume=source), tmp_path / source, 5)
     assert (tmp_path / "c.wandb.json").exists() == kept
 
 
@@ -578,33 +580,33 @@ def test_a_run_that_goes_on_from_before_its_best_checkpoint_has_that_to_beat(tmp
     for step, loss, best in ((60, 3.2, False), (100, 3.1, True)):
         saved = whole(step) | {"state": dict(step=step, best_val=loss)}
         save_run(cfg, saved, step, latest=not best, best=best)
-    assert resume.begin(cfg, tmp_path / "c.pt", State(step=60, best_val=3.2), EVAL_TOKENS) == 3.1
-    assert resume.begin(cfg, tmp_path / "c.pt", State(step=60, best_val=3.2), 0) == math.inf  # of another set
+    assert resume.loss_to_beat(cfg, State(step=60, best_val=3.2), EVAL_TOKENS) == 3.1
+    assert resume.loss_to_beat(cfg, State(step=60, best_val=3.2), 0) == math.inf  # of another set
     assert load(tmp_path / f"c.best-of-{EVAL_TOKENS}.pt")["state"]["step"] == 100
     (tmp_path / "c.best.pt").write_bytes(b"damaged")  # there are no best weights: the next evaluation makes some
-    assert resume.begin(cfg, tmp_path / "c.pt", State(step=60, best_val=3.2), 0) == math.inf
+    assert resume.loss_to_beat(cfg, State(step=60, best_val=3.2), 0) == math.inf
 
 
 def test_a_best_checkpoint_that_cannot_be_read_for_a_moment_is_not_written_over(tmp_path, monkeypatch):
     cfg = config(tmp_path, resume="latest")
     save_run(cfg, whole(100) | {"state": dict(step=100, best_val=3.1)}, 100, latest=False, best=True)
     monkeypatch.setattr(resume, "peek", lambda path: {})  # as on a file system without mmap
-    assert resume.begin(cfg, tmp_path / "c.pt", State(step=60), EVAL_TOKENS) == 3.1
-    assert resume.begin(cfg, tmp_path / "c.pt", State(step=60), 7) == math.inf
-    assert resume.begin(cfg, tmp_path / "c.pt", State(step=60), EVAL_TOKENS) == 3.1, "back from .best-of-N.pt"
+    assert resume.loss_to_beat(cfg, State(step=60), EVAL_TOKENS) == 3.1
+    assert resume.loss_to_beat(cfg, State(step=60), 7) == math.inf
+    assert resume.loss_to_beat(cfg, State(step=60), EVAL_TOKENS) == 3.1, "back from .best-of-N.pt"
 
     def fail(path):
         raise OSError(errno.ESTALE, "Stale file handle")
 
     monkeypatch.setattr(archive, "file_digest", fail)
     with pytest.raises(UserError, match=r"c\.best\.pt cannot be read now"):
-        resume.begin(cfg, tmp_path / "c.pt", State(step=60), EVAL_TOKENS)
+        resume.loss_to_beat(cfg, State(step=60), EVAL_TOKENS)
 
 
 def test_the_best_over_some_tokens_is_the_best_again_when_they_are_those_again(tmp_path):
     def best_of(eval_tokens, loss, step):
         """A start with so many --eval-tokens → the loss to beat; then a best checkpoint, if `loss` is below that."""
-        to_beat = resume.begin(cfg, tmp_path / "c.pt", State(step=60), eval_tokens)
+        to_beat = resume.loss_to_beat(cfg, State(step=60), eval_tokens)
         if loss < to_beat:
             saved = whole(step) | dict(state=dict(step=step, best_val=loss), config=dict(eval_tokens=eval_tokens))
             save_run(cfg, saved, step, latest=False, best=True)
@@ -619,7 +621,7 @@ def test_the_best_over_some_tokens_is_the_best_again_when_they_are_those_again(t
     assert best_of(512, 3.0, 110) == (3.3, 110)
     assert [file.name for file in cfg.matching(resume.OTHER_BEST)] == ["c.best-of-1024.pt"]
     back = config(tmp_path, overwrite=True)
-    resume.begin(back, tmp_path / "c.pt", State(step=60), 512)  # a rollback: of later steps there is no best
+    resume.remove_stale_files(back, tmp_path / "c.pt", 60)  # a rollback: of later steps there is no best
     assert not back.matching(r"\.best.*\.pt")
 
 
@@ -658,7 +660,7 @@ def test_files_of_a_run_whose_name_begins_alike_are_left_alone(tmp_path):
     for step in (1, 2):
         save_run(cfg, whole(step), step, latest=True, best=False)
     assert [file.name for file in cfg.numbered()] == ["c.step-00000002.pt"]
-    resume.begin(cfg, None, State(), EVAL_TOKENS)
+    resume.remove_stale_files(cfg, None, 0)
     assert set(os.listdir(tmp_path)) == foreign
     for name in ("c.step-final.pt", "c.rank3.pt", "c.upload-x.pt"):
         with pytest.raises(UserError, match="which are names of a run's other files"):
@@ -674,7 +676,7 @@ def test_a_branch_begins_without_the_history_of_the_run_that_was_there(tmp_path)
     for name in ("a.upload-3.pt", "a.upload-5.best.pt", "a.rank1.upload-5.pt"):  # which it could not send
         (tmp_path / name).touch()
     cfg = CheckpointConfig(str(tmp_path / "a.pt"), resume=str(tmp_path / "b.pt"), overwrite=True, keep_last=1)
-    resume.begin(cfg, tmp_path / "b.pt", State(step=5), EVAL_TOKENS)
+    resume.remove_stale_files(cfg, tmp_path / "b.pt", 5)
     # Nor is the source's checkpoint put there: a kill before the first save would leave one of the source's W&B run.
     assert {path.name for path in tmp_path.iterdir()} == {"b.pt", "b.step-00000005.pt"}
 
