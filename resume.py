@@ -1,8 +1,8 @@
 """Whether a checkpoint is of this run, and what the run takes over from it.
 
-train.py calls, in this order: `identity_of_flags` and `earlier_shards` (is the checkpoint this run's, by its flags? its
-token shards), `run_identity` and `load_for_resume` (and by its data?), `restore`; and, before the first step,
-`remove_stale_files` (of a run that is replaced) and `loss_to_beat`.
+train.py calls, in this order: `require_same_flags` (is the checkpoint this run's, by its flags?), `earlier_shards`,
+`run_identity` and `load_for_resume` (and by its data?), `restore`; and, before the first step, `remove_stale_files` (of
+a run that is replaced) and `loss_to_beat`.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 import hardware
 from archive import DamagedCheckpoint, link, load, peek
 from checkpoint import State, step_of
-from config import flag, is_launch_flag
+from config import flag, flatten, is_launch_flag
 from errors import UserError
 from files import beside_run, exists, same_file
 
@@ -59,19 +59,30 @@ def run_identity(cfg, corpus, vocab_size, global_batch_size):
         "the training data": corpus.fingerprint["train"], "the validation data": corpus.fingerprint["val"]}
 
 
-def earlier_shards(path, cfg, config, known):
-    """The folder of token shards that the run at `path` had, if its flags for the data are those of `config` and it is
-    still there; else None. Raises UserError if that run's identity differs from what is `known` of this one's: before
-    a text is tokenized."""
-    for file in (path, cfg.beside(".prev.pt")) if path else ():
-        if is_of_a_run(found := peek(file)):  # else damaged
-            _require_same_run(file, found, known, config)
-            if any(found["config"].get(name) != config.get(name) for name in DATA_FLAGS):
-                return None
-            folder = str(found.get("tokens", ""))
-            here = os.path.join(config["cache_dir"], os.path.basename(folder))  # if all has been moved, cache included
-            return next(filter(os.path.isdir, (folder, here)), None)
-    return None
+def require_same_flags(path, cfg, global_batch_size):
+    """Raises UserError if the run at `path` is another by its flags: before a text is tokenized. `cfg`: all flags."""
+    file, found = _first_readable(path, cfg)
+    if found:
+        _require_same_run(file, found, identity_of_flags(cfg, global_batch_size), flatten(cfg))
+
+
+def earlier_shards(path, cfg):
+    """The folder of token shards that the run at `path` had, if its flags for the data are those of `cfg`, all flags,
+    and it is still there; else None."""
+    (_, found), config = _first_readable(path, cfg), flatten(cfg)
+    if not found or any(found["config"].get(name) != config[name] for name in DATA_FLAGS):
+        return None
+    folder = str(found.get("tokens", ""))
+    here = os.path.join(cfg.data.cache_dir, os.path.basename(folder))  # if all has been moved, cache included
+    return next(filter(os.path.isdir, (folder, here)), None)
+
+
+def _first_readable(path, cfg):
+    """(file, what it says of its run): the checkpoint at `path` or, if damaged, the one before; else (None, {})."""
+    for file in (path, cfg.checkpoint.beside(".prev.pt")) if path else ():
+        if is_of_a_run(found := peek(file)):
+            return file, found
+    return None, {}
 
 
 def load_for_resume(path, cfg, identity, config, mends=True):

@@ -63,8 +63,8 @@ def train(cfg, world):
 
     # The data, and what defines the run.
     global_batch_size = batch_size * accum * world.size
-    known = resume.identity_of_flags(cfg, global_batch_size)
-    earlier = world.from_main(lambda: resume.earlier_shards(resume_from, cfg.checkpoint, flatten(cfg), known))
+    world.from_main(lambda: resume.require_same_flags(resume_from, cfg, global_batch_size))
+    earlier = world.from_main(lambda: resume.earlier_shards(resume_from, cfg))
     corpus = Corpus(cfg.data, cfg.model.vocab_size, writes=world.local_rank == 0, scratch=dry_run, earlier=earlier)
     cfg.optim = cfg.optim.in_steps(global_batch_size, corpus.seq_len, corpus.n_windows)
     config = flatten(cfg)

@@ -20,7 +20,7 @@ import resume
 import saver
 from archive import DamagedCheckpoint, load, save
 from checkpoint import CheckpointConfig, State, plan
-from config import parse
+from config import flatten, parse
 from errors import UserError
 from resume import load_latest
 from saver import Saver, save_run
@@ -626,16 +626,15 @@ def test_the_best_over_some_tokens_is_the_best_again_when_they_are_those_again(t
 
 
 def test_the_tokens_of_a_run_are_found_where_it_left_them_or_in_a_cache_that_has_been_moved(tmp_path):
-    flags = dict.fromkeys(resume.DATA_FLAGS) | dict(cache_dir=str(tmp_path / "cache"))
-    saved = whole(1) | dict(config=flags, tokens=str(tmp_path / "then" / "name"))
-    save_run(cfg := config(tmp_path), saved, 1, latest=True, best=False)
+    def find(*flags):
+        return resume.earlier_shards(tmp_path / "c.pt", parse(Config, [*here, *flags]))
 
-    def find(**changes):
-        return resume.earlier_shards(tmp_path / "c.pt", cfg, flags | changes, {})
-
+    here = "--checkpoint-path", str(tmp_path / "c.pt"), "--cache-dir", str(tmp_path / "cache")
+    saved = whole(1) | dict(config=flatten(parse(Config, here)), tokens=str(tmp_path / "then" / "name"))
+    save_run(config(tmp_path), saved, 1, latest=True, best=False)
     assert find() is None
     (tmp_path / "cache" / "name").mkdir(parents=True)
-    assert find() == str(tmp_path / "cache" / "name") and find(max_tokens=9) is None
+    assert find() == str(tmp_path / "cache" / "name") and find("--max-tokens", "9") is None
     (tmp_path / "then" / "name").mkdir(parents=True)
     assert find() == str(tmp_path / "then" / "name")
 
