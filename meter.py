@@ -37,11 +37,15 @@ class Meter:
         # Skipped steps in total, and steps in a row with a NaN or infinite gradient norm. The same on every rank.
         self.skipped, self.skipped_in_row = torch.zeros(2, dtype=torch.int64, device=world.device).unbind()
         self.smoothed = {}
-        self.spent, self.tokens, self.steps = defaultdict(float), 0, 0  # steps: those timed
-        self.warm, self.started, self.grad_norm = False, time.perf_counter(), 0.0
-        self.reported = self.started
+        self.grad_norm = 0.0  # of the newest step
+        self.warm = False  # whether the first step has been taken
+        self.spent = defaultdict(float)  # activity → seconds since the last report
+        # The training clock: when it was started, later by what was excluded; the tokens and steps since then.
+        self.started, self.tokens, self.steps = time.perf_counter(), 0, 0
+        self.reported = self.started  # when the last report was
         # For the watchdog: the current activity and its start, and how long recent activities took, in host time.
-        self.doing, self.lasted = ("step", self.started), defaultdict(lambda: deque(maxlen=100))
+        self.doing = "step", self.started
+        self.lasted = defaultdict(lambda: deque(maxlen=100))
 
     def add(self, losses, grad_norm, taken, tokens):
         """Add one optimizer step of this rank: `losses`, (micro-batches,), and whether it was `taken`, on the device;
