@@ -109,12 +109,16 @@ class Tracker:
         """`cfg`: the whole configuration; `facts`: what to record with the run. `state` is read at each record, and
         gets the id of the W&B run; `epochs(state)`: how often the data has been read. Collective with --use-wandb.
         """
-        self.state, self.epochs, self.amp, self.flops_per_token = state, epochs, amp, facts["flops_per_token"]
-        self.num_steps, self.exit_code = cfg.optim.num_steps, 0
-        self.beside, self.is_main, self.sinks, self.log_file = cfg.checkpoint.beside, world.is_main, [], None
+        self.state, self.epochs, self.amp = state, epochs, amp
+        self.flops_per_token, self.num_steps = facts["flops_per_token"], cfg.optim.num_steps
+        self.beside, self.is_main = cfg.checkpoint.beside, world.is_main
+        self.exit_code = 0  # that the run ends with
+        self.log_file = None
+        self.sinks = []
+        self.wandb = None  # that of the sinks which is W&B's
         self.drawn = {title: [] for title in DRAWN}
         self.lately = deque([(time.perf_counter(), state.step)], 100)  # when each report was
-        self.wandb, (settings, self.plan) = None, self._plan_wandb(cfg, world, state)
+        settings, self.plan = self._plan_wandb(cfg, world, state)
         if world.is_main or self.plan:
             facts = facts | distributed_info(world) | dict(
                 wandb_run_id=state.wandb_run_id, device=device_name(world.device), command=shlex.join(sys.orig_argv))
@@ -123,7 +127,7 @@ class Tracker:
                                disable=None if world.is_main else True)
 
     def _plan_wandb(self, cfg, world, state):
-        """The W&B settings and this rank's RunPlan; (None, None) without W&B."""
+        """The W&B settings and this rank's RunPlan; (None, None) without W&B. Collective."""
         if not cfg.wandb.use_wandb:
             return None, None
         info = distributed_info(world)
