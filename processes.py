@@ -125,7 +125,10 @@ class StopSignal:
     STOPS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM
 
     def __init__(self, world, time_limit=0.0):
-        self.world, self.minutes, self.received, self.save, self.since = world, time_limit, 0, False, 0.0
+        self.world, self.minutes = world, time_limit
+        self.received = 0  # the first signal to stop
+        self.save = False  # whether a save has been asked for
+        self.since = 0.0  # when the first Ctrl-C came
 
     def listen(self):
         """Install the handlers: from here on, until the end of a `with` block."""

@@ -61,10 +61,13 @@ class Saver:
 
     def __init__(self, cfg, world, state, track):
         """`state` is the run's own; the Tracker `track` is told of each file saved, and of the first failure."""
-        self.cfg, self.world, self.state, self.track, self.failing = cfg, world, state, track, False
-        self.pool, self.copies = ThreadPoolExecutor(1, "save"), []
+        self.cfg, self.world, self.state, self.track = cfg, world, state, track
+        self.failing = False  # whether the last save failed
+        self.pool = ThreadPoolExecutor(1, "save")
+        self.copies = []  # the tensors on the CPU that --async-save writes from
+        self.future = None  # on the main rank: what `_write` will return
+        self.under_way = None  # on every rank: (step, best_val before) of the save in progress
         self.since = time.monotonic()  # when the newest checkpoint was begun, or this start
-        self.future = self.under_way = None  # under_way, on every rank: (step, best_val before) of the save in progress
 
     def is_overdue(self):
         """Whether --save-minutes have passed since the newest checkpoint, by the main rank's clock."""
@@ -79,7 +82,8 @@ class Saver:
         before = self.state.best_val
         if best:
             self.state.best_val = self.state.val_loss
-        now, self.under_way = payload(), (self.state.step, before)
+        now = payload()
+        self.under_way = self.state.step, before
         self.world.from_main(lambda: self._begin(now, latest, best))
         if last or not self.cfg.async_save:
             self.conclude(last=last)

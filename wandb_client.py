@@ -169,7 +169,9 @@ class Publisher:
 
     def __init__(self, run, job, say, samples=()):
         """`samples`: records that the sample table starts with, such as those from before a resume."""
-        self.run, self.job, self.say, self.waiting, self.uploading = run, job, say, [], None
+        self.run, self.job, self.say = run, job, say
+        self.waiting = []  # checkpoint records whose files are still to be uploaded
+        self.uploading = None  # the thread that uploads one
         self.samples = [[record["step"], record["text"]] for record in samples]
         self.failed = set()  # kinds of events that could not be logged
 
