@@ -120,17 +120,18 @@ class Corpus:
         self.vocab_size, self.eos, self.fingerprint = self.train.vocab_size, self.train.eos, self.meta["fingerprint"]
         self.start = self._start()
         self.first_sample = 0  # where in the order of the samples the run begins (State.first_sample)
-        # The micro-batch expected next: (number of its first sample, batch size), the positions of its windows.
-        self.prefetched = None, None
+        # The micro-batch that comes next if none is left out: (number of its first sample, its size); its positions.
+        self.next_batch, self.next_positions = None, None
         require_sequences(cfg, self.meta)
         self.val_sources = part_shards(self.val.path, self.meta["val_sources"], self.seq_len)
         spans = self.meta["train_sources"]
         if cfg.train_weights and len(cfg.train_weights) != len(spans):
             raise UserError(f"--train-weights {' '.join(map(str, cfg.train_weights))}: {self.folder} has {len(spans)} "
                             f"sources; give one for each, or prepare them again")
-        self.turns, self.shares = take_turns(cfg.train_weights or [1.0]), []  # shares: of the samples, by source
+        self.turns = take_turns(cfg.train_weights or [1.0])
         # Unweighted: one stream, whose windows may span two sources (there may be thousands of them).
         self.train_sources = {"": self.train}
+        self.shares = []  # of the samples, by source
         if len(cfg.train_weights) > 1:
             self.train_sources = {name: Shard(self.train.path, *span) for name, span in spans.items()}
             self.shares = (np.bincount(self.turns) / len(self.turns)).tolist()
@@ -199,14 +200,13 @@ class Corpus:
         the same step as one on each of two ranks.
         """
         first = ((step * accum + micro) * size + rank) * batch_size  # number of the micro-batch's first sample
-        expected, positions = self.prefetched
-        if expected != (first, batch_size):
-            positions = self.samples(first, batch_size)
+        known = self.next_batch == (first, batch_size)
+        positions = self.next_positions if known else self.samples(first, batch_size)
         windows = read_windows(self.train, positions, self.seq_len)
         # While this one trains, the operating system reads this rank's next micro-batch from the disk.
         first += size * batch_size
-        self.prefetched = (first, batch_size), self.samples(first, batch_size)
-        for position in self.prefetched[1]:
+        self.next_batch, self.next_positions = (first, batch_size), self.samples(first, batch_size)
+        for position in self.next_positions:
             self.train.expect(int(position), self.seq_len + 1)
         return windows
 
