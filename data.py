@@ -177,21 +177,28 @@ class Corpus:
         """Token positions, (n,), at which the windows of samples `first` to `first + n - 1` of the run begin (counted
         from 0). Sources take turns; each is read without replacement within an epoch of it. Each epoch has an order of
         its own and, after the first, other cuts between its windows."""
-        positions, numbers = np.empty(n, dtype=np.int64), self.first_sample + first + np.arange(n)
-        cycle, place = np.divmod(numbers, len(self.turns))  # the sources' turns repeat each cycle
+        in_order = self.first_sample + first + np.arange(n)
+        cycle, slot = np.divmod(in_order, len(self.turns))  # the sources' turns repeat each cycle
+        positions = np.empty(n, dtype=np.int64)
         for source, shard in enumerate(self.train_sources.values()):
-            mine, n_windows = np.flatnonzero(self.turns[place] == source), shard.windows(self.seq_len)
-            had = np.cumsum(self.turns == source)  # this source's turns, up to and including each place of a cycle
-            nth = cycle[mine] * had[-1] + had[place[mine]] - 1  # which of the source's samples, counted from 0
-            epochs, indices = np.divmod(nth, n_windows)
-            for epoch in np.unique(epochs):
-                now, key = epochs == epoch, self.seed * 1_000_003 + int(epoch) + (source << 40)
-                # Tokens at the start of a window are predicted from little: not the same ones again (LOG.md). Fibonacci
-                # hashing (Knuth) of the key spreads the shifts of a few epochs evenly.
-                shift = key * GOLDEN % 2**64 * self.seq_len >> 64 if epoch else 0
-                starts = permute(indices[now], n_windows, key) * self.seq_len + shift
-                positions[mine[now]] = shard.start + np.minimum(starts, shard.count - 1 - self.seq_len)
+            is_turn = self.turns == source  # (slots of a cycle,)
+            drawn = np.flatnonzero(is_turn[slot])  # which of the n samples are this source's
+            before = np.cumsum(is_turn) - is_turn  # turns that this source has in a cycle before each slot
+            numbers = cycle[drawn] * is_turn.sum() + before[slot[drawn]]  # among the source's own samples, from 0
+            positions[drawn] = shard.start + self._window_starts(shard, source, numbers)
         return positions
+
+    def _window_starts(self, shard, source, numbers):
+        """Where in the shard of a source the windows of its samples `numbers`, (n,), begin."""
+        n_windows, starts = shard.windows(self.seq_len), np.empty_like(numbers)
+        epochs, indices = np.divmod(numbers, n_windows)
+        for epoch in np.unique(epochs):
+            of_epoch, key = epochs == epoch, self.seed * 1_000_003 + int(epoch) + (source << 40)
+            # Tokens at the start of a window are predicted from little: not the same ones again (LOG.md). Fibonacci
+            # hashing (Knuth) of the key spreads the shifts of a few epochs evenly.
+            shift = key * GOLDEN % 2**64 * self.seq_len >> 64 if epoch else 0
+            starts[of_epoch] = permute(indices[of_epoch], n_windows, key) * self.seq_len + shift
+        return np.minimum(starts, shard.count - 1 - self.seq_len)
 
     def batch(self, step, batch_size, micro=0, accum=1, rank=0, size=1):
         """Inputs and targets of one micro-batch of one rank, (B, T) int64 each.
