@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.utils._pytree import keystr, tree_flatten_with_path
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_only
 
 from errors import RunFailed, UserError, first_line
 from hardware import explained
@@ -286,6 +286,24 @@ def portable(error):
     except Exception:  # whatever its constructor raises
         return RunFailed(f"{type(error).__name__}: {error}")
     return error
+
+
+def result_of_main(make, is_main):
+    """Collective. What `make()` returns on the main rank, the only one that calls it; on the others with meta tensors.
+    Raises its exception on every rank."""
+    result = shapes = error = None
+    if is_main:
+        try:
+            result = make()
+            shapes = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), result)
+        except Exception as caught:
+            error = portable(caught)
+    sent = [error, shapes]
+    dist.broadcast_object_list(sent)
+    error, shapes = sent
+    if error is not None:
+        raise error
+    return result if is_main else shapes
 
 
 def gather(values):

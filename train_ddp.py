@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from errors import UserError
 from hardware import usable_cores
-from ranks import RESUME, NoPulse, RankFault, digests, gather, join, launched, portable, require_same, shared_out
+from ranks import RESUME, NoPulse, RankFault, digests, gather, join, launched, require_same, result_of_main, shared_out
 from shared_memory import share
 from train import main
 from world import World
@@ -42,14 +42,16 @@ class DDPWorld(World):
         DDPWorld.pulse = join("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", cfg.ranks.timeout)
 
     def wrap(self, model):
-        devices, self.memory = [self.device.index] if self.device.type == "cuda" else None, share(self)
+        self.memory = share(self)
+        devices = [self.device.index] if self.device.type == "cuda" else None
         # Nothing to broadcast: buffers are equal on all ranks and never change. torch 2.13 renamed the option.
         sync = "forward_sync_buffers" if torch.__version__ >= (2, 13) else "broadcast_buffers"
         # torch.compile splits its graph at every bucket of gradients: of 1.5B into 146 graphs at the default 25 MB.
         # And shared memory is used by turns with the backward pass: no bucket is early.
         model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **{sync: False},
                                         bucket_cap_mb=100 if devices or self.memory else None)
-        if hook := self.comm_hook or self.memory and self.memory.comm_hook:
+        hook = self.comm_hook or (self.memory and self.memory.comm_hook)
+        if hook:
             model.register_comm_hook(None, hook)
         return model
 
@@ -65,18 +67,10 @@ class DDPWorld(World):
         return self.memory.gather(values) if self.memory else gather(values)
 
     def from_main(self, make):
-        outcome, value = [None, None], None  # outcome: the exception, and the value with meta tensors
-        if self.is_main:
-            try:
-                value = make()
-                outcome[1] = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), value)
-            except Exception as error:
-                outcome[0] = portable(error)
-        dist.broadcast_object_list(outcome)
-        if outcome[0] is not None:
-            raise outcome[0]
-        return tree_map_only(torch.Tensor, lambda tensor: tensor if tensor.numel() >= self.SENT_LATER else
-                             self.broadcast(tensor).cpu(), value if self.is_main else outcome[1])
+        def sent(tensor):
+            return tensor if tensor.numel() >= self.SENT_LATER else self.broadcast(tensor).cpu()
+
+        return tree_map_only(torch.Tensor, sent, result_of_main(make, self.is_main))
 
     def distribute(self, value, like):
         return self.broadcast(value) if torch.is_tensor(value) and value.numel() >= self.SENT_LATER else value
