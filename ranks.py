@@ -1,7 +1,8 @@
 """Fault detection: when one rank dies, hangs, fails or diverges, all exit, and one line says which and why.
 
-Each rank has a `Pulse`, a heartbeat thread: once a second it publishes the rank's progress in torchrun's key-value
-store and checks the next rank's. It does not touch the training step: it runs no collectives and waits for no device.
+Each rank has a `Heartbeat`, a thread: once a second it publishes the rank's progress in torchrun's key-value store and
+checks the next rank's. It does not touch the training step: it runs no collectives and waits for no device. (That of
+--heartbeat-file is another, for who supervises the run: watchdog.py.)
 """
 
 import collections
@@ -30,7 +31,7 @@ from hardware import explained
 from optim import local
 
 CONNECT = 60  # seconds to connect to torchrun's store
-SILENT = 120  # seconds without a heartbeat, which continues during any work, before a rank counts as stopped
+MAX_MISSED = 120  # seconds without a heartbeat, which continues during any work, before a rank counts as stopped
 LAST_SAVE = 20  # seconds that a save in progress gets to finish; torchrun kills after 30
 RESUME = "--resume auto goes on from the last checkpoint"
 # What torchrun tells each process, and where srun says the same if it starts them itself.
@@ -61,12 +62,12 @@ def launched(script):
 
 
 def limit_of(timeout):
-    """The limit of a collective: the pulse reports a fault before that."""
+    """The limit of a collective: the heartbeat reports a fault before that."""
     return datetime.timedelta(seconds=timeout + 60)
 
 
 def join(backend, timeout):
-    """Join the process group that torchrun's environment variables describe. Returns this rank's Pulse."""
+    """Join the process group that torchrun's environment variables describe. Returns this rank's Heartbeat."""
     limit = limit_of(timeout)
     # torchrun's store is up before its ranks start: if it does not answer, it has died together with torchrun.
     has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -81,12 +82,12 @@ def join(backend, timeout):
         # torchrun restarts ranks on the same store, which still holds the addresses of the previous ranks.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
-    this_start = [f"pulse {os.getpid()} {time.time()}"]
+    this_start = [f"heartbeat {os.getpid()} {time.time()}"]
     dist.broadcast_object_list(this_start)
-    return Pulse(dist.PrefixStore(*this_start, store.clone()), rank, size, timeout)
+    return Heartbeat(dist.PrefixStore(*this_start, store.clone()), rank, size, timeout)
 
 
-class NoPulse:
+class NoHeartbeat:
     """Null object: how a rank exits before the process group exists."""
 
     def fail(self, reason, code):
@@ -107,22 +108,27 @@ class NoPulse:
         os._exit(code)
 
 
-class Pulse(NoPulse):
+class Heartbeat(NoHeartbeat):
     """Publishes this rank's heartbeat and monitors the next rank's. A rank that finds another gone or stalled stores
     the reason; every rank exits with that reason, and one prints it: rank 0, if it can."""
 
     def __init__(self, store, rank, size, timeout):
-        self.store, self.rank, self.size, self.timeout, self.silent = store, rank, size, timeout, min(timeout, SILENT)
-        name = f"rank {rank} ({socket.gethostname()}, pid {os.getpid()})"
+        self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
         self.counters = []  # functions that return how many collectives this rank has begun
         self._count(dist.group.WORLD)
-        # A rank with fewer moves than the others is one that they are waiting for in a collective.
-        self.me = dict(name=name, pid=os.getpid(), node=os.environ["GROUP_RANK"], beat=0, moves=0, step=0,
-                       left=False)
-        self.leaving, self.saving, self.rounds = threading.Lock(), threading.Lock(), 0
+        # What is published. A rank with less progress than the others is one that they wait for in a collective.
+        self.me = dict(name=f"rank {rank} ({socket.gethostname()}, pid {os.getpid()})", pid=os.getpid(),
+                       node=os.environ["GROUP_RANK"], beat=0, progress=0, step=0, left=False)
+        # Time is counted in own beats: a machine that was suspended or slow must not take the others' beats as missed.
+        self.peer, self.missed = {}, 0  # what the next rank has last published, and for how long it has been the same
+        self.max_missed = min(timeout, MAX_MISSED)
+        self.progress, self.stalled = -1, 0  # of this rank, and for how long it has been the same
+        self.answers = 0  # how often the store has answered
+        self.leaving = threading.Lock()  # held by the thread that ends this process
+        self.saving = threading.Lock()  # held while a checkpoint is written
         self._publish()
         signal.signal(signal.SIGTERM, self._on_sigterm)
-        threading.Thread(target=self._run, daemon=True, name="pulse").start()
+        threading.Thread(target=self._run, daemon=True, name="heartbeat").start()
         threading.Thread(target=self._watch_store, args=(os.getppid(),), daemon=True, name="store").start()
 
     def mesh(self, device_type, shards):
@@ -140,7 +146,7 @@ class Pulse(NoPulse):
         return DeviceMesh.from_group(groups, device_type, mesh, mesh_dim_names=names)
 
     def _count(self, group):
-        """Its collectives count as moves from now on."""
+        """Its collectives count as progress from now on."""
         with contextlib.suppress(AttributeError):  # private functions of torch's: steps alone tell less exactly
             self.counters += [group._get_backend(device)._get_sequence_number_for_group
                               for device in group._device_types]
@@ -149,7 +155,7 @@ class Pulse(NoPulse):
         return f"at step {self.me['step']}" if self.me["step"] else "before the first step"  # same on all ranks ±1
 
     def _publish(self):
-        self.me["moves"] = self.me["step"] + sum(count() for count in self.counters)
+        self.me["progress"] = self.me["step"] + sum(count() for count in self.counters)
         self.store.set(str(self.rank), json.dumps(self.me))
 
     def _read(self, rank):
@@ -157,51 +163,59 @@ class Pulse(NoPulse):
 
     def _run(self):
         next_rank = (self.rank + 1) % self.size  # a ring: the cost does not grow with the number of ranks
-        # Time is counted in own beats: a machine that was suspended or slow must not take the others' beats as missed.
-        heard = moved = 0
-        last, moves = {}, -1
         while True:
             time.sleep(1)
             self.me["beat"] += 1
             try:
                 self._publish()
-                gone = last and last["node"] == self.me["node"] and not exists(last["pid"])
+                is_gone = self._peer_is_gone()  # before it is read: a rank that leaves says so before it is gone
                 peer = self._read(next_rank)
                 if self.store.check(["reason"]):
                     self.fail()
-                heard = 0 if peer["beat"] != last.get("beat") else heard + 1
-                moved = 0 if self.me["moves"] != moves else moved + 1
-                last, moves = peer, self.me["moves"]
-                if peer["left"]:
-                    heard = 0
-                elif gone:
-                    self.fail(f"{peer['name']} is gone {self._where()}: it was killed, perhaps for want of memory "
-                             f"(see dmesg), or crashed, or NCCL has aborted it, as it says above; {RESUME}")
-                elif heard >= self.silent:
-                    self.fail(self._stopped([peer], heard), frozen=peer)
-                if moved and moved % self.timeout == 0:
-                    everyone = [self._read(rank) for rank in range(self.size)]
-                    least = min(who["moves"] for who in everyone)  # others may wait for it in a group of theirs
-                    slow = [who for who in everyone if who["moves"] == least < self.me["moves"]]
-                    if slow and not any(who["left"] for who in everyone):
-                        self.fail(self._stopped(slow, moved))
-                    # NCCL counts what was enqueued: if a GPU hangs, no rank is behind, and NCCL aborts them all.
-                    if not slow and self.rank == 0:
-                        _say(f"no rank has moved for {moved} s {self._where()}: unless text is tokenized or much of it "
-                             f"evaluated, a GPU or the network hangs (see dmesg)", "warning")
-                self.rounds += 1
+                self._check_peer(peer, is_gone)
+                self._check_progress()
+                self.answers += 1
             except Exception:  # a lost connection; or torchrun, which holds the store, is gone: see stop_when_orphaned
                 with contextlib.suppress(Exception):
                     self.store = self.store.clone()
 
+    def _peer_is_gone(self):
+        return self.peer and self.peer["node"] == self.me["node"] and not exists(self.peer["pid"])
+
+    def _check_peer(self, peer, is_gone):
+        """Ends all ranks if the next one, which has now published `peer`, is gone or frozen."""
+        self.missed = 0 if peer["left"] or peer["beat"] != self.peer.get("beat") else self.missed + 1
+        self.peer = peer
+        if is_gone and not peer["left"]:
+            self.fail(f"{peer['name']} is gone {self._where()}: it was killed, perhaps for want of memory "
+                      f"(see dmesg), or crashed, or NCCL has aborted it, as it says above; {RESUME}")
+        elif self.missed >= self.max_missed:
+            self.fail(self._stopped([peer], self.missed), frozen=peer)
+
+    def _check_progress(self):
+        """After every --timeout seconds in which this rank waits: ends all ranks if it waits for some of them."""
+        self.stalled = 0 if self.me["progress"] != self.progress else self.stalled + 1
+        self.progress = self.me["progress"]
+        if not self.stalled or self.stalled % self.timeout:
+            return
+        everyone = [self._read(rank) for rank in range(self.size)]
+        least = min(who["progress"] for who in everyone)  # others may wait for it in a group of theirs
+        slow = [who for who in everyone if who["progress"] == least < self.me["progress"]]
+        if slow and not any(who["left"] for who in everyone):
+            self.fail(self._stopped(slow, self.stalled))
+        # NCCL counts what was enqueued: if a GPU hangs, no rank is behind, and NCCL aborts them all.
+        if not slow and self.rank == 0:
+            _say(f"no rank has moved for {self.stalled} s {self._where()}: unless text is tokenized or much of it "
+                 f"evaluated, a GPU or the network hangs (see dmesg)", "warning")
+
     def _watch_store(self, launcher):
         """Ends this rank if the store is lost while torchrun is there: with the store's node, on several. An operation
-        on it may then never return, whatever its timeout, so that the pulse's own thread cannot tell."""
-        missed = seen = 0  # own beats without an answer, as in _run
-        while missed < self.silent + 2 or os.getppid() != launcher:  # an orphan saves first: see stop_when_orphaned
+        on it may then never return, whatever its timeout, so that the heartbeat's own thread cannot tell."""
+        waited = seen = 0  # seconds without an answer, and the answers before
+        while waited < self.max_missed + 2 or os.getppid() != launcher:  # an orphan saves first: see stop_when_orphaned
             time.sleep(1)
-            missed, seen = 0 if self.rounds != seen else missed + 1, self.rounds
-        _say(f"torchrun's store at {os.environ['MASTER_ADDR']} has not answered for {missed} s {self._where()}: its "
+            waited, seen = 0 if self.answers != seen else waited + 1, self.answers
+        _say(f"torchrun's store at {os.environ['MASTER_ADDR']} has not answered for {waited} s {self._where()}: its "
              f"node or the network has failed; {RESUME}")
         self.saving.acquire(timeout=LAST_SAVE)
         os._exit(1)
@@ -213,17 +227,17 @@ class Pulse(NoPulse):
 
     def fail(self, reason="", code=1, frozen=None):
         """Exit, and make all ranks exit, with the first reason that any of them stored. Does not return."""
-        with self.leaving:  # the main thread or the pulse thread, whichever comes first
+        with self.leaving:  # the main thread or the heartbeat's, whichever comes first
             try:
                 code, reason = self.store.compare_set("reason", "", f"{code} {reason}").decode().split(" ", 1)
                 for _ in range(30 if self.rank else 0):
-                    if self.store.check(["said"]):
+                    if self.store.check(["printed"]):
                         break
                     time.sleep(0.1)
-                if self.store.add("speakers", 1) == 1:
+                if self.store.add("printing", 1) == 1:
                     _say(reason)
-                    self.store.set("said", "")
-                    time.sleep(0.5)  # this exit may end the store: the others see before that it has been said
+                    self.store.set("printed", "")
+                    time.sleep(0.5)  # this exit may end the store: the others see before that it has been printed
             except Exception:  # the store is gone
                 _say(reason)
             if frozen and frozen["node"] == self.me["node"]:  # it cannot exit by itself
@@ -256,7 +270,7 @@ class Pulse(NoPulse):
         advice = explained(error)
         if (isinstance(error, (dist.DistError, RankEnded))
                 or isinstance(error, RuntimeError) and re.search(r"\bgloo\b", str(error))):
-            self.silent = min(self.silent, 5)
+            self.max_missed = min(self.max_missed, 5)
             time.sleep(15)
         elif not advice:
             with contextlib.suppress(OSError):
@@ -288,7 +302,7 @@ def portable(error):
     return error
 
 
-def result_of_main(make, is_main):
+def from_main(make, is_main):
     """Collective. What `make()` returns on the main rank, the only one that calls it; on the others with meta tensors.
     Raises its exception on every rank."""
     result = shapes = error = None

@@ -31,7 +31,7 @@ def share(world):
     if lacking:
         return None
     shared = SharedMemory(memory, world.rank, world.size)
-    world.pulse.counters.append(lambda: shared.count)
+    world.heartbeat.counters.append(lambda: shared.count)
     return shared
 
 

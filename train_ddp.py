@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from errors import UserError
 from hardware import usable_cores
-from ranks import RESUME, NoPulse, RankFault, digests, gather, join, launched, require_same, result_of_main, shared_out
+from ranks import RESUME, NoHeartbeat, RankFault, digests, from_main, gather, join, launched, require_same, shared_out
 from shared_memory import share
 from train import main
 from world import World
@@ -25,7 +25,8 @@ class DDPWorld(World):
     script, launchers = "train_ddp.py", 1  # torchrun, or Slurm's step
     comm_hook = None  # DDP's communication hook; None: through shared memory on one host without GPUs, else all-reduce
     replicas = None  # the process group of those that hold the same weights; None: of all
-    pulse = NoPulse()  # how this rank reports faults and exits; of the class: errors can occur before there is a World
+    # How this rank reports faults and exits; of the class, because errors can occur before there is a World.
+    heartbeat = NoHeartbeat()
     SENT_LATER = 2**16  # elements of a tensor of which `from_main` gives the others the shape, for `distribute`
 
     def __init__(self, cfg):
@@ -39,7 +40,7 @@ class DDPWorld(World):
         if cfg.checkpoint.resume != "auto" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
             raise UserError("torchrun --max-restarts starts this command again as it is: give it --resume auto")
         # On GPUs gradients use NCCL; scalars and flags stay on the CPU and use gloo, so they never wait for a GPU.
-        DDPWorld.pulse = join("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", cfg.ranks.timeout)
+        DDPWorld.heartbeat = join("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", cfg.ranks.timeout)
 
     def wrap(self, model):
         self.memory = share(self)
@@ -70,7 +71,7 @@ class DDPWorld(World):
         def sent(tensor):
             return tensor if tensor.numel() >= self.SENT_LATER else self.broadcast(tensor).cpu()
 
-        return tree_map_only(torch.Tensor, sent, result_of_main(make, self.is_main))
+        return tree_map_only(torch.Tensor, sent, from_main(make, self.is_main))
 
     def distribute(self, value, like):
         return self.broadcast(value) if torch.is_tensor(value) and value.numel() >= self.SENT_LATER else value
@@ -84,10 +85,10 @@ class DDPWorld(World):
 
     @property
     def saving(self):
-        return self.pulse.saving
+        return self.heartbeat.saving
 
     def begin_step(self, step):
-        self.pulse.me["step"] = step
+        self.heartbeat.me["step"] = step
 
     def require_same(self, mine, what, advice="start every node with the same command and files"):
         require_same(mine, what, UserError, advice)
@@ -99,15 +100,15 @@ class DDPWorld(World):
 
     @staticmethod
     def fail(error, code):
-        DDPWorld.pulse.fail(error, code)
+        DDPWorld.heartbeat.fail(error, code)
 
     @staticmethod
     def crash(error):
-        DDPWorld.pulse.crash(error)
+        DDPWorld.heartbeat.crash(error)
 
     @staticmethod
     def leave(code):
-        DDPWorld.pulse.leave(code)
+        DDPWorld.heartbeat.leave(code)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ class FSDPWorld(DDPWorld):
         if self.size % self.shards or self.shards == 1 < self.size:
             raise UserError(f"--shard-ranks {self.shards} has to divide the {self.size} ranks, and be two or more; "
                             f"take the number of ranks of a node, or 0 for all")
-        self.mesh = self.pulse.mesh(self.device.type, self.shards)
+        self.mesh = self.heartbeat.mesh(self.device.type, self.shards)
         if self.shards < self.size:
             self.replicas = self.mesh.get_group("dp_replicate")
         if self.device.type == "cpu":

@@ -23,7 +23,7 @@ log = logging.getLogger("mini_llm")
 class Watchdog:
     """A thread that reads what the training loop is doing from its Meter, at no cost to the loop.
 
-    While the run advances, the main rank's thread rewrites the `heartbeat` file, if given: a stale file tells a
+    While the run advances, the main rank's thread rewrites the `--heartbeat-file`, if given: a stale file tells a
     supervisor that the run hangs or has died. If an activity takes far longer than usual, the stacks of all threads are
     appended to FILE.stacks.txt beside the checkpoint, once. Each rank writes its own; the ranks that wait show which
     one is missing.
@@ -31,13 +31,13 @@ class Watchdog:
 
     def __init__(self, meter, state, cfg, rank):
         """`cfg` is the whole configuration."""
-        self.meter, self.state, self.heartbeat = meter, state, "" if rank else cfg.tracking.heartbeat_file
+        self.meter, self.state, self.heartbeat_file = meter, state, "" if rank else cfg.tracking.heartbeat_file
         self.stacks = cfg.checkpoint.beside(f".rank{rank}.stacks.txt" if rank else ".stacks.txt")
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
     def __enter__(self):
-        if self.heartbeat:
+        if self.heartbeat_file:
             self._beat("start")  # an existing file is from an earlier run
         self.thread.start()
         return self
@@ -50,7 +50,7 @@ class Watchdog:
         seen = told = None
         while not self.done.wait(POLL):
             now = self.meter.doing
-            if now != seen and self.heartbeat:
+            if now != seen and self.heartbeat_file:
                 self._beat(now[0])
             seen, seconds = now, time.perf_counter() - now[1]
             if now != told and seconds > self._limit(now[0]):
@@ -66,7 +66,7 @@ class Watchdog:
     def _beat(self, what):
         beat = dict(step=self.state.step, doing=what, time=time.time(), pid=os.getpid())
         with contextlib.suppress(OSError):  # the file goes stale, as it should
-            write_whole(Path(self.heartbeat), json.dumps(beat).encode() + b"\n")
+            write_whole(Path(self.heartbeat_file), json.dumps(beat).encode() + b"\n")
 
     def _dump(self, what, seconds):
         self.stacks.parent.mkdir(parents=True, exist_ok=True)

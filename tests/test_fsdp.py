@@ -104,7 +104,7 @@ train.main(train_fsdp.FSDPWorld)
 IN_STEP_6 = """
 class Faulty(train_fsdp.FSDPWorld):
     def clip_gradients(self, model, max_norm):
-        if self.rank == 3 and self.pulse.me["step"] == 6:
+        if self.rank == 3 and self.heartbeat.me["step"] == 6:
             FAULT
         return super().clip_gradients(model, max_norm)
 
@@ -284,7 +284,7 @@ train.main(train_fsdp.FSDPWorld)
 def test_a_single_rank_holds_the_only_shard(monkeypatch):
     """As where a job is tried on one GPU."""
     def alone(world, cfg):
-        world.size, world.device, world.pulse = 1, torch.device("cpu"), SimpleNamespace(mesh=lambda *shape: shape)
+        world.size, world.device, world.heartbeat = 1, torch.device("cpu"), SimpleNamespace(mesh=lambda *shape: shape)
 
     monkeypatch.setattr(train_fsdp.DDPWorld, "__init__", alone)
     monkeypatch.setattr(FSDPWorld, "require_same", lambda *_: None)

@@ -20,7 +20,7 @@ from test_train import same
 import ranks
 from config import parse
 from errors import UserError
-from ranks import Pulse, differences, digest
+from ranks import Heartbeat, differences, digest
 from train import Config
 
 # A fault in the data path of RANK at STEP, the first time that torchrun starts it.
@@ -48,13 +48,13 @@ def faulty(self, at, *rest):
             case "raise": raise ValueError("a broken sample")
             case "memory": torch.empty(1 << 50)
             case "store":  # what a reset connection to it looks like
-                read = DDPWorld.pulse._read
+                read = DDPWorld.heartbeat._read
 
                 def lost(rank):
-                    DDPWorld.pulse._read = read
+                    DDPWorld.heartbeat._read = read
                     raise torch.distributed.DistNetworkError("Connection reset by peer")
 
-                DDPWorld.pulse._read = lost
+                DDPWorld.heartbeat._read = lost
             case "flip": DDPWorld.weight.view(torch.int32)[0] ^= 1 << 20  # a lower one may be lost in the update
     return batch(self, at, *rest)
 
@@ -293,13 +293,14 @@ def test_a_digest_tells_every_bit_and_place(dtype):
 
 
 @pytest.fixture
-def pulse(monkeypatch):
+def heartbeat(monkeypatch):
     """Rank 0 of two without its threads; `sleep` ends what has slept ten times."""
-    made, slept = Pulse.__new__(Pulse), []
-    made.rank, made.size, made.timeout, made.silent, made.rounds, made.counters = 0, 2, 100, 6, 0, []
-    made.me = dict(name="rank 0", pid=os.getpid(), node="0", beat=0, moves=0, step=3, left=False)
+    made, slept = Heartbeat.__new__(Heartbeat), []
+    made.rank, made.size, made.timeout, made.max_missed, made.answers, made.counters = 0, 2, 100, 6, 0, []
+    made.peer, made.missed, made.progress, made.stalled = {}, 0, -1, 0
+    made.me = dict(name="rank 0", pid=os.getpid(), node="0", beat=0, progress=0, step=3, left=False)
     made.leaving, made.saving = threading.Lock(), threading.Lock()
-    made.store = SimpleNamespace(set=lambda *_: None, check=lambda names: names == ["said"], add=lambda *_: 1,
+    made.store = SimpleNamespace(set=lambda *_: None, check=lambda names: names == ["printed"], add=lambda *_: 1,
                                  compare_set=lambda name, old, new: new.encode())
 
     def sleep(seconds):
@@ -316,45 +317,45 @@ def pulse(monkeypatch):
     (dict(node="0"), "is gone at step 3"), (dict(node="1"), None), (dict(node="0", left=True), None),
     (dict(node="1", beat=7), "nothing from it for 6 s"), (dict(node="1", beat=7, left=True), None)],
     ids=["killed", "on another node", "at its end", "frozen", "at its end on another node"])
-def test_a_pulse_that_ends_is_a_fault_or_none(pulse, peer, words):
+def test_a_heartbeat_that_ends_is_a_fault_or_none(heartbeat, peer, words):
     """The pid of the next rank is that of no process here, as it may be on another node."""
     (gone := subprocess.Popen(["true"])).wait()
     beats, said = iter(range(100)), []
-    pulse._read = lambda rank: dict(name="rank 1", pid=gone.pid, moves=0, left=False, beat=next(beats)) | peer
-    pulse.fail = lambda reason="", **_: said.append(reason)
+    heartbeat._read = lambda rank: dict(name="rank 1", pid=gone.pid, progress=0, left=False, beat=next(beats)) | peer
+    heartbeat.fail = lambda reason="", **_: said.append(reason)
     with pytest.raises(KeyboardInterrupt):
-        pulse._run()
+        heartbeat._run()
     assert (words in said[0]) if words else said == []
 
 
 @pytest.mark.parametrize("left", [False, True])
-def test_a_rank_that_the_others_wait_for_has_the_timeout_to_move(pulse, left):
-    beats, said, pulse.timeout = iter(range(100)), [], 4
-    pulse._read = lambda rank: dict(name=f"rank {rank}", pid=os.getpid(), node="0", moves=3 - rank,
+def test_a_rank_that_the_others_wait_for_has_the_timeout_to_move(heartbeat, left):
+    beats, said, heartbeat.timeout = iter(range(100)), [], 4
+    heartbeat._read = lambda rank: dict(name=f"rank {rank}", pid=os.getpid(), node="0", progress=3 - rank,
                                     left=left and rank == 1, beat=next(beats))
-    pulse.fail = lambda reason="", **_: said.append((reason.split(";")[0], len(pulse.slept)))
+    heartbeat.fail = lambda reason="", **_: said.append((reason.split(";")[0], len(heartbeat.slept)))
     with pytest.raises(KeyboardInterrupt):
-        pulse._run()
+        heartbeat._run()
     assert said[:1] == ([] if left else [("rank 1 has stopped at step 3: nothing from it for 4 s (--timeout)", 5)])
 
 
-def test_a_rank_that_leaves_lets_a_save_in_progress_end(pulse, monkeypatch):
+def test_a_rank_that_leaves_lets_a_save_in_progress_end(heartbeat, monkeypatch):
     ended, codes = threading.Event(), []
     monkeypatch.setattr(ranks.os, "_exit", lambda code: codes.append((code, ended.is_set())))
-    pulse.saving.acquire()
-    threading.Timer(0.3, lambda: (ended.set(), pulse.saving.release())).start()
-    pulse.fail("a reason", 3)
+    heartbeat.saving.acquire()
+    threading.Timer(0.3, lambda: (ended.set(), heartbeat.saving.release())).start()
+    heartbeat.fail("a reason", 3)
     assert codes == [(3, True)]
 
 
 @pytest.mark.parametrize("node", ["0", "1"])
-def test_a_frozen_rank_of_this_node_is_killed_by_the_one_that_finds_it(pulse, monkeypatch, node):
+def test_a_frozen_rank_of_this_node_is_killed_by_the_one_that_finds_it(heartbeat, monkeypatch, node):
     """It cannot exit by itself, and without torchrun nobody else ends it."""
     monkeypatch.setattr(ranks.os, "_exit", lambda code: None)
     frozen = subprocess.Popen(["sleep", "60"])
     try:
         frozen.send_signal(signal.SIGSTOP)
-        pulse.fail("a reason", frozen=dict(node=node, pid=frozen.pid))
+        heartbeat.fail("a reason", frozen=dict(node=node, pid=frozen.pid))
         if node == "0":
             assert frozen.wait(10) == -signal.SIGKILL
         else:
@@ -364,34 +365,34 @@ def test_a_frozen_rank_of_this_node_is_killed_by_the_one_that_finds_it(pulse, mo
         frozen.wait()
 
 
-def test_a_rank_that_torchrun_ends_leaves_time_to_say_which_one_died(pulse, monkeypatch):
+def test_a_rank_that_torchrun_ends_leaves_time_to_say_which_one_died(heartbeat, monkeypatch):
     codes, published = [], []
     monkeypatch.setattr(ranks.os, "_exit", codes.append)
-    pulse._publish = lambda: published.append(pulse.me["left"])
-    pulse._on_sigterm(signal.SIGTERM, None)
-    assert (codes, pulse.slept, published) == ([143], [10], [True])
-    pulse.leaving.acquire()  # it is saying so itself
-    pulse._on_sigterm(signal.SIGTERM, None)
+    heartbeat._publish = lambda: published.append(heartbeat.me["left"])
+    heartbeat._on_sigterm(signal.SIGTERM, None)
+    assert (codes, heartbeat.slept, published) == ([143], [10], [True])
+    heartbeat.leaving.acquire()  # it is saying so itself
+    heartbeat._on_sigterm(signal.SIGTERM, None)
     assert codes == [143]
 
 
 @pytest.mark.parametrize(("restarts", "code", "left_with"), [("0", 143, 143), ("3", 143, 0), ("3", 1, 1),
                                                              (None, 143, 143)])
 def test_a_rank_that_was_asked_to_stop_says_so_by_its_code_unless_torchrun_would_restart_it(
-        pulse, monkeypatch, restarts, code, left_with):
+        heartbeat, monkeypatch, restarts, code, left_with):
     codes = []
     monkeypatch.setattr(ranks.os, "_exit", codes.append)
     monkeypatch.delenv("TORCHELASTIC_MAX_RESTARTS", raising=False)
     if restarts:
         monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
-    pulse.leave(code)
-    assert codes == [left_with] and pulse.me["left"]
+    heartbeat.leave(code)
+    assert codes == [left_with] and heartbeat.me["left"]
 
 
-def test_ranks_that_have_stopped_are_named_with_the_limit_that_they_are_over(pulse):
+def test_ranks_that_have_stopped_are_named_with_the_limit_that_they_are_over(heartbeat):
     one, other = dict(name="rank 1"), dict(name="rank 2")
-    assert pulse._stopped([one], 99).startswith("rank 1 has stopped at step 3: nothing from it for 99 s; ")
-    assert pulse._stopped([one, other], 100).startswith(
+    assert heartbeat._stopped([one], 99).startswith("rank 1 has stopped at step 3: nothing from it for 99 s; ")
+    assert heartbeat._stopped([one, other], 100).startswith(
         "rank 1, rank 2 have stopped at step 3: nothing from them for 100 s (--timeout); ")
 
 

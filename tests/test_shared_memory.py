@@ -112,7 +112,7 @@ def test_a_rank_that_has_ended_is_waited_for_no_longer_but_one_that_is_late(toge
 def a_world(**changes):
     """Rank 0's view of two ranks on a CPU, of which the other does as it does."""
     return SimpleNamespace(**dict(device=torch.device("cpu"), size=2, local_size=2, rank=0, is_main=True,
-                                  comm_hook=None, pulse=SimpleNamespace(counters=[]),
+                                  comm_hook=None, heartbeat=SimpleNamespace(counters=[]),
                                   from_main=lambda make: make(), max=lambda values: values) | changes)
 
 

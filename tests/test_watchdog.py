@@ -26,7 +26,7 @@ def test_what_counts_as_a_hang_is_far_beyond_what_has_been(lasted, limit):
 def test_each_rank_has_its_own_stacks_and_the_main_one_the_heartbeat(tmp_path):
     cfg = parse(Config, ["--checkpoint-path", str(tmp_path / "c.pt"), "--heartbeat-file", str(tmp_path / "beat")])
     dogs = [Watchdog(None, None, cfg, rank) for rank in (0, 3)]
-    assert [dog.heartbeat for dog in dogs] == [str(tmp_path / "beat"), ""]
+    assert [dog.heartbeat_file for dog in dogs] == [str(tmp_path / "beat"), ""]
     assert [dog.stacks.name for dog in dogs] == ["c.stacks.txt", "c.rank3.stacks.txt"]
     assert all(dog.thread.daemon for dog in dogs), "a disk that hangs does not keep the process"
 
@@ -40,14 +40,14 @@ def test_a_run_that_ends_waits_a_moment_at_most_for_a_disk_that_hangs():
 
 def test_a_heartbeat_begins_at_once_and_may_stop_but_end_no_run(tmp_path):
     dog = Watchdog.__new__(Watchdog)
-    dog.heartbeat, dog.state, dog.thread = tmp_path / "beat", State(step=7), SimpleNamespace(start=lambda: None)
-    dog.heartbeat.write_text("of a run before")
+    dog.heartbeat_file, dog.state, dog.thread = tmp_path / "beat", State(step=7), SimpleNamespace(start=lambda: None)
+    dog.heartbeat_file.write_text("of a run before")
     dog.__enter__()
-    beat = json.loads(dog.heartbeat.read_text())
+    beat = json.loads(dog.heartbeat_file.read_text())
     assert (beat["step"], beat["doing"], beat["pid"]) == (7, "start", os.getpid())
-    dog.heartbeat = tmp_path / "gone" / "beat"
+    dog.heartbeat_file = tmp_path / "gone" / "beat"
     dog._beat("step")
-    assert not dog.heartbeat.exists()
+    assert not dog.heartbeat_file.exists()
 
 
 def test_stacks_are_below_the_line_that_says_whose_they_are_and_above_those_of_the_next_hang(tmp_path):
@@ -62,7 +62,7 @@ def test_stacks_are_below_the_line_that_says_whose_they_are_and_above_those_of_t
 def test_every_advance_is_a_beat_and_every_hang_is_told_once(monkeypatch):
     clock, dog = Clock(monkeypatch, watchdog), Watchdog.__new__(Watchdog)
     meter = dog.meter = SimpleNamespace(doing=("step", clock.now), lasted=dict(step=[], eval=[]))
-    beats, told, dog.heartbeat = [], [], "beat"
+    beats, told, dog.heartbeat_file = [], [], "beat"
 
     def dump(what, seconds):
         told.append((what, seconds))
