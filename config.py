@@ -292,7 +292,7 @@ def _refuse_word(word, argv, fields):
     if word.startswith("-"):
         refuse_unknown(word, known, "flag")
     if word.endswith((".toml", ".py")):  # nanoGPT's way
-        written = "write it as TOML, as in configs/, and " * word.endswith(".py")
+        written = "write it as TOML, as in configs/, and " if word.endswith(".py") else ""
         raise UserError(f"argument {word}: {written}give it as --config {os.path.splitext(word)[0]}.toml")
     for before, value in itertools.pairwise(argv):
         if value == word:

@@ -21,10 +21,14 @@ def log_facts(cfg, world, corpus, raw, optimizer_bytes, precision, accum, state,
     compiled = should_compile(cfg.speed, world.device)
     fixed = state_bytes(raw, optimizer_bytes, world, accum)
     activations = activation_bytes(raw, micro, precision.dtype, compiled)
-    log.info(f"Using device: {world.device} ({device_name(world.device)}), {world.size} rank{'s' * (world.size > 1)}"
-             + f", each {world.shards} of which hold a replica of the model" * (1 < world.shards < world.size)
-             + ", which share one replica of the model" * (1 < world.shards == world.size)
-             + ", which exchange gradients through shared memory" * bool(world.memory))
+    ranks = f"{world.size} rank{'s' * (world.size > 1)}"
+    if 1 < world.shards < world.size:
+        ranks += f", each {world.shards} of which hold a replica of the model"
+    elif world.shards > 1:
+        ranks += ", which share one replica of the model"
+    elif world.memory:
+        ranks += ", which exchange gradients through shared memory"
+    log.info(f"Using device: {world.device} ({device_name(world.device)}), {ranks}")
     log.info("Arguments: " + " ".join(f"{name}={value}" for name, value in flatten(cfg).items()
                                       if cfg.wandb.use_wandb or not name.startswith("wandb_")))
     log.info(f"total tokens: {tokens['train']:,} train, {tokens['val']:,} val ({corpus.folder}); "
@@ -40,7 +44,7 @@ def log_facts(cfg, world, corpus, raw, optimizer_bytes, precision, accum, state,
         log.info(f"toy data: no model can get below a loss of {corpus.meta['entropy_rate']:.4f} nats per token")
     log.info(f"model: {size.arch}, {n_params:,} parameters, {raw.flops_per_token(corpus.seq_len):.3g} FLOPs per token; "
              f"about {(fixed + activations) / 1e9:.2f} GB ({fixed / 1e9:.2f} weights and optimizer, "
-             f"{activations / 1e9:.2f} activations)" + " on each rank" * (world.size > 1))
+             f"{activations / 1e9:.2f} activations)" + (" on each rank" if world.size > 1 else ""))
     log.info(f"step: {step_tokens:,} tokens = batch {cfg.batch.batch_size} x sequence {corpus.seq_len} x accumulation "
              f"{accum} x ranks {world.size}; amp {precision.name} ({precision.reason})"
              + ("; torch.compile, before the first step" if compiled else ""))

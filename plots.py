@@ -205,7 +205,7 @@ def _key(panel, runs, smooth):
     from matplotlib.patches import Patch
 
     longest = max((run.series(panel.line, "step")[1] for run in runs), key=len)
-    mean = ", smoothed" * (panel.smooth and window_of(longest, smooth) > 1)
+    mean = ", smoothed" if panel.smooth and window_of(longest, smooth) > 1 else ""
     found = [_swatch(panel.line_label + mean, "#777777")] if panel.line else []
     if panel.points:
         found.append(_swatch("validation", "#777777", marker="o", markersize=5, markeredgecolor="white"))
@@ -272,11 +272,11 @@ def terminal_plot(panel, runs, x, smooth, width, height, color):
         for dot in dots:
             letter, color_of = (MARKS[i % len(MARKS)], i) if several else ("●", 1)
             canvas.mark(*dot, letter, color_of)
-    key = f"   ⠒ {panel.line_label}   ● validation" * bool(panel.line and panel.points)
+    key = f"   ⠒ {panel.line_label}   ● validation" if panel.line and panel.points else ""
     out = [f"{panel.title} ({panel.unit})" + ("" if several else key)]
     for row, text in enumerate(canvas.rows(color)):
         out.append(f"{edges.get(row, ''):>{margin - 2}} {'┤' if row in edges else '│'}{text}")
-    label += ", log scale" * panel.log_x
+    label += ", log scale" if panel.log_x else ""
     ends = f"{short(left):<{max(0, columns - len(label)) // 2}}{label}"
     return [*out, f"{'':{margin - 1}}└{'─' * columns}",
             f"{'':{margin}}{ends}{short(right):>{max(0, columns - len(ends))}}"]

@@ -362,8 +362,10 @@ def differences(ranks):
         keys = [key for key in usual | one if one.get(key) != usual.get(key)]
         if keys:
             these = ", ".join(f"{key} {one.get(key)} instead of {usual.get(key)}" for key in keys[:3])
-            found.append(f"rank {rank} has {these}" + f" and {len(keys) - 3} more" * (len(keys) > 3))
-    return "; ".join(found[:4] + [f"and {len(found) - 4} ranks more"] * (len(found) > 4))
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            found.append(f"rank {rank} has {these}{more}")
+    more = [f"and {len(found) - 4} ranks more"] if len(found) > 4 else []
+    return "; ".join(found[:4] + more)
 
 
 def digests(tree):

@@ -88,7 +88,7 @@ class Run:
         speeds, best = self.series("global_tokens_per_sec")[1], self.best()
         step, steps = self.rows[-1]["step"], self.config.get("num_steps", 0)
         return {
-            "steps": f"{step:,}" + f" of {steps:,}" * (not self.has_ended()),
+            "steps": f"{step:,}" + ("" if self.has_ended() else f" of {steps:,}"),
             "tokens": _text(self.last("train/tokens"), short),
             "parameters": _text(self.config.get("n_params"), short),
             "FLOPs": _text(self.last("train/flops"), short),
@@ -312,7 +312,7 @@ def page(runs, images):
     parts += ["</div>", "<h2>Samples</h2>" if any(run.samples for run in runs) else ""]
     for run in runs:
         for step, text in reversed(run.samples):
-            is_open = " open" * (step == run.samples[-1][0])
+            is_open = " open" if step == run.samples[-1][0] else ""
             parts.append(f"<details{is_open}><summary>{_escape(run.name)}, step {step:,}</summary>"
                          f"<pre>\n{_escape(text or EMPTY)}</pre></details>")
     parts.append("<h2>Configuration</h2>")

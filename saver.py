@@ -41,7 +41,11 @@ def save_run(cfg, payload, step, latest, best, kept=False):
         save(best_path, payload)
         return best_path
     named = cfg.keep_last > 0 and _is_sound(payload)
-    names = [best_path] * best + [step_path] * named + [cfg.beside(f".kept-{step:08d}.pt")] * kept
+    names = [best_path] if best else []
+    if named:
+        names.append(step_path)
+    if kept:
+        names.append(cfg.beside(f".kept-{step:08d}.pt"))
     save(path, payload, cfg.beside(".prev.pt") if _is_sound(peek_run(path)) else None, names)
     if named:
         # Not those of later steps, left from before the run fell back: they would outlive the new ones.
@@ -175,7 +179,7 @@ def raise_nonfinite(cfg, payload, saving, samples):
 
 def _way_on(cfg, payload, step):
     """Advice for a run whose weights, those of `step`, give no finite loss."""
-    rate = "a lower --lr" + " and --muon-lr" * (payload["config"]["optimizer"] == "muon")
+    rate = "a lower --lr and --muon-lr" if payload["config"]["optimizer"] == "muon" else "a lower --lr"
     newest, *_ = files = cfg.candidates()
     for file in files:
         if 0 < (before := peek_run(file)["state"].get("step", 0)) < step:

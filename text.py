@@ -177,7 +177,9 @@ def expand(pattern):
     if "**" not in parts:
         return glob.glob(pattern)
     fixed, deep = parts[:parts.index("**")], parts[parts.index("**"):]
-    deep = [part if part == "**" else re.sub(r"\*+", "*", part) for part in (*deep, *["*"] * (deep[-1] == "**"))]
+    if deep[-1] == "**":
+        deep = *deep, "*"
+    deep = [part if part == "**" else re.sub(r"\*+", "*", part) for part in deep]
     found = ((root, file) for root in (glob.glob(os.path.join(*fixed)) if fixed else [""])
              for file in Path(root).glob(os.path.join(*deep)))
     return {str(file) for root, file in found if not any(part[0] == "." for part in file.relative_to(root).parts)}

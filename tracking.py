@@ -242,7 +242,7 @@ class Tracker:
         rows = [f"{title:10} {sparkline(values):40} {number(values[0])} → {number(values[-1])}"
                 for title, values in self.drawn.items() if len(values) > 1]
         drawable = (sys.stdout.encoding or "").lower().startswith("utf")
-        log.info("%s", "\n".join(["Training finished.", *rows * drawable]))
+        log.info("%s", "\n".join(["Training finished.", *(rows if drawable else [])]))
         log.info("Written: %s", ", ".join(files))
         log.info("curves: %s", command("report.py", self.beside(".pt"), "--terminal"))
 

@@ -167,7 +167,7 @@ def train(cfg, world):
         return 0
     if state.step >= num_steps:
         lacking = cfg.wandb.use_wandb and cfg.checkpoint.beside(".wandb.json").exists()  # else nothing can be sent
-        send = f"; rows that W&B lacks: {sync_command(cfg.checkpoint.beside('.pt'))}" * lacking
+        send = f"; rows that W&B lacks: {sync_command(cfg.checkpoint.beside('.pt'))}" if lacking else ""
         log.info("already at step %d of %d: raise --num-steps (or --num-epochs …) to go on%s", state.step, num_steps,
                  send)
         return 0

@@ -259,8 +259,10 @@ class Publisher:
             files = {file: f"model.tokenizer/{file.name}" for file in tokenizer.glob("*.json")} | {path: "model.pt"}
             for file, name in files.items():  # immutable: uploaded from its place, not copied to a cache first
                 artifact.add_file(str(file), name=name, policy="immutable", skip_cache=True)
-            best = best and self.job.policy != "last"  # which does not upload those that are only the best
-            logged = self.run.log_artifact(artifact, aliases=["latest", f"step-{step}"] + ["best"] * best)
+            aliases = ["latest", f"step-{step}"]
+            if best and self.job.policy != "last":  # which does not upload those that are only the best
+                aliases.append("best")
+            logged = self.run.log_artifact(artifact, aliases=aliases)
             if not self.run.offline:
                 logged.wait()
         except Exception as error:  # less important than the rows that follow

@@ -224,7 +224,7 @@ def resolve_run(cfg, memory, resumes, run_id, info):
             and plan.shared != before.get("shared", plan.shared)):
         log.warning("--wandb-run-mode %s: W&B run %s was %sshared before, and loses rows if it is written both ways: "
                     "it stays so (--wandb-run-id NEW makes another)", cfg.wandb_run_mode, plan.run_id,
-                    "not " * plan.shared)
+                    "not " if plan.shared else "")
         cfg.wandb_run_mode = "auto" if plan.shared else "shared"
     return cfg, run_id
 

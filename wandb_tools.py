@@ -124,7 +124,7 @@ def sync(args):
         with only_one(memory.with_suffix(".lock")) as alone, only_one(beside_run(path, ".lock")) as ended:
             if not alone or not ended:
                 raise UserError(f"{memory}: this run is still {'training' if alone else 'being sent'}; wait for it to "
-                                f"end" + ", at most its --wandb-finish-timeout" * ended)
+                                f"end{', at most its --wandb-finish-timeout' if ended else ''}")
             rows = memory.with_name(memory.name.replace(".wandb.json", ".metrics.jsonl"))
             print(f"{rows}: {send(facts, rows, args.run_id)}", flush=True)
             if args.run_id:

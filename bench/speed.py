@@ -23,7 +23,8 @@ from peers import SIZES, Bench, machine, rows_with, spread, timed
 def programs(bench, options, fast):
     """Name → (steps → (folder, command)). The first is what ratios are taken against. `fast`: fp32 or bf16."""
     found = {}
-    cpu, bf16 = options.device == "cpu", ["--bf16"] * (fast == "bf16")
+    cpu = options.device == "cpu"
+    bf16 = ["--bf16"] if fast == "bf16" else []
     if options.nanogpt:
         if cpu:
             found["nanoGPT, eager fp32"] = lambda steps: bench.nano(steps, False)
