@@ -120,7 +120,8 @@ class Corpus:
         self.vocab_size, self.eos, self.fingerprint = self.train.vocab_size, self.train.eos, self.meta["fingerprint"]
         self.start = self._start()
         self.first_sample = 0  # where in the order of the samples the run begins (State.first_sample)
-        # The micro-batch that comes next if none is left out: (number of its first sample, its size); its positions.
+        # The micro-batch that `batch` expects to be asked for next, (number of its first sample, its size), and the
+        # positions of its windows.
         self.next_batch, self.next_positions = None, None
         require_sequences(cfg, self.meta)
         self.val_sources = part_shards(self.val.path, self.meta["val_sources"], self.seq_len)

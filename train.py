@@ -175,8 +175,8 @@ def train(cfg, world):
     world.from_main(lambda: checkpoint.claim(cfg, resume_from, 4 * raw.num_params() + sum(moment_bytes), state.step))
     stop = StopSignal(world, cfg.checkpoint.time_limit).listen()  # until the end of the loop
     # A warm-up pass whose gradients are discarded, with memory held for the optimizer state: OOM and compile errors
-    # show before any file is replaced. It is not optional: after its first backward pass DDP regroups the gradients,
-    # and then adds those of 3 or more ranks in another order.
+    # show before any file is replaced. DDP needs it, too: it regroups the gradients after its first backward pass,
+    # which changes the order of summation from 3 ranks on: a resumed run's first step would differ in its last bits.
     held = [] if optimizer.state else [size // world.shards for size in moment_bytes]  # loaded: they are there already
     with Watchdog(meter, state, cfg, world.rank), hardware.reserved(held, world.device):
         for micro in sorted({0, accum - 1}):  # under DDP without the all-reduce, and with it

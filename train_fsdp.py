@@ -110,8 +110,8 @@ class FSDPWorld(DDPWorld):
     def distribute(self, value, like):
         if not (torch.is_tensor(value) and isinstance(like, DTensor) and value.shape == like.shape):
             return super().distribute(value, like)
-        # On other ranks only the shape counts. Not to the 2-D mesh at once, as each rank of the main one's replica
-        # would then send a whole tensor to the others.
+        # On other ranks only the shape counts. The main rank scatters the rows over its replica, whose ranks then send
+        # theirs to the other replicas. Over both dimensions at once, each of them would send a whole tensor instead.
         whole = value.to(self.device) if self.is_main else torch.empty_like(value, device=self.device)
         mine = self.replicate(distribute_tensor(whole, self.mesh["dp_shard"], [Shard(0)]).to_local())
         return DTensor.from_local(mine, self.mesh, like.placements, shape=whole.shape, stride=whole.stride())

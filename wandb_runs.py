@@ -214,7 +214,7 @@ def resolve_run(cfg, memory, resumes, run_id, info):
     before = recalled(memory) if resumes else {}
     if resumes and memory.exists() and not before:
         log.warning("%s cannot be read: the W&B project is that of flags and environment", memory)
-    # `was`: wandb_tools.py has sent it as another W&B run than the checkpoint's.
+    # `was` is the id that the checkpoint still has, if wandb_tools.py has sent the run again under another, `base`.
     if run_id not in ("", before.get("base"), before.get("was")):  # the file is of another run
         before = {}
     cfg = with_environment(cfg, before=before.get("init"))
@@ -253,7 +253,8 @@ IDENTITY = ("shared", "primary", "label", "sweep", "host", "program")  # of a Jo
 def remember(path, base, job, sent):
     """Store this run's identity in `path`, for resuming after a kill and for `wandb_tools.py sync`. `sent`: the
     arguments of wandb.init that the server last had from it."""
-    before = recalled(path)  # `was`: the id that the last checkpoint may still have
+    before = recalled(path)
+    # As long as no checkpoint with the new id has been saved, a resume needs `was` (see `resolve_run`).
     was = dict(was=before["was"]) if before.get("base") == base and "was" in before else {}
     facts = dict(base=base, init=job.init, sent=sent) | was | {name: getattr(job, name) for name in IDENTITY}
     write_whole(path, json.dumps(facts).encode())
