@@ -31,7 +31,8 @@ class Watchdog:
 
     def __init__(self, meter, state, cfg, rank):
         """`cfg` is the whole configuration."""
-        self.meter, self.state, self.heartbeat_file = meter, state, "" if rank else cfg.tracking.heartbeat_file
+        self.meter, self.state = meter, state
+        self.heartbeat_file = "" if rank else cfg.tracking.heartbeat_file
         self.stacks = cfg.checkpoint.beside(f".rank{rank}.stacks.txt" if rank else ".stacks.txt")
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
