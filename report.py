@@ -130,7 +130,8 @@ class Run:
         parts = [str(self.path), self.config.get("arch"), self.config.get("device"),
                  f"{ranks} rank{'s' * (ranks > 1)}" if ranks else "", f"first report {started:%Y-%m-%d %H:%M}"]
         if weights := self.config.get("init_from"):
-            parts.append(f"weights{' and optimizer state' * bool(self.config.get('keep_optimizer'))} from {weights}")
+            with_state = " and optimizer state" if self.config.get("keep_optimizer") else ""
+            parts.append(f"weights{with_state} from {weights}")
         starts = zip(self.starts, self.starts[:1] + self.starts, strict=False)  # each with the one before it
         resumed = [f"{step:,}{_changes(before, config)}" for (step, config), (_, before) in starts if step]
         if origin := self.origin():
@@ -337,7 +338,7 @@ def _comparison(runs):
     """The table of all runs, and that of the flags that differ."""
     facts = [run.facts() for run in runs]
     best = runs[0].best() if len(runs) > 1 and comparable(runs) == "val/loss" else None
-    cells = [[f"<td{' class=best' * (name == 'best val loss' and best is not None and run.best() == best)}>"
+    cells = [[f"<td{' class=best' if name == 'best val loss' and best is not None and run.best() == best else ''}>"
               f"{_escape(text)}</td>" for name, text in mine.items()] for run, mine in zip(runs, facts, strict=True)]
     parts = [_table(runs, facts[0], cells)]
     if flags := differences(runs):

@@ -129,7 +129,7 @@ class WandbSink:
         while len(waiting := self._links()) >= UPLOADS[self.job.policy]:
             skipped = next((link for link in waiting[1:] if ".best" not in link.suffixes), waiting[1])
             skipped.unlink(missing_ok=True)
-        link = self.beside(f"{self.tag}.upload-{step:08d}{'.best' * best}.pt")
+        link = self.beside(f"{self.tag}.upload-{step:08d}{'.best' if best else ''}.pt")
         try:
             archive.link(path, link)
         except OSError as error:
