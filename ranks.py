@@ -221,7 +221,8 @@ class Heartbeat(NoHeartbeat):
         os._exit(1)
 
     def _stopped(self, who, seconds):
-        names, (have, them) = ", ".join(one["name"] for one in who), ("have", "them") if who[1:] else ("has", "it")
+        names = ", ".join(one["name"] for one in who)
+        have, them = ("have", "them") if who[1:] else ("has", "it")
         limit = " (--timeout)" if seconds >= self.timeout else ""
         return f"{names} {have} stopped {self._where()}: nothing from {them} for {seconds} s{limit}; {RESUME}"
 
