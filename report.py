@@ -31,6 +31,7 @@ ROWS = ".metrics.jsonl"
 DEFAULT = "checkpoints/minigpt.pt"
 # Recorded beside the flags, and derived from them.
 NOT_FLAGS = ("command", "n_params", "flops_per_token", "corpus", "corpus_tokens", "tokenizer_hash", "accum_steps")
+TRIAL = ("seed", "data_seed", "device")  # runs that differ in these alone are trials of one setting
 # The facts of a run in one row of text, by the metric that compares the runs.
 ROW = {"val/loss": ("steps", "val loss", "best val loss", "tokens/s", "time"),
        "val/bits_per_byte": ("steps", "val loss", "bits per byte", "tokens/s", "time")}
@@ -148,10 +149,10 @@ def _is_setting(name):
     return name not in NOT_FLAGS and not is_launch_flag(name)
 
 
-def _changes(before, after):
-    """What a resumed run was told otherwise than before: " (lr 0.001 → 0.0003)"."""
-    changed = ", ".join(f"{name} {show(before.get(name))} → {show(value)}" for name, value in after.items()
-                        if _is_setting(name) and before.get(name) != value)
+def _changes(before, after, ignored=()):
+    """What a resumed run was told otherwise than before: " (lr 0.001 → 0.0003)". Not a flag that is newer than that."""
+    changed = ", ".join(f"{name} {show(before[name])} → {show(value)}" for name, value in after.items()
+                        if _is_setting(name) and name not in ignored and before.get(name, value) != value)
     return f" ({changed})" if changed else ""
 
 
@@ -237,8 +238,8 @@ def plots(runs, x):
 
 
 def settings(runs):
-    """`differences`, without those that are no settings: runs that differ in these alone are trials of the same."""
-    return {name: values for name, values in differences(runs).items() if name not in ("seed", "data_seed", "device")}
+    """`differences`, without those of trials of one setting."""
+    return {name: values for name, values in differences(runs).items() if name not in TRIAL}
 
 
 def sweep(runs):
@@ -267,7 +268,8 @@ def over_seeds(runs):
     deviation of their best losses, the lowest mean first. [] if no setting has two runs."""
     metric, flags, trials = comparable(runs), settings(runs), {}
     for run, *values in zip(runs, *flags.values(), strict=True):
-        changed = any(_changes(config, run.config) for _, config in run.starts)  # at a resume: of neither setting
+        # Changed at a resume it is of neither setting, and the steps before a branch are another run's.
+        changed = run.origin() or any(_changes(config, run.config, TRIAL) for _, config in run.starts)
         if run.has_ended() and not changed and (best := run.best(metric)):
             trials.setdefault(tuple(map(show, values)), []).append(best[0])
     if max(map(len, trials.values()), default=0) < 2:

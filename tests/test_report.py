@@ -269,16 +269,21 @@ def test_a_run_resumed_with_other_flags_says_which_and_is_no_point_of_a_sweep(tm
 
 
 def test_runs_that_differ_in_seeds_alone_are_trials_of_one_setting(tmp_path, monkeypatch, capsys):
-    for name, flags in dict(a=dict(lr=1e-3, seed=1), b=dict(lr=1e-3, seed=2), c=dict(lr=2e-3, seed=1),
-                            going=dict(lr=1e-3, seed=3, steps=20), changed=dict(lr=1e-3, seed=4)).items():
-        path = write_run(tmp_path / f"{name}.metrics.jsonl", data_seed=flags["seed"], device=name, **flags)
-    path.write_text(path.read_text().replace('"lr": 0.001', '"lr": 0.002', 1))  # changed at the resume
+    paths = {name: write_run(tmp_path / f"{name}.metrics.jsonl", data_seed=flags["seed"], device=name, **flags)
+             for name, flags in dict(a=dict(lr=1e-3, seed=1), b=dict(lr=1e-3, seed=2), c=dict(lr=2e-3, seed=1),
+                                     going=dict(lr=1e-3, seed=3, steps=20), changed=dict(lr=1e-3, seed=4),
+                                     branch=dict(lr=1e-3, seed=5, resume="a.pt")).items()}
+    for name, was, now in [("changed", '"lr": 0.001', '"lr": 0.002'), ("branch", '"step": 0,', '"step": 10,'),
+                           # Begun on another machine, by an older version that lacked a flag: no change of the setting.
+                           ("b", '"device": "b"', '"device": "gone"'), ("b", '"world_size": 2, ', "")]:
+        paths[name].write_text(paths[name].read_text().replace(was, now, 1))
     lower = (tmp_path / "a.metrics.jsonl").read_text().splitlines()
     for i, row in enumerate(map(json.loads, lower)):
         if row.get("val/loss"):
             lower[i] = json.dumps(row | {"val/loss": row["val/loss"] - 1})
     (tmp_path / "a.metrics.jsonl").write_text("\n".join(lower) + "\n")
     runs = report.load([tmp_path])
+    assert [run.story().split(" · ")[-1] for run in runs if run.name == "b"] == ["resumed at step 20 (device gone → b)"]
     a, b = (next(run.best()[0] for run in runs if run.name == name) for name in "ab")
     assert a == b - 1
     titles = ("lr", "runs", "best val loss", "± standard deviation")
