@@ -180,7 +180,8 @@ def require_space(cfg, n_bytes, n_steps, uploads=0):
     files = [file for file in map(Path, cfg.files()) if file.suffix == ".pt" and ".kept-" not in file.name]
     files += cfg.drafts()
     ours = {file.stat().st_ino: file.stat().st_size for file in files}
-    saves = math.ceil(n_steps / cfg.save_steps) if cfg.save_steps else 1  # and those of --save-minutes
+    saves = math.ceil(n_steps / cfg.save_steps) if cfg.save_steps else 1
+    saves += cfg.save_minutes > 0  # one at least, if the run takes longer than that
     wanted = 1 + cfg.save_best + uploads + min(max(2, cfg.keep_last), saves + len(ours))
     wanted += min(saves, n_steps // cfg.keep_every + 1) if cfg.keep_every else 0
     metrics = cfg.beside(".metrics.jsonl")

@@ -131,6 +131,9 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path, monkeypatc
     (tmp_path / "new" / "c.pt.tmp").write_bytes(b"x")  # left by a kill, to be removed
     checkpoint.require_space(cfg, 1_000, n_steps=1_000)
     every = dataclasses.replace(cfg, checkpoint_path=str(tmp_path / "other.pt"), keep_last=10**6)
+    with pytest.raises(UserError, match="4 checkpoints"):  # one by --save-steps, one by --save-minutes
+        checkpoint.require_space(every, 1_000, n_steps=250)
+    every = dataclasses.replace(every, save_minutes=0.0)
     checkpoint.require_space(every, 1_000, n_steps=250)  # one save in all
     (tmp_path / "other.kept-00000050.pt").write_bytes(bytes(100_000))  # stays
     milestones = dataclasses.replace(every, keep_last=0, save_steps=10, keep_every=50)
