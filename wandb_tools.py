@@ -308,8 +308,8 @@ def fetch(runs, where):
 
 
 def add_report(reports, row):
-    """Adds the numbers of a row of W&B's to `reports`: step → record of a metrics.jsonl. What cannot be null there, NaN
-    and infinity, is."""
+    """Adds the numbers of a row of W&B's to `reports`: step → record of a metrics.jsonl, in which NaN and infinity are
+    null."""
     if isinstance(step := row.get("step"), int) and isinstance(when := row.get("_timestamp"), int | float):
         numbers = {name: value for name, value in row.items() if name[0] != "_" and isinstance(value, int | float)}
         numbers |= {name: None for name, value in row.items() if value in ("NaN", "Infinity")}
