@@ -345,7 +345,7 @@ def test_weights_are_offered_for_text_that_their_own_tokenizer_encodes(tmp_path,
     save(tmp_path / "c.pt", whole(1) | {"identity": {"the tokenizer": "a", "--vocab-size": 4096}, "config": flags})
     with pytest.raises(UserError, match=f"or .*{advice} with another --checkpoint-path"):
         resume.load_for_resume(tmp_path / "c.pt", config(tmp_path), {"the tokenizer": "b", "--vocab-size": 999},
-                                   flags | flag)
+                               flags | flag)
 
 
 def test_a_checkpoint_with_a_flag_that_this_code_lacks_goes_on_if_it_is_unset(tmp_path):

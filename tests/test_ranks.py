@@ -332,7 +332,7 @@ def test_a_heartbeat_that_ends_is_a_fault_or_none(heartbeat, peer, words):
 def test_a_rank_that_the_others_wait_for_has_the_timeout_to_move(heartbeat, left):
     beats, said, heartbeat.timeout = iter(range(100)), [], 4
     heartbeat._read = lambda rank: dict(name=f"rank {rank}", pid=os.getpid(), node="0", progress=3 - rank,
-                                    left=left and rank == 1, beat=next(beats))
+                                        left=left and rank == 1, beat=next(beats))
     heartbeat.fail = lambda reason="", **_: said.append((reason.split(";")[0], len(heartbeat.slept)))
     with pytest.raises(KeyboardInterrupt):
         heartbeat._run()
