@@ -16,7 +16,7 @@ import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path, PurePosixPath
 
-from config import Parser
+from config import RUN_CONFIG, Parser
 from errors import UserError
 from files import beside_run, matching_files, read_records, without_infinity, write_whole
 from processes import only_one
@@ -281,6 +281,9 @@ def fetch(runs, where):
     code = 0
     for run in runs:
         folder = Path(where or ".") / run.id
+        rows = folder.with_name(f"{run.id}.metrics.jsonl")
+        if beside_run(rows, RUN_CONFIG).exists():  # --wandb-run-id may be the name of the checkpoint
+            raise UserError(f"{rows}: is that of a run that has trained there; name another folder")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(run.config, indent=1))
         (folder / "summary.json").write_text(json.dumps(dict(run.summary), indent=1, default=dict))
@@ -291,7 +294,7 @@ def fetch(runs, where):
                 n_rows += 1
                 add_report(reports, row)
         if reports:
-            write_whole(folder.with_name(f"{run.id}.metrics.jsonl"), metrics_jsonl(run, reports).encode())
+            write_whole(rows, metrics_jsonl(run, reports).encode())
         wanted = [(file, "files", dict(replace=True)) for file in run.files() if _stays_inside(file.name)]
         wanted += [(artifact, f"artifacts/{artifact.name.replace(':', '-')}", {})
                    for artifact in run.logged_artifacts()]

@@ -498,6 +498,13 @@ def test_what_a_downloaded_run_reported(tmp_path):
     assert "exit" not in metrics_jsonl(run, reports)
 
 
+def test_a_download_does_not_replace_what_a_run_has_written_there(tmp_path):
+    (tmp_path / "one.config.toml").touch()
+    with pytest.raises(UserError, match=r"one\.metrics\.jsonl: is that of a run that has trained there; name another"):
+        fetch([SimpleNamespace(id="one")], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["one.config.toml"]
+
+
 def test_what_cannot_be_fetched_or_leads_out_of_the_folder_is_left_out_and_the_rest_fetched(tmp_path, capsys):
     class File:
         def __init__(self, name):
