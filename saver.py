@@ -71,7 +71,7 @@ class Saver:
         self.copies = []  # the tensors on the CPU that --async-save writes from
         self.future = None  # on the main rank: what `_write` will return
         self.under_way = None  # on every rank: (step, best_val before) of the save in progress
-        self.since = time.monotonic()  # when the newest checkpoint was begun, or this start
+        self.since = time.monotonic()  # when training went on after the newest checkpoint, or began
 
     def is_overdue(self):
         """Whether --save-minutes have passed since the newest checkpoint, by the main rank's clock."""
@@ -82,7 +82,6 @@ class Saver:
         """Save what `payload()` returns; `best`: its validation loss is the lowest so far. A failed save is logged, and
         the next save tries again; if the `last` one fails, NotSaved is raised."""
         self.conclude()
-        self.since = time.monotonic() if latest else self.since
         before = self.state.best_val
         if best:
             self.state.best_val = self.state.val_loss
@@ -91,6 +90,8 @@ class Saver:
         self.world.from_main(lambda: self._begin(now, latest, best))
         if last or not self.cfg.async_save:
             self.conclude(last=last)
+        if latest:
+            self.since = time.monotonic()
 
     def conclude(self, wait=True, last=False):
         """Finish the save in progress, if it is done or after waiting if `wait`: report its file or its failure."""

@@ -18,10 +18,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import zygote
-from conftest import ROOT, TINY, Run, command, environment, eventually, interrupt_after, on_small_disk
+from conftest import ROOT, TINY, Clock, Run, command, environment, eventually, interrupt_after, on_small_disk
 from test_train import same
 
 import checkpoint
+import saver as saver_module
 from checkpoint import CheckpointConfig, State, step_of
 from data import Corpus, DataConfig
 from errors import UserError
@@ -97,18 +98,29 @@ def test_only_a_last_checkpoint_that_cannot_be_written_fails_the_run(trainer):
 
 
 def test_a_slow_run_saves_by_the_clock(trainer):
-    """Steps of about 4 ms, saves every 40 ms at least: after the same step on both ranks, or they would hang."""
-    run = trainer("--num-steps", 60, "--save-steps", 0, "--save-minutes", 0.04 / 60, "--keep-last", 99,
+    """Saves every 10 ms, which are a few steps: after the same step on both ranks, or they would hang."""
+    run = trainer("--num-steps", 60, "--save-steps", 0, "--save-minutes", 0.01 / 60, "--keep-last", 99,
                   "--no-save-best", ranks=2)
     assert run.code == 0, run.err
     steps = [int(file.stem.rpartition("-")[2]) for file in trainer.folder.glob("c.step-*.pt")]
     assert len(steps) >= 2 and max(steps) == 60, steps
-    cfg = CheckpointConfig(checkpoint_path=str(trainer.folder / "d.pt"), save_minutes=1.0)
-    saver = Saver(cfg, World.__new__(World), State(step=1), None)
+
+
+def test_a_save_is_overdue_so_many_minutes_of_training_after_the_last_one(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch, saver_module)
+    cfg = CheckpointConfig(checkpoint_path=str(tmp_path / "c.pt"), save_minutes=1.0)
+    saver = Saver(cfg, World.__new__(World), State(step=1), SimpleNamespace(saved=lambda *_: None))
+    monkeypatch.setattr(saver_module, "save_run", lambda *_: clock.sleep(300))
+    clock.now += 59
     assert not saver.is_overdue()
-    saver.since -= 59
-    assert not saver.is_overdue()
-    saver.since -= 2
+    clock.now += 1
+    assert saver.is_overdue()
+    saver.save(dict, latest=False, best=True, last=False)
+    assert saver.is_overdue(), "the best one is not the newest"
+    saver.save(dict, latest=True, best=False, last=False)
+    clock.now += 59
+    assert not saver.is_overdue(), "writing takes longer than that"
+    clock.now += 1
     assert saver.is_overdue()
     saver.world.is_main = False  # one clock decides
     assert not saver.is_overdue()
