@@ -83,8 +83,8 @@ class Bench:
                              "--seq-len", size.context, "--max-position-embeddings", size.context,
                              "--batch-size", size.batch, "--n-layers", size.layers, "--n-heads", size.heads,
                              "--d-model", size.width, "--num-steps", steps, "--beta2", 0.99, "--eval-steps", 0,
-                             "--save-steps", 0, "--eval-tokens", size.context, "--checkpoint-path",
-                             self.folder / "c.pt", "--overwrite", *flags]
+                             "--save-steps", 0, "--save-minutes", 0, "--eval-tokens", size.context,
+                             "--checkpoint-path", self.folder / "c.pt", "--overwrite", *flags]
 
     def nano(self, steps, compiled, *flags):
         size = self.size
