@@ -238,6 +238,11 @@ def write_texts(model, tokenizer, eos, saved, cfg, out):
     return n_tokens
 
 
+def require_prompt(prompt, tokenizer_folder):
+    """Raises UserError if the tokenizer cannot encode --sample-prompt: not hours later, at the first sample."""
+    prompt_ids(open_tokenizer(tokenizer_folder), 0, prompt, given="--sample-prompt")
+
+
 def sample_text(model, tokenizer_folder, corpus, prompt=""):
     """`prompt` and what `model` makes of it; without one, a text that it generates from `corpus.start`."""
     tokenizer = open_tokenizer(tokenizer_folder)

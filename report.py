@@ -31,7 +31,9 @@ ROWS = ".metrics.jsonl"
 DEFAULT = "checkpoints/minigpt.pt"
 # Recorded beside the flags, and derived from them.
 NOT_FLAGS = ("command", "n_params", "flops_per_token", "corpus", "corpus_tokens", "tokenizer_hash", "accum_steps")
-TRIAL = ("seed", "data_seed", "device")  # runs that differ in these alone are trials of one setting
+# How the names begin of what may differ between trials of one setting: seeds, machine, what is saved and shown.
+TRIAL = ("seed", "data_seed", "device", "rank", "world_size", "local_", "worker_", "num_workers", "git_", "version/",
+         "log_steps", "sample_", "save_", "keep_last", "keep_every", "async_save", "time_limit", "use_wandb")
 # The facts of a run in one row of text, by the metric that compares the runs.
 ROW = {"val/loss": ("steps", "val loss", "best val loss", "tokens/s", "time"),
        "val/bits_per_byte": ("steps", "val loss", "bits per byte", "tokens/s", "time")}
@@ -149,10 +151,10 @@ def _is_setting(name):
     return name not in NOT_FLAGS and not is_launch_flag(name)
 
 
-def _changes(before, after, ignored=()):
+def _changes(before, after, but=()):
     """What a resumed run was told otherwise than before: " (lr 0.001 → 0.0003)". Not a flag that is newer than that."""
     changed = ", ".join(f"{name} {show(before[name])} → {show(value)}" for name, value in after.items()
-                        if _is_setting(name) and name not in ignored and before.get(name, value) != value)
+                        if _is_setting(name) and not name.startswith(but) and before.get(name, value) != value)
     return f" ({changed})" if changed else ""
 
 
@@ -239,22 +241,20 @@ def plots(runs, x):
 
 def settings(runs):
     """`differences`, without those of trials of one setting."""
-    return {name: values for name, values in differences(runs).items() if name not in TRIAL}
+    return {name: values for name, values in differences(runs).items() if not name.startswith(TRIAL)}
 
 
 def sweep(runs):
-    """The plot of the best loss against the one flag in which the runs differ or, if there are several and models of
-    several sizes (the largest at least twice the smallest), against the number of parameters, if that has three values
-    or more, all numbers: a list of one or none. A run that was resumed with another value is left out: its loss is of
-    neither."""
+    """The plot of the best loss against the one setting in which the runs differ or, if there are several and models of
+    several sizes (the largest at least twice the smallest), against their parameters; at least three values, all
+    numbers: a list of one or none. A run that was resumed with another value is left out: its loss is of neither."""
     found, metric = list(settings(runs)), comparable(runs)
     name = found[0] if len(found) == 1 else "n_params"
     values = [run.config.get(name) for run in runs]
-    if not all(map(_is_number, values)) or len(set(values)) < 3:
+    sizes = name == "n_params"
+    if not all(map(_is_number, values)) or len(set(values)) < 3 or (sizes and max(values) < 2 * min(values)):
         return []
-    low, high, label = min(values), max(values), "parameters" if name == "n_params" else flag(name)
-    if name == "n_params" and high < 2 * low:
-        return []
+    low, high, label = min(values), max(values), "parameters" if sizes else flag(name)
     points = [Point(run.name, at, best[0]) for run, at in zip(runs, values, strict=True) if (best := run.best(metric))
               and all(config.get(name) == at for _, config in run.starts)]
     what, unit = {"val/loss": ("loss", "nats per token")}.get(metric, ("bits per byte", "comparable across tokenizers"))

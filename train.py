@@ -16,7 +16,7 @@ from data import BatchConfig, Corpus, DataConfig
 from errors import RunFailed, UserError, leave_on_sigterm, needed_packages
 from evaluate import evaluate
 from facts import log_facts
-from generate import sample_text
+from generate import require_prompt, sample_text
 from hardware import SpeedConfig
 from meter import Meter
 from model import GPT, GPTConfig
@@ -69,6 +69,8 @@ def train(cfg, world):
     cfg.optim = cfg.optim.in_steps(global_batch_size, corpus.seq_len, corpus.n_windows)
     config = flatten(cfg)
     vocab_size = resolve_vocab_size(cfg.model, cfg.init, corpus.vocab_size, cfg.data.tokenizer_name)
+    if cfg.report.sample_prompt:
+        world.from_main(lambda: require_prompt(cfg.report.sample_prompt, corpus.folder / "tokenizer"))
     identity = resume.run_identity(cfg, corpus, vocab_size, global_batch_size)
     precision = hardware.choose_precision(cfg.speed, world.device)
 

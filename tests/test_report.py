@@ -275,7 +275,9 @@ def test_runs_that_differ_in_seeds_alone_are_trials_of_one_setting(tmp_path, mon
                                      branch=dict(lr=1e-3, seed=5, resume="a.pt")).items()}
     for name, was, now in [("changed", '"lr": 0.001', '"lr": 0.002'), ("branch", '"step": 0,', '"step": 10,'),
                            # Begun on another machine, by an older version that lacked a flag: no change of the setting.
-                           ("b", '"device": "b"', '"device": "gone"'), ("b", '"world_size": 2, ', "")]:
+                           ("b", '"device": "b"', '"device": "gone"'), ("b", '"world_size": 2, ', ""),
+                           # What a run saves and shows, and the commit, are no settings.
+                           ("a", '"lr"', '"git_commit": "0f", "save_steps": 9, "time_limit": 5, "lr"')]:
         paths[name].write_text(paths[name].read_text().replace(was, now, 1))
     lower = (tmp_path / "a.metrics.jsonl").read_text().splitlines()
     for i, row in enumerate(map(json.loads, lower)):

@@ -368,6 +368,12 @@ def test_a_sample_is_not_training_time(trainer):
     assert run.rows[10]["train/step_time_sec"] * 5 + run.rows[10]["time/sample_sec"] < run.rows[10]["time/dt_sec"]
 
 
+def test_a_prompt_that_the_tokenizer_does_not_know_is_refused_at_the_start(trainer):
+    run = trainer("--num-steps", 10, "--tokenizer-name", "char", "--sample-prompt", "Ж")
+    assert run.code == 2 and run.err.count("\n") == 1 and not run.checkpoint.exists(), run.err
+    assert "--sample-prompt 'Ж': the tokenizer knows none of these characters; give another" in run.err
+
+
 def test_a_console_that_is_closed_or_narrow_is_no_reason_to_end(trainer):
     arguments = trainer.arguments(["--num-steps", 20, "--sample-steps", 10])
     closed = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *arguments], cwd=trainer.folder,
