@@ -315,7 +315,7 @@ def add_report(reports, row):
     null."""
     if isinstance(step := row.get("step"), int) and isinstance(when := row.get("_timestamp"), int | float):
         numbers = {name: value for name, value in row.items() if name[0] != "_" and isinstance(value, int | float)}
-        numbers |= {name: None for name, value in row.items() if value in ("NaN", "Infinity")}
+        numbers |= {name: None for name, value in row.items() if value in ("NaN", "Infinity", "-Infinity")}
         reports[step] = reports.get(step, {}) | numbers | {"time": when}
 
 

@@ -482,7 +482,7 @@ def test_what_a_downloaded_run_reported(tmp_path):
     """Rows of one step are one report, a step that was repeated after a resume is the later one, NaN is null."""
     rows = [{"step": 5, "_timestamp": 1.5, "_step": 0, "train/loss": 3.0, "val/loss": 2.5},
             {"step": 5, "_timestamp": 1.6, "samples": {"_type": "table-file"}},
-            {"step": 4, "_timestamp": 9.0, "train/loss": "NaN", "val/ppl": "Infinity"},
+            {"step": 4, "_timestamp": 9.0, "train/loss": "NaN", "val/ppl": "Infinity", "x": "-Infinity"},
             {"step": 5, "_timestamp": 9.5, "train/loss": 2.0, "gradients/x": {"_type": "histogram"}, "amp": "on"},
             {"_timestamp": 9.5, "other": 1}]
     reports = {}
@@ -491,7 +491,7 @@ def test_what_a_downloaded_run_reported(tmp_path):
     run = SimpleNamespace(config=dict(lr=math.nan), state="finished")
     (tmp_path / "r.metrics.jsonl").write_text(metrics_jsonl(run, reports))
     config, *found, ended = read_records(tmp_path / "r.metrics.jsonl")
-    assert found == [{"step": 4, "time": 9.0, "train/loss": None, "val/ppl": None},
+    assert found == [{"step": 4, "time": 9.0, "train/loss": None, "val/ppl": None, "x": None},
                      {"step": 5, "time": 9.5, "train/loss": 2.0, "val/loss": 2.5}]
     assert config["config"] == dict(lr=None) and ended == dict(step=5, time=9.5, event="exit", code=0)
     run.state = "crashed"
