@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from config import arg
-from errors import UserError
-from files import write_whole
-from shards import Shard, part_shards, read_meta, read_windows, spread_windows
-from token_cache import prepare, require_sequences
-from tokenizer import LEARNED, encode, open_tokenizer, tokenizer_hash
+from mini_llm.config import arg
+from mini_llm.errors import UserError
+from mini_llm.files import write_whole
+from mini_llm.shards import Shard, part_shards, read_meta, read_windows, spread_windows
+from mini_llm.token_cache import prepare, require_sequences
+from mini_llm.tokenizer import LEARNED, encode, open_tokenizer, tokenizer_hash
 
 CYCLE = 1000  # samples after which the turns of several sources repeat
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio

@@ -15,17 +15,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import hardware
-from config import arg, parse
-from errors import UserError, one_line_errors
-from files import without_infinity
+from mini_llm import hardware
+from mini_llm.config import arg, parse
+from mini_llm.errors import UserError, one_line_errors
+from mini_llm.files import without_infinity
+from mini_llm.pretrained import load_run
+from mini_llm.progress import ProgressBar
+from mini_llm.shards import Shard, ShardWriter, foreign_tokens, part_shards, read_meta, read_windows, spread_windows
+from mini_llm.text import find_sources, pieces, require_hub, source_names, take
+from mini_llm.token_cache import BATCH
+from mini_llm.tokenizer import encode_pieces, id_count
 from model import IGNORE
-from pretrained import load_run
-from progress import ProgressBar
-from shards import Shard, ShardWriter, foreign_tokens, part_shards, read_meta, read_windows, spread_windows
-from text import find_sources, pieces, require_hub, source_names, take
-from token_cache import BATCH
-from tokenizer import encode_pieces, id_count
 
 # With fewer documents, the confidence interval clusters by parts of the text: few and long, as neighbors are alike.
 MIN_DOCUMENTS, PARTS = 20, 30

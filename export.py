@@ -17,17 +17,17 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from config import arg, is_launch_flag, parse
 from data import BatchConfig, DataConfig
-from errors import UserError, one_line_errors
-from files import beside_run, read_json, read_records
 from generate import TEMPERATURE, TOP_K
-from hardware import SpeedConfig
-from hugging_face import hugging_face_config, to_hugging_face
+from mini_llm.config import arg, is_launch_flag, parse
+from mini_llm.errors import UserError, one_line_errors
+from mini_llm.files import beside_run, read_json, read_records
+from mini_llm.hardware import SpeedConfig
+from mini_llm.hugging_face import hugging_face_config, to_hugging_face
+from mini_llm.pretrained import load_run, tokenizer_folder
+from mini_llm.tokenizer import id_count
 from model import GPTConfig
 from optim import OptimConfig
-from pretrained import load_run, tokenizer_folder
-from tokenizer import id_count
 
 SAMPLING = dict(do_sample=True, temperature=TEMPERATURE, top_k=TOP_K)
 TRAINED_BY = (GPTConfig, DataConfig, BatchConfig, OptimConfig, SpeedConfig)  # the flags that the card lists

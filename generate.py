@@ -13,12 +13,12 @@ from itertools import takewhile
 import numpy as np
 import torch
 
-import hardware
-from config import arg, parse
-from errors import UserError, one_line_errors
+from mini_llm import hardware
+from mini_llm.config import arg, parse
+from mini_llm.errors import UserError, one_line_errors
+from mini_llm.pretrained import load_run
+from mini_llm.tokenizer import encode, id_count, known_characters, open_tokenizer
 from model import KVCache
-from pretrained import load_run
-from tokenizer import encode, id_count, known_characters, open_tokenizer
 
 RULE = "-" * 15  # separates two texts
 TEMPERATURE, TOP_K, SAMPLE_TOKENS = 0.8, 50, 128  # also for samples during training, and in exported folders

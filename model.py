@@ -14,9 +14,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from config import arg, flag
-from errors import UserError
-from kernels import MAX_EXPLICIT_CONTEXT, MIN_CHUNKED_VOCABULARY, CausalAttention, Embedding, Linear, head_cross_entropy
+from mini_llm import kernels
+from mini_llm.config import arg, flag
+from mini_llm.errors import UserError
 
 IGNORE = -1  # ignore_index: targets excluded from the loss
 
@@ -143,13 +143,13 @@ def attend(q, k, v, dropout=0.0):
     """Causal attention: q (B, nh, T, hs), k and v (B, nkv, S, hs) → (B, nh, T, hs). T is S, or 1 with a KV cache."""
     T = q.shape[2]
     assert T in (1, k.shape[2]), "a cache takes the prompt whole, then one token at a time"
-    explicit = q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad and 1 < T <= MAX_EXPLICIT_CONTEXT
+    explicit = q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad and 1 < T <= kernels.MAX_EXPLICIT_CONTEXT
     # On CUDA only flash attention takes grouped queries (as of torch 2.13); in fp16, older GPUs do not have it.
     takes_groups = not explicit and (not q.is_cuda or q.dtype == torch.bfloat16 and q.shape[3] <= 256)
     if q.shape[1] != k.shape[1] and not takes_groups:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (B, nh, S, hs)
     if explicit:
-        return CausalAttention.apply(q, k, v, dropout)
+        return kernels.CausalAttention.apply(q, k, v, dropout)
     # A single new token attends to the whole cache, so only longer inputs need the causal mask.
     return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=q.shape[1] != k.shape[1],
                                           dropout_p=dropout)
@@ -160,8 +160,8 @@ class Attention(nn.Module):
         super().__init__()
         self.cfg, bias = cfg, cfg.parts.bias
         self.sizes = [n * cfg.head_size for n in (cfg.n_heads, cfg.kv_heads, cfg.kv_heads)]
-        self.qkv = Linear(cfg.d_model, sum(self.sizes), bias=bias)
-        self.proj = Linear(self.sizes[0], cfg.d_model, bias=bias)
+        self.qkv = kernels.Linear(cfg.d_model, sum(self.sizes), bias=bias)
+        self.proj = kernels.Linear(self.sizes[0], cfg.d_model, bias=bias)
         if cfg.parts.qk_norm != "no":
             self.q_norm, self.k_norm = (make_norm(cfg.parts, cfg.head_size) for _ in "qk")
 
@@ -186,10 +186,10 @@ class MLP(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.kind, bias = cfg.parts.mlp, cfg.parts.bias
-        self.up = Linear(cfg.d_model, cfg.ff_size, bias=bias)
+        self.up = kernels.Linear(cfg.d_model, cfg.ff_size, bias=bias)
         if self.kind == "swiglu":
-            self.gate = Linear(cfg.d_model, cfg.ff_size, bias=bias)
-        self.down = Linear(cfg.ff_size, cfg.d_model, bias=bias)
+            self.gate = kernels.Linear(cfg.d_model, cfg.ff_size, bias=bias)
+        self.down = kernels.Linear(cfg.ff_size, cfg.d_model, bias=bias)
 
     def forward(self, x):
         h = self.up(x)
@@ -223,16 +223,16 @@ class GPT(nn.Module):
         assert cfg.vocab_size > 0, "the vocabulary size comes from the tokenizer"
         cfg.validate_sizes()
         self.cfg = cfg
-        self.tok_emb = Embedding(cfg.vocab_size, cfg.d_model)
+        self.tok_emb = kernels.Embedding(cfg.vocab_size, cfg.d_model)
         if cfg.parts.rope_theta:
             self.register_buffer("rope", rope_angles(cfg), persistent=False)
         else:
-            self.pos_emb = Embedding(cfg.max_position_embeddings, cfg.d_model)
+            self.pos_emb = kernels.Embedding(cfg.max_position_embeddings, cfg.d_model)
         self.embed_norm = make_norm(cfg.parts, cfg.d_model) if cfg.parts.embed_norm else nn.Identity()
         self.dropout = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.norm = make_norm(cfg.parts, cfg.d_model)
-        self.head = None if cfg.tied else Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        self.head = None if cfg.tied else kernels.Linear(cfg.d_model, cfg.vocab_size, bias=False)
         for name, parameter in self.named_parameters():
             if draw and name.endswith((".weight", ".bias")):  # all of ours; one that you add is left to its module
                 self.init_weight(name, parameter)
@@ -274,7 +274,7 @@ class GPT(nn.Module):
             return self.logits(x)
         # Chunks round gradients before fp16's loss scale applies; torch.compile would unroll the loop over chunks.
         if self.chunks_loss and autocast_dtype(x.device) is not torch.float16 and not torch.compiler.is_compiling():
-            nats = head_cross_entropy(x.flatten(0, 1), self.head_weight.to(x.dtype), targets.flatten(), IGNORE)
+            nats = kernels.head_cross_entropy(x.flatten(0, 1), self.head_weight.to(x.dtype), targets.flatten(), IGNORE)
             return nats if reduction == "none" else nats.sum() / (targets != IGNORE).sum()
         logits = self.padded_logits(x).float().flatten(0, 1)  # (B * T, V + padding)
         return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction=reduction)
@@ -282,7 +282,7 @@ class GPT(nn.Module):
     @property
     def chunks_loss(self):
         """Whether the loss is computed in chunks: each bf16 logit then takes 2 bytes instead of 10."""
-        return (self.head_weight.device.type == "cpu" and self.cfg.vocab_size >= MIN_CHUNKED_VOCABULARY
+        return (self.head_weight.device.type == "cpu" and self.cfg.vocab_size >= kernels.MIN_CHUNKED_VOCABULARY
                 and not self.cfg.parts.softcap)
 
     def hidden(self, tokens, past=None):

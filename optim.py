@@ -8,8 +8,8 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from config import arg
-from errors import UserError
+from mini_llm.config import arg
+from mini_llm.errors import UserError
 
 # Progress from the peak (0) to the end (1) → height above the floor, from 1 to 0.
 SCHEDULES = {

@@ -8,11 +8,11 @@ the last line that it prints, to another machine, and pass that as --train-data.
 
 import logging
 
-from config import parse
 from data import Corpus
-from errors import UserError, one_line_errors
-from pretrained import resolve_init
-from tracking import setup_logging
+from mini_llm.config import parse
+from mini_llm.errors import UserError, one_line_errors
+from mini_llm.pretrained import resolve_init
+from mini_llm.tracking import setup_logging
 from train import Config
 
 log = logging.getLogger("mini_llm")

@@ -22,10 +22,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import Parser, flag, is_launch_flag, positive
-from errors import UserError, needed_packages, one_line_errors, visible
-from files import beside_run, command, read_records
-from plots import MARKS, Panel, comparable, figure, looks, panels, short, terminal_plot
+from mini_llm.config import Parser, flag, is_launch_flag, positive
+from mini_llm.errors import UserError, needed_packages, one_line_errors, visible
+from mini_llm.files import beside_run, command, read_records
+from mini_llm.plots import MARKS, Panel, comparable, figure, looks, panels, short, terminal_plot
 
 ROWS = ".metrics.jsonl"
 DEFAULT = "checkpoints/minigpt.pt"

@@ -20,11 +20,11 @@ import sys
 import tomllib
 from pathlib import Path
 
-from config import Parser, coerce, flag_fields, override, positive, refuse_unknown
-from errors import UserError
-from wandb_client import import_wandb
-from wandb_errors import reason
-from wandb_runs import WandbConfig, with_environment
+from mini_llm.config import Parser, coerce, flag_fields, override, positive, refuse_unknown
+from mini_llm.errors import UserError
+from mini_llm.wandb_client import import_wandb
+from mini_llm.wandb_errors import reason
+from mini_llm.wandb_runs import WandbConfig, with_environment
 from wandb_tools import run_command
 
 MOST_AGENTS = 20

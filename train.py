@@ -7,26 +7,24 @@ from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
-import checkpoint
-import hardware
-import resume
-from checkpoint import CheckpointConfig
-from config import flag, flatten, parse
 from data import BatchConfig, Corpus, DataConfig
-from errors import RunFailed, UserError, leave_on_sigterm, needed_packages
 from evaluate import evaluate
-from facts import log_facts
 from generate import require_prompt, sample_text
-from hardware import SpeedConfig
-from meter import Meter
+from mini_llm import checkpoint, hardware, resume
+from mini_llm.checkpoint import CheckpointConfig
+from mini_llm.config import flag, flatten, parse
+from mini_llm.errors import RunFailed, UserError, leave_on_sigterm, needed_packages
+from mini_llm.facts import log_facts
+from mini_llm.hardware import SpeedConfig
+from mini_llm.meter import Meter
+from mini_llm.pretrained import InitConfig, load_initial, resolve_init, resolve_vocab_size
+from mini_llm.processes import StopSignal, refuse_torchrun, stop_when_orphaned
+from mini_llm.saver import Saver, raise_nonfinite
+from mini_llm.tracking import ReportConfig, Tracker, TrackingConfig, make_profiler, setup_logging
+from mini_llm.wandb_runs import WandbConfig, sweep_trial, sync_command
+from mini_llm.watchdog import Watchdog
 from model import GPT, GPTConfig
 from optim import OptimConfig, StepGuard, lr_at, make_optimizer, set_lr, state_sizes
-from pretrained import InitConfig, load_initial, resolve_init, resolve_vocab_size
-from processes import StopSignal, refuse_torchrun, stop_when_orphaned
-from saver import Saver, raise_nonfinite
-from tracking import ReportConfig, Tracker, TrackingConfig, make_profiler, setup_logging
-from wandb_runs import WandbConfig, sweep_trial, sync_command
-from watchdog import Watchdog
 from world import RanksConfig, World
 
 log = logging.getLogger("mini_llm")

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
-from errors import UserError
-from hardware import usable_cores
-from ranks import RESUME, NoHeartbeat, RankFault, digests, from_main, gather, join, launched, require_same, shared_out
-from shared_memory import share
+from mini_llm import ranks
+from mini_llm.errors import UserError
+from mini_llm.hardware import usable_cores
+from mini_llm.shared_memory import share
 from train import main
 from world import World
 
@@ -26,11 +26,11 @@ class DDPWorld(World):
     comm_hook = None  # DDP's communication hook; None: through shared memory on one host without GPUs, else all-reduce
     replicas = None  # the process group of those that hold the same weights; None: of all
     # How this rank reports faults and exits; of the class, because errors can occur before there is a World.
-    heartbeat = NoHeartbeat()
+    heartbeat = ranks.NoHeartbeat()
     SENT_LATER = 2**16  # elements of a tensor of which `from_main` gives the others the shape, for `distribute`
 
     def __init__(self, cfg):
-        self.rank, self.size, self.local_rank, self.local_size, self.node_rank = launched(self.script)
+        self.rank, self.size, self.local_rank, self.local_size, self.node_rank = ranks.launched(self.script)
         self.is_main = self.rank == 0
         # By default each rank has a process per core for torch.compile's kernels. Read when the compiler is imported.
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, min(32, usable_cores() // self.local_size))))
@@ -40,7 +40,8 @@ class DDPWorld(World):
         if cfg.checkpoint.resume != "auto" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
             raise UserError("torchrun --max-restarts starts this command again as it is: give it --resume auto")
         # On GPUs gradients use NCCL; scalars and flags stay on the CPU and use gloo, so they never wait for a GPU.
-        DDPWorld.heartbeat = join("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", cfg.ranks.timeout)
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        DDPWorld.heartbeat = ranks.join(backend, cfg.ranks.timeout)
 
     def wrap(self, model):
         self.memory = share(self)
@@ -62,16 +63,16 @@ class DDPWorld(World):
     def orthogonalize(self, matrices, rows, dtype):
         """Each replica orthogonalizes a share of the matrices, for all."""
         compute = functools.partial(super().orthogonalize, rows=rows, dtype=dtype)
-        return shared_out(compute, matrices, self.replicas) if self.shards < self.size else compute(matrices)
+        return ranks.shared_out(compute, matrices, self.replicas) if self.shards < self.size else compute(matrices)
 
     def gather(self, values):
-        return self.memory.gather(values) if self.memory else gather(values)
+        return self.memory.gather(values) if self.memory else ranks.gather(values)
 
     def from_main(self, make):
         def sent(tensor):
             return tensor if tensor.numel() >= self.SENT_LATER else self.broadcast(tensor).cpu()
 
-        return tree_map_only(torch.Tensor, sent, from_main(make, self.is_main))
+        return tree_map_only(torch.Tensor, sent, ranks.from_main(make, self.is_main))
 
     def distribute(self, value, like):
         return self.broadcast(value) if torch.is_tensor(value) and value.numel() >= self.SENT_LATER else value
@@ -91,12 +92,12 @@ class DDPWorld(World):
         self.heartbeat.me["step"] = step
 
     def require_same(self, mine, what, advice="start every node with the same command and files"):
-        require_same(mine, what, UserError, advice)
+        ranks.require_same(mine, what, UserError, advice)
 
     def require_replicas(self, model, optimizer):
         if self.shards < self.size:
             states = [model.state_dict(), optimizer.state_dict()]
-            require_same(digests(states), "weights", RankFault, RESUME, apart=self.shards)
+            ranks.require_same(ranks.digests(states), "weights", ranks.RankFault, ranks.RESUME, apart=self.shards)
 
     @staticmethod
     def fail(error, code):

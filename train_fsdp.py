@@ -16,8 +16,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
-from errors import UserError
-from hardware import choose_precision, keep_freed_memory, should_compile
+from mini_llm.errors import UserError
+from mini_llm.hardware import choose_precision, keep_freed_memory, should_compile
 from model import GPT
 from train import main
 from train_ddp import DDPWorld

@@ -16,13 +16,22 @@ import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path, PurePosixPath
 
-from config import RUN_CONFIG, Parser
-from errors import UserError
-from files import beside_run, matching_files, read_records, without_infinity, write_whole
-from processes import only_one
-from wandb_client import LOST_CODE, Publisher, awaited, import_wandb, leave, open_run
-from wandb_errors import advice, reason, with_advice
-from wandb_runs import ENVIRONMENT, IDENTITY, Job, WandbConfig, local_folder, recalled, run_path, with_environment
+from mini_llm.config import RUN_CONFIG, Parser
+from mini_llm.errors import UserError
+from mini_llm.files import beside_run, matching_files, read_records, without_infinity, write_whole
+from mini_llm.processes import only_one
+from mini_llm.wandb_client import LOST_CODE, Publisher, awaited, import_wandb, leave, open_run
+from mini_llm.wandb_errors import advice, reason, with_advice
+from mini_llm.wandb_runs import (
+    ENVIRONMENT,
+    IDENTITY,
+    Job,
+    WandbConfig,
+    local_folder,
+    recalled,
+    run_path,
+    with_environment,
+)
 
 TIMEOUT = 30  # seconds per request
 ARRIVAL = 30  # seconds to wait until what was sent can be read back

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-import hardware
-from config import arg
+from mini_llm import hardware
+from mini_llm.config import arg
 from optim import orthogonalize
 
 

@@ -32,7 +32,7 @@ def main():
     import transformers
 
     from generate import generate
-    from pretrained import load_model
+    from mini_llm.pretrained import load_model
 
     model = load_model(options.checkpoint_path)[0].to(options.device)
     with tempfile.TemporaryDirectory() as folder:

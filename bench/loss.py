@@ -21,7 +21,7 @@ from pathlib import Path
 
 from peers import ROOT, SIZES, Bench, machine, rows_with, run, spread
 
-from errors import UserError, one_line_errors
+from mini_llm.errors import UserError, one_line_errors
 
 
 def nanogpt(bench, options):

@@ -146,7 +146,7 @@ def timed(make, size):
 
 def rows_with(path, metric):
     """The records of a metrics.jsonl that have this metric."""
-    from files import read_records
+    from mini_llm.files import read_records
 
     return [record for record in read_records(path) if metric in record]
 

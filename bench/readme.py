@@ -11,9 +11,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from errors import UserError, one_line_errors  # noqa: E402
-from files import beside_run  # noqa: E402
-from plots import figure, panels  # noqa: E402
+from mini_llm.errors import UserError, one_line_errors  # noqa: E402
+from mini_llm.files import beside_run  # noqa: E402
+from mini_llm.plots import figure, panels  # noqa: E402
 from report import load  # noqa: E402
 
 BEGIN, END = "<!-- run:begin -->", "<!-- run:end -->"

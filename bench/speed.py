@@ -81,7 +81,7 @@ def main():
 
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(folder, size, options.text, options.nanogpt, options.device)
-        from hardware import SpeedConfig, choose_precision, peak_flops
+        from mini_llm.hardware import SpeedConfig, choose_precision, peak_flops
         from model import GPT, GPTConfig
 
         with torch.device("meta"):

@@ -17,8 +17,8 @@ from peers import SIZES, machine
 from speed import matmul_peak
 from torch.profiler import ProfilerActivity, profile
 
-import hardware
-from hardware import SpeedConfig
+from mini_llm import hardware
+from mini_llm.hardware import SpeedConfig
 from model import GPT, GPTConfig
 from optim import OptimConfig, StepGuard, make_optimizer
 

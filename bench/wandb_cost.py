@@ -37,9 +37,9 @@ def train(bench, flags):
 
 def report_cost(folder):
     """Microseconds that the training thread spends on one report of 30 figures: median and 99th percentile."""
-    from sinks import JsonlSink
-    from wandb_runs import RunPlan, WandbConfig, with_environment
-    from wandb_sink import WandbSink
+    from mini_llm.sinks import JsonlSink
+    from mini_llm.wandb_runs import RunPlan, WandbConfig, with_environment
+    from mini_llm.wandb_sink import WandbSink
 
     metrics = {f"train/figure_{number}": number / 7 for number in range(30)}
     found = {}

@@ -16,6 +16,7 @@ import zygote
 from filelock import FileLock  # which PyTorch needs, too
 
 ROOT = Path(__file__).resolve().parent.parent
+SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("mini_llm/*.py")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests run side by side, a process on each core
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each of a thousand processes compiles our modules anew
 SHARED = ROOT.parent / "shared"
@@ -216,7 +217,7 @@ def val_windows(tuned):
     """The validation windows of the `tuned` runs, (n, 33) int64."""
     import torch
 
-    from shards import Shard
+    from mini_llm.shards import Shard
 
     shard = Shard(Path(re.search(r" val \((.+?)\)", tuned["gpt2"][1].out)[1], "val.bin"))
     return torch.stack([torch.tensor(shard.read(32 * i, 33).astype("int64")) for i in range(shard.windows(32))])

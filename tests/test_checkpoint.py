@@ -13,17 +13,13 @@ import pytest
 import torch
 from conftest import PEAK_MB, ROOT
 
-import archive
-import checkpoint
-import files
-import resume
-import saver
-from archive import DamagedCheckpoint, load, save
-from checkpoint import CheckpointConfig, State, plan
-from config import flatten, parse
-from errors import UserError
-from resume import load_latest
-from saver import Saver, save_run
+from mini_llm import archive, checkpoint, files, resume, saver
+from mini_llm.archive import DamagedCheckpoint, load, save
+from mini_llm.checkpoint import CheckpointConfig, State, plan
+from mini_llm.config import flatten, parse
+from mini_llm.errors import UserError
+from mini_llm.resume import load_latest
+from mini_llm.saver import Saver, save_run
 from train import Config, World
 
 PAYLOAD = {"model": {"w": torch.arange(1000.0), "b": torch.zeros(3, dtype=torch.bfloat16)}, "step": 7, "name": "x"}
@@ -55,7 +51,8 @@ def test_a_checkpoint_is_plain_torch_and_zip(tmp_path):
 def test_to_use_a_model_takes_no_memory_for_its_optimizer(tmp_path):
     path, used = tmp_path / "c.pt", torch.arange(1000.0)
     save(path, dict(used=used, other=torch.ones(75_000_000)))
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import os, torch, archive; before = {PEAK_MB}\n"
+    code = (f"import os, sys, torch; sys.path.insert(0, {str(ROOT)!r}); from mini_llm import archive\n"
+            f"before = {PEAK_MB}\n"
             f"found = archive.load({str(path)!r}, mapped=True); os.replace(sys.argv[1], {str(path)!r})\n"
             f"assert found['used'].equal(torch.arange(1000.0)) and found['other'][-1] == 1, 'replaced meanwhile'\n"
             f"print({PEAK_MB} - before)")
@@ -479,7 +476,7 @@ def test_from_the_plan_to_resume_on_no_other_run_may_write(tmp_path):
     cfg = config(tmp_path, resume="latest")
     save_run(cfg, whole(5), 5, latest=True, best=False)
     (tmp_path / "c.lock").touch()
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from checkpoint import CheckpointConfig, plan; "
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from mini_llm.checkpoint import CheckpointConfig, plan; "
             f"plan(CheckpointConfig({str(tmp_path / 'c.pt')!r}, overwrite=True))")
     assert plan(cfg) == tmp_path / "c.pt"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

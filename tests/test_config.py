@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import pytest
 from conftest import ROOT, environment
 
-from config import (
+from data import BatchConfig
+from mini_llm.config import (
     LAUNCH_FLAGS,
     arg,
     flag,
@@ -23,9 +24,8 @@ from config import (
     refuse_unknown,
     switched_on,
 )
-from data import BatchConfig
-from errors import UserError, first_line, one_line_errors
-from files import without_infinity
+from mini_llm.errors import UserError, first_line, one_line_errors
+from mini_llm.files import without_infinity
 from optim import OptimConfig
 from prepare import Preparation
 from train import Config
@@ -119,7 +119,8 @@ BUFFERED = os.environ | {"PYTHONUNBUFFERED": ""}  # so that what is printed may 
 
 @pytest.mark.parametrize("lines", [1, 100_000], ids=["at its end", "midway"])
 def test_a_command_whose_reader_leaves_ends_without_a_word(lines):
-    code = f"from errors import one_line_errors\nwith one_line_errors():\n    print('word\\n' * {lines}, end='')"
+    code = ("from mini_llm.errors import one_line_errors\n"
+            f"with one_line_errors():\n    print('word\\n' * {lines}, end='')")
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                env=BUFFERED)
     process.stdout.close()
@@ -132,7 +133,7 @@ def test_a_command_whose_reader_leaves_ends_without_a_word(lines):
     ("raise OSError(5, 'Input/output error')", 1, ["OSError: [Errno 5] Input/output error"]),
     ("raise KeyboardInterrupt", 130, []), ("import os; os.kill(os.getpid(), 15); print()", 143, [])], ids=str)
 def test_a_command_ends_in_one_line_or_none_where_it_is_known_why(last, code, said):
-    program = f"from errors import one_line_errors\nwith one_line_errors():\n    {last}"
+    program = f"from mini_llm.errors import one_line_errors\nwith one_line_errors():\n    {last}"
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True,
                               env=BUFFERED)

@@ -22,16 +22,15 @@ import pytest
 import zygote
 from conftest import PEAK_MB, ROOT, SHARED, Clock, environment
 
-import processes
-import text as text_module
-import token_cache
-import tokenizer as tokenizer_module
 from data import Corpus, DataConfig, permute, prepare, take_turns
-from errors import UserError
-from holdout import place, spread, tail_start, takes_tails
-from shards import HEADER, Shard, ShardWriter, read_meta, require_whole
-from text import Source, cut_text, find_sources, pieces, source_names, text_pieces
-from tokenizer import END_OF_TEXT, encode, known_characters, load_tokenizer, open_tokenizer, train_tokenizer
+from mini_llm import processes, token_cache
+from mini_llm import text as text_module
+from mini_llm import tokenizer as tokenizer_module
+from mini_llm.errors import UserError
+from mini_llm.holdout import place, spread, tail_start, takes_tails
+from mini_llm.shards import HEADER, Shard, ShardWriter, read_meta, require_whole
+from mini_llm.text import Source, cut_text, find_sources, pieces, source_names, text_pieces
+from mini_llm.tokenizer import END_OF_TEXT, encode, known_characters, load_tokenizer, open_tokenizer, train_tokenizer
 
 
 def config(path, cache, **changes):
@@ -783,7 +782,7 @@ def test_of_many_files_some_may_be_empty(tmp_path, cache, text):
 
 
 def test_a_truncating_tokenizer_does_not_truncate_the_text(tmp_path, cache, text):
-    from tokenizer import save_tokenizer
+    from mini_llm.tokenizer import save_tokenizer
 
     tokenizer = train_tokenizer("bpe", [text.read_text()], 300)
     tokenizer.enable_truncation(8)
@@ -1172,7 +1171,7 @@ def test_a_file_whose_name_looks_like_a_pattern_is_a_file(tmp_path):
 
 @pytest.mark.parametrize("name", ["byte", "char", "bpe"])
 def test_tokenizers_give_back_the_text(name, tmp_path):
-    from tokenizer import save_tokenizer
+    from mini_llm.tokenizer import save_tokenizer
 
     sample = "Zwölf Boxkämpfer\n\tjagen  Viktor, 100 m\u00e9tres \U0001f600.\r\n"
     tokenizer = load_tokenizer(name) or train_tokenizer(name, [sample * 20], 300)
@@ -1246,7 +1245,7 @@ def test_what_a_tokenizer_puts_around_a_text_is_no_change_of_it():
 def test_gpt2s_tokenizer_from_the_local_cache(monkeypatch, text, cache):
     if not (SHARED / "hf-home").exists():
         pytest.skip("no local Hugging Face cache with gpt2 in it")
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); from tokenizer import load_tokenizer; "
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); from mini_llm.tokenizer import load_tokenizer; "
             "t = load_tokenizer('gpt2'); print(t.get_vocab_size(), t.encode('Hello world').ids)")
     out = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True,
                          env=os.environ | {"HF_HOME": str(SHARED / "hf-home"), "HF_HUB_OFFLINE": "1"})

@@ -17,9 +17,9 @@ from conftest import ROOT, TINY, Run, command, environment, interrupt_after
 from test_train import same
 from wandb_file import run_files
 
-import hardware
-from config import parse
-from errors import RunFailed, UserError
+from mini_llm import hardware
+from mini_llm.config import parse
+from mini_llm.errors import RunFailed, UserError
 from train import Config
 
 full = pytest.mark.full
@@ -239,7 +239,7 @@ def test_ranks_resume_bit_for_bit(trainer, ranks, precision):
 
 
 def test_dropout_is_drawn_anew_by_every_rank_and_step():
-    from hardware import seed_step
+    from mini_llm.hardware import seed_step
 
     masks = set()
     for step in range(3):
@@ -254,7 +254,7 @@ def test_dropout_is_drawn_anew_by_every_rank_and_step():
 
 WATCHED = f"""
 import os, sys; sys.path.insert(0, {str(ROOT)!r})
-import hardware, train
+import train; from mini_llm import hardware
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from train_ddp import DDPWorld
 wrap, seed_step, make_profiler = DDPWorld.wrap, hardware.seed_step, train.make_profiler
@@ -309,7 +309,7 @@ def test_a_slow_save_is_not_training_time_on_any_rank(trainer, text, tmp_path):
     script = tmp_path / "slow.py"
     script.write_text(
         "import sys, time; sys.path.insert(0, sys.argv.pop(1))\n"
-        "import saver; from train_ddp import DDPWorld; from train import main\n"
+        "from mini_llm import saver; from train_ddp import DDPWorld; from train import main\n"
         "quick = saver.save\n"
         "saver.save = lambda *args, **options: (time.sleep(3), quick(*args, **options))\n"
         "main(DDPWorld)\n")
@@ -357,7 +357,7 @@ def test_a_save_on_a_thread_is_done_when_a_stopped_rank_leaves(trainer):
     """It leaves without the interpreter's end, which would wait for threads."""
     (trainer.folder / "slow.py").write_text(
         f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import saver, train, train_ddp\n"
+        "import train, train_ddp; from mini_llm import saver\n"
         "quick = saver.save\n"
         "saver.save = lambda *args, **options: (time.sleep(2), quick(*args, **options))\n"
         "train.main(train_ddp.DDPWorld)\n")
@@ -448,7 +448,7 @@ def test_two_nodes_make_one_log_one_wandb_run_and_one_checkpoint(trainer, text):
 @pytest.mark.parametrize("difference, words", [
     pytest.param("sys.argv += ['--data-seed', '2']", "the ranks have different flags", marks=full),
     ("os.environ['LOCAL_RANK'] = '0'; os.chdir('node1')", "the ranks have different data"),
-    ("import hardware; hardware.Precision.name = 'odd'; hardware.device_name = lambda _: 'odd'",
+    ("from mini_llm import hardware; hardware.Precision.name = 'odd'; hardware.device_name = lambda _: 'odd'",
      r"the ranks have different devices: rank 1 has precision odd instead of \S+, device odd instead of "),
     ("import torch; seed = torch.manual_seed; torch.manual_seed = lambda number: seed(number + 1)",
      "the ranks have different weights: rank 1 has "),

@@ -14,13 +14,13 @@ from conftest import ROOT, TINY, environment
 from test_generate import command, refused, shown
 
 import evaluate as evaluate_module
-from errors import UserError
 from evaluate import figures, interval, main, open_data, own_validation_set, sliding_windows, window_batches
 from export import export
+from mini_llm.errors import UserError
+from mini_llm.pretrained import load_run
+from mini_llm.shards import Shard, ShardWriter, read_meta
+from mini_llm.tokenizer import train_tokenizer
 from model import IGNORE
-from pretrained import load_run
-from shards import Shard, ShardWriter, read_meta
-from tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +324,7 @@ def test_a_mistake_gets_one_line(run_folder, flags, words, monkeypatch, capsys):
         meta = json.loads((run_folder / "shards" / "meta.json").read_text())
         (run_folder / "shards" / "meta.json").write_text(json.dumps(meta | {"tokenizer_hash": "0" * 64}))
     if flags[-1] == "moved.pt":  # a checkpoint without its cache
-        from archive import save
+        from mini_llm.archive import save
 
         saved = load_run(run_folder / "c.pt")[3]
         save(run_folder / "moved.pt", saved | {"tokens": "gone", "config": saved["config"] | {"cache_dir": "gone"}})

@@ -11,11 +11,11 @@ import zygote
 from conftest import ROOT, environment
 
 import export
-from errors import UserError
 from generate import generate
-from hugging_face import hugging_face_config
+from mini_llm.errors import UserError
+from mini_llm.hugging_face import hugging_face_config
+from mini_llm.pretrained import load_model, load_run
 from model import ARCHS, GPTConfig
-from pretrained import load_model, load_run
 
 PROMPT = "The king sings"
 

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 import zygote
 from conftest import ROOT, Run, environment
 
-from config import part_of
 from data import Corpus, DataConfig
+from mini_llm.config import part_of
+from mini_llm.pretrained import load_run
 from model import GPT, GPTConfig
-from pretrained import load_run
 
 PAGE = (ROOT / "docs/extending.md").read_text()
 SECTIONS = dict(re.findall(r"^## ([^\n]*)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S))
@@ -36,6 +36,7 @@ def changed(trainer, tmp_path):
             code.mkdir()
             for file in ROOT.glob("*.py"):
                 shutil.copy(file, code)
+            shutil.copytree(ROOT / "mini_llm", code / "mini_llm")
             patch = dict(input=DIFFS[title], text=True, cwd=code, capture_output=True)
             if subprocess.run(["git", "apply", "--reverse", "--check"], **patch).returncode:
                 done = subprocess.run(["git", "apply"], **patch)  # unless the change has been taken up

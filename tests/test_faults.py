@@ -21,16 +21,16 @@ import zygote
 from conftest import ROOT, TINY, Clock, Run, command, environment, eventually, interrupt_after, on_small_disk
 from test_train import same
 
-import checkpoint
-import saver as saver_module
-from checkpoint import CheckpointConfig, State, step_of
 from data import Corpus, DataConfig
-from errors import UserError
-from meter import Meter
+from mini_llm import checkpoint
+from mini_llm import saver as saver_module
+from mini_llm.checkpoint import CheckpointConfig, State, step_of
+from mini_llm.errors import UserError
+from mini_llm.meter import Meter
+from mini_llm.saver import NotSaved, Saver, _buffers
+from mini_llm.sinks import JsonlSink
+from mini_llm.tracking import TrackingConfig
 from optim import OptimConfig, StepGuard, make_optimizer
-from saver import NotSaved, Saver, _buffers
-from sinks import JsonlSink
-from tracking import TrackingConfig
 from train import World
 
 SMALL_FILES = f"""
@@ -400,7 +400,7 @@ def test_a_run_that_is_asked_to_stop_in_its_last_step_is_finished(trainer):
 # Prints what is asked of memory and disk before the first step.
 ROOM = """
 import sys; sys.path.insert(0, {root!r})
-import checkpoint, train
+import train; from mini_llm import checkpoint
 
 def reserved(sizes, device, wrapped=train.hardware.reserved):
     print("held", sum(sizes))
@@ -558,7 +558,7 @@ def test_copies_share_blocks_of_limited_size():
 # A step, or an evaluation, that hangs from some moment on.
 HANGING = """
 import sys; sys.path.insert(0, {root!r})
-import time, train, watchdog
+import time, train; from mini_llm import watchdog
 watchdog.POLL, watchdog.LEAST, watchdog.FEW, watchdog.FIRST = 0.1, 1.0, 3, {first}
 calls = 0
 def hang(wrapped):

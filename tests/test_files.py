@@ -7,8 +7,8 @@ import shlex
 import pytest
 from conftest import PUT
 
-import files
-from files import beside_run, command, exists, matching_files, read_json, read_records, without_infinity
+from mini_llm import files
+from mini_llm.files import beside_run, command, exists, matching_files, read_json, read_records, without_infinity
 
 
 def test_only_what_is_surely_not_there_does_not_exist(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from test_train import same
 from torch.utils._pytree import tree_leaves
 
 import train_fsdp
-from config import parse
+from mini_llm.config import parse
 from model import GPT, GPTConfig
 from train import Config
 from train_fsdp import FSDPWorld
@@ -196,7 +196,7 @@ def test_each_rank_holds_its_share_of_weights_gradients_and_moments(trainer):
 
 SLOW = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
-import time, saver, train, train_fsdp
+import time, train, train_fsdp; from mini_llm import saver
 
 def save(*args, fast=saver.save):
     time.sleep(0.2)  # some steps

@@ -18,13 +18,13 @@ from conftest import ROOT, environment
 from test_model import build, randomized
 
 from data import DataConfig, prepare
-from errors import UserError
 from evaluate import open_data
 from export import export
 from generate import Continuation, GenerateConfig, batches, generate, main, prompt_ids, sample, sample_text
+from mini_llm.errors import UserError
+from mini_llm.pretrained import load_run
+from mini_llm.tokenizer import load_tokenizer, open_tokenizer, train_tokenizer
 from model import ARCHS, GPT, GPTConfig
-from pretrained import load_run
-from tokenizer import load_tokenizer, open_tokenizer, train_tokenizer
 
 
 def continued(model, prompts, n, **options):

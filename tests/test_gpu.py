@@ -174,7 +174,7 @@ def test_saving_from_a_copy_changes_no_bit(trainer):
 
 
 def test_a_digest_is_the_same_on_either_device():
-    from ranks import digest
+    from mini_llm.ranks import digest
 
     for dtype in (torch.float32, torch.bfloat16, torch.int64):
         tensor = torch.randn(1000, 777).mul(100).to(dtype)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from conftest import ROOT, Clock, environment
 
-import hardware
-from config import parse
-from errors import UserError
-from hardware import Stopwatch, memory_metrics, peak_of
+from mini_llm import hardware
+from mini_llm.config import parse
+from mini_llm.errors import UserError
+from mini_llm.hardware import Stopwatch, memory_metrics, peak_of
 from train import Config, World
 
 

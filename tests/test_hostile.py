@@ -22,19 +22,17 @@ import torch
 import zygote
 from conftest import PEAK_MB, PUT, ROOT, SHARED, TINY, environment
 
-import archive
 import evaluate
 import export
 import generate
-import resume
-import token_cache
 import train
-from config import parse
 from data import Corpus, DataConfig, prepare
-from errors import UserError
-from pretrained import load_initial, resolve_init
-from text import find_sources
-from tokenizer import load_tokenizer, open_tokenizer
+from mini_llm import archive, resume, token_cache
+from mini_llm.config import parse
+from mini_llm.errors import UserError
+from mini_llm.pretrained import load_initial, resolve_init
+from mini_llm.text import find_sources
+from mini_llm.tokenizer import load_tokenizer, open_tokenizer
 
 pytestmark = pytest.mark.timeout(120)  # what hangs fails
 
@@ -497,7 +495,7 @@ def test_a_full_disk_while_tokenizing_is_one_line_and_no_cache(tmp_path, text, l
     assert Corpus(cfg).train.count > 0
 
 
-PREPARE = ("import sys; sys.path.insert(0, {root!r}); import token_cache; from data import *; "
+PREPARE = ("import sys; sys.path.insert(0, {root!r}); from mini_llm import token_cache; from data import *; "
            "token_cache.SAVE_SECONDS, token_cache.BATCH = 0, 1 << 18; "
            "prepare(DataConfig(train_data=[{text!r}], cache_dir={cache!r}, tokenizer_name='byte'))")
 

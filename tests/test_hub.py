@@ -11,8 +11,8 @@ import pytest
 import zygote
 from conftest import TINY, command, environment
 
-import tokenizer
-from tokenizer import hub_problem
+from mini_llm import tokenizer
+from mini_llm.tokenizer import hub_problem
 
 
 @contextlib.contextmanager

@@ -6,14 +6,14 @@ import pytest
 import torch
 from conftest import TUNED
 
-from archive import save
-from config import parse
 from data import DataConfig, prepare
-from errors import UserError
-from hugging_face import gpt_config, hugging_face_config
+from mini_llm.archive import save
+from mini_llm.config import parse
+from mini_llm.errors import UserError
+from mini_llm.hugging_face import gpt_config, hugging_face_config
+from mini_llm.pretrained import SIZES, load_initial, load_model, resolve_init
+from mini_llm.resume import FORMAT
 from model import ARCHS, GPT, GPTConfig
-from pretrained import SIZES, load_initial, load_model, resolve_init
-from resume import FORMAT
 from train import Config, World
 
 

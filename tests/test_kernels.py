@@ -4,9 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import kernels
-import model as model_module
-from kernels import CausalAttention, head_cross_entropy
+from mini_llm import kernels
+from mini_llm.kernels import CausalAttention, head_cross_entropy
 from model import ARCHS, GPT, IGNORE, GPTConfig, attend
 
 
@@ -53,7 +52,7 @@ def test_attention_is_that_of_the_fused_kernel_for_views_of_one_tensor():
 
 
 @pytest.mark.parametrize("dtype, T, learns", [
-    (torch.float32, 64, True), (torch.bfloat16, model_module.MAX_EXPLICIT_CONTEXT + 1, True),
+    (torch.float32, 64, True), (torch.bfloat16, kernels.MAX_EXPLICIT_CONTEXT + 1, True),
     (torch.bfloat16, 64, False)])
 def test_attention_is_the_librarys_where_its_own_is_no_faster(monkeypatch, dtype, T, learns):
     monkeypatch.setattr(CausalAttention, "apply", lambda *_: pytest.fail("explicit products"))
@@ -119,7 +118,7 @@ def test_a_models_loss_and_gradients_are_the_same_in_chunks(arch, dtype, monkeyp
     x, y = torch.randint(0, 1500, (2, 3, 16))
     results = []
     for least in (1024, 10**9):
-        monkeypatch.setattr(model_module, "MIN_CHUNKED_VOCABULARY", least)
+        monkeypatch.setattr(kernels, "MIN_CHUNKED_VOCABULARY", least)
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
             loss = gpt(x, y)
         loss.backward()

@@ -107,7 +107,7 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(trainer, tmp_path
 # N-th operation on a file; and starts it again with --resume auto. Prints the number of operations, and the exit codes.
 DYING = """
 import builtins, io, os, signal, sys; sys.path.insert(0, {root!r})
-import tracking, train
+import train; from mini_llm import tracking
 
 def start(arguments, dies_at):
     done = 0

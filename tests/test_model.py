@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from hugging_face import from_hugging_face, hugging_face_config, to_hugging_face
+from mini_llm.hugging_face import from_hugging_face, hugging_face_config, to_hugging_face
 from model import ARCHS, GPT, IGNORE, GPTConfig, KVCache, attend
 
 SMALL = dict(n_layers=2, n_heads=4, d_model=32, max_position_embeddings=48, vocab_size=97)

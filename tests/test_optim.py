@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from errors import UserError
+from mini_llm.errors import UserError
 from model import GPT, GPTConfig
 from optim import MuonAdamW, OptimConfig, StepGuard, lr_at, make_optimizer, orthogonalize, set_lr, state_sizes
 
@@ -255,7 +255,7 @@ model.blocks(torch.ones(2)).sum().backward()
 optimizer.step()
 optimizer.zero_grad()
 optimizer.load_state_dict(optimizer.state_dict())
-from hardware import allow_nondeterministic
+from mini_llm.hardware import allow_nondeterministic
 with allow_nondeterministic():  # of a sample
     pass
 assert "torch._dynamo" not in sys.modules

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, Clock, eventually
 
-import processes
-from processes import StopSignal, child_processes, parent_of
+from mini_llm import processes
+from mini_llm.processes import StopSignal, child_processes, parent_of
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="processes are looked up in /proc")
 
@@ -67,7 +67,7 @@ def test_a_run_under_nohup_outlives_its_terminal():
 
 def test_an_orphan_that_hangs_ends_all_the_same():
     code = ("import os, signal, sys, time; sys.path.insert(0, sys.argv[1])\n"
-            "import processes; processes.LAST_CALL = 0.5\n"
+            "from mini_llm import processes; processes.LAST_CALL = 0.5\n"
             "signal.signal(signal.SIGTERM, lambda *_: None)\n"
             "if not os.fork():\n"
             "    processes.stop_when_orphaned(1); print(os.getpid(), flush=True); time.sleep(60)\n"
@@ -91,7 +91,7 @@ def test_a_child_is_found_whatever_bytes_its_name_has():
 
 def test_an_orphan_is_asked_to_stop_and_a_process_with_its_parents_is_not(tmp_path):
     orphan = ("import signal, sys, time; sys.path.insert(0, sys.argv[1])\n"
-              "from processes import stop_when_orphaned\n"
+              "from mini_llm.processes import stop_when_orphaned\n"
               "signal.signal(signal.SIGTERM, lambda *_: (open(sys.argv[2], 'w').close(), sys.exit(0)))\n"
               "stop_when_orphaned(2); print(flush=True); time.sleep(60)")
     middle = ("import subprocess, sys\n"
@@ -119,7 +119,7 @@ def test_no_process_is_left_by_a_progress_bar():
 import multiprocessing, sys
 from multiprocessing import resource_tracker
 multiprocessing.set_start_method("forkserver")
-from progress import ProgressBar
+from mini_llm.progress import ProgressBar
 assert list(ProgressBar(range(2), disable=False)) == [0, 1]
 ProgressBar.write("done")
 assert resource_tracker._resource_tracker._pid is None

@@ -15,17 +15,17 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_config import Car
 
-import archive as archive_module
 import evaluate
 import generate
 import train
-from archive import DamagedCheckpoint
-from config import flag, flag_fields, parse, to_toml
 from data import Corpus, DataConfig
-from errors import UserError
-from shards import HEADER, Shard
-from text import text_pieces
-from tokenizer import END_OF_TEXT, open_tokenizer
+from mini_llm import archive as archive_module
+from mini_llm.archive import DamagedCheckpoint
+from mini_llm.config import flag, flag_fields, parse, to_toml
+from mini_llm.errors import UserError
+from mini_llm.shards import HEADER, Shard
+from mini_llm.text import text_pieces
+from mini_llm.tokenizer import END_OF_TEXT, open_tokenizer
 
 
 def examples(n):

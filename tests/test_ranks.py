@@ -17,10 +17,10 @@ import zygote
 from conftest import ROOT, TINY, Run, environment, eventually, processes_with
 from test_train import same
 
-import ranks
-from config import parse
-from errors import UserError
-from ranks import Heartbeat, differences, digest
+from mini_llm import ranks
+from mini_llm.config import parse
+from mini_llm.errors import UserError
+from mini_llm.ranks import Heartbeat, differences, digest
 from train import Config
 
 # A fault in the data path of RANK at STEP, the first time that torchrun starts it.
@@ -32,7 +32,7 @@ from train import main
 from train_ddp import DDPWorld
 kind, rank, step = os.environ["FAULT"].split()
 if "GLOO" in os.environ:
-    import shared_memory
+    from mini_llm import shared_memory
     shared_memory.MAX_RANKS = 0
 batch, wrap = Corpus.batch, DDPWorld.wrap
 

@@ -13,8 +13,8 @@ import pytest
 from conftest import ROOT, environment
 
 import report
-from files import read_records
-from plots import PANELS, _Canvas, figure, looks, panels, short, smoothed, sparkline, terminal_plot, ticks
+from mini_llm.files import read_records
+from mini_llm.plots import PANELS, _Canvas, figure, looks, panels, short, smoothed, sparkline, terminal_plot, ticks
 
 NASTY = "Once <script>alert('x')</script> & <img src=http://example.com/x.png>\n\x1b[31m```red \ud83d"
 

@@ -9,10 +9,10 @@ import zygote
 from conftest import ROOT, environment
 
 from data import DataConfig, prepare
-from errors import UserError
-from shards import HEADER, MAGIC, Shard, read_token_file
-from text import find_sources
-from tokenizer import count_bytes, encode, load_tokenizer, train_tokenizer
+from mini_llm.errors import UserError
+from mini_llm.shards import HEADER, MAGIC, Shard, read_token_file
+from mini_llm.text import find_sources
+from mini_llm.tokenizer import count_bytes, encode, load_tokenizer, train_tokenizer
 
 
 def llm_c(ids, magic=20240520, version=1, dtype=np.uint16):

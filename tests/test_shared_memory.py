@@ -15,9 +15,9 @@ import torch
 from conftest import ROOT, eventually
 from test_train import same
 
-import shared_memory
-from ranks import RankEnded
-from shared_memory import LINE, SharedMemory
+from mini_llm import shared_memory
+from mini_llm.ranks import RankEnded
+from mini_llm.shared_memory import LINE, SharedMemory
 
 linux_x86 = pytest.mark.skipif(not Path("/dev/shm").is_dir() or os.uname().machine != "x86_64",
                                reason="gloo is used elsewhere")
@@ -156,7 +156,7 @@ def test_without_room_there_is_gloo(made, monkeypatch):
 
 OVER_GLOO = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
-import shared_memory
+from mini_llm import shared_memory
 from train import main
 from train_ddp import DDPWorld
 shared_memory.MAX_RANKS = 0

@@ -15,8 +15,8 @@ import torch
 from conftest import QUICK, ROOT, TINY, environment, eventually, processes_with
 
 import sweep
-from config import flatten, parse
-from errors import UserError
+from mini_llm.config import flatten, parse
+from mini_llm.errors import UserError
 from sweep import COMMANDS, read_sweep, require_flags, shares
 from train import Config
 
@@ -156,7 +156,8 @@ def test_a_trial_is_saved_and_no_process_of_it_outlives_its_agent(server, create
     commands = processes_of(server).values()
     ranks = [words for words in commands if "train_ddp.py" in words and "torchrun" not in words]
     assert len(ranks) == 2 and all("--lr=0.002" in words for words in ranks)
-    assert any("torchrun" in words for words in commands) and any("wandb_follower.py" in words for words in commands)
+    for program in ("torchrun", "mini_llm.wandb_follower"):
+        assert any(program in words for words in commands), program
     process.send_signal(signal_number)
     assert process.wait(20) == code
     eventually(lambda: not processes_of(server), 20)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-import toy
+from mini_llm import toy
 
 
 @pytest.mark.parametrize("seed", [0, 1337])

@@ -8,19 +8,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Clock
+from conftest import ROOT, SOURCES, Clock
 
-import hardware
-import meter as meter_module
-import tracking
-from checkpoint import State
-from errors import UserError, visible
-from facts import state_bytes
-from meter import Meter, histograms
+from mini_llm import hardware, tracking
+from mini_llm import meter as meter_module
+from mini_llm.checkpoint import State
+from mini_llm.errors import UserError, visible
+from mini_llm.facts import state_bytes
+from mini_llm.meter import Meter, histograms
+from mini_llm.saver import NonFinite
+from mini_llm.sinks import JsonlSink, TensorboardSink
+from mini_llm.tracking import Tracker, console_line
 from model import GPT, GPTConfig
-from saver import NonFinite
-from sinks import JsonlSink, TensorboardSink
-from tracking import Tracker, console_line
 from train import World
 
 
@@ -336,7 +335,7 @@ def test_a_resumed_run_drops_what_it_writes_again_and_keeps_why_it_ended(tmp_pat
 def test_the_events_of_metrics_jsonl_are_those_that_docs_describe(tmp_path, monkeypatch):
     docs = (ROOT / "docs" / "metrics.md").read_text().split("\n## The format of metrics.jsonl\n")[1]
     # wandb_tools.py writes some of them as a run has: test_what_a_downloaded_run_reported.
-    code = "".join(file.read_text() for file in ROOT.glob("*.py") if file.name != "wandb_tools.py")
+    code = "".join(file.read_text() for file in SOURCES if file.name != "wandb_tools.py")
     calls = re.findall(r'_record\([\w.]+, event="(\w+)", (.*?)\)\n', code, re.S)
     written = {event: re.findall(r"(\w+)=", arguments) for event, arguments in calls}
     told = {event: re.findall(r"`(\w+)`", fields) for event, fields in re.findall(r"^\| `(\w+)` \| (.*?):", docs, re.M)}

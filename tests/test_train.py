@@ -11,8 +11,8 @@ import torch
 import zygote
 from conftest import ROOT, Run, command, environment, eventually, interrupt_after
 
+from mini_llm.tracking import ReportConfig
 from optim import OptimConfig, lr_at
-from tracking import ReportConfig
 
 full = pytest.mark.full
 

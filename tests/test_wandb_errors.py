@@ -1,6 +1,6 @@
 import pytest
 
-from wandb_errors import Relay, advice, reason, with_advice
+from mini_llm.wandb_errors import Relay, advice, reason, with_advice
 
 
 @pytest.mark.parametrize("message, words", [

@@ -77,7 +77,7 @@ def test_a_run_killed_between_checkpoints_and_resumed_is_one_chart_of_the_whole(
     whole = trainer(*flags, checkpoint="whole.pt")
     (tmp_path / "killed.py").write_text(
         f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import tracking\n"
+        "from mini_llm import tracking\n"
         "report = tracking.Tracker.report\n"
         "def report_and_die(self, metrics):\n"
         "    report(self, metrics)\n"

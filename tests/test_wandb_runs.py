@@ -5,10 +5,10 @@ from contextlib import nullcontext
 
 import pytest
 
-import wandb_runs
-from errors import UserError
-from processes import only_one
-from wandb_runs import (
+from mini_llm import wandb_runs
+from mini_llm.errors import UserError
+from mini_llm.processes import only_one
+from mini_llm.wandb_runs import (
     Job,
     WandbConfig,
     distributed_info,

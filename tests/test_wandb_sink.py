@@ -15,13 +15,11 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, eventually
 
-import wandb_client
-import wandb_follower
-import wandb_sink
-from wandb_client import Publisher, import_wandb, open_run, reports_before, settings_of
-from wandb_follower import Delivery, Follower
-from wandb_runs import Job, WandbConfig, plan_run, remember_sent, with_environment
-from wandb_sink import FAILURE_TIMEOUT, UPLOADS, WandbSink
+from mini_llm import wandb_client, wandb_follower, wandb_sink
+from mini_llm.wandb_client import Publisher, import_wandb, open_run, reports_before, settings_of
+from mini_llm.wandb_follower import Delivery, Follower
+from mini_llm.wandb_runs import Job, WandbConfig, plan_run, remember_sent, with_environment
+from mini_llm.wandb_sink import FAILURE_TIMEOUT, UPLOADS, WandbSink
 
 
 class Running:
@@ -49,7 +47,7 @@ def sink(tmp_path):
 
 def test_a_process_that_does_not_read_holds_nothing_up(sink, tmp_path, monkeypatch):
     (tmp_path / "idle.py").write_text("import time; time.sleep(60)")
-    monkeypatch.setattr(wandb_sink, "FOLLOWER", tmp_path / "idle.py")
+    monkeypatch.setattr(wandb_sink, "FOLLOWER", [tmp_path / "idle.py"])
     made, began = sink(), time.monotonic()
     made.job.files["diff.patch"] = "+ a line\n" * 10**5  # more than a pipe holds
     made.job.finish_timeout = 0.1
@@ -63,7 +61,7 @@ def starting(sink, tmp_path, monkeypatch):
     """`starting(code)`: a sink whose process, this Python code, is still to be started."""
     def starting(code):
         (tmp_path / "follower.py").write_text(code)
-        monkeypatch.setattr(wandb_sink, "FOLLOWER", tmp_path / "follower.py")
+        monkeypatch.setattr(wandb_sink, "FOLLOWER", [tmp_path / "follower.py"])
         monkeypatch.chdir(tmp_path)
         made = sink()
         made.process = None
@@ -102,7 +100,7 @@ def test_one_process_is_started_at_the_first_report_and_how_it_ends_is_told(star
 
 def test_what_a_report_costs_is_measured_as_the_tracker_makes_its_sinks(tmp_path, monkeypatch):
     (tmp_path / "follower.py").write_text("input()")
-    monkeypatch.setattr(wandb_sink, "FOLLOWER", tmp_path / "follower.py")
+    monkeypatch.setattr(wandb_sink, "FOLLOWER", [tmp_path / "follower.py"])
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     from wandb_cost import report_cost
 

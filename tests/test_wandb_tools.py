@@ -16,11 +16,11 @@ from wandb_server import ServerSweep, WandbServer
 
 import report
 import wandb_tools
-from errors import UserError
-from files import read_records
-from processes import only_one
-from wandb_errors import with_advice
-from wandb_runs import ENVIRONMENT, WandbConfig, run_path
+from mini_llm.errors import UserError
+from mini_llm.files import read_records
+from mini_llm.processes import only_one
+from mini_llm.wandb_errors import with_advice
+from mini_llm.wandb_runs import ENVIRONMENT, WandbConfig, run_path
 from wandb_tools import (
     add_report,
     fetch,

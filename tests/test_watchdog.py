@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 from conftest import Clock
 
-import watchdog
-from checkpoint import State
-from config import parse
+from mini_llm import watchdog
+from mini_llm.checkpoint import State
+from mini_llm.config import parse
+from mini_llm.watchdog import Watchdog
 from train import Config
-from watchdog import Watchdog
 
 
 @pytest.mark.parametrize("lasted, limit", [

@@ -22,9 +22,9 @@ import types
 import typing
 from pathlib import Path
 
-from errors import UserError
-from processes import allow_many_files
-from suggestions import advice, nearest, plain
+from mini_llm.errors import UserError
+from mini_llm.processes import allow_many_files
+from mini_llm.suggestions import advice, nearest, plain
 
 # How a process is launched and where it writes, not what it trains; so are W&B's flags, wandb_…
 LAUNCH_FLAGS = {"resume", "overwrite", "dry_run", "checkpoint_path", "cache_dir", "heartbeat_file"}

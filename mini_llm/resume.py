@@ -17,12 +17,12 @@ from pathlib import Path
 
 from torch.utils._pytree import tree_map
 
-import hardware
-from archive import DamagedCheckpoint, link, load, peek
-from checkpoint import State, step_of
-from config import flag, flatten, is_launch_flag
-from errors import UserError
-from files import beside_run, exists, same_file
+from mini_llm import hardware
+from mini_llm.archive import DamagedCheckpoint, link, load, peek
+from mini_llm.checkpoint import State, step_of
+from mini_llm.config import flag, flatten, is_launch_flag
+from mini_llm.errors import UserError
+from mini_llm.files import beside_run, exists, same_file
 
 FORMAT = 1
 DATA_FLAGS = ("tokenizer_name", "train_data", "val_data", "val_ratio", "max_tokens", "text_column", "use_toy_data",

@@ -9,7 +9,7 @@ import threading
 import time
 from pathlib import Path
 
-from errors import UserError
+from mini_llm.errors import UserError
 
 STARTED = time.monotonic()  # when this process started: --time-limit counts from here
 HELD = set()  # lock files that this process holds until it ends

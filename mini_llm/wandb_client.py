@@ -16,10 +16,10 @@ import threading
 import time
 from pathlib import Path
 
-from files import RECORD_HEAD
-from processes import child_processes, kill
-from wandb_errors import reason, with_advice
-from wandb_runs import SOURCE, local_folder, remember_sent, run_path
+from mini_llm.files import RECORD_HEAD
+from mini_llm.processes import child_processes, kill
+from mini_llm.wandb_errors import reason, with_advice
+from mini_llm.wandb_runs import SOURCE, local_folder, remember_sent, run_path
 
 LOST_CODE = 137  # exit code reported to W&B if the trainer died without reporting one, as after SIGKILL
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import arg
-from errors import UserError, first_line
+from mini_llm.config import arg
+from mini_llm.errors import UserError, first_line
 
 # Dense bf16 peak in FLOP/s, from the vendors' data sheets (without sparsity), keyed by the full device name: NVL, PCIe,
 # Ti and Laptop variants are different devices.

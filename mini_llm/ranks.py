@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_only
 
-from errors import RunFailed, UserError, first_line
-from hardware import explained
+from mini_llm.errors import RunFailed, UserError, first_line
+from mini_llm.hardware import explained
 from optim import local
 
 CONNECT = 60  # seconds to connect to torchrun's store

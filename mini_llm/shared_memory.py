@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from ranks import RankEnded, exists
+from mini_llm.ranks import RankEnded, exists
 
 BUFFER = 3 << 20  # bytes that a rank hands over at a time: about the fastest, and a container may have 64 MB for all
 MAX_RANKS = 8  # each rank reads what every other has written; gloo's ring does not grow with their number

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 
-from files import RECORD_HEAD, replacing, without_infinity
+from mini_llm.files import RECORD_HEAD, replacing, without_infinity
 
 log = logging.getLogger("mini_llm")
 

@@ -13,8 +13,8 @@ import sys
 import threading
 import time
 
-from processes import only_one
-from wandb_client import (
+from mini_llm.processes import only_one
+from mini_llm.wandb_client import (
     LOST_CODE,
     Publisher,
     import_wandb,
@@ -24,8 +24,8 @@ from wandb_client import (
     reports_before,
     samples_before,
 )
-from wandb_errors import Relay, with_advice
-from wandb_runs import Job
+from mini_llm.wandb_errors import Relay, with_advice
+from mini_llm.wandb_runs import Job
 
 POLL = 1.0  # seconds between reads of the file; each takes CPU time that training may need
 

@@ -17,10 +17,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import arg
-from errors import UserError
-from files import OTHER_CHECKPOINT, beside_run, exists, matching_files, same_file
-from processes import lock_until_exit
+from mini_llm.config import arg
+from mini_llm.errors import UserError
+from mini_llm.files import OTHER_CHECKPOINT, beside_run, exists, matching_files, same_file
+from mini_llm.processes import lock_until_exit
 
 SUFFIXES = (".prev.pt", ".best.pt", ".nonfinite.pt", ".log", ".metrics.jsonl", ".config.toml", ".tokenizer",
             ".tensorboard", ".trace.json", ".wandb.json")

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-import hardware
-from archive import save
-from checkpoint import step_of
-from errors import RunFailed
-from resume import peek_run
+from mini_llm import hardware
+from mini_llm.archive import save
+from mini_llm.checkpoint import step_of
+from mini_llm.errors import RunFailed
+from mini_llm.resume import peek_run
 
 log = logging.getLogger("mini_llm")
 

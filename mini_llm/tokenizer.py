@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from config import switched_on
-from errors import UserError
-from files import read_json
+from mini_llm.config import switched_on
+from mini_llm.errors import UserError
+from mini_llm.files import read_json
 
 END_OF_TEXT = "<|endoftext|>"
 OWN = ("bpe", "byte", "char")

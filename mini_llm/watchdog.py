@@ -10,7 +10,7 @@ import threading
 import time
 from pathlib import Path
 
-from files import write_whole
+from mini_llm.files import write_whole
 
 POLL = 1.0  # seconds between checks
 FACTOR = 10  # a step, evaluation or save counts as hung after this many times its median duration

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from config import arg, flag, switched_on
-from errors import UserError
-from files import command, write_whole
+from mini_llm.config import arg, flag, switched_on
+from mini_llm.errors import UserError
+from mini_llm.files import command, write_whole
 
-SOURCE = Path(__file__).resolve().parent
+SOURCE = Path(__file__).resolve().parent.parent
 # Most checkpoints that wait for their upload, by policy. Each is a hard link that may keep a replaced file on the disk:
 # one may be under way, and of `best` and `last` only the newest follows it.
 UPLOADS = dict(none=0, best=2, last=2, all=4)

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import torch
 
-from config import flatten
-from hardware import device_name, should_compile
-from wandb_runs import WandbConfig
+from mini_llm.config import flatten
+from mini_llm.hardware import device_name, should_compile
+from mini_llm.wandb_runs import WandbConfig
 
 log = logging.getLogger("mini_llm")
 

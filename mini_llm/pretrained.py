@@ -14,15 +14,23 @@ from pathlib import Path
 
 import torch
 
-import resume
-from archive import DamagedCheckpoint, load
-from checkpoint import State
-from config import arg, flag, part_of
-from errors import UserError, first_line
-from files import beside_run, read_json
-from hugging_face import from_hugging_face, gpt_config
+from mini_llm import resume
+from mini_llm.archive import DamagedCheckpoint, load
+from mini_llm.checkpoint import State
+from mini_llm.config import arg, flag, part_of
+from mini_llm.errors import UserError, first_line
+from mini_llm.files import beside_run, read_json
+from mini_llm.hugging_face import from_hugging_face, gpt_config
+from mini_llm.tokenizer import (
+    LEARNED,
+    end_of_text,
+    hub_problem,
+    id_count,
+    load_tokenizer,
+    open_tokenizer,
+    tokenizer_hash,
+)
 from model import GPT, GPTConfig
-from tokenizer import LEARNED, end_of_text, hub_problem, id_count, load_tokenizer, open_tokenizer, tokenizer_hash
 
 # The flags that the weights decide.
 SIZES = [field.name for field in dataclasses.fields(GPTConfig) if field.name not in GPTConfig.RUN_FLAGS]

@@ -8,7 +8,7 @@ from collections import defaultdict, deque
 import numpy as np
 import torch
 
-from hardware import Stopwatch, memory_metrics, synchronize
+from mini_llm.hardware import Stopwatch, memory_metrics, synchronize
 
 SMOOTHING = 0.1  # weight of the newest report in the smoothed/ metrics
 SMOOTHED = {"loss": "train/loss", "tokens_per_sec": "global_tokens_per_sec", "mfu": "train/mfu",

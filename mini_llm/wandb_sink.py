@@ -16,14 +16,13 @@ import subprocess
 import sys
 import tempfile
 import threading
-from pathlib import Path
 
-import archive
-from files import matching_files
-from processes import child_processes, kill, only_one
-from wandb_runs import UPLOADS, Job, recalled, remember, sync_command, uncommitted
+from mini_llm import archive
+from mini_llm.files import matching_files
+from mini_llm.processes import child_processes, kill, only_one
+from mini_llm.wandb_runs import SOURCE, UPLOADS, Job, recalled, remember, sync_command, uncommitted
 
-FOLLOWER = Path(__file__).with_name("wandb_follower.py")
+FOLLOWER = "-P", "-m", "mini_llm.wandb_follower"  # -P: not from the working folder
 FAILURE_TIMEOUT = 15  # maximum seconds for uploads after a signal or an error: other ranks may be waiting
 QUIET = 2  # seconds for which the wait for W&B at the end needs no word
 
@@ -88,12 +87,13 @@ class WandbSink:
         # On SageMaker the SDK makes up an id of its own, even where `id` is given, unless it is in the environment. And
         # in an ASCII locale the first other character of the console would end the follower.
         environment |= dict(WANDB_RUN_ID=self.job.init["id"], PYTHONUTF8="1")
+        environment["PYTHONPATH"] = os.pathsep.join([str(SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])])
         try:
             with tempfile.TemporaryFile("w+") as job:  # a pipe would make training wait until it is read
                 json.dump(dataclasses.asdict(self.job), job)
                 job.seek(0)
                 # In a session of its own: Ctrl-C and torchrun's signals are only for the trainer.
-                process = subprocess.Popen([sys.executable, str(FOLLOWER), str(job.fileno())], stdin=subprocess.PIPE,
+                process = subprocess.Popen([sys.executable, *FOLLOWER, str(job.fileno())], stdin=subprocess.PIPE,
                                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
                                            text=True, encoding="utf-8", start_new_session=True,
                                            pass_fds=[job.fileno()])

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import UserError
-from files import read_json, sync
-from tokenizer import OWN
+from mini_llm.errors import UserError
+from mini_llm.files import read_json, sync
+from mini_llm.tokenizer import OWN
 
 HEADER = struct.Struct("<8sIIQIi32s")
 MAGIC, FORMAT = b"MINILLM\0", 1

@@ -4,7 +4,7 @@ each stays on its side of the split whatever is added, in whatever order and wit
 import hashlib
 import os
 
-from tokenizer import END_OF_TEXT
+from mini_llm.tokenizer import END_OF_TEXT
 
 
 def place(text):

@@ -5,7 +5,7 @@ import re
 
 import torch
 
-from errors import UserError
+from mini_llm.errors import UserError
 from model import GPT, GPTConfig
 
 # Our parameter names → theirs; {i} is the block index. Our fused qkv is GPT-2's c_attn, and separate q, k, v elsewhere.

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import UserError, first_line
-from holdout import place, spread, tail_start, takes_tails
-from shards import read_token_file, token_file_format
-from tokenizer import END_OF_TEXT, hub_problem
+from mini_llm.errors import UserError, first_line
+from mini_llm.holdout import place, spread, tail_start, takes_tails
+from mini_llm.shards import read_token_file, token_file_format
+from mini_llm.tokenizer import END_OF_TEXT, hub_problem
 
 log = logging.getLogger("mini_llm")
 

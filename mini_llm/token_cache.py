@@ -13,15 +13,25 @@ from dataclasses import asdict, dataclass, field
 from itertools import accumulate, chain, islice
 from pathlib import Path
 
-import toy
-from errors import UserError
-from files import read_json, sync, write_whole
-from holdout import takes_tails
-from processes import try_lock
-from progress import ProgressBar
-from shards import FORMAT, ShardWriter, read_meta, require_own_tokenizer, require_whole
-from text import PIECE, HubFailed, Piece, builtin_sources, find_sources, pieces, require_hub, source_names, take
-from tokenizer import (
+from mini_llm import toy
+from mini_llm.errors import UserError
+from mini_llm.files import read_json, sync, write_whole
+from mini_llm.holdout import takes_tails
+from mini_llm.processes import try_lock
+from mini_llm.progress import ProgressBar
+from mini_llm.shards import FORMAT, ShardWriter, read_meta, require_own_tokenizer, require_whole
+from mini_llm.text import (
+    PIECE,
+    HubFailed,
+    Piece,
+    builtin_sources,
+    find_sources,
+    pieces,
+    require_hub,
+    source_names,
+    take,
+)
+from mini_llm.tokenizer import (
     encode_pieces,
     end_of_text,
     gives_back,

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch.utils._pytree import tree_map_only
 
-import hardware
-from errors import UserError, first_line
-from files import replacing, sync
+from mini_llm import hardware
+from mini_llm.errors import UserError, first_line
+from mini_llm.files import replacing, sync
 
 COMMENT = b"sha256:"
 

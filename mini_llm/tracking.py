@@ -17,15 +17,15 @@ from logging.handlers import MemoryHandler
 
 import torch
 
-from config import RUN_CONFIG, arg, to_toml
-from errors import RunFailed, UserError, visible
-from files import command, write_whole
-from hardware import device_name
-from plots import sparkline
-from progress import ProgressBar
-from saver import NonFinite
-from sinks import JsonlSink, TensorboardSink
-from wandb_runs import distributed_info, plan_run, provenance, resolve_run
+from mini_llm.config import RUN_CONFIG, arg, to_toml
+from mini_llm.errors import RunFailed, UserError, visible
+from mini_llm.files import command, write_whole
+from mini_llm.hardware import device_name
+from mini_llm.plots import sparkline
+from mini_llm.progress import ProgressBar
+from mini_llm.saver import NonFinite
+from mini_llm.sinks import JsonlSink, TensorboardSink
+from mini_llm.wandb_runs import distributed_info, plan_run, provenance, resolve_run
 
 # What a finished run draws on the console: title → metric.
 DRAWN = {"train loss": "train/loss", "val loss": "val/loss", "grad norm": "train/grad_norm", "lr": "lr",
@@ -157,7 +157,7 @@ class Tracker:
         if cfg.tracking.use_tensorboard and self.is_main:
             self.sinks.append(TensorboardSink(self.beside(".tensorboard"), step))
         if self.plan:
-            from wandb_sink import WandbSink
+            from mini_llm.wandb_sink import WandbSink
 
             facts |= provenance()
             self.wandb = WandbSink(settings, self.plan, self.beside, tag, facts, rows.place(), console, toml)
