@@ -119,7 +119,8 @@ def agent(args):
         raise UserError(f"--agents {args.agents}: at most {MOST_AGENTS}")
     environment = trial_environment(args.nproc_per_node)  # before import_wandb gives this process a folder for its own
     wandb = import_wandb()
-    if args.nproc_per_node and "torchrun" not in wandb.Api(timeout=30).sweep(args.sweep).config.get("command", []):
+    sweep = wandb.Api(timeout=30).sweep(args.sweep)  # raises if there is none; W&B's agent may end with exit code 0
+    if args.nproc_per_node and "torchrun" not in sweep.config.get("command", []):
         raise UserError(f"--nproc-per-node {args.nproc_per_node}: the trials of {args.sweep} are not started by "
                         f"torchrun; create the sweep with program: train_ddp.py or train_fsdp.py")
     owned = shares(args.agents)

@@ -235,9 +235,13 @@ def test_trials_have_the_users_temporary_folder_and_compile_cache(monkeypatch):
         def wait(self):
             return 0
 
+    def import_wandb():
+        monkeypatch.setenv("TMPDIR", "of the SDK")
+        return SimpleNamespace(Api=lambda timeout: SimpleNamespace(sweep=lambda path: None))
+
     environments = []
     monkeypatch.setenv("TMPDIR", "mine")
-    monkeypatch.setattr(sweep, "import_wandb", lambda: monkeypatch.setenv("TMPDIR", "of the SDK"))
+    monkeypatch.setattr(sweep, "import_wandb", import_wandb)
     monkeypatch.setattr(sweep.subprocess, "Popen", Agent)
     monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
     assert sweep.agent(SimpleNamespace(sweep="us/p/1", agents=1, nproc_per_node=None, count=None)) == 0
@@ -245,6 +249,12 @@ def test_trials_have_the_users_temporary_folder_and_compile_cache(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")  # one is enough for an agent
     assert sweep.agent(SimpleNamespace(sweep="us/p/1", agents=2, nproc_per_node=None, count=None)) == 0
     assert [env["CUDA_VISIBLE_DEVICES"] for env in environments[1:]] == ["4", "5"]
+
+
+@pytest.mark.parametrize("path", ["us/mini-llm/nosuch", "nosuch", "us/p/nosuch/4", ""])
+def test_an_agent_of_no_sweep_says_so_in_one_line(run, path):
+    code, out, err = run(*SWEEP, "agent", path)
+    assert (code, out, err.count("\n")) == (1, "", 1) and "give ENTITY/PROJECT/ID, as `python sweep.py create`" in err
 
 
 def test_processes_are_refused_where_torchrun_does_not_start_the_trials(create, run):
