@@ -102,7 +102,8 @@ def test_a_mode_has_no_loop_of_its_own(mode):
     assert "backward" not in {node.attr for node in nodes if isinstance(node, ast.Attribute)}
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [path for pattern in ("*.md", "docs/*.md", "bench/*.md")
+                                  for path in sorted(ROOT.glob(pattern))], ids=lambda path: path.name)
 def test_links_lead_somewhere(path):
     text = path.read_text()
     anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)", text, re.M)}
@@ -110,6 +111,15 @@ def test_links_lead_somewhere(path):
     assert links or path.name != "README.md"
     for link in links:
         assert link[1:] in anchors if link.startswith("#") else (path.parent / link.partition("#")[0]).exists(), link
+
+
+def test_the_index_of_the_log_names_its_entries():
+    _, index, *days = re.split(r"^## ", (ROOT / "LOG.md").read_text(), flags=re.M)
+    days = {day[5:10]: day for day in days}
+    _, *entries = re.findall(r"\| ([^|\s][^|]*) \|$", index, re.M)  # below the table's head
+    assert entries
+    for day, title in (entry.split(" ", 1) for entry in entries):
+        assert f"**{title}" in days[day], title
 
 
 def test_readme_lists_every_flag():
