@@ -161,7 +161,7 @@ def test_replicas_are_compared_in_their_moments_too(monkeypatch):
     import train_ddp
 
     seen = []
-    monkeypatch.setattr(train_ddp, "require_same", lambda mine, *_, **__: seen.append(dict(mine)))
+    monkeypatch.setattr(ranks, "require_same", lambda mine, *_, **__: seen.append(dict(mine)))
     model = torch.nn.Linear(4, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     model(torch.ones(1, 4)).sum().backward()
@@ -412,7 +412,8 @@ def test_of_many_ranks_the_odd_one_is_named():
 def test_a_rank_whose_torchrun_was_killed_before_it_came_leaves(trainer):
     """It would knock at the store that has gone with it for as long as ranks wait for each other."""
     script = trainer.folder / "late.py"
-    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport ranks, train_ddp\nranks.CONNECT = 2\n"
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport train_ddp\n"
+                      "train_ddp.ranks.CONNECT = 2\n"
                       "train_ddp.main(train_ddp.DDPWorld)\n")
     port = str(free_port())
     late = environment(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="2", GROUP_RANK="0",
