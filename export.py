@@ -75,7 +75,10 @@ def export(path, output, dtype="float32"):
     n_tokens = id_count(tokenizer)
     twin = transformers.AutoModelForCausalLM.from_config(hugging_face_config(model.cfg, eos))
     missing, unexpected = twin.load_state_dict(to_hugging_face(model.cfg, model.state_dict()), strict=False)
-    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+    if different := [*unexpected, *sorted(set(missing) - {"lm_head.weight"})]:
+        raise UserError(f"--arch {model.cfg.arch}: model.py, which must have been changed, and transformers' class "
+                        f"differ in {different[0]}: it cannot hold this model")
+    _require_same_model(model, twin.eval(), min(saved["config"]["seq_len"], 1024))
     spare = list(range(n_tokens, model.cfg.vocab_size))  # ids that the tokenizer does not have
     twin.generation_config = transformers.GenerationConfig(
         bos_token_id=saved.get("start", eos), eos_token_id=eos, pad_token_id=eos,
@@ -104,6 +107,16 @@ def export(path, output, dtype="float32"):
     except (OSError, SafetensorError) as error:
         raise UserError(f"--output {output}: {getattr(error, 'strerror', None) or error}; name a folder that can be "
                         f"written") from None
+
+
+def _require_same_model(model, twin, length):
+    """Raises UserError unless both compute the same: model.py may have been changed, transformers' class has not."""
+    tokens = torch.arange(length)[None] % model.cfg.vocab_size  # (1, length)
+    with torch.no_grad():
+        ours, theirs = model(tokens), twin(tokens).logits
+    if (ours - theirs).norm() > 1e-3 * ours.norm():  # rounding makes 1e-6; not of NaN, which weights may be
+        raise UserError(f"--arch {model.cfg.arch}: transformers' class gives other logits than model.py, which must "
+                        f"have been changed, and cannot hold this model")
 
 
 def _write_tokenizer(source, tokenizer, length, draft):

@@ -126,11 +126,14 @@ def from_hugging_face(cfg, theirs):
 
 
 def _their_names(cfg, name):
-    """Our parameter's name → theirs: one, or three for the parts of our fused qkv."""
+    """Our parameter's name → theirs: one, or three for the parts of our fused qkv. Raises UserError if
+    there is none."""
     stem, _, kind = name.rpartition(".")
     layer, stem = "".join(re.findall(r"\.(\d+)\.", stem)), re.sub(r"\.\d+\.", ".{i}.", stem)
     if stem.endswith("qkv") and cfg.arch != "gpt2":
         return [f"model.layers.{layer}.self_attn.{letter}_proj.{kind}" for letter in "qkv"]
+    if stem not in NAMES[cfg.arch]:
+        raise UserError(f"--arch {cfg.arch}: transformers' class has no {name}, and cannot hold this model")
     return [f"{NAMES[cfg.arch][stem]}.{kind}".replace("{i}", layer)]
 
 

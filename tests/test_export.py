@@ -11,9 +11,10 @@ import zygote
 from conftest import ROOT, environment
 
 import export
+import model
 from generate import generate
 from mini_llm.errors import UserError
-from mini_llm.hugging_face import hugging_face_config
+from mini_llm.hugging_face import hugging_face_config, to_hugging_face
 from mini_llm.pretrained import load_model, load_run
 from model import ARCHS, GPTConfig
 
@@ -115,6 +116,20 @@ def test_a_model_that_transformers_cannot_hold_is_refused():
     for changes in dict(n_kv_heads=2), dict(head_dim=32):
         with pytest.raises(UserError, match="GPT-2 has as many key/value heads as query heads, of d_model / n_heads"):
             hugging_face_config(GPTConfig(arch="gpt2", d_model=256, n_heads=4, vocab_size=300, **changes))
+
+
+def test_what_the_code_has_been_changed_to_and_transformers_has_not_is_refused(exported, tmp_path, monkeypatch):
+    attend = model.attend
+    with monkeypatch.context() as changed, pytest.raises(UserError, match="gives other logits than model.py"):
+        changed.setattr(model, "attend", lambda q, k, v, dropout: attend(q, k, v.roll(1, dims=2), dropout))
+        export.export(exported["qwen3"][1], tmp_path / "out")
+    with monkeypatch.context() as changed, pytest.raises(UserError, match="differ in model.norm.weight: it cannot"):
+        changed.setattr(export, "to_hugging_face", lambda cfg, state: to_hugging_face(
+            cfg, {name: tensor for name, tensor in state.items() if name != "norm.weight"}))
+        export.export(exported["qwen3"][1], tmp_path / "out")
+    with pytest.raises(UserError, match="--arch qwen3: transformers' class has no blocks.0.mlp.router.weight, and"):
+        to_hugging_face(GPTConfig(arch="qwen3"), {"blocks.0.mlp.router.weight": torch.zeros(4, 256)})
+    assert not list(tmp_path.iterdir())
 
 
 def test_ids_without_a_token_are_never_drawn(exported):
