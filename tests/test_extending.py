@@ -1,5 +1,6 @@
 """The changes that docs/extending.md proposes: each is applied to a copy of the code, which then trains."""
 
+import importlib.util
 import json
 import re
 import shutil
@@ -7,15 +8,18 @@ import subprocess
 import sys
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import zygote
 from conftest import ROOT, Run, environment
 
-from data import Corpus, DataConfig
+from data import Corpus, DataConfig, permute
 from mini_llm.config import part_of
 from mini_llm.pretrained import load_run
+from mini_llm.shards import read_windows
+from mini_llm.tokenizer import open_tokenizer
 from model import GPT, GPTConfig
 
 PAGE = (ROOT / "docs/extending.md").read_text()
@@ -61,6 +65,10 @@ def branched(changed, title, *flags, **options):
     resumed = changed(title, *flags, "--resume", "changed.kept-00000006.pt", checkpoint="resumed.pt", **options)
     assert "Resumed at step 6" in resumed.out
     return whole, resumed
+
+
+def decode(corpus, ids):
+    return open_tokenizer(corpus.folder / "tokenizer").decode(ids.tolist())
 
 
 def first_batch(run):
@@ -207,6 +215,24 @@ def test_data(trainer, tmp_path):
     assert first == {"text": 'a "king", and\nnight 0'} and len(others) == 199
     run = trainer("--train-data", "reviews.jsonl", "--num-steps", 2)
     assert run.code == 0, run.out + run.err
+
+
+def test_data_made_when_read(changed, tmp_path):
+    texts = [f"{a:03}+{b:03}={a + b:04}\n" for a in range(0, 1000, 40) for b in range(0, 1000, 7)]
+    (tmp_path / "sums.txt").write_text("".join(texts))
+    whole, resumed = branched(changed, "Data", "--train-data", tmp_path / "sums.txt", "--sums")
+    assert same(whole.weights(), resumed.weights())
+    assert torch.load(whole.checkpoint, weights_only=True)["identity"]["the training data"] == "sums"
+    spec = importlib.util.spec_from_file_location("sums", tmp_path / "code/sums.py")
+    spec.loader.exec_module(sums := importlib.util.module_from_spec(spec))
+    model, corpus, *_ = first_batch(whole)
+    shard = sums.Sums(1337, corpus.folder / "tokenizer")
+    for a, b, c in re.findall(r"^(\d+)\+(\d+)=(\d+)$", corpus_text := decode(corpus, shard.read(0, 13 * 99)), re.M):
+        assert int(a) + int(b) == int(c)
+    assert decode(corpus, shard.read(500, 100)) == corpus_text[500:600] and corpus_text.count("=") == 99
+    starts = permute(np.arange(4), shard.windows(32), 1337 * 1_000_003) * 32
+    x, y = map(torch.from_numpy, read_windows(shard, starts, 32))
+    assert whole.rows[1]["train/loss"] == pytest.approx(model(x, y).item(), abs=1e-5)
 
 
 def test_mode(changed, as_it_is):
