@@ -167,7 +167,3 @@ def main():
     except Exception as error:
         follower.say("WARNING", f"{with_advice(error)}. Training goes on without it; send the run later: {job.sync}")
     leave()
-
-
-if __name__ == "__main__":
-    main()

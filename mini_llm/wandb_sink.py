@@ -22,7 +22,9 @@ from mini_llm.files import matching_files
 from mini_llm.processes import child_processes, kill, only_one
 from mini_llm.wandb_runs import SOURCE, UPLOADS, Job, recalled, remember, sync_command, uncommitted
 
-FOLLOWER = "-P", "-m", "mini_llm.wandb_follower"  # -P: not from the working folder
+# What the process runs, with -P: nothing from the working folder. PYTHONPATH cannot name a folder with a colon.
+FOLLOWER = ("-P", "-c", "import sys; sys.path.insert(0, sys.argv.pop(1)); "
+                        "from mini_llm.wandb_follower import main; main()", str(SOURCE))
 FAILURE_TIMEOUT = 15  # maximum seconds for uploads after a signal or an error: other ranks may be waiting
 QUIET = 2  # seconds for which the wait for W&B at the end needs no word
 
@@ -87,7 +89,6 @@ class WandbSink:
         # On SageMaker the SDK makes up an id of its own, even where `id` is given, unless it is in the environment. And
         # in an ASCII locale the first other character of the console would end the follower.
         environment |= dict(WANDB_RUN_ID=self.job.init["id"], PYTHONUTF8="1")
-        environment["PYTHONPATH"] = os.pathsep.join([str(SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])])
         try:
             with tempfile.TemporaryFile("w+") as job:  # a pipe would make training wait until it is read
                 json.dump(dataclasses.asdict(self.job), job)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -229,6 +230,23 @@ def test_without_the_package_training_goes_on(trainer, tmp_path):
         "sys.meta_path.insert(0, Gone())\n")
     run = trainer("--num-steps", 300, *WANDB, env={"PYTHONPATH": str(tmp_path)})
     assert run.code == 0 and run.out.count("wandb: ") == 1 and "pip install wandb" in run.out, run.out
+
+
+@pytest.mark.parametrize("name", ["a:b", "mini llm ü"])
+def test_the_code_may_be_in_a_folder_of_any_name(trainer, tmp_path, name):
+    """PYTHONPATH could not name one with a colon. Nor is anything of the working folder taken for ours."""
+    shutil.copytree(ROOT / "mini_llm", tmp_path / name / "mini_llm")
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, tmp_path / name)
+    (tmp_path / "mini_llm").mkdir()
+    for theirs in "mini_llm/__init__.py", "data.py", "model.py":
+        (tmp_path / theirs).write_text("raise SystemExit('not ours')")
+    command = [part.replace(str(ROOT), str(tmp_path / name)) for part in trainer.arguments(["--num-steps", 2, *WANDB])]
+    run = Run(zygote.run(command, tmp_path, environment()), tmp_path, "c.pt")
+    (tracked,) = run_files(tmp_path)
+    assert run.code == 0 and [row["step"] for row in tracked.rows] == [0, 2], run.out
+    (advice,) = re.findall(r"recorded in .*; send it later: (.*)", run.out)
+    assert shlex.split(advice) == ["python", f"{name}/wandb_tools.py", "sync", "c.pt"]
 
 
 def test_nothing_of_wandb_is_imported_without_the_flag():
