@@ -216,7 +216,8 @@ def sync_folders(folders, api, target, records):
     """Send offline runs whole, with `wandb sync` → the rows that the server has then, and what to say of the files. If
     that fails, the rows can be sent all the same; if some are late, not: raises RuntimeError."""
     print(f"wandb sync {shlex.join(folders)}", flush=True)
-    synced = subprocess.run([sys.executable, "-m", "wandb", "sync", *folders], capture_output=True, text=True)
+    # -P: the working folder may have a module named like one of the SDK's imports.
+    synced = subprocess.run([sys.executable, "-P", "-m", "wandb", "sync", *folders], capture_output=True, text=True)
     stored = awaited(lambda: rows_of(api, target), ARRIVAL, lambda rows: rows and not lacking(records, rows))
     if stored is None or synced.returncode and not stored:
         print(f"wandb sync failed: {reason((synced.stdout + synced.stderr).strip())}", flush=True)

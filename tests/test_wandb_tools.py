@@ -223,6 +223,7 @@ def test_sync_sends_a_run_that_was_offline_twice(server, trainer, tool, folders)
         facts = json.loads((trainer.folder / "c.wandb.json").read_text())
         (trainer.folder / "c.wandb.json").write_text(json.dumps(facts | dict(sweep="s")))
         server._upsert_run(name=facts["init"]["id"], modelName="mini-llm")
+    (trainer.folder / "click.py").write_text("raise SystemExit('a file of the working folder')")  # the SDK imports one
     code, out, err = tool("sync", "c.pt", WANDB_MODE="offline")  # as it may still be set
     assert (code, err) == (0, "") and ("every row, with its files" in out) == (folders != "gone"), out
     stored = only_run(server)
