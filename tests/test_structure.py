@@ -68,7 +68,7 @@ def imports(path):
     """Every module that a file imports, at its top or inside a function; ours by the names of their files."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import) or isinstance(node, ast.ImportFrom) and node.module == "mini_llm":
-            yield from (alias.name for alias in node.names)
+            yield from (alias.name.removeprefix("mini_llm.") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield node.module.removeprefix("mini_llm.")
 
