@@ -7,6 +7,7 @@ import torch
 
 from mini_llm.config import flatten
 from mini_llm.hardware import device_name, should_compile
+from mini_llm.kernels import MAX_EXPLICIT_CONTEXT
 from mini_llm.wandb_runs import WandbConfig
 
 log = logging.getLogger("mini_llm")
@@ -20,7 +21,7 @@ def log_facts(cfg, world, corpus, raw, optimizer_bytes, precision, accum, state,
     run_tokens = cfg.optim.num_steps * step_tokens
     compiled = should_compile(cfg.speed, world.device)
     fixed = state_bytes(raw, optimizer_bytes, world, accum)
-    activations = activation_bytes(raw, micro, precision.dtype, compiled)
+    activations = activation_bytes(raw, cfg.batch.batch_size, corpus.seq_len, precision.dtype, compiled)
     ranks = f"{world.size} rank{'s' * (world.size > 1)}"
     if 1 < world.shards < world.size:
         ranks += f", each {world.shards} of which hold a replica of the model"
@@ -62,15 +63,21 @@ def log_facts(cfg, world, corpus, raw, optimizer_bytes, precision, accum, state,
              f"Starting from {cfg.init.init_from or 'scratch'}")
 
 
-def activation_bytes(model, tokens, half, compiled):
-    """About what a micro-batch of so many tokens keeps for its backward pass. As counted by Korthikanti et al. 2022: 34
-    bytes per token, layer and channel with flash attention and 16-bit products (`half`); checkpointing keeps each
-    layer's input and all of one layer. Logits and their gradient share a buffer in the chunked loss and if compiled.
-    """
-    size = model.cfg
-    per_channel = 34 + 2 * size.n_layers if size.use_activation_checkpoint else 34 * size.n_layers
-    per_logit = 2 if model.chunks_loss or compiled else 10
-    return tokens * (per_channel * size.d_model + per_logit * size.vocab_size) * (1 if half else 2)
+def activation_bytes(model, batch_size, seq_len, half, compiled):
+    """About what a micro-batch keeps for its backward pass. Per token and layer, with products in 16 bits (`half`): 18
+    bytes per channel and 4 per channel of the MLP, for GPT-2 the 34 of Korthikanti et al. 2022; SwiGLU has two such
+    channels, and RoPE and QK-norm keep copies of queries and keys, which the compiler mostly does without. Activation
+    checkpointing keeps each layer's input and all of one layer. Logits and their gradient share a buffer in the chunked
+    loss and if compiled."""
+    size, parts = model.cfg, model.cfg.parts
+    copies = 0 if compiled else 12 * bool(parts.rope_theta) + 16 * (parts.qk_norm == "before")
+    mlp = (6 if compiled else 8) if parts.mlp == "swiglu" else 4
+    layer = (18 + copies) * size.d_model + mlp * size.ff_size
+    if half and model.head_weight.device.type == "cpu" and seq_len <= MAX_EXPLICIT_CONTEXT:
+        layer += 2 * size.n_heads * seq_len  # the attention weights
+    layers = layer + 2 * size.d_model * size.n_layers if size.use_activation_checkpoint else layer * size.n_layers
+    logits = (2 if model.chunks_loss or compiled else 10 if half else 6) * size.vocab_size
+    return batch_size * seq_len * (layers + logits) * (1 if half else 2)
 
 
 def state_bytes(model, optimizer_bytes, world, accum):

@@ -44,7 +44,7 @@ ALLOWED = {  # besides errors.py, which every file may import
     "ranks": {"optim", "hardware"},
     "meter": {"hardware"},
     "watchdog": {"files"},
-    "facts": {"config", "hardware", "wandb_runs"},
+    "facts": {"config", "hardware", "kernels", "wandb_runs"},
     "tracking": {"config", "files", "hardware", "plots", "saver", "sinks", "wandb_runs", "wandb_sink", "progress"},
     "sinks": {"files"},
     "train": {"config", "hardware", "model", "optim", "checkpoint", "data", "evaluate", "facts", "generate", "meter",

@@ -14,12 +14,12 @@ from mini_llm import hardware, tracking
 from mini_llm import meter as meter_module
 from mini_llm.checkpoint import State
 from mini_llm.errors import UserError, visible
-from mini_llm.facts import state_bytes
+from mini_llm.facts import activation_bytes, state_bytes
 from mini_llm.meter import Meter, histograms
 from mini_llm.saver import NonFinite
 from mini_llm.sinks import JsonlSink, TensorboardSink
 from mini_llm.tracking import Tracker, console_line
-from model import GPT, GPTConfig
+from model import ARCHS, GPT, GPTConfig
 from train import World
 
 
@@ -128,6 +128,31 @@ def test_each_rank_is_told_to_need_what_it_keeps():
     assert needed(2, 2, 2) == 4 * weights // 2 + gathered and needed(8, 4, 1) == 4 * weights // 4 + gathered
     model.blocks.requires_grad_(False)
     assert needed(1, 1, 1) == 4 * weights - blocks and needed(2, 1, 2) == 5 * weights - 2 * blocks, "no gradients"
+
+
+@pytest.mark.parametrize("seq_len", [64, 1024])  # with and without attention by explicit products in bf16
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_memory_of_activations_is_about_what_autograd_keeps(arch, half, seq_len):
+    def kept(model, batch_size):
+        """Bytes; without the parameters, and with the copies of them that autocast makes."""
+        storages, x = {}, torch.randint(257, (batch_size, seq_len))
+
+        def note(tensor):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage
+            return tensor
+
+        with (torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+              torch.autocast("cpu", torch.bfloat16, enabled=half)):
+            loss = model(x, x)
+        assert loss.isfinite()
+        return sum(storage.nbytes() for storage in storages.values())
+
+    for d_ff in (0, 1536):
+        model = GPT(GPTConfig(arch=arch, n_layers=2, d_model=256, d_ff=d_ff, vocab_size=257))
+        counted = kept(model, 3) - kept(model, 1)
+        assert 0.8 < activation_bytes(model, 2, seq_len, torch.bfloat16 if half else None, False) / counted < 1.35
 
 
 def test_a_line_leaves_out_what_was_not_measured():
