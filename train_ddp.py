@@ -27,7 +27,7 @@ class DDPWorld(World):
     replicas = None  # the process group of those that hold the same weights; None: of all
     # How this rank reports faults and exits; of the class, because errors can occur before there is a World.
     heartbeat = ranks.NoHeartbeat()
-    SENT_LATER = 2**16  # elements of a tensor of which `from_main` gives the others the shape, for `distribute`
+    SENT_LATER = 2**16  # elements from which on `from_main` sends only a tensor's shape, and `distribute` its values
 
     def __init__(self, cfg):
         self.rank, self.size, self.local_rank, self.local_size, self.node_rank = ranks.launched(self.script)
@@ -49,7 +49,7 @@ class DDPWorld(World):
         # Nothing to broadcast: buffers are equal on all ranks and never change. torch 2.13 renamed the option.
         sync = "forward_sync_buffers" if torch.__version__ >= (2, 13) else "broadcast_buffers"
         # torch.compile splits its graph at every bucket of gradients: of 1.5B into 146 graphs at the default 25 MB.
-        # And shared memory is used by turns with the backward pass: no bucket is early.
+        # And through shared memory a bucket is exchanged while the backward pass waits: small ones gain nothing.
         model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **{sync: False},
                                         bucket_cap_mb=100 if devices or self.memory else None)
         hook = self.comm_hook or (self.memory and self.memory.comm_hook)
