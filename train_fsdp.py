@@ -38,8 +38,8 @@ class FSDPWorld(DDPWorld):
             self.replicas = self.mesh.get_group("dp_replicate")
         if self.device.type == "cpu":
             keep_freed_memory(up_to=1 << 17)  # what is gathered has many sizes: three times the memory would be kept
-        precision, self.compiles = choose_precision(cfg.speed, self.device), should_compile(cfg.speed, self.device)
-        self.dtype = precision.dtype
+        precision = choose_precision(cfg.speed, self.device)
+        self.dtype, self.compiles = precision.dtype, should_compile(cfg.speed, self.device)
         if self.dtype is torch.float16:
             raise UserError(f"fp16 ({precision.reason}): each rank would see overflows in its own shard only; take "
                             f"--no-amp or, where a GPU has it, --amp-dtype bf16")
@@ -66,7 +66,9 @@ class FSDPWorld(DDPWorld):
         for name, like in model.named_parameters():  # one by one: drawn by the main rank, then scattered
             if draw:
                 drawn = model.init_weight(name, torch.empty(like.shape, device="cpu" if self.is_main else "meta"))
-            weights[name] = self.distribute(drawn, like) if draw else torch.empty_like(like, device=self.device)
+                weights[name] = self.distribute(drawn, like)
+            else:
+                weights[name] = torch.empty_like(like, device=self.device)
         model.load_state_dict(weights, strict=False, assign=True)  # buffers are as they were made
         return model
 
@@ -92,7 +94,8 @@ class FSDPWorld(DDPWorld):
 
     def orthogonalize(self, matrices, rows, dtype):
         """Each rank has some rows of every matrix; by two all-to-alls, it orthogonalizes some of the matrices whole."""
-        (n, _, cols), by_matrix, by_row, mesh = matrices.shape, [Shard(0)], [Shard(1)], self.mesh["dp_shard"]
+        n, _, cols = matrices.shape
+        by_matrix, by_row, mesh = [Shard(0)], [Shard(1)], self.mesh["dp_shard"]
         size = dict(shape=torch.Size((n, rows, cols)), stride=(rows * cols, cols, 1))
         # (n, rows of this rank, cols) -> (matrices of this rank, rows, cols), and back
         mine = DTensor.from_local(matrices, mesh, by_row, **size).redistribute(placements=by_matrix)
