@@ -194,7 +194,8 @@ class Corpus:
         n_windows, starts = shard.windows(self.seq_len), np.empty_like(numbers)
         epochs, indices = np.divmod(numbers, n_windows)
         for epoch in np.unique(epochs):
-            of_epoch, key = epochs == epoch, self.seed * 1_000_003 + int(epoch) + (source << 40)
+            of_epoch = epochs == epoch
+            key = self.seed * 1_000_003 + int(epoch) + (source << 40)
             # Tokens at the start of a window are predicted from little: not the same ones again (LOG.md). Fibonacci
             # hashing (Knuth) of the key spreads the shifts of a few epochs evenly.
             shift = key * GOLDEN % 2**64 * self.seq_len >> 64 if epoch else 0
@@ -221,8 +222,8 @@ class Corpus:
     def val_batches(self, max_tokens, batch_size, rank=0, size=1):
         """Yields this rank's share of the validation windows as (source, inputs, targets, number of real rows), with
         (B, T) int64 inputs and targets. `max_tokens` > 0 takes windows spread evenly over the set, at least one per
-        source. Batches are padded by repeating a row, to keep their shape. Every rank yields as many batches, because a
-        sharded model's forward pass needs all ranks."""
+        source. Batches are padded by repeating a row, to keep their shape. Every rank yields the same number of
+        batches, because a sharded model's forward pass needs all ranks."""
         first = rank  # of a source's windows, this rank's first
         for name, indices in spread_windows(self.val_sources, self.seq_len, max_tokens).items():
             chosen = indices[first::size]
@@ -238,13 +239,15 @@ def take_turns(weights):
     """Which source each sample of a cycle is from: indices of `weights`, (CYCLE,), or (1,) if there is one source; each
     as often as its weight says, evenly spread. Raises UserError for a weight below a thousandth of the sum."""
     shares = np.array(weights) / max(weights)  # by the largest first: the sum may overflow
-    shares, had, turns = shares / shares.sum(), np.zeros(len(weights)), []
+    shares /= shares.sum()
     if shares.min() < 1 / CYCLE:
         raise UserError(f"--train-weights {' '.join(map(str, weights))}: the least is below a thousandth of the sum")
-    for place in range(1, (CYCLE if len(weights) > 1 else 1) + 1):
-        turns.append(int(np.argmax(shares * place - had)))
-        had[turns[-1]] += 1
-    return np.array(turns)
+    turns = np.empty(CYCLE if len(weights) > 1 else 1, dtype=np.int64)
+    had = np.zeros(len(weights))  # turns of each source so far
+    for place in range(len(turns)):
+        turns[place] = np.argmax(shares * (place + 1) - had)  # the source that is furthest behind its share
+        had[turns[place]] += 1
+    return turns
 
 
 def permute(index, n, key):
