@@ -56,10 +56,11 @@ class OptimConfig:
         if self.decay_steps and self.lr_scheduler == "none":
             raise UserError(f"--decay-steps {self.decay_steps}: --lr-scheduler none has no decay; take wsd")
 
-    def in_steps(self, step_sequences, seq_len, epoch_sequences):
-        """These settings with the length of the run in steps, rounded up, however it was given. Raises UserError."""
-        sequences = self.num_epochs * epoch_sequences or self.num_tokens / seq_len
-        steps = math.ceil(round(sequences / step_sequences, 6))  # 0.07 x 100 is above 7
+    def in_steps(self, global_batch_size, seq_len, n_windows):
+        """These settings with the length of the run in steps, rounded up, however it was given. `global_batch_size`:
+        sequences in a step; `n_windows`: sequences in an epoch. Raises UserError."""
+        sequences = self.num_epochs * n_windows or self.num_tokens / seq_len
+        steps = math.ceil(round(sequences / global_batch_size, 6))  # 0.07 x 100 is above 7
         num_steps = max(1, steps) if sequences else self.num_steps
         if num_steps > 10**9:
             raise UserError(f"--num-tokens {self.num_tokens:g} --num-epochs {self.num_epochs:g}: {num_steps:,} steps, "
