@@ -60,7 +60,7 @@ def train(cfg, world):
     accum = cfg.batch.accum_steps(world.size, cfg.data.seq_len)
 
     # The data, and what defines the run.
-    global_batch_size = batch_size * accum * world.size
+    global_batch_size = batch_size * accum * world.size  # sequences in a step
     world.from_main(lambda: resume.require_same_flags(resume_from, cfg, global_batch_size))
     earlier = world.from_main(lambda: resume.earlier_shards(resume_from, cfg))
     corpus = Corpus(cfg.data, cfg.model.vocab_size, writes=world.local_rank == 0, scratch=dry_run, earlier=earlier)
@@ -109,6 +109,7 @@ def train(cfg, world):
         return state.step + ahead == num_steps or (every and (state.step + ahead) % every == 0)
 
     def epochs(at):
+        """How often the data has been read at the State `at`: `state` or a copy of it."""
         return (at.first_sample + at.step * global_batch_size) / corpus.n_windows
 
     def forward_backward(micro):
@@ -239,7 +240,7 @@ def train(cfg, world):
                 log.info("stopped by %s at step %d, saved; go on with --resume", stop.cause(signal_number), state.step)
                 track.exit_code = 128 + signal_number
                 break
-        else:
+        else:  # all steps taken: no signal has ended the loop
             track.finished(cfg.checkpoint.files())
     return track.exit_code
 
