@@ -31,10 +31,10 @@ from model import IGNORE
 MIN_DOCUMENTS, PARTS = 20, 30
 
 
-def token_nats(model, x, y, precision, device):
+def token_nats(model, x, y, precision):
     """Inputs and targets, (B, T) int64 arrays → the loss of each target, (B, T) float32, 0 where it is IGNORE."""
     with precision.autocast():
-        return model(*hardware.to_device(device, x, y), reduction="none").view(y.shape)
+        return model(*hardware.to_device(precision.device, x, y), reduction="none").view(y.shape)
 
 
 def figures(loss, bytes_per_token):
@@ -51,7 +51,7 @@ def evaluate(model, corpus, cfg, precision, world):
     nats, n_tokens = {name: [] for name in corpus.val_sources}, dict.fromkeys(corpus.val_sources, 0)
     for name, x, y, rows in corpus.val_batches(cfg.report.eval_tokens, cfg.batch.batch_size, world.rank, world.size):
         y[rows:] = IGNORE
-        nats[name].append(token_nats(model, x, y, precision, world.device).sum(-1))
+        nats[name].append(token_nats(model, x, y, precision).sum(-1))
         n_tokens[name] += rows * corpus.seq_len
     model.train()
     # fsum rounds once: the order of a rank's windows does not matter. The device is read only here, at the end.
@@ -201,7 +201,7 @@ def document_starts(shard, block=1 << 20):
 
 
 @torch.no_grad()
-def evaluate_text(model, shards, bytes_per_token, cfg, seq_len, precision, device):
+def evaluate_text(model, shards, bytes_per_token, cfg, seq_len, precision):
     """Everything that the command reports, as a dict."""
     starts = {name: document_starts(shard) for name, shard in shards.items()}
     documents = {name: np.zeros((2, len(at) + 1)) for name, at in starts.items()}  # nats and tokens of each document
@@ -210,7 +210,8 @@ def evaluate_text(model, shards, bytes_per_token, cfg, seq_len, precision, devic
     bar = ProgressBar(total=cfg.eval_tokens or sum(shard.count for shard in shards.values()), unit=" tokens",
                       unit_scale=True, leave=False, disable=None)  # none in a pipe
     for name, firsts, x, y in window_batches(shards, seq_len, cfg.stride, cfg.eval_tokens, cfg.batch_size):
-        losses, counted = token_nats(model, x, y, precision, device).cpu().numpy().astype(np.float64), y != IGNORE
+        losses = token_nats(model, x, y, precision).cpu().numpy().astype(np.float64)
+        counted = y != IGNORE
         targets = firsts[:, None] + 1 + np.arange(y.shape[1])  # (B, T) positions
         for clusters, keys in ((documents[name], np.searchsorted(starts[name], targets, side="right")),
                                (parts[name], (targets - 1) // length)):  # (B, T) keys
@@ -282,7 +283,7 @@ def main():
                                 f"takes shorter ones, too")
         precision = hardware.choose_precision(speed, device)
         with hardware.enough_memory("lower --batch-size, or take --device cpu"):
-            found = evaluate_text(model.to(device), shards, bytes_per_token, cfg, seq_len, precision, device)
+            found = evaluate_text(model.to(device), shards, bytes_per_token, cfg, seq_len, precision)
     found |= {"checkpoint": cfg.checkpoint_path, "step": saved["state"]["step"]}
     print(json.dumps(without_infinity(found)) if cfg.json else report(found))
 

@@ -243,7 +243,7 @@ def test_the_interval_of_one_long_text_holds_its_truth(tmp_path, monkeypatch):
     cfg = evaluate_module.EvaluateConfig()
     for _ in range(100):
         drawn = 3 + np.repeat(rng.normal(0, 1, 200), 100) + rng.normal(0, 1, 20_000)
-        found = evaluate_module.evaluate_text(None, {"": shard}, {"": 4.0}, cfg, 40, SimpleNamespace(name="off"), "cpu")
+        found = evaluate_module.evaluate_text(None, {"": shard}, {"": 4.0}, cfg, 40, SimpleNamespace(name="off"))
         hits += found["ci95"][0] < 3 < found["ci95"][1]
     assert found["clusters"] == "30 parts of the text" and 88 <= hits <= 99, hits
 
