@@ -120,20 +120,23 @@ def open_data(paths, text_column, seq_len, tokenizer, eos, saved, folder):
     if len(paths) == 1 and Path(paths[0], "val.bin").is_file():
         return _open_shards(Path(paths[0]), seq_len, saved)
     column = text_column or saved["config"].get("text_column", "text")
-    sources, n_bytes, left_out, shards = find_sources(paths, "--data", column), {}, 0, {}
+    sources = find_sources(paths, "--data", column)
     require_hub(sources, "--data")
     if foreign := foreign_tokens(sources, saved["config"].get("tokenizer_name", ""),
                                  saved["identity"]["the tokenizer"]):
         raise UserError(f"--data {foreign}: a token file of another tokenizer than the checkpoint's; give the text "
                         f"itself")
+    shards, n_bytes, left_out = {}, {}, 0
     for number, name in enumerate(source_names(paths) or [""]):
-        file, n_bytes[name] = Path(folder) / f"{number}.bin", 0
+        file = Path(folder) / f"{number}.bin"
+        n_bytes[name] = 0
         writer = ShardWriter(file, id_count(tokenizer), eos, bytes(32))
         stream = pieces([source for source in sources if source.argument == number], "val")
         while batch := take(stream, BATCH):
             for _, ids, size, lost in encode_pieces(tokenizer, batch, eos):
                 writer.write(ids)
-                n_bytes[name], left_out = n_bytes[name] + size, left_out + lost
+                n_bytes[name] += size
+                left_out += lost
         writer.close()
         shards[name] = Shard(file)
     if prefix := saved.get("prefix"):

@@ -82,7 +82,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     """
     device, training = next(model.parameters()).device, model.training
     limit = min(context, model.cfg.max_position_embeddings)
-    prompts, seeds = [prompt[-limit:] for prompt in prompts], range(len(prompts)) if seeds is None else seeds
+    prompts = [prompt[-limit:] for prompt in prompts]
+    seeds = range(len(prompts)) if seeds is None else seeds
     lengths = [len(prompt) for prompt in prompts]
     shortest, total = min(lengths), max(lengths) + max_new_tokens
     ragged, greedy = max(lengths) > shortest, temperature < COLD
