@@ -207,32 +207,32 @@ def write_texts(model, tokenizer, eos, saved, cfg, out):
     texts = [text for text in prompts for _ in range(cfg.num_samples)]
     start, prefix = saved.get("start", eos or 0), saved.get("prefix", [])
     encoded = [prompt_ids(tokenizer, start, text, prefix) for text in prompts]
-    ids = [one for one in encoded for _ in range(cfg.num_samples)]
+    ids = [tokens for tokens in encoded for _ in range(cfg.num_samples)]
     seeds = [[cfg.seed, *divmod(row, cfg.num_samples)] for row in range(len(texts))]
-    finished, n_tokens, n_written = {}, 0, 0
+    outputs, n_tokens, n_written = {}, 0, 0  # the text of each row so far, until it is written
 
     def emit(row, new):
-        finished[row] += new
+        outputs[row] += new
         if len(texts) == 1 and new:
             print(new, end="", file=out, flush=True)
 
-    for rows in batches([len(one) for one in ids], cfg.batch_size, cfg.max_new_tokens):
+    for rows in batches([len(tokens) for tokens in ids], cfg.batch_size, cfg.max_new_tokens):
         growing = {row: Continuation(tokenizer, eos, ids[row] if texts[row] else [], cfg.stop) for row in rows}
         for row in rows:
-            finished[row] = ""
+            outputs[row] = ""
             emit(row, texts[row])
         for step in generate(model, [ids[row] for row in rows], cfg.max_new_tokens, cfg.temperature, cfg.top_k,
                              cfg.top_p, [seeds[row] for row in rows], id_count(tokenizer)):
-            for (row, one), token in zip(growing.items(), step, strict=True):
-                if token is not None and not one.done:
-                    emit(row, one.add(token))
+            for (row, continuation), token in zip(growing.items(), step, strict=True):
+                if token is not None and not continuation.done:
+                    emit(row, continuation.add(token))
                     n_tokens += 1
-            if all(one.done for one in growing.values()):
+            if all(continuation.done for continuation in growing.values()):
                 break
-        for row, one in growing.items():
-            emit(row, one.finish())
-        while len(texts) > 1 and n_written in finished:
-            print(*([RULE] if n_written else []), finished.pop(n_written), sep="\n", file=out, flush=True)
+        for row, continuation in growing.items():
+            emit(row, continuation.finish())
+        while len(texts) > 1 and n_written in outputs:
+            print(*([RULE] if n_written else []), outputs.pop(n_written), sep="\n", file=out, flush=True)
             n_written += 1
     if len(texts) == 1:
         print(file=out, flush=True)
