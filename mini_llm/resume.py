@@ -69,7 +69,8 @@ def require_same_flags(path, cfg, global_batch_size):
 def earlier_shards(path, cfg):
     """The folder of token shards that the run at `path` had, if its flags for the data are those of `cfg`, all flags,
     and it is still there; else None."""
-    (_, found), config = _first_readable(path, cfg), flatten(cfg)
+    _, found = _first_readable(path, cfg)
+    config = flatten(cfg)
     if not found or any(found["config"].get(name) != config[name] for name in DATA_FLAGS):
         return None
     folder = str(found.get("tokens", ""))
@@ -196,8 +197,8 @@ def restore(payload, parts, continues, world):
         distribute_moments(payload["optimizer"], parts["optimizer"], world)
         for name, part in parts.items():
             found = payload[name]
-            if name != "optimizer":  # not kept in the payload, which outlives this: it may be a copy on the device
-                found = of_this_rank(found, part, world)
+            if name != "optimizer":  # whose tensors are distributed already
+                found = of_this_rank(found, part, world)  # not into the payload: it outlives this function
             if found:  # a scaler's state is empty except in fp16
                 part.load_state_dict(found)
         state = State(**payload["state"])
@@ -219,10 +220,13 @@ def of_this_rank(saved, part, world):
 def distribute_moments(saved, optimizer, world):
     """Makes the optimizer state of a checkpoint, `saved`, one for `optimizer` to load: this rank's part of each tensor,
     with the weight decay and betas of the flags. Raises ValueError if it is of other parameters. Collective."""
+
+    def names(groups):
+        return [name for group in groups for name in group.get("param_names", ())]
+
     groups = optimizer.state_dict()["param_groups"]
-    was, now = ([name for group in of for name in group.get("param_names", ())]
-                for of in (saved["param_groups"], groups))
-    if was and was != now:  # its state is saved by place: a parameter would get the moments of another
+    was = names(saved["param_groups"])
+    if was and was != names(groups):  # its state is saved by place: a parameter would get the moments of another
         raise ValueError("the optimizer has other parameters, or in another order")
     saved["param_groups"] = groups
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -258,11 +262,12 @@ def loss_to_beat(cfg, state, eval_tokens):
     was measured with another `eval_tokens` is not comparable: it is kept under a name with that number, and the best
     of before with this number, if there was one, is the best again."""
     found = _surely_peeked(best := cfg.beside(".best.pt"))
-    of = found["config"].get("eval_tokens", eval_tokens)
-    if of != eval_tokens:
-        link(best, kept := cfg.beside(f".best-of-{of}.pt"))
-        log.info("the best loss so far is over --eval-tokens %d: not comparable; its weights stay in %s", of, kept)
-    if of != eval_tokens or not found["state"]:  # not comparable, missing or not readable
+    best_eval_tokens = found["config"].get("eval_tokens", eval_tokens)
+    if best_eval_tokens != eval_tokens:
+        link(best, kept := cfg.beside(f".best-of-{best_eval_tokens}.pt"))
+        log.info("the best loss so far is over --eval-tokens %d: not comparable; its weights stay in %s",
+                 best_eval_tokens, kept)
+    if best_eval_tokens != eval_tokens or not found["state"]:  # not comparable, missing or not readable
         found = _surely_peeked(before := cfg.beside(f".best-of-{eval_tokens}.pt"))
         if not found["state"]:  # the next evaluation writes one
             return math.inf
