@@ -181,9 +181,9 @@ def raise_nonfinite(cfg, payload, saving, samples):
 def _way_on(cfg, payload, step):
     """Advice for a run whose weights, those of `step`, give no finite loss."""
     rate = "a lower --lr and --muon-lr" if payload["config"]["optimizer"] == "muon" else "a lower --lr"
-    newest, *_ = files = cfg.candidates()
+    files = cfg.candidates()
     for file in files:
         if 0 < (before := peek_run(file)["state"].get("step", 0)) < step:
-            resume = "--resume" if file == newest else f"--resume {shlex.quote(str(file))} --overwrite"
+            resume = "--resume" if file == files[0] else f"--resume {shlex.quote(str(file))} --overwrite"
             return f"{resume} with {rate} goes on from step {before}"
     return f"no checkpoint is from before step {step}: start as before, with --overwrite and {rate}"
