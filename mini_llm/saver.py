@@ -27,8 +27,8 @@ class NotSaved(RunFailed):
     """The last checkpoint of a run could not be written."""
 
 
-def save_run(cfg, payload, step, latest, best, kept=False):
-    """Save at the checkpoint path (`latest`), as `.best.pt` (`best`), or both with one write. Returns the file's path.
+def save_run(cfg, payload, step, newest, best, kept=False):
+    """Save at the checkpoint path (`newest`), as `.best.pt` (`best`), or both with one write. Returns the file's path.
 
     The previous checkpoint stays as `.prev.pt`; the new one also gets a name with its step in it: `.step-N.pt` under
     --keep-last, `.kept-N.pt` if `kept`. One that was saved while steps were not finite may be of no use, and is neither
@@ -37,7 +37,7 @@ def save_run(cfg, payload, step, latest, best, kept=False):
     the best again.
     """
     path, best_path, step_path = Path(cfg.checkpoint_path), cfg.beside(".best.pt"), cfg.beside(f".step-{step:08d}.pt")
-    if not latest:
+    if not newest:
         save(best_path, payload)
         return best_path
     named = cfg.keep_last > 0 and _is_sound(payload)
@@ -78,19 +78,20 @@ class Saver:
         limit = self.cfg.save_minutes * 60
         return self.world.is_main and 0 < limit <= time.monotonic() - self.since
 
-    def save(self, payload, latest, best, last):
-        """Save what `payload()` returns; `best`: its validation loss is the lowest so far. A failed save is logged, and
-        the next save tries again; if the `last` one fails, NotSaved is raised."""
+    def save(self, payload, newest, best, last):
+        """Save what `payload()` returns as the `newest` checkpoint, as the `best` (its validation loss is the lowest so
+        far), or as both. A failed save is logged, and the next save tries again; if the `last` one fails, NotSaved is
+        raised."""
         self.conclude()
         before = self.state.best_val
         if best:
             self.state.best_val = self.state.val_loss
         now = payload()
         self.under_way = self.state.step, before
-        self.world.from_main(lambda: self._begin(now, latest, best))
+        self.world.from_main(lambda: self._begin(now, newest, best))
         if last or not self.cfg.async_save:
             self.conclude(last=last)
-        if latest:
+        if newest:
             self.since = time.monotonic()
 
     def conclude(self, wait=True, last=False):
@@ -118,15 +119,15 @@ class Saver:
         self.track.saved(*self.future.result())
         return True
 
-    def _begin(self, payload, latest, best):
+    def _begin(self, payload, newest, best):
         if self.cfg.async_save and self.world.shards == 1:  # of shards, World.full_state has made a copy
             payload = self._copied(payload)
-        kept = latest and self._opens_interval() and _is_sound(payload)
-        self.future = self.pool.submit(self._write, payload, dataclasses.replace(self.state), latest, best, kept)
+        kept = newest and self._opens_interval() and _is_sound(payload)
+        self.future = self.pool.submit(self._write, payload, dataclasses.replace(self.state), newest, best, kept)
 
-    def _write(self, payload, state, latest, best, kept):
+    def _write(self, payload, state, newest, best, kept):
         with self.world.saving:
-            return save_run(self.cfg, payload, state.step, latest, best, kept), state, best
+            return save_run(self.cfg, payload, state.step, newest, best, kept), state, best
 
     def _opens_interval(self):
         """Whether this is the first checkpoint of its interval of --keep-every steps; from step 0 on, none is kept."""

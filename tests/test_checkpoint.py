@@ -157,7 +157,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_and_no_draft(tmp_path):
 def test_the_checkpoint_before_the_newest_is_kept_and_used_when_the_newest_is_damaged(tmp_path, caplog):
     cfg = config(tmp_path)
     for step in (1, 2, 3):
-        save_run(cfg, payload(step), step, latest=True, best=step == 2)
+        save_run(cfg, payload(step), step, newest=True, best=step == 2)
     assert [load(tmp_path / name)["step"] for name in ("c.pt", "c.prev.pt", "c.best.pt")] == [3, 2, 2]
     (tmp_path / "c.pt").write_bytes(b"")
     assert load_latest(tmp_path / "c.pt", cfg)[0]["step"] == 2
@@ -171,7 +171,7 @@ def test_the_checkpoint_before_the_newest_is_kept_and_used_when_the_newest_is_da
 def test_keep_last_keeps_that_many_by_step(tmp_path):
     cfg = config(tmp_path, keep_last=2)
     for step in (5, 10, 15, 20):
-        save_run(cfg, payload(step), step, latest=True, best=False)
+        save_run(cfg, payload(step), step, newest=True, best=False)
     assert sorted(path.name for path in tmp_path.glob("c.step-*")) == ["c.step-00000015.pt", "c.step-00000020.pt"]
     assert load(tmp_path / "c.step-00000015.pt")["step"] == 15
     assert len(list(tmp_path.iterdir())) == 4 and load(tmp_path / "c.prev.pt")["step"] == 15
@@ -179,8 +179,8 @@ def test_keep_last_keeps_that_many_by_step(tmp_path):
 
 def test_best_alone_leaves_the_newest_alone(tmp_path):
     cfg = config(tmp_path)
-    save_run(cfg, payload(1), 1, latest=True, best=False)
-    save_run(cfg, payload(2), 2, latest=False, best=True)
+    save_run(cfg, payload(1), 1, newest=True, best=False)
+    save_run(cfg, payload(2), 2, newest=False, best=True)
     assert load(tmp_path / "c.pt")["step"] == 1 and load(tmp_path / "c.best.pt")["step"] == 2
     assert not (tmp_path / "c.prev.pt").exists()
 
@@ -217,7 +217,7 @@ def test_a_bare_file_name_is_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cfg = CheckpointConfig(checkpoint_path="bare.pt")
     assert plan(cfg) is None
-    save_run(cfg, payload(1), 1, latest=True, best=True)
+    save_run(cfg, payload(1), 1, newest=True, best=True)
     assert cfg.files() == ["bare.pt", "bare.best.pt"]
 
 
@@ -249,12 +249,12 @@ def test_a_large_tensor_written_in_one_block_is_hashed_right(tmp_path):
 
 def test_a_save_writes_into_no_checkpoint_that_a_killed_link_left_under_its_draft(tmp_path):
     cfg = config(tmp_path)
-    save_run(cfg, payload(1), 1, latest=True, best=False)
+    save_run(cfg, payload(1), 1, newest=True, best=False)
     os.link(tmp_path / "c.pt", tmp_path / "c.best.pt.tmp")  # killed before it became c.best.pt
-    save_run(cfg, payload(2), 2, latest=False, best=True)
+    save_run(cfg, payload(2), 2, newest=False, best=True)
     assert [load(tmp_path / name)["step"] for name in ("c.pt", "c.best.pt")] == [1, 2]
     os.link(tmp_path / "c.best.pt", tmp_path / "c.pt.tmp")
-    save_run(cfg, payload(3), 3, latest=True, best=False)
+    save_run(cfg, payload(3), 3, newest=True, best=False)
     assert [load(tmp_path / name)["step"] for name in ("c.pt", "c.prev.pt", "c.best.pt")] == [3, 1, 2]
 
 
@@ -266,7 +266,7 @@ class Killed(BaseException):
 def test_a_kill_in_a_save_leaves_the_newest_before_and_no_best_behind_it(tmp_path, monkeypatch, moment):
     """Else a resumed run takes an older model for the best, and the better one is gone."""
     cfg, calls = config(tmp_path, keep_last=2), []
-    save_run(cfg, payload(1), 1, latest=True, best=True)
+    save_run(cfg, payload(1), 1, newest=True, best=True)
 
     def dies(do):
         def call(*paths):
@@ -279,14 +279,14 @@ def test_a_kill_in_a_save_leaves_the_newest_before_and_no_best_behind_it(tmp_pat
     with monkeypatch.context() as patch, contextlib.suppress(Killed):
         patch.setattr(os, "link", dies(os.link))
         patch.setattr(os, "replace", dies(os.replace))
-        save_run(cfg, payload(2), 2, latest=True, best=True)
+        save_run(cfg, payload(2), 2, newest=True, best=True)
     newest, best = (load(tmp_path / name)["step"] for name in ("c.pt", "c.best.pt"))
     assert 1 <= newest <= best <= 2 and (moment or best == 1)
 
 
 def test_where_there_is_no_room_for_a_copy_the_newest_is_saved_all_the_same(tmp_path, monkeypatch):
     cfg = config(tmp_path)
-    save_run(cfg, payload(1), 1, latest=True, best=True)
+    save_run(cfg, payload(1), 1, newest=True, best=True)
 
     copy = archive.shutil.copyfile
 
@@ -301,7 +301,7 @@ def test_where_there_is_no_room_for_a_copy_the_newest_is_saved_all_the_same(tmp_
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
         patch.setattr(os, "link", no_link)
         patch.setattr(archive.shutil, "copyfile", copy_all_but_the_best)
-        save_run(cfg, payload(2), 2, latest=True, best=True)
+        save_run(cfg, payload(2), 2, newest=True, best=True)
     assert [load(tmp_path / name)["step"] for name in ("c.pt", "c.prev.pt", "c.best.pt")] == [2, 1, 1]
 
 
@@ -376,7 +376,7 @@ def whole(step):
 def test_a_fallback_mends_the_newest_so_that_a_kill_in_the_next_save_loses_nothing(tmp_path, monkeypatch):
     cfg = config(tmp_path)
     for step in (1, 2):
-        save_run(cfg, whole(step), step, latest=True, best=False)
+        save_run(cfg, whole(step), step, newest=True, best=False)
     (tmp_path / "c.pt").write_bytes(b"damaged")
     assert resume.load_for_resume(tmp_path / "c.pt", cfg, {}, {})["step"] == 1
 
@@ -385,14 +385,14 @@ def test_a_fallback_mends_the_newest_so_that_a_kill_in_the_next_save_loses_nothi
 
     monkeypatch.setattr(saver, "save", killed)
     with pytest.raises(KeyboardInterrupt):
-        save_run(cfg, whole(3), 3, latest=True, best=False)
+        save_run(cfg, whole(3), 3, newest=True, best=False)
     assert load_latest(tmp_path / "c.pt", cfg)[0]["step"] == 1
 
 
 def test_a_best_checkpoint_that_is_the_damaged_newest_by_another_name_is_forgotten(tmp_path):
     cfg = config(tmp_path, resume="latest")
     for step, best in ((1, False), (2, True)):
-        save_run(cfg, whole(step), step, latest=True, best=best)
+        save_run(cfg, whole(step), step, newest=True, best=best)
     with open(tmp_path / "c.pt", "r+b") as file:  # in place, as a disk does it: `.best.pt` has these bytes, too
         file.seek(-200, os.SEEK_END)
         file.write(bytes([file.read(1)[0] ^ 1]))
@@ -404,7 +404,7 @@ def test_a_best_checkpoint_that_is_the_damaged_newest_by_another_name_is_forgott
 def test_overwrite_says_whether_it_rolls_a_run_back_or_replaces_it(tmp_path):
     cfg = config(tmp_path, keep_last=2)
     for step in (1, 2):
-        save_run(cfg, whole(step), step, latest=True, best=False)
+        save_run(cfg, whole(step), step, newest=True, best=False)
     save(tmp_path / "copy.pt", whole(1))
     for name, words in (("c.step-00000001.pt", "--overwrite rolls it back to that file"),
                         ("copy.pt", "--overwrite replaces that run and its metrics")):
@@ -423,7 +423,7 @@ def test_a_checkpoint_of_another_program_is_not_called_damaged(tmp_path):
 def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch, error):
     cfg = config(tmp_path)
     for step in (1, 2):
-        save_run(cfg, whole(step), step, latest=True, best=False)
+        save_run(cfg, whole(step), step, newest=True, best=False)
 
     def fail(path):
         raise error
@@ -437,7 +437,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_a_damaged_one(tmp
 def test_starting_over_leaves_nothing_of_the_old_run_in_force(tmp_path):
     cfg = config(tmp_path, keep_last=2, overwrite=True)
     for step in (900, 1000):
-        save_run(cfg, whole(step), step, latest=True, best=True)
+        save_run(cfg, whole(step), step, newest=True, best=True)
     for name in ("c.best-of-64.pt", "c.wandb.json", "c.rank1.wandb.json", "c.rank1.metrics.jsonl"):
         (tmp_path / name).touch()
     resume.remove_stale_files(cfg, None, 0)
@@ -452,7 +452,7 @@ def test_rolling_back_makes_the_file_the_newest_at_once_and_keeps_a_best_one_tha
                                                                                              least):
     cfg = config(tmp_path, keep_last=3, overwrite=True)
     for step in (10, 20, 30):
-        save_run(cfg, whole(step), step, latest=True, best=step == best_at)
+        save_run(cfg, whole(step), step, newest=True, best=step == best_at)
     resume.remove_stale_files(cfg, tmp_path / back_to, 20)
     assert resume.loss_to_beat(cfg, State(step=20, best_val=1.5), EVAL_TOKENS) == least
     assert load(tmp_path / "c.pt")["state"]["step"] == 20
@@ -465,7 +465,7 @@ def test_rolling_back_makes_the_file_the_newest_at_once_and_keeps_a_best_one_tha
 def test_rolling_back_to_a_symbolic_link_takes_what_it_leads_to(tmp_path, name):
     cfg = config(tmp_path, keep_last=3, overwrite=True)
     for step in (10, 20):
-        save_run(cfg, whole(step), step, latest=True, best=False)
+        save_run(cfg, whole(step), step, newest=True, best=False)
     step = load(tmp_path / name)["state"]["step"]
     (tmp_path / "latest.pt").symlink_to(name)
     resume.remove_stale_files(cfg, tmp_path / "latest.pt", step)
@@ -474,7 +474,7 @@ def test_rolling_back_to_a_symbolic_link_takes_what_it_leads_to(tmp_path, name):
 
 def test_from_the_plan_to_resume_on_no_other_run_may_write(tmp_path):
     cfg = config(tmp_path, resume="latest")
-    save_run(cfg, whole(5), 5, latest=True, best=False)
+    save_run(cfg, whole(5), 5, newest=True, best=False)
     (tmp_path / "c.lock").touch()
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from mini_llm.checkpoint import CheckpointConfig, plan; "
             f"plan(CheckpointConfig({str(tmp_path / 'c.pt')!r}, overwrite=True))")
@@ -487,7 +487,7 @@ def test_from_the_plan_to_resume_on_no_other_run_may_write(tmp_path):
 @pytest.mark.parametrize("source, kept", [("a.pt", False), ("c.prev.pt", True)])
 def test_a_branch_does_not_take_up_the_wandb_run_of_what_it_replaces(tmp_path, source, kept):
     (tmp_path / "c.wandb.json").touch()
-    save_run(config(tmp_path, checkpoint_path=str(tmp_path / source)), whole(5), 5, latest=True, best=False)
+    save_run(config(tmp_path, checkpoint_path=str(tmp_path / source)), whole(5), 5, newest=True, best=False)
     resume.remove_stale_files(config(tmp_path, resume=source), tmp_path / source, 5)
     assert (tmp_path / "c.wandb.json").exists() == kept
 
@@ -538,13 +538,13 @@ def test_no_parameter_gets_the_moments_of_another():
 
 def test_a_best_checkpoint_alone_is_one_and_is_gone_on_from(tmp_path):
     """All that a run leaves that was killed before its first --save-steps."""
-    save_run(config(tmp_path), whole(20), 20, latest=False, best=True)
+    save_run(config(tmp_path), whole(20), 20, newest=False, best=True)
     with pytest.raises(UserError, match="there is a checkpoint already"):
         plan(config(tmp_path))
     for wanted in ("auto", "latest"):
         cfg = config(tmp_path, resume=wanted)
         assert plan(cfg) == tmp_path / "c.best.pt" and cfg.continues(plan(cfg))
-    save_run(config(tmp_path), whole(30), 30, latest=True, best=False)
+    save_run(config(tmp_path), whole(30), 30, newest=True, best=False)
     assert plan(config(tmp_path, resume="auto")) == tmp_path / "c.pt"
     (tmp_path / "c.pt").rename(tmp_path / "c.step-00000030.pt")
     assert plan(config(tmp_path, resume="auto")) == tmp_path / "c.step-00000030.pt"
@@ -553,12 +553,12 @@ def test_a_best_checkpoint_alone_is_one_and_is_gone_on_from(tmp_path):
 def test_after_falling_back_the_new_checkpoints_are_kept_and_not_the_old(tmp_path):
     cfg = config(tmp_path, keep_last=2)
     for step in (10, 20, 12, 14, 16):
-        save_run(cfg, whole(step), step, latest=True, best=False)
+        save_run(cfg, whole(step), step, newest=True, best=False)
     assert [file.name[-5:-3] for file in cfg.numbered()] == ["14", "16", "20"]
 
 
 def test_another_name_of_the_newest_checkpoint_goes_on_from_it(tmp_path):
-    save_run(config(tmp_path), whole(5), 5, latest=True, best=False)
+    save_run(config(tmp_path), whole(5), 5, newest=True, best=False)
     os.link(tmp_path / "c.pt", tmp_path / "backup.pt")
     cfg = config(tmp_path, resume=str(tmp_path / "backup.pt"))
     assert plan(cfg) == tmp_path / "backup.pt" and cfg.continues(plan(cfg))
@@ -568,7 +568,7 @@ def test_a_checkpoint_on_another_node_alone_is_not_passed_over(tmp_path):
     world = SimpleNamespace(from_main=lambda make: make(), max=lambda values: [1])  # another rank has one
     with pytest.raises(UserError, match="--resume auto: another node has .* storage that all nodes share"):
         checkpoint.plan_together(config(tmp_path, resume="auto"), world)
-    save_run(config(tmp_path), whole(5), 5, latest=True, best=False)
+    save_run(config(tmp_path), whole(5), 5, newest=True, best=False)
     assert checkpoint.plan_together(config(tmp_path, resume="auto"), world) == tmp_path / "c.pt"
 
 
@@ -576,7 +576,7 @@ def test_a_run_that_goes_on_from_before_its_best_checkpoint_has_that_to_beat(tmp
     cfg = config(tmp_path, resume="latest")
     for step, loss, best in ((60, 3.2, False), (100, 3.1, True)):
         saved = whole(step) | {"state": dict(step=step, best_val=loss)}
-        save_run(cfg, saved, step, latest=not best, best=best)
+        save_run(cfg, saved, step, newest=not best, best=best)
     assert resume.loss_to_beat(cfg, State(step=60, best_val=3.2), EVAL_TOKENS) == 3.1
     assert resume.loss_to_beat(cfg, State(step=60, best_val=3.2), 0) == math.inf  # of another set
     assert load(tmp_path / f"c.best-of-{EVAL_TOKENS}.pt")["state"]["step"] == 100
@@ -586,7 +586,7 @@ def test_a_run_that_goes_on_from_before_its_best_checkpoint_has_that_to_beat(tmp
 
 def test_a_best_checkpoint_that_cannot_be_read_for_a_moment_is_not_written_over(tmp_path, monkeypatch):
     cfg = config(tmp_path, resume="latest")
-    save_run(cfg, whole(100) | {"state": dict(step=100, best_val=3.1)}, 100, latest=False, best=True)
+    save_run(cfg, whole(100) | {"state": dict(step=100, best_val=3.1)}, 100, newest=False, best=True)
     monkeypatch.setattr(resume, "peek", lambda path: {})  # as on a file system without mmap
     assert resume.loss_to_beat(cfg, State(step=60), EVAL_TOKENS) == 3.1
     assert resume.loss_to_beat(cfg, State(step=60), 7) == math.inf
@@ -606,11 +606,11 @@ def test_the_best_over_some_tokens_is_the_best_again_when_they_are_those_again(t
         to_beat = resume.loss_to_beat(cfg, State(step=60), eval_tokens)
         if loss < to_beat:
             saved = whole(step) | dict(state=dict(step=step, best_val=loss), config=dict(eval_tokens=eval_tokens))
-            save_run(cfg, saved, step, latest=False, best=True)
+            save_run(cfg, saved, step, newest=False, best=True)
         return to_beat, load(tmp_path / "c.best.pt")["state"]["step"]
 
     cfg = config(tmp_path, resume="latest")
-    save_run(cfg, whole(60), 60, latest=True, best=False)
+    save_run(cfg, whole(60), 60, newest=True, best=False)
     assert best_of(512, 3.3, 70) == (math.inf, 70)
     assert best_of(1024, 3.2, 80) == (math.inf, 80)
     assert best_of(512, 3.6, 90) == (3.3, 70)  # the worse one does not replace the first
@@ -628,7 +628,7 @@ def test_the_tokens_of_a_run_are_found_where_it_left_them_or_in_a_cache_that_has
 
     here = "--checkpoint-path", str(tmp_path / "c.pt"), "--cache-dir", str(tmp_path / "cache")
     saved = whole(1) | dict(config=flatten(parse(Config, here)), tokens=str(tmp_path / "then" / "name"))
-    save_run(config(tmp_path), saved, 1, latest=True, best=False)
+    save_run(config(tmp_path), saved, 1, newest=True, best=False)
     assert find() is None
     (tmp_path / "cache" / "name").mkdir(parents=True)
     assert find() == str(tmp_path / "cache" / "name") and find("--max-tokens", "9") is None
@@ -639,7 +639,7 @@ def test_the_tokens_of_a_run_are_found_where_it_left_them_or_in_a_cache_that_has
 def test_a_damaged_checkpoint_leaves_with_all_its_names(tmp_path):
     cfg = config(tmp_path, keep_last=2, keep_every=20, resume="latest")
     for step in (30, 40):
-        save_run(cfg, whole(step), step, latest=True, best=step == 40, kept=step == 40)
+        save_run(cfg, whole(step), step, newest=True, best=step == 40, kept=step == 40)
     with open(tmp_path / "c.pt", "r+b") as file:  # in place, as a bad sector would
         file.seek(500)
         file.write(b"damaged")
@@ -654,7 +654,7 @@ def test_files_of_a_run_whose_name_begins_alike_are_left_alone(tmp_path):
         (tmp_path / name).touch()
     cfg = config(tmp_path, keep_last=1, overwrite=True)
     for step in (1, 2):
-        save_run(cfg, whole(step), step, latest=True, best=False)
+        save_run(cfg, whole(step), step, newest=True, best=False)
     assert [file.name for file in cfg.numbered()] == ["c.step-00000002.pt"]
     resume.remove_stale_files(cfg, None, 0)
     assert set(os.listdir(tmp_path)) == foreign
@@ -665,7 +665,7 @@ def test_files_of_a_run_whose_name_begins_alike_are_left_alone(tmp_path):
 
 def test_a_branch_begins_without_the_history_of_the_run_that_was_there(tmp_path):
     for name in ("a", "b"):
-        save_run(CheckpointConfig(str(tmp_path / f"{name}.pt"), keep_last=1), whole(5), 5, latest=True, best=False)
+        save_run(CheckpointConfig(str(tmp_path / f"{name}.pt"), keep_last=1), whole(5), 5, newest=True, best=False)
     (tmp_path / "a.metrics.jsonl").write_text('{"step": 3}\n')
     (tmp_path / "a.log").write_text("of the run that was there\n")
     (tmp_path / "a.tensorboard").mkdir()
@@ -680,7 +680,7 @@ def test_a_branch_begins_without_the_history_of_the_run_that_was_there(tmp_path)
 def test_a_checkpoint_that_came_while_this_run_tokenized_is_not_written_over(tmp_path):
     cfg = config(tmp_path)
     assert plan(cfg) is None
-    save_run(cfg, whole(5), 5, latest=True, best=False)
+    save_run(cfg, whole(5), 5, newest=True, best=False)
     with pytest.raises(UserError, match="another run writes there"):
         checkpoint.claim(Config(checkpoint=cfg), None, 1, 0)
     (tmp_path / "file").touch()  # where its folder would be made
@@ -699,7 +699,7 @@ def test_where_the_newest_are_damaged_the_error_names_one_that_is_whole(tmp_path
     tmp_path = tmp_path / "a folder"  # its name as a shell takes it
     cfg = config(tmp_path, keep_last=2)
     for step in (10, 20, 30):
-        save_run(cfg, whole(step), step, latest=True, best=step == 10)
+        save_run(cfg, whole(step), step, newest=True, best=step == 10)
     for name in ("c.pt", "c.prev.pt"):
         (tmp_path / name).unlink()  # the file of that name alone: others are second names of it
         (tmp_path / name).write_bytes(b"x")
@@ -727,7 +727,7 @@ def test_a_path_spelled_otherwise_is_the_same_run(tmp_path, monkeypatch):
 
 def test_only_what_a_run_writes_is_listed(tmp_path):
     cfg = config(tmp_path)
-    save_run(cfg, payload(1), 1, latest=True, best=True)
+    save_run(cfg, payload(1), 1, newest=True, best=True)
     (tmp_path / "c.sh").touch()
     assert [os.path.basename(file) for file in cfg.files()] == ["c.pt", "c.best.pt"]
 
@@ -744,18 +744,18 @@ def test_milestones_are_kept_for_good_beside_the_newest_few(tmp_path):
         return payload(state.step) | dict(meter=dict(skipped=[9, int(state.step in bad)]))
 
     for state.step in (10, 25, 40, 50, 55, 62, 93, 95):  # 30, 60 and 90 were not saved themselves
-        saver.save(now, latest=state.step != 50, best=state.step == 50, last=False)
+        saver.save(now, newest=state.step != 50, best=state.step == 50, last=False)
     assert names() == [".kept-00000040", ".step-00000055", ".kept-00000095", ".step-00000095"]
     state.step = 97
     again = Saver(cfg, World.__new__(World), state, SimpleNamespace(saved=lambda *_: None))
-    again.save(now, latest=True, best=False, last=False)
+    again.save(now, newest=True, best=False, last=False)
     assert names() == [".kept-00000040", ".kept-00000095", ".step-00000095", ".step-00000097"]
     cfg.keep_every = 0  # as at a resume without the flag
     for step in (100, 110):
-        save_run(cfg, payload(step), step, latest=True, best=False)
+        save_run(cfg, payload(step), step, newest=True, best=False)
     assert names() == [".kept-00000040", ".kept-00000095", ".step-00000100", ".step-00000110"]
     cfg.keep_every, state.step = 1, 111
-    again.save(now, latest=True, best=False, last=False)
+    again.save(now, newest=True, best=False, last=False)
     assert ".kept-00000111" in names()
 
 
@@ -763,7 +763,7 @@ def test_no_good_checkpoint_goes_for_two_of_steps_that_are_not_finite(tmp_path):
     cfg = config(tmp_path)
     for step, in_row in ((10, 0), (20, 0), (25, 3), (27, 5), (30, 0), (40, 0)):
         saved = whole(step) | dict(meter=dict(skipped=[in_row, in_row]))
-        save_run(cfg, saved, step, latest=True, best=False)
+        save_run(cfg, saved, step, newest=True, best=False)
         before = {10: None, 20: 10, 25: 20, 27: 20, 30: 20, 40: 30}[step]
         assert before is None or load(tmp_path / "c.prev.pt")["state"]["step"] == before, step
 
@@ -771,7 +771,7 @@ def test_no_good_checkpoint_goes_for_two_of_steps_that_are_not_finite(tmp_path):
 def test_a_run_without_a_finite_loss_is_told_the_newest_checkpoint_from_before(tmp_path):
     cfg = config(tmp_path, keep_last=9)
     for step in (1, 5, 8, 12):
-        save_run(cfg, whole(step), step, latest=True, best=False)
+        save_run(cfg, whole(step), step, newest=True, best=False)
     for at, way in ((13, "--resume"), (12, f"--resume {tmp_path}/c.prev.pt --overwrite"),
                     (8, f"--resume {tmp_path}/c.step-00000005.pt --overwrite"),
                     (2, f"--resume {tmp_path}/c.step-00000001.pt --overwrite"), (1, None)):
@@ -785,7 +785,7 @@ def test_a_run_without_a_finite_loss_is_told_the_newest_checkpoint_from_before(t
 def test_saving_again_leaves_no_draft_behind(tmp_path):
     cfg = config(tmp_path)
     for _ in range(3):
-        save_run(cfg, payload(1), 1, latest=True, best=True)
+        save_run(cfg, payload(1), 1, newest=True, best=True)
         os.link(tmp_path / "c.pt", tmp_path / "same")
         os.replace(tmp_path / "same", tmp_path / "c.prev.pt")
     assert not list(tmp_path.glob("*.tmp"))

@@ -115,9 +115,9 @@ def test_a_save_is_overdue_so_many_minutes_of_training_after_the_last_one(tmp_pa
     assert not saver.is_overdue()
     clock.now += 1
     assert saver.is_overdue()
-    saver.save(dict, latest=False, best=True, last=False)
+    saver.save(dict, newest=False, best=True, last=False)
     assert saver.is_overdue(), "the best one is not the newest"
-    saver.save(dict, latest=True, best=False, last=False)
+    saver.save(dict, newest=True, best=False, last=False)
     clock.now += 59
     assert not saver.is_overdue(), "writing takes longer than that"
     clock.now += 1
@@ -493,7 +493,7 @@ def test_what_a_thread_fails_to_save_is_told_undone_and_tried_again(tmp_path, ca
     saver = Saver(CheckpointConfig(checkpoint_path=str(tmp_path / "c.pt"), async_save=True), Alone(), state,
                   SimpleNamespace(saved=lambda path, at, best: written.append((path.name, at.step, best)),
                                   alert=lambda *words: alerts.append(words)))
-    save_all = partial(saver.save, lambda: {"state": torch.tensor(state.step)}, latest=True)
+    save_all = partial(saver.save, lambda: {"state": torch.tensor(state.step)}, newest=True)
     save_all(best=True, last=False)
     saver.conclude()
     (tmp_path / "c.pt.tmp").mkdir()  # the draft cannot be written
@@ -518,7 +518,7 @@ def test_a_copy_is_not_changed_by_the_steps_that_follow(tmp_path):
                   SimpleNamespace(saved=lambda *_: None))
     weight, saver.world.saving = torch.ones(5), threading.Lock()
     with saver.world.saving:  # the thread has not begun to write
-        saver.save(lambda: {"weight": weight}, latest=True, best=False, last=False)
+        saver.save(lambda: {"weight": weight}, newest=True, best=False, last=False)
         weight.zero_()
     saver.conclude()
     assert torch.load(tmp_path / "c.pt", weights_only=True)["weight"].tolist() == [1.0] * 5
@@ -534,12 +534,12 @@ def test_what_a_thread_has_saved_is_told_at_the_first_look_after(tmp_path):
     saver = Saver(CheckpointConfig(checkpoint_path=str(tmp_path / "c.pt"), async_save=True), Alone(), State(),
                   SimpleNamespace(saved=lambda path, *_: told.append(path.name)))
     saver.world.saving = threading.Lock()
-    saver.save(dict, latest=True, best=False, last=False)
+    saver.save(dict, newest=True, best=False, last=False)
     saver.future.result()
     saver.conclude(wait=False)
     assert told == ["c.pt"]
     with saver.world.saving:
-        saver.save(dict, latest=False, best=True, last=False)
+        saver.save(dict, newest=False, best=True, last=False)
         saver.conclude(wait=False)
         assert told == ["c.pt"]
     saver.conclude()
