@@ -80,18 +80,19 @@ class Meter:
     def excluded(self, what):
         """Exclude the time of this block from training time; it is reported as time/`what`_sec."""
         synchronize(self.world.device)
-        begin, (outer, since) = time.perf_counter(), self.doing
-        self.doing = what, begin
+        outer, since = self.doing
+        began = time.perf_counter()
+        self.doing = what, began
         yield
         synchronize(self.world.device)
-        seconds = time.perf_counter() - begin
+        seconds = time.perf_counter() - began
         self.lasted[what].append(seconds)
         self.doing = outer, since + seconds
         self.spent[what] += seconds
         self.started += seconds
 
     def totals(self):
-        """Loss sum and number of micro-batches since the last report, over all ranks. Collective."""
+        """Loss sum and number of micro-batches of the interval so far, over all ranks. Collective."""
         mine = torch.stack([self.loss_sum, self.micro_batches]).tolist()
         return [now + before for now, before in zip(self.world.sum(mine), self.restored, strict=True)]
 
