@@ -126,7 +126,8 @@ def plan(cfg, locks=True):
     except OSError as error:
         raise UserError(f"--checkpoint-path {path}: {folder} cannot be written ({error.strerror}); give a path in a "
                         f"folder of your own") from None
-    # A run killed before its first --save-steps may have left only its best checkpoint.
+    # With a .prev.pt, `path` even if it is missing: load_latest falls back, and says so. Else the first that there is:
+    # a run killed before its first --save-steps may have left only its best checkpoint.
     newest = path if cfg.beside(".prev.pt") in known else next(iter(known), None)
     if not cfg.resume:
         if newest and not cfg.overwrite:
@@ -179,7 +180,7 @@ def require_space(cfg, n_bytes, n_steps, uploads=0):
     for good; and a copy of the metrics, from which a resume removes what came after the checkpoint."""
     files = [file for file in map(Path, cfg.files()) if file.suffix == ".pt" and ".kept-" not in file.name]
     files += cfg.drafts()
-    ours = {file.stat().st_ino: file.stat().st_size for file in files}
+    ours = {file.stat().st_ino: file.stat().st_size for file in files}  # by inode: several names of a file count once
     saves = math.ceil(n_steps / cfg.save_steps) if cfg.save_steps else 1
     saves += cfg.save_minutes > 0  # one at least, if the run takes longer than that
     wanted = 1 + cfg.save_best + uploads + min(max(2, cfg.keep_last), saves + len(ours))
