@@ -68,7 +68,7 @@ def parse(cls, argv=None):
             if declared.group == group.name:
                 _add_flag(section, declared)
 
-    argv = [word for given in (sys.argv[1:] if argv is None else argv) for word in _plain_flags(given, fields)]
+    argv = [part for word in (sys.argv[1:] if argv is None else argv) for part in _plain_flags(word, fields)]
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         _refuse_word(unknown[0], argv, fields)
