@@ -141,7 +141,8 @@ class Tracker:
     def _open(self, cfg, step, settings, facts, tag):
         """Open this rank's files; on ranks other than the main one, their names contain `tag`."""
         self.beside(".log").parent.mkdir(parents=True, exist_ok=True)
-        console, toml = None, to_toml(cfg, without=NOT_KEPT)
+        toml = to_toml(cfg, without=NOT_KEPT)
+        console = None  # (path of the log file, bytes in it from before this start), for W&B
         if self.is_main:
             self.log_file = _LogFile(self.beside(".log"), mode="a" if step else "w", encoding="utf-8")
             self.log_file.setFormatter(_Formatter())
