@@ -283,8 +283,9 @@ class Stopwatch:
 
 def out_of_memory(error, advice="lower --batch-size and raise --grad-accum-steps, or --use-activation-checkpoint"):
     """The message for an out-of-memory error; None for any other error."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or isinstance(error, RuntimeError) and re.search(
-            "DefaultCPUAllocator|out of memory|_ALLOC_FAILED", str(error)):  # CPU; Metal, NCCL and CUDA's own; cuBLAS's
+    # The words of the CPU's allocator; of Metal, NCCL and CUDA itself; of cuBLAS.
+    said = isinstance(error, RuntimeError) and re.search("DefaultCPUAllocator|out of memory|_ALLOC_FAILED", str(error))
+    if said or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return f"out of memory: {first_line(error)}; {advice}"
     return None
 
