@@ -112,7 +112,8 @@ class HeadCrossEntropy(torch.autograd.Function):
         rows = max(1, CHUNK // head.shape[0])
         for part, target, nat in zip(*(tensor.split(rows) for tensor in (logits, targets, nats)), strict=True):
             counted = target != ignore
-            target, counted = target.where(counted, 0), counted.float()
+            target = target.where(counted, 0)  # any index that exists: its loss and gradient become 0
+            counted = counted.float()
             scores = part.float()  # (rows, V)
             scores -= scores.amax(dim=1, keepdim=True)
             own = scores.gather(1, target)
