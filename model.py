@@ -127,7 +127,7 @@ def make_norm(parts, size):
 
 def rope_angles(cfg):
     """cos and sin of the RoPE angles, (2, max_position_embeddings, hs / 2), float32 (Su et al. 2021)."""
-    with torch.device("cpu"):  # also of a model on the meta device: no checkpoint has them
+    with torch.device("cpu"):  # even in a model made on the meta device: no checkpoint has them
         inverse = (cfg.rope_theta or cfg.parts.rope_theta) ** (-torch.arange(0, cfg.head_size, 2) / cfg.head_size)
         angles = torch.outer(torch.arange(cfg.max_position_embeddings).float(), inverse)
     return torch.stack([angles.cos(), angles.sin() * cfg.parts.rope_sign])
