@@ -195,10 +195,11 @@ def interval(nats, tokens):
     return [loss - 1.96 * error, loss + 1.96 * error]
 
 
-def document_starts(shard, block=1 << 20):
-    """Positions right after the end-of-text tokens of a shard, ascending."""
+def document_starts(shard):
+    """Positions right after the end-of-text tokens of a shard, ascending, (n,)."""
     if shard.eos is None:
         return np.array([], dtype=np.int64)
+    block = 1 << 20  # tokens read at a time
     return np.concatenate([first + 1 + np.flatnonzero(shard.read(first, min(block, shard.count - first)) == shard.eos)
                            for first in range(0, shard.count, block)])
 
@@ -285,7 +286,7 @@ def main():
                                 f"window of --seq-len {seq_len} + 1; give more text, or --stride {seq_len}, which "
                                 f"takes shorter ones, too")
         precision = hardware.choose_precision(speed, device)
-        with hardware.enough_memory("lower --batch-size, or take --device cpu"):
+        with hardware.enough_memory():
             found = evaluate_text(model.to(device), shards, bytes_per_token, cfg, seq_len, precision)
     found |= {"checkpoint": cfg.checkpoint_path, "step": saved["state"]["step"]}
     print(json.dumps(without_infinity(found)) if cfg.json else report(found))

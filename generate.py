@@ -264,7 +264,7 @@ def main():
     sys.stdout.reconfigure(errors="replace")
     model, tokenizer, eos, saved = load_run(cfg.checkpoint_path)
     began = time.perf_counter()
-    with hardware.enough_memory("lower --batch-size, or take --device cpu"):
+    with hardware.enough_memory():
         n_tokens = write_texts(model.to(device), tokenizer, eos, saved, cfg, sys.stdout)
     seconds = time.perf_counter() - began
     print(f"{n_tokens:,} tokens in {seconds:.2f} s: {n_tokens / seconds:,.0f} tokens/s on {device.type}",

@@ -291,12 +291,12 @@ def out_of_memory(error, advice="lower --batch-size and raise --grad-accum-steps
 
 
 @contextlib.contextmanager
-def enough_memory(advice):
-    """Turn an out-of-memory error in this block into a UserError that ends with `advice`."""
+def enough_memory():
+    """Turn an out-of-memory error in this block, of a command that runs a model, into a UserError."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if said := out_of_memory(error, advice):
+        if said := out_of_memory(error, advice="lower --batch-size, or take --device cpu"):
             raise UserError(said) from None
         raise
 
