@@ -183,9 +183,9 @@ def train(cfg, world):
         for micro in sorted({0, accum - 1}):  # under DDP without the all-reduce, and with it
             forward_backward(micro)
         optimizer.zero_grad(set_to_none=True)
-        if number := world.max([stop.received])[0]:  # also a barrier: all have passed the warm-up
-            log.info("stopped by %s before the first step: nothing has been replaced", stop.cause(number))
-            return 128 + number
+        if signal_number := world.max([stop.received])[0]:  # also a barrier: all have passed the warm-up
+            log.info("stopped by %s before the first step: nothing has been replaced", stop.cause(signal_number))
+            return 128 + signal_number
         world.from_main(lambda: corpus.export_tokenizer(cfg.checkpoint.beside(".tokenizer")))
         world.from_main(lambda: resume.remove_stale_files(cfg.checkpoint, resume_from, state.step))
         state.best_val = world.from_main(lambda: resume.loss_to_beat(cfg.checkpoint, state, cfg.report.eval_tokens))
