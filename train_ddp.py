@@ -24,7 +24,7 @@ from world import World
 class DDPWorld(World):
     script, launchers = "train_ddp.py", 1  # torchrun, or Slurm's step
     comm_hook = None  # DDP's communication hook; None: through shared memory on one host without GPUs, else all-reduce
-    replicas = None  # the process group of those that hold the same weights; None: of all
+    replicas = None  # the process group of the ranks that hold the same weights; None: all do
     # How this rank reports faults and exits; of the class, because errors can occur before there is a World.
     heartbeat = ranks.NoHeartbeat()
     SENT_LATER = 2**16  # elements from which on `from_main` sends only a tensor's shape, and `distribute` its values
