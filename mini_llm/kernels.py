@@ -21,7 +21,7 @@ ONEDNN = torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, "_is
 # Measured (LOG.md): the longest context at which explicit attention in bf16 beats the fused kernel, and the smallest
 # vocabulary at which computing the loss in chunks of logits beats one pass.
 MAX_EXPLICIT_CONTEXT, MIN_CHUNKED_VOCABULARY = 512, 1024
-LARGE = 2**20  # output elements at which fusing the bias starts to save more than the extra Python call costs
+MIN_FUSED_OUTPUT = 2**20  # output elements from which on fusing the bias saves more than the extra Python call costs
 
 
 class Linear(nn.Linear):
@@ -32,7 +32,7 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         if (ONEDNN and x.dtype == torch.bfloat16 and x.device.type == "cpu" and self.bias is not None
-                and x.shape[:-1].numel() * self.out_features >= LARGE and torch.is_grad_enabled()
+                and x.shape[:-1].numel() * self.out_features >= MIN_FUSED_OUTPUT and torch.is_grad_enabled()
                 and not torch.compiler.is_compiling()):
             return LinearFunction.apply(x, self.weight, self.bias)
         return super().forward(x)

@@ -21,7 +21,7 @@ def test_a_large_linear_layer_has_the_bits_of_a_small_one(monkeypatch, rows):
     torch.nn.Linear.reset_parameters(layer)  # GPT.init_weight does it else
     found = []
     for large in (1 << 40, 1):
-        monkeypatch.setattr(kernels, "LARGE", large)
+        monkeypatch.setattr(kernels, "MIN_FUSED_OUTPUT", large)
         with torch.autocast("cpu", torch.bfloat16):
             y = layer(x)
         assert (type(y.grad_fn).__name__ == "LinearFunctionBackward") == (large == 1)
