@@ -82,9 +82,11 @@ def join(backend, timeout):
         # torchrun restarts ranks on the same store, which still holds the addresses of the previous ranks.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
-    this_start = [f"heartbeat {os.getpid()} {time.time()}"]
-    dist.broadcast_object_list(this_start)
-    return Heartbeat(dist.PrefixStore(*this_start, store.clone()), rank, size, timeout)
+    # A prefix of this start's own: the store may still hold heartbeats of previous ranks. The clone is a connection of
+    # its own: on the same one, a heartbeat would wait for what the main thread does.
+    prefix = [f"heartbeat {os.getpid()} {time.time()}"]
+    dist.broadcast_object_list(prefix)
+    return Heartbeat(dist.PrefixStore(prefix[0], store.clone()), rank, size, timeout)
 
 
 class NoHeartbeat:
