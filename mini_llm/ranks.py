@@ -124,7 +124,7 @@ class Heartbeat(NoHeartbeat):
         # Time is counted in own beats: a machine that was suspended or slow must not take the others' beats as missed.
         self.peer, self.missed = {}, 0  # what the next rank has last published, and for how long it has been the same
         self.max_missed = min(timeout, MAX_MISSED)
-        self.progress, self.stalled = -1, 0  # of this rank, and for how long it has been the same
+        self.last_progress, self.stalled = -1, 0  # this rank's at its last beat, and for how long it has been the same
         self.answers = 0  # how often the store has answered
         self.leaving = threading.Lock()  # held by the thread that ends this process
         self.saving = threading.Lock()  # held while a checkpoint is written
@@ -196,8 +196,8 @@ class Heartbeat(NoHeartbeat):
 
     def _check_progress(self):
         """After every --timeout seconds in which this rank waits: ends all ranks if it waits for some of them."""
-        self.stalled = 0 if self.me["progress"] != self.progress else self.stalled + 1
-        self.progress = self.me["progress"]
+        self.stalled = 0 if self.me["progress"] != self.last_progress else self.stalled + 1
+        self.last_progress = self.me["progress"]
         if not self.stalled or self.stalled % self.timeout:
             return
         everyone = [self._read(rank) for rank in range(self.size)]

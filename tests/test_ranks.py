@@ -297,7 +297,7 @@ def heartbeat(monkeypatch):
     """Rank 0 of two without its threads; `sleep` ends what has slept ten times."""
     made, slept = Heartbeat.__new__(Heartbeat), []
     made.rank, made.size, made.timeout, made.max_missed, made.answers, made.counters = 0, 2, 100, 6, 0, []
-    made.peer, made.missed, made.progress, made.stalled = {}, 0, -1, 0
+    made.peer, made.missed, made.last_progress, made.stalled = {}, 0, -1, 0
     made.me = dict(name="rank 0", pid=os.getpid(), node="0", beat=0, progress=0, step=3, left=False)
     made.leaving, made.saving = threading.Lock(), threading.Lock()
     made.store = SimpleNamespace(set=lambda *_: None, check=lambda names: names == ["printed"], add=lambda *_: 1,
