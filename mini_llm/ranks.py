@@ -154,7 +154,8 @@ class Heartbeat(NoHeartbeat):
                               for device in group._device_types]
 
     def _where(self):
-        return f"at step {self.me['step']}" if self.me["step"] else "before the first step"  # same on all ranks ±1
+        # This rank's own step, also of a fault in another: that one's is the same or one off.
+        return f"at step {self.me['step']}" if self.me["step"] else "before the first step"
 
     def _publish(self):
         self.me["progress"] = self.me["step"] + sum(count() for count in self.counters)
@@ -201,7 +202,7 @@ class Heartbeat(NoHeartbeat):
         if not self.stalled or self.stalled % self.timeout:
             return
         everyone = [self._read(rank) for rank in range(self.size)]
-        least = min(who["progress"] for who in everyone)  # others may wait for it in a group of theirs
+        least = min(who["progress"] for who in everyone)  # ranks in between may wait for those, in another group
         slow = [who for who in everyone if who["progress"] == least < self.me["progress"]]
         if slow and not any(who["left"] for who in everyone):
             self.fail(self._stopped(slow, self.stalled))
@@ -229,11 +230,13 @@ class Heartbeat(NoHeartbeat):
         return f"{names} {have} stopped {self._where()}: nothing from {them} for {seconds} s{limit}; {RESUME}"
 
     def fail(self, reason="", code=1, frozen=None):
-        """Exit, and make all ranks exit, with the first reason that any of them stored. Does not return."""
+        """Exit, and make all ranks exit, with the first reason that any of them stored. `frozen`: what a rank published
+        that cannot exit by itself; on this node, it is killed. Does not return."""
         with self.leaving:  # the main thread or the heartbeat's, whichever comes first
             try:
-                code, reason = self.store.compare_set("reason", "", f"{code} {reason}").decode().split(" ", 1)
-                for _ in range(30 if self.rank else 0):
+                first = self.store.compare_set("reason", "", f"{code} {reason}").decode()
+                code, reason = first.split(" ", 1)
+                for _ in range(30 if self.rank else 0):  # rank 0 comes first: its stderr is the one that people look at
                     if self.store.check(["printed"]):
                         break
                     time.sleep(0.1)
@@ -243,7 +246,7 @@ class Heartbeat(NoHeartbeat):
                     time.sleep(0.5)  # this exit may end the store: the others see before that it has been printed
             except Exception:  # the store is gone
                 _say(reason)
-            if frozen and frozen["node"] == self.me["node"]:  # it cannot exit by itself
+            if frozen and frozen["node"] == self.me["node"]:
                 with contextlib.suppress(OSError):
                     os.kill(frozen["pid"], signal.SIGKILL)
             self.saving.acquire(timeout=LAST_SAVE)
@@ -273,8 +276,8 @@ class Heartbeat(NoHeartbeat):
         advice = explained(error)
         if (isinstance(error, (dist.DistError, RankEnded))
                 or isinstance(error, RuntimeError) and re.search(r"\bgloo\b", str(error))):
-            self.max_missed = min(self.max_missed, 5)
-            time.sleep(15)
+            self.max_missed = min(self.max_missed, 5)  # all that shows that a rank of another node is gone
+            time.sleep(15)  # whoever detects it ends this process meanwhile
         elif not advice:
             with contextlib.suppress(OSError):
                 traceback.print_exception(error)
