@@ -353,8 +353,7 @@ def require_same(mine, what, error, advice, apart=1):
     Only ranks whose numbers are a multiple of `apart` apart are compared."""
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
-    ranks = dict(enumerate(everyone))
-    alike = [{rank: ranks[rank] for rank in list(ranks)[first::apart]} for first in range(apart)]
+    alike = [{rank: everyone[rank] for rank in range(first, len(everyone), apart)} for first in range(apart)]
     if found := "; ".join(filter(None, map(differences, alike))):
         raise error(f"the ranks have different {what}: {found}; {advice}")
 
