@@ -385,7 +385,9 @@ def digest(tensor, block=1 << 18):
     is always detected, one of several is missed with a probability of about 2^-32; NaNs and the sign of zero count. One
     CPU core takes 0.5 s for the weights and moments of 124M parameters, 0.3 s for 10M (best of five, busy machine)."""
     octets = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    words = F.pad(octets, (0, -len(octets) % 4)).view(torch.int32) if len(octets) % 4 else octets.view(torch.int32)
+    if rest := len(octets) % 4:
+        octets = F.pad(octets, (0, 4 - rest))
+    words = octets.view(torch.int32)
     odd = _odd_numbers(min(block, 1 << len(words).bit_length()), tensor.device)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for part in words.split(len(odd)):
