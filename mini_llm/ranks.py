@@ -334,8 +334,9 @@ def gather(values):
     return [row.tolist() for row in everyone]
 
 
-def shared_out(compute, batch, group=None):
-    """Collective in `group`. (n, …) → `compute(batch)`, of that shape: each rank computes a share of it, for all."""
+def shared_out(compute, batch, group):
+    """Collective in `group`; None: all ranks. (n, …) → `compute(batch)`, of that shape: each rank computes a share
+    of it, for all."""
     if not len(batch):
         return compute(batch)
     size, rank = dist.get_world_size(group), dist.get_rank(group)
