@@ -183,7 +183,7 @@ class Heartbeat(NoHeartbeat):
                     self.store = self.store.clone()
 
     def _peer_is_gone(self):
-        return self.peer and self.peer["node"] == self.me["node"] and not exists(self.peer["pid"])
+        return self.peer and self.peer["node"] == self.me["node"] and not pid_exists(self.peer["pid"])
 
     def _check_peer(self, peer, is_gone):
         """Ends all ranks if the next one, which has now published `peer`, is gone or frozen."""
@@ -290,7 +290,7 @@ def _say(what, kind="error"):
         print(f"{kind}: {what}", file=sys.stderr, flush=True)
 
 
-def exists(pid):
+def pid_exists(pid):
     """Whether a process of this host is there (or has ended, and its parent has not asked how)."""
     try:
         os.kill(pid, 0)

@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from mini_llm.ranks import RankEnded, exists
+from mini_llm.ranks import RankEnded, pid_exists
 
 BUFFER = 3 << 20  # bytes that a rank hands over at a time: about the fastest, and a container may have 64 MB for all
 MAX_RANKS = 8  # each rank reads what every other has written; gloo's ring does not grow with their number
@@ -89,7 +89,7 @@ class SharedMemory:
 
     def _require_others(self):
         for rank, pid in enumerate(self.pids):
-            if not exists(pid) and self.counters[rank] < self.count:  # in this order: it may take part and end
+            if not pid_exists(pid) and self.counters[rank] < self.count:  # in this order: it may take part and end
                 raise RankEnded(f"rank {rank} has ended")
 
     def gather(self, values):
