@@ -128,6 +128,7 @@ class Heartbeat(NoHeartbeat):
         self.answers = 0  # how often the store has answered
         self.leaving = threading.Lock()  # held by the thread that ends this process
         self.saving = threading.Lock()  # held while a checkpoint is written
+        self.publishing = threading.RLock()  # held while it is published; again by _on_sigterm, if that interrupts it
         self._publish()
         signal.signal(signal.SIGTERM, self._on_sigterm)
         threading.Thread(target=self._run, daemon=True, name="heartbeat").start()
@@ -158,8 +159,9 @@ class Heartbeat(NoHeartbeat):
         return f"at step {self.me['step']}" if self.me["step"] else "before the first step"
 
     def _publish(self):
-        self.me["progress"] = self.me["step"] + sum(count() for count in self.counters)
-        self.store.set(str(self.rank), json.dumps(self.me))
+        with self.publishing:  # else the thread's last beat may come after, and undo, that this rank has left
+            self.me["progress"] = self.me["step"] + sum(count() for count in self.counters)
+            self.store.set(str(self.rank), json.dumps(self.me))
 
     def _read(self, rank):
         return json.loads(self.store.get(str(rank)))

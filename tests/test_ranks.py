@@ -1,6 +1,7 @@
 """Ranks that misbehave, under the real torchrun: all leave, soon, and one line says which it was and why."""
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -299,7 +300,7 @@ def heartbeat(monkeypatch):
     made.rank, made.size, made.timeout, made.max_missed, made.answers, made.counters = 0, 2, 100, 6, 0, []
     made.peer, made.missed, made.last_progress, made.stalled = {}, 0, -1, 0
     made.me = dict(name="rank 0", pid=os.getpid(), node="0", beat=0, progress=0, step=3, left=False)
-    made.leaving, made.saving = threading.Lock(), threading.Lock()
+    made.leaving, made.saving, made.publishing = threading.Lock(), threading.Lock(), threading.RLock()
     made.store = SimpleNamespace(set=lambda *_: None, check=lambda names: names == ["printed"], add=lambda *_: 1,
                                  compare_set=lambda name, old, new: new.encode())
 
@@ -326,6 +327,25 @@ def test_a_heartbeat_that_ends_is_a_fault_or_none(heartbeat, peer, words):
     with pytest.raises(KeyboardInterrupt):
         heartbeat._run()
     assert (words in said[0]) if words else said == []
+
+
+def test_that_a_rank_has_left_is_published_last(heartbeat):
+    """Were a beat to come after it, the others would report the rank as gone."""
+    begun, published = threading.Event(), []
+
+    def slow_once(rank, text):
+        if not begun.is_set():
+            begun.set()
+            time.sleep(0.3)
+        published.append(json.loads(text)["left"])
+
+    heartbeat.store.set = slow_once
+    beat = threading.Thread(target=heartbeat._publish)
+    beat.start()
+    begun.wait(10)
+    heartbeat._take_leave()
+    beat.join(10)
+    assert published == [False, True]
 
 
 @pytest.mark.parametrize("left", [False, True])
