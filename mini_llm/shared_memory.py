@@ -67,8 +67,10 @@ class SharedMemory:
 
     def __init__(self, memory, rank, size):
         whole = torch.frombuffer(memory, dtype=torch.uint8)
-        self.rank, self.size, self.count = rank, size, 0
-        self.counters, self.pids, *_ = whole[:size * LINE].view(torch.int64).view(size, -1).numpy().T
+        self.rank, self.size = rank, size
+        self.count = 0  # all-gathers that this rank has begun
+        lines = whole[:size * LINE].view(torch.int64).view(size, -1).numpy()  # (size, LINE / 8)
+        self.counters, self.pids = lines[:, 0], lines[:, 1]
         self.pids[rank] = os.getpid()
         self.buffers = whole[size * LINE:].view(2, size, BUFFER)
 
@@ -78,7 +80,7 @@ class SharedMemory:
         self.count += 1
         everyone = self.buffers[self.count % 2, :, :mine.nbytes].view(mine.dtype)
         torch.mul(mine, scale, out=everyone[self.rank])
-        self.counters[self.rank] = self.count
+        self.counters[self.rank] = self.count  # after the data: the others see it in this order (see `_create`)
         began = time.perf_counter()
         while self.counters.min() < self.count:
             waited = time.perf_counter() - began
