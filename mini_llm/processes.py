@@ -79,9 +79,10 @@ def only_one(path, patience=0):
 
 
 def lock_until_exit(path, patience=1):
-    """Acquire that lock and hold it until this process ends, however it ends → whether it is held."""
-    if (path := os.path.realpath(path)) not in HELD:
-        file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+    """Acquire that lock and hold it until this process ends, however it ends → whether it is held. Raises OSError."""
+    path = os.path.realpath(path)
+    if path not in HELD:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)  # a bare descriptor: nothing closes it
         if _locked(file, patience):
             HELD.add(path)
         else:
