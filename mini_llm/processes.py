@@ -129,7 +129,7 @@ class StopSignal:
         self.world, self.minutes = world, time_limit
         self.received = 0  # the first signal to stop
         self.save = False  # whether a save has been asked for
-        self.since = 0.0  # when the first Ctrl-C came
+        self.interrupted = 0.0  # when the first Ctrl-C came; 0: none has
 
     def listen(self):
         """Install the handlers: from here on, until the end of a `with` block."""
@@ -157,9 +157,9 @@ class StopSignal:
             return
         if number == signal.SIGINT:
             # torchrun forwards the Ctrl-C that the terminal has already sent to every process: not a second one.
-            if self.since and time.monotonic() - self.since > 2:
+            if self.interrupted and time.monotonic() - self.interrupted > 2:
                 raise KeyboardInterrupt
-            self.since = self.since or time.monotonic()
+            self.interrupted = self.interrupted or time.monotonic()
         if not self.received and self.world.is_main:
             with contextlib.suppress(OSError):  # stderr may be gone
                 # Not by print or logging, which this handler may have interrupted.
@@ -173,8 +173,8 @@ class StopSignal:
         return "--time-limit" if number == signal.SIGALRM else signal.Signals(number).name
 
     def agreed(self, overdue=False):
-        """The signal to stop for (0: none), whether one asks to save now, and whether a save is `overdue`: if it is so
-        on any rank; equal on all ranks."""
+        """Collective. → (signal to stop for, or 0; whether to save now; whether a save is overdue), each if it is so on
+        any rank. `overdue`: whether one is on this rank."""
         asked, self.save = self.save, False
         number, asked, overdue = self.world.max([self.received, asked, overdue])
         return number, bool(asked), bool(overdue)
