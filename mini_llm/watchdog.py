@@ -15,7 +15,8 @@ from mini_llm.files import write_whole
 POLL = 1.0  # seconds between checks
 FACTOR = 10  # a step, evaluation or save counts as hung after this many times its median duration
 LEAST = 30.0  # seconds that any activity may take: a brief stall is not a hang
-FEW, FIRST = 20, 600.0  # until FEW durations are known, the limit is FIRST seconds: first steps compile
+FEW = 20  # durations of an activity from which its limit is known
+FIRST = 600.0  # the limit before that, in seconds: first steps compile
 
 log = logging.getLogger("mini_llm")
 
@@ -50,14 +51,15 @@ class Watchdog:
     def _watch(self):
         seen = told = None
         while not self.done.wait(POLL):
-            now = self.meter.doing
-            if now != seen and self.heartbeat_file:
-                self._beat(now[0])
-            seen, seconds = now, time.perf_counter() - now[1]
-            if now != told and seconds > self._limit(now[0]):
-                told = now
+            doing = what, began = self.meter.doing
+            if doing != seen and self.heartbeat_file:
+                self._beat(what)
+            seen = doing
+            seconds = time.perf_counter() - began
+            if doing != told and seconds > self._limit(what):
+                told = doing
                 with contextlib.suppress(OSError):
-                    self._dump(now[0], seconds)
+                    self._dump(what, seconds)
 
     def _limit(self, what):
         lasted = list(self.meter.lasted[what])
