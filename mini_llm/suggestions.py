@@ -53,13 +53,14 @@ def plain(name):
 
 def nearest(word, known):
     """"; did you mean …?" with the one of `known` that `word` may have meant; "" if there is none."""
-    names, meant = {plain(name): name for name in known}, ELSEWHERE.get(plain(word), "")
+    names = {plain(name): name for name in known}
+    meant = ELSEWHERE.get(plain(word), "")
     # Typing errors score above 0.8, words of another meaning below.
     close = [meant] if meant in names else difflib.get_close_matches(plain(word), names, n=1, cutoff=0.8)
     return f"; did you mean {names[close[0]]}?" if close else ""
 
 
 def advice(word, known):
-    """The same of a flag, or what to do instead."""
+    """For an unknown name: what to do instead, if OTHER_NAMES says so; else as `nearest`."""
     meant = ELSEWHERE.get(plain(word), "")
     return f"; {meant}" if " " in meant else nearest(word, known)
