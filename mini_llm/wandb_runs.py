@@ -116,9 +116,10 @@ def with_environment(cfg, environ=os.environ, before=None):
     written |= {name: value for name, value in (before or {}).items() if name in ("project", "entity") and value}
     filled = DEFAULTS | dict(wandb_finish_timeout=60.0 if cfg.wandb_log_checkpoints == "none" else 600.0)
     for name, variable in ENVIRONMENT.items():
-        value, text = getattr(cfg, name), environ.get(variable, "").strip() or written.get(SETTINGS.get(name), "")
-        sweeps = text and sweep_trial(environ) and name in ("wandb_project", "wandb_entity")
-        if value not in ("", [], None) and not sweeps:
+        value = getattr(cfg, name)
+        text = environ.get(variable, "").strip() or written.get(SETTINGS.get(name), "")
+        is_sweeps = text and sweep_trial(environ) and name in ("wandb_project", "wandb_entity")
+        if value not in ("", [], None) and not is_sweeps:
             filled[name] = value
         elif text:
             filled[name] = _value(name, variable, text)
