@@ -194,9 +194,12 @@ def plan_run(run_mode, rank_scope, base, info):
     if only_first and info[only_first] != 0:
         return None
     first = info["local_rank" if scope == "worker" else "rank"] == 0
-    shared, alone = run_mode == "shared", only_first == "rank"
-    return RunPlan(run_id.format(base=base, **info), group.format(base=base, **info), first or run_mode == "new",
-                   shared, f"rank-{info['rank']}", None if alone else f"/{info['rank']}" if shared else "")
+    shared = run_mode == "shared"
+    alone = only_first == "rank"  # the only writer
+    suffix = f"/{info['rank']}" if shared else ""
+    return RunPlan(run_id=run_id.format(base=base, **info), group=group.format(base=base, **info),
+                   primary=first or run_mode == "new", shared=shared, label=f"rank-{info['rank']}",
+                   suffix=None if alone else suffix)
 
 
 def sweep_trial(environ=os.environ):
