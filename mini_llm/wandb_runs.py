@@ -266,7 +266,7 @@ def remember(path, base, job, sent):
 
 def remember_sent(job):
     """Store that the server has `job.init` now."""
-    path = Path(job.lock).with_suffix(".json")
+    path = Path(job.lock).with_suffix(".json")  # beside RUN.wandb.lock
     if facts := recalled(path):
         write_whole(path, json.dumps(facts | dict(sent=job.init)).encode())
 
