@@ -42,8 +42,8 @@ class WandbSink:
         of its .config.toml file. `rows`, `console`: (path, byte offset) from which the follower reads."""
         base = config["wandb_run_id"]
         ending = plan.run_id[len(base):]
-        init = dict(project=cfg.wandb_project, entity=cfg.wandb_entity or None, id=plan.run_id,
-                    name=cfg.wandb_run_name and cfg.wandb_run_name[:128 - len(ending)] + ending or None,
+        name = cfg.wandb_run_name[:128 - len(ending)] + ending if cfg.wandb_run_name else None  # 128: W&B's limit
+        init = dict(project=cfg.wandb_project, entity=cfg.wandb_entity or None, id=plan.run_id, name=name,
                     group=cfg.wandb_group or plan.group or None, job_type=cfg.wandb_job_type or None,
                     tags=cfg.wandb_tags or None, notes=cfg.wandb_notes or None, dir=cfg.wandb_dir or None)
         diff = uncommitted()
@@ -53,10 +53,13 @@ class WandbSink:
                        init_timeout=cfg.wandb_init_timeout, finish_timeout=cfg.wandb_finish_timeout, rows=rows,
                        console=console, lock=str(beside(f"{tag}.wandb.lock")), tokenizer=str(beside(".tokenizer")),
                        sync=sync_command(beside(".pt")))
-        self.beside, self.tag, self.process = beside, tag, None  # process: False if it could not be started
+        self.beside, self.tag = beside, tag
+        self.process = None  # not started yet; False: it could not be
         self.closing = self.given_up = False
-        sent = recalled(memory := beside(f"{tag}.wandb.json")).get("sent", {})
-        sent = sent if sent.get("id") == plan.run_id else {}
+        memory = beside(f"{tag}.wandb.json")
+        sent = recalled(memory).get("sent", {})
+        if sent.get("id") != plan.run_id:  # of another run
+            sent = {}
         self.job.sent = [name for name in ("name", "group", "job_type", "tags", "notes")
                          if init[name] and init[name] == sent.get(name)]
         remember(memory, base, self.job, sent)
