@@ -65,13 +65,13 @@ class WandbSink:
         remember(memory, base, self.job, sent)
         with only_one(self.job.lock) as alone:
             if alone:  # else the follower of an earlier start, which was killed, is still uploading them
-                self._forget_links()
+                self._remove_links()
 
     def _links(self):
         """This rank's upload links; other ranks' may be in the same folder."""
         return matching_files(self.beside(f"{self.tag}.upload-"), r"\d{8}.*\.pt")
 
-    def _forget_links(self):
+    def _remove_links(self):
         for link in self._links():
             link.unlink(missing_ok=True)
 
@@ -148,7 +148,7 @@ class WandbSink:
         try:
             self._finish(exit_code)
         finally:  # also after a Ctrl-C
-            self._forget_links()
+            self._remove_links()
 
     def _finish(self, exit_code):
         seconds = min(self.job.finish_timeout, FAILURE_TIMEOUT) if exit_code else self.job.finish_timeout

@@ -287,7 +287,7 @@ def test_a_rank_leaves_the_checkpoints_alone_that_another_uploads(sink, tmp_path
     main = sink()
     assert main.checkpoint_to_upload(tmp_path / "c.pt", 10, False) == str(tmp_path / "c.upload-00000010.pt")
     other = sink(rank=1)
-    other._forget_links()
+    other._remove_links()
     assert links(tmp_path) == ["c.upload-00000010.pt"]
 
 
