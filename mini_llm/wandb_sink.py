@@ -123,8 +123,8 @@ class WandbSink:
 
     def checkpoint_to_upload(self, path, step, best):
         """A link to a checkpoint, so that it can be uploaded after the next one replaces it; None: do not upload it."""
-        latest = path != self.beside(".best.pt")
-        wanted = {"none": False, "best": best, "last": latest, "all": True}[self.job.policy]
+        newest = path != self.beside(".best.pt")
+        wanted = {"none": False, "best": best, "last": newest, "all": True}[self.job.policy]
         if wanted and self.process is None:
             self.process = self._start()
         if not wanted or not self.process or self.process.poll() is not None:
