@@ -34,8 +34,9 @@ class Tail:
     """Reads the complete lines that were appended to a file since the last read."""
 
     def __init__(self, path, offset=0):
-        self.file, self.rest = open(path, "rb"), b""
+        self.file = open(path, "rb")
         self.file.seek(offset)
+        self.rest = b""  # the beginning of a line that is not complete yet
 
     def lines(self):
         *whole, self.rest = (self.rest + self.file.read()).split(b"\n")
@@ -46,17 +47,23 @@ class Follower:
     """Reads the records of a run and sends them to W&B until the trainer has finished or died."""
 
     def __init__(self, job, say):
-        self.job, self.ended, self.stopped, self.overdue = job, threading.Event(), False, False
-        self.say = lambda level, text: self.overdue or say(level, text)  # what fails then was ended on purpose
-        self.exit_code, self.seconds = LOST_CODE, job.finish_timeout
+        self.job, self._say = job, say
+        self.ended = threading.Event()  # set once the trainer has finished or died
+        self.exit_code, self.timeout = LOST_CODE, job.finish_timeout  # unless the trainer sends others
+        self.stopped = False  # whether the run was stopped on its page
+        self.overdue = False  # whether this process ends itself, at the timeout
+
+    def say(self, level, text):
+        if not self.overdue:  # what fails then was ended on purpose
+            self._say(level, text)
 
     def await_trainer(self, control):
         """Runs in a thread: wait for the trainer's exit code and timeout, then end this process after that timeout."""
         with contextlib.suppress(ValueError):  # EOF without a message: the trainer was killed
-            self.exit_code, self.seconds = json.loads(control.readline())
+            self.exit_code, self.timeout = json.loads(control.readline())
         self.ended.set()
-        time.sleep(max(self.seconds / 2, self.seconds - 1))  # a little less: the trainer should have exited by then
-        self.say("WARNING", f"not finished within {self.seconds:g} s, ended; send the rest later: {self.job.sync}")
+        time.sleep(max(self.timeout / 2, self.timeout - 1))  # a little less than the trainer, which kills this process
+        self.say("WARNING", f"not finished within {self.timeout:g} s, ended; send the rest later: {self.job.sync}")
         self.overdue = True
         leave()
 
@@ -72,7 +79,8 @@ class Follower:
                 run = open_run(self.job, self.say, stop=lambda: self.stop())  # a lambda: the SDK copies a method's self
             publisher = Publisher(run, self.job, self.say, samples_before(*self.job.rows))
             publisher.publish(self._unsent(run))
-            delivery, last = Delivery(run, self.job, self.say), False
+            delivery = Delivery(run, self.job, self.say)
+            last = False
             while not last:
                 last = self.ended.wait(POLL)  # wait before reading: what was written by then is read below
                 for line in console.lines() if console else ():
@@ -92,8 +100,8 @@ class Follower:
         if self.exit_code == 128 + signal.SIGTERM and not self.stopped and not self.job.sweep:
             run.mark_preempting()  # before the uploads, which there may be no time for
         if publisher.is_uploading():
-            limit = " (--wandb-finish-timeout)" if self.seconds == self.job.finish_timeout else ""
-            self.say("INFO", f"checkpoints are uploading, {self.seconds:g} s at most{limit}")
+            limit = " (--wandb-finish-timeout)" if self.timeout == self.job.finish_timeout else ""
+            self.say("INFO", f"checkpoints are uploading, {self.timeout:g} s at most{limit}")
         publisher.upload_waiting(last=True)
         run.finish(exit_code=self.exit_code)
         with contextlib.suppress(SystemExit):  # raised if the SDK's service process (wandb-core) failed
@@ -129,7 +137,8 @@ class Delivery:
     portal answers in its place, the SDK carries on silently; only its internal log shows it."""
 
     def __init__(self, run, job, say):
-        self.say, self.sync, self.log = say, job.sync, None
+        self.say, self.sync = say, job.sync
+        self.log = None  # unread, or no longer of interest
         with contextlib.suppress(OSError):
             self.log = Tail(run.settings.log_internal)
 
