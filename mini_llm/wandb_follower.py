@@ -155,18 +155,21 @@ class Delivery:
 
 
 def main():
-    out, control = os.fdopen(os.dup(1), "w"), sys.stdin
+    control = sys.stdin
+    out = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the pipe to the trainer is for `say` alone
     with os.fdopen(int(sys.argv[1])) as file:
         job = Job(**json.load(file))
     # W&B records the command line of the running process: make it the trainer's.
-    sys.argv, os.environ["WANDB_PROGRAM"] = [job.program, *job.arguments], job.program
+    sys.argv = [job.program, *job.arguments]
+    os.environ["WANDB_PROGRAM"] = job.program
 
     def say(level, text):
         with contextlib.suppress(OSError):  # the trainer may be gone
             print(level, " ".join(text.split()), file=out, flush=True)
 
-    sys.stdout, sys.stderr = open(os.devnull, "w"), Relay(say)  # noqa: SIM115 - open until the process ends
+    sys.stdout = open(os.devnull, "w")  # open until the process ends
+    sys.stderr = Relay(say)
     with contextlib.suppress(OSError):
         os.nice(10)  # when CPU cores are scarce, training has priority
     follower = Follower(job, say)
