@@ -60,7 +60,9 @@ def import_wandb():
 def open_run(job, say, stop=None):
     """Open the W&B run that `job` describes; if that fails, an offline run, if the job is `live` and not shared. Raises
     if no run can be opened. `stop` is called when it is stopped on its page."""
-    wandb, init, settings = import_wandb(), init_arguments(job), settings_of(job)
+    wandb = import_wandb()
+    init = init_arguments(job)
+    settings = settings_of(job)
 
     def start(**other):
         return wandb.init(settings=wandb.Settings(**settings | other, stop_fn=stop), resume="allow", **init)
@@ -184,8 +186,9 @@ class Publisher:
             except Exception as error:
                 if "event" not in record:
                     raise
-                what, later = record["event"], f"; send it later: {self.job.sync}" if self.job.sync else ""
+                what = record["event"]
                 if what not in self.failed:  # less important than the rows that follow
+                    later = f"; send it later: {self.job.sync}" if self.job.sync else ""
                     self.say("WARNING", f"{what} of step {record['step']} not logged: {reason(error)}{later}")
                 self.failed.add(what)
         self.upload_waiting()
