@@ -62,7 +62,7 @@ class Follower:
         with contextlib.suppress(ValueError):  # EOF without a message: the trainer was killed
             self.exit_code, self.timeout = json.loads(control.readline())
         self.ended.set()
-        time.sleep(max(self.timeout / 2, self.timeout - 1))  # a little less than the trainer, which kills this process
+        time.sleep(max(self.timeout / 2, self.timeout - 1))  # the trainer waits longer, then kills it
         self.say("WARNING", f"not finished within {self.timeout:g} s, ended; send the rest later: {self.job.sync}")
         self.overdue = True
         leave()
