@@ -153,9 +153,10 @@ def renamed(facts, run_id, project):
     ranks' runs begin with the id; `was` is the one that the checkpoint still has."""
     if not run_id:
         return facts
-    init, pattern = facts["init"] | (dict(project=project) if project else {}), r"((-worker-\d+)?(-rank-\d+)?)"
-    init |= {name: run_id + made[1] for name in ("id", "group")
-             if (made := re.fullmatch(re.escape(facts["base"]) + pattern, init.get(name) or ""))}
+    init = facts["init"] | (dict(project=project) if project else {})
+    pattern = re.escape(facts["base"]) + r"((-worker-\d+)?(-rank-\d+)?)"
+    init |= {name: run_id + found[1] for name in ("id", "group")
+             if (found := re.fullmatch(pattern, init.get(name) or ""))}
     return facts | dict(base=run_id, was=facts.get("was", facts["base"]), init=init)
 
 
