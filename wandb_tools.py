@@ -175,22 +175,24 @@ def memories(path):
 def send(facts, path, new_id=""):
     """Send the rows of `path`, a metrics.jsonl, that the server's run lacks, and end that run, also if only its end is
     lacking → a message saying what was done. A run of a `new_id` may have no rows of others. Raises UserError."""
-    wandb, records = import_wandb(), list(read_records(path))
+    wandb = import_wandb()
+    records = list(read_records(path))
     config = next((record["config"] for record in reversed(records) if record.get("event") == "config"), {})
     # If the run was resumed and then killed, its last exit event is that of an earlier start.
     last = next((record for record in reversed(records) if record.get("event") in ("config", "exit")), {})
     api = wandb.Api(timeout=TIMEOUT)
     target = run_path(facts["init"], api)
-    stored, whole = rows_of(api, target), ""
+    stored = rows_of(api, target)
+    note = ""  # on the files of offline runs, if these are sent
     new = stored is None or not stored and facts.get("sweep")  # a server makes a trial's run before it begins
     if new and (folders := offline_folders(facts["init"], path)):  # else their rows would be there twice
-        stored, whole = sync_folders(folders, api, target, records)
+        stored, note = sync_folders(folders, api, target, records)
     missing = lacking(records, stored or [])
     if new_id and stored and facts.get("primary", True) and len(missing) == len(lacking(records, [])):
         raise UserError(f"--wandb-run-id {new_id}: {target} has rows of another run; give an id that is not taken")
     state = api.run(target).state if stored is not None else ""
     if not missing and state not in ("running", "crashed", "preempting"):
-        return f"{target} has every row{whole}"
+        return f"{target} has every row{note}"
     init = facts["init"] | dict(dir=None)
     if stored is not None:  # keep the name, tags and notes that it has been given since
         init = {name: init[name] for name in ("project", "entity", "id")}
