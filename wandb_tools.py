@@ -258,8 +258,8 @@ def lacking(records, stored):
 
     def missing(record):
         needs = {"samples"} if "event" in record else {name for name, value in record.items() if value is not None}
-        return needs - {"step", "time"} - {name for row in held[record["step"]] for name in row
-                                           if abs(row.get("_timestamp", 0) - record["time"]) < 0.01}
+        rows = [row for row in held[record["step"]] if abs(row.get("_timestamp", 0) - record["time"]) < 0.01]
+        return needs.difference(("step", "time"), *rows)
 
     return [record for record in records if record.get("event", "sample") == "sample" and missing(record)]
 
