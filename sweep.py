@@ -25,7 +25,7 @@ from mini_llm.errors import UserError
 from mini_llm.wandb_client import import_wandb
 from mini_llm.wandb_errors import reason
 from mini_llm.wandb_runs import WandbConfig, with_environment
-from wandb_tools import run_command
+from wandb_tools import TIMEOUT, run_command
 
 MOST_AGENTS = 20
 METHODS = "grid", "random", "bayes"
@@ -108,7 +108,7 @@ def create(args):
     settings.validate()
     if settings.wandb_mode != "online":
         raise UserError(f"a sweep needs W&B online, and WANDB_MODE or `wandb offline` says {settings.wandb_mode}")
-    entity = settings.wandb_entity or wandb.Api(timeout=30).default_entity
+    entity = settings.wandb_entity or wandb.Api(timeout=TIMEOUT).default_entity
     sweep_id = wandb.sweep(sweep, project=settings.wandb_project, entity=entity)
     print(shlex.join(["python", "sweep.py", "agent", f"{entity}/{settings.wandb_project}/{sweep_id}"]))
     return 0
@@ -119,7 +119,7 @@ def agent(args):
         raise UserError(f"--agents {args.agents}: at most {MOST_AGENTS}")
     environment = trial_environment(args.nproc_per_node)  # before import_wandb gives this process a folder for its own
     wandb = import_wandb()
-    sweep = wandb.Api(timeout=30).sweep(args.sweep)  # raises if there is none; W&B's agent may end with exit code 0
+    sweep = wandb.Api(timeout=TIMEOUT).sweep(args.sweep)  # raises if there is none; W&B's agent may exit with 0
     if args.nproc_per_node and "torchrun" not in sweep.config.get("command", []):
         raise UserError(f"--nproc-per-node {args.nproc_per_node}: the trials of {args.sweep} are not started by "
                         f"torchrun; create the sweep with program: train_ddp.py or train_fsdp.py")
