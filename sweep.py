@@ -117,7 +117,7 @@ def create(args):
 def agent(args):
     if args.agents > MOST_AGENTS:
         raise UserError(f"--agents {args.agents}: at most {MOST_AGENTS}")
-    environment = trial_environment(args.nproc_per_node)  # before import_wandb gives this process a folder for its own
+    environment = trial_environment(args.nproc_per_node)  # before import_wandb sets a TMPDIR for this process
     wandb = import_wandb()
     sweep = wandb.Api(timeout=TIMEOUT).sweep(args.sweep)  # raises if there is none; W&B's agent may exit with 0
     if args.nproc_per_node and "torchrun" not in sweep.config.get("command", []):
