@@ -171,8 +171,11 @@ def shares(agents):
 
     known = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
     gpus = known.split(",") if known else []
-    n = len(gpus) // agents
-    return [gpus[i * n:(i + 1) * n] or gpus[i % len(gpus):][:1] if gpus else [] for i in range(agents)]
+    if not gpus:
+        return [[]] * agents
+    if n := len(gpus) // agents:
+        return [gpus[i * n:(i + 1) * n] for i in range(agents)]
+    return [[gpus[i % len(gpus)]] for i in range(agents)]
 
 
 def _end_with_this_process():
