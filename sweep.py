@@ -46,9 +46,10 @@ def read_sweep(path):
     except Exception as error:  # yaml.YAMLError, which may not be importable
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     parameters = sweep.get("parameters") if isinstance(sweep, dict) else None
-    specs = parameters.values() if isinstance(parameters, dict) else []
-    if not specs or "method" not in sweep or not all(isinstance(name, str) for name in parameters) or not all(
-            isinstance(spec, dict) and isinstance(spec.get("values", []), list) for spec in specs):
+    specs = parameters.items() if isinstance(parameters, dict) else []
+    if not specs or "method" not in sweep or not all(
+            isinstance(name, str) and isinstance(spec, dict) and isinstance(spec.get("values", []), list)
+            for name, spec in specs):
         raise UserError(f"{path}: a sweep has a method (grid, random, bayes) and parameters, each with value, values, "
                         f"or min and max; see configs/sweep-lr.yaml")
     for name, kind in dict(program=str, project=str, entity=str, command=list, metric=dict).items():
