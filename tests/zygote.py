@@ -26,8 +26,9 @@ class Popen(subprocess.Popen):
     """As `subprocess.Popen([Python, script, …], start_new_session=True)`, or [Python, -m, module, …], with streams,
     `cwd` and `env`. Once it has ended, `seconds` are those of a core that it took."""
 
-    def _execute_child(self, args, _, __, ___, ____, cwd, env, _____, ______, _______, *rest):
-        given, _, _, out, _, err = pipes = rest[:6]
+    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags,
+                       shell, *rest):
+        given, _, _, out, _, err = pipes = rest[:6]  # a pair for each of stdin, stdout and stderr
         self._child_created = True
         self.ended, reply = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with reply, tempfile.TemporaryFile("w+") as asked:
@@ -159,7 +160,7 @@ def show(env):
 class Rank(subprocess.Popen):
     """A process like that of `Popen([Python, "-u", script, …], start_new_session=True)`."""
 
-    def _execute_child(self, args, _, __, ___, ____, cwd, env, *_____):
+    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest):
         self._child_created = True
         with warnings.catch_warnings():  # of fork with threads: torchrun's hold nothing that a rank needs
             warnings.simplefilter("ignore", DeprecationWarning)
