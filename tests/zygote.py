@@ -19,7 +19,7 @@ import warnings
 
 TORCHRUN = "torch.distributed.run"
 RANKS_NEED = TORCHRUN, "torch._dynamo", "torch.distributed.fsdp"  # and train.py does without
-ROOM = 2**16  # bytes for an environment in the place of the zygote's
+ROOM = 2**16  # bytes that the zygote's environment is longer, for `show` to write a copy's over it
 
 
 class Popen(subprocess.Popen):
@@ -91,7 +91,7 @@ def zygote(for_torchrun):
 
 
 def serve(channel):
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the processes that are in `begin`
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for pytest, which then ends what it waits for
     while True:
         asked, files, *_ = socket.recv_fds(channel, 1, 5)
@@ -125,7 +125,7 @@ def begin(reply, *files, **request):
 def become(command, cwd, env, files):
     """Be the script to its end, which is that of the interpreter."""
     os.setsid()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has those in its background ignore
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the zygote, and in what a shell starts with &
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
