@@ -136,15 +136,16 @@ def become(command, cwd, env, files):
         os.close(file)
     sys.stdin, sys.stdout = open(0), open(1, "w", buffering=1)
     sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, errors="backslashreplace")
-    sys.orig_argv, is_module = command, command[1] == "-m"
-    sys.argv, sys.path[0] = command[1 + is_module:], os.getcwd() if is_module else os.path.dirname(command[1])
-    if is_module:
+    sys.orig_argv = command
+    if command[1] == "-m":
+        sys.argv, sys.path[0] = command[2:], os.getcwd()
         if command[2] == TORCHRUN and not (torch.version.cuda or torch.version.hip):  # a GPU is not for copies
             from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
             subprocess_handler.Popen = Rank
         runpy.run_module(command[2], run_name="__main__", alter_sys=True)
     else:
+        sys.argv, sys.path[0] = command[1:], os.path.dirname(command[1])
         runpy.run_path(command[1], run_name="__main__")
 
 
