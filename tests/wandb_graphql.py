@@ -12,7 +12,10 @@ class Query:
 
     def __init__(self, text, variables):
         self.tokens = [match[1] for match in TOKEN.finditer(text) if match[1]]
-        self.variables, self.fragments, self.name, self.fields, self.at = dict(variables or {}), {}, "", [], 0
+        self.at = 0  # the next token
+        self.variables = dict(variables or {})
+        self.fragments = {}  # name → selection
+        self.name, self.fields = "", []  # of the operation
         while self.at < len(self.tokens):
             kind = self.take() if self.peek() != "{" else "query"
             name = self.take() if self.peek() not in "({" else ""
