@@ -2,7 +2,9 @@
 
 import json
 
-BLOCK = 32768
+BLOCK = 32768  # bytes; a block that has no room for another header ends in padding
+HEADER = 7  # bytes of the file's header and of each chunk's: 4 of checksum, 2 of length, 1 of kind
+FULL, LAST = 1, 4  # kinds of the chunks that end a record
 
 
 def records(path):
@@ -10,19 +12,21 @@ def records(path):
     from wandb.proto import wandb_internal_pb2
 
     data = path.read_bytes()
-    assert data[:4] == b":W&B", data[:7]
-    position, parts = 7, []
-    while position + 7 <= len(data):
+    assert data[:4] == b":W&B", data[:HEADER]
+    position = HEADER
+    parts = []
+    while position + HEADER <= len(data):
         left = BLOCK - position % BLOCK
-        if left < 7:
+        if left < HEADER:
             position += left
             continue
         length, kind = int.from_bytes(data[position + 4:position + 6], "little"), data[position + 6]
-        if position + 7 + length > len(data) or kind == 0:
+        end = position + HEADER + length
+        if end > len(data) or kind == 0:
             return
-        parts.append(data[position + 7:position + 7 + length])
-        position += 7 + length
-        if kind in (1, 4):
+        parts.append(data[position + HEADER:end])
+        position = end
+        if kind in (FULL, LAST):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(b"".join(parts))
             parts = []
