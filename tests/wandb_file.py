@@ -37,7 +37,9 @@ class RunFile:
     """What one local run holds: `rows` of reports, and apart from them the rows of the samples' table."""
 
     def __init__(self, path):
-        self.folder, self.rows, self.samples, self.config, self.axes = path.parent, [], [], {}, {}
+        self.folder = path.parent
+        self.rows, self.samples = [], []
+        self.config, self.axes = {}, {}  # axes: metric → the metric over which it is drawn
         self.run_id = self.name = self.project = self.group = self.exit_code = None
         self.files = []  # those to upload, by name
         for record in records(path):
