@@ -275,7 +275,8 @@ def interrupt_after(args, cwd, pattern, signal_number=signal.SIGTERM, env=None, 
     """Start a command, send it a signal once its output matches `pattern`, return it finished."""
     process = zygote.Popen(args, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                            env=environment(**(env or {})))
-    out, deadline, sent = [], time.monotonic() + timeout, False
+    out, sent = [], False
+    deadline = time.monotonic() + timeout
     try:
         for line in process.stdout:
             out.append(line)
