@@ -28,8 +28,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(folder, size, options.text, device=options.device)
 
-        def one(steps):
-            return bench.ours(steps)
+        one = bench.ours
 
         def many(steps):
             where, (python, _, *flags) = bench.ours(steps, "--batch-size", size.batch // options.ranks)
