@@ -108,12 +108,14 @@ def run(where, command, on_line=None, seconds=None):
     """Run one command → wall seconds, peak resident MB as of its last line, its output. `on_line(line, seconds so far)`
     is called on every line; where it returns "end", or after `seconds`, the command is ended. Raises RuntimeError where
     it fails."""
-    began, lines, ended, peak = time.perf_counter(), [], False, math.nan
+    began = time.perf_counter()
+    lines, ended, peak = [], False, math.nan
     process = subprocess.Popen(list(map(str, command)), cwd=where, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                text=True, env=os.environ | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"})
     for line in process.stdout:
         lines.append(line)
-        now, peak = time.perf_counter() - began, peak_resident_mb(process.pid) or peak
+        now = time.perf_counter() - began
+        peak = peak_resident_mb(process.pid) or peak
         enough = on_line and on_line(line, now) == "end"
         if (enough or seconds and now > seconds) and not ended:
             process.terminate()
