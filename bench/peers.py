@@ -51,7 +51,8 @@ SIZES = {
 
 class Bench:
     """A folder in which every program finds the same tokens: of the file `text`, by character; else by a tokenizer
-    trained on them, of the files that match the patterns `code`, or without any, of Python's standard library."""
+    trained on them, of the files that match the patterns `code`, or without any, of Python's standard library. Each
+    program is a method: steps and more flags → the folder to run it in, and its command."""
 
     def __init__(self, folder, size, text=None, nanogpt=None, device="cpu", code=()):
         from data import Corpus, DataConfig
