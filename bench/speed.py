@@ -100,14 +100,14 @@ def main():
                 print(f"{options.limit:g} s do not hold another run")
                 break
             try:
-                rate, peak = timed(make, size)
+                rate, resident = timed(make, size)
             except RuntimeError as error:  # the others' figures are worth having
                 print(f"round {number}, {name}: {error}", flush=True)
                 continue
             longest = max(longest, time.perf_counter() - start)
             print(f"round {number}, {name}: {rate:,.0f} tokens/s", flush=True)
             speed.setdefault(name, {})[number] = rate
-            memory.setdefault(name, []).append(peak)
+            memory.setdefault(name, []).append(resident)
             if name == "mini-llm, default":
                 agreement.append(reported(Path(folder), size) / rate)
 
