@@ -46,7 +46,9 @@ def nanogpt(bench, options):
 
 def ours(bench, options, target, seed):
     """→ wall seconds until a report at or below `target` (None: never), of the whole process, and the last loss."""
-    on_gpu, reports, nats = options.device == "cuda", [(math.inf, math.nan)], 1.0  # (seconds, loss), the first of none
+    on_gpu = options.device == "cuda"
+    reports = [(math.inf, math.nan)]  # (seconds, loss); this one if there is no other
+    nats = 1.0  # per byte, of one per token
 
     def read(line, seconds):
         if match := re.search(r"val loss (\S+)", line):
@@ -61,7 +63,7 @@ def ours(bench, options, target, seed):
                               "--seed", seed], on_line=read, seconds=limit)
         if not on_gpu:
             last = rows_with(f"{folder}/c.metrics.jsonl", "val/loss")[-1]
-            nats = last["val/bits_per_byte"] * math.log(2) / last["val/loss"]  # per byte, of one per token
+            nats = last["val/bits_per_byte"] * math.log(2) / last["val/loss"]
     reached = min((seconds for seconds, loss in reports if loss * nats <= target), default=None)
     return reached, wall, reports[-1][1] * nats
 
@@ -80,7 +82,8 @@ def main():
         raise UserError("--text FILE: for the CPU, name a text that is there")
     if options.text and not options.text.read_bytes().isascii():
         raise UserError(f"--text {options.text}: characters are bytes in ASCII text only; give another")
-    rounds, size, code = options.rounds, SIZES["A"], ()
+    rounds, size = options.rounds, SIZES["A"]
+    code = ()  # patterns of files: the text, on a GPU
     if options.device == "cuda":
         rounds, size = 1, dataclasses.replace(SIZES["124m"], vocab=0)  # the tokenizer's own, as the recipe has it
         code = [f"{Path(importlib.util.find_spec(package).origin).parent}/**/*.py" for package in ("torch",
@@ -89,17 +92,19 @@ def main():
         bench = Bench(folder, size, options.text, options.nanogpt, options.device, code)
         theirs, own = [], []
         for seed in range(1337, 1337 + rounds):
-            theirs.append(nanogpt(bench, options))
-            print(f"nanoGPT: loss {theirs[-1][1]:.4f} in {theirs[-1][0]:.1f} s", flush=True)
-            own.append(ours(bench, options, theirs[-1][1], seed))
-            print(f"ours: at or below it after {own[-1][0] or float('nan'):.1f} s, {own[-1][2]:.4f} at the end, "
-                  f"{own[-1][1]:.1f} s in all", flush=True)
+            seconds, target = nanogpt(bench, options)
+            theirs.append(seconds)
+            print(f"nanoGPT: loss {target:.4f} in {seconds:.1f} s", flush=True)
+            reached, wall, loss = ours(bench, options, target, seed)
+            own.append((reached, wall))
+            print(f"ours: at or below it after {reached or math.nan:.1f} s, {loss:.4f} at the end, {wall:.1f} s in all",
+                  flush=True)
     print(f"\n{options.recipe}; {machine(options.device)}")
-    if all(reached for reached, *_ in own):
+    if all(reached for reached, _ in own):
         print("nanoGPT's time ÷ ours: until its loss is reached "
-              + spread([a / b for (a, _), (b, *_) in zip(theirs, own, strict=True)], ".2f"))
+              + spread([a / b for a, (b, _) in zip(theirs, own, strict=True)], ".2f"))
         if options.device == "cpu":  # on a GPU neither runs to its end
-            print("whole processes " + spread([a / b for (a, _), (_, b, _) in zip(theirs, own, strict=True)], ".2f"))
+            print("whole processes " + spread([a / b for a, (_, b) in zip(theirs, own, strict=True)], ".2f"))
 
 
 if __name__ == "__main__":
