@@ -56,14 +56,14 @@ def finite(value):
 class ServerRun:
     """What the server holds of one run."""
 
-    def __init__(self, entity, project, run_id, number):
-        self.entity, self.project, self.run_id, self.created_order = entity, project, run_id, number
+    def __init__(self, entity, project, run_id):
+        self.entity, self.project, self.run_id = entity, project, run_id
         self.display_name, self.group, self.job_type, self.notes, self.sweep, self.tags = run_id, "", "", "", "", []
         self.config, self.wandb_config, self.summary = {}, {}, {}
         self.files, self.alerts, self.used_artifacts = {}, [], []
         self.origin = None, None, None, None  # host, commit, program, repository
         self.writers = []  # of a shared run, in the order in which they came
-        self.exit_code, self.reported, self.upserts, self.stopped = None, "pending", 0, False
+        self.exit_code, self.reported, self.stopped = None, "pending", False
         self.seen = time.monotonic()
         self._rows, self._events, self._console = {}, {}, {}  # (writer, offset) → line
 
@@ -97,7 +97,6 @@ class ServerRun:
 
     def upsert(self, displayName=None, config=None, groupName=None, jobType=None, notes=None, tags=None, sweep=None,
                summaryMetrics=None, state=None, host=None, commit=None, jobProgram=None, jobRepo=None, **_):
-        self.upserts += 1
         self.seen = time.monotonic()
         said = host, commit, jobProgram, jobRepo
         self.origin = tuple(new or old for new, old in zip(said, self.origin, strict=True))
@@ -395,7 +394,7 @@ class WandbServer:
             _, _, name, modelName, entityName = base64.b64decode(id).decode().split(":")
         key = entityName or ENTITY, modelName or "uncategorized", name
         inserted = key not in self.runs
-        run = self.runs.setdefault(key, ServerRun(*key, len(self.runs)))
+        run = self.runs.setdefault(key, ServerRun(*key))
         run.seen_by(writer)
         run.upsert(**fields)
         return dict(bucket=self._run(run), inserted=inserted)
