@@ -58,13 +58,17 @@ class ServerRun:
 
     def __init__(self, entity, project, run_id):
         self.entity, self.project, self.run_id = entity, project, run_id
-        self.display_name, self.group, self.job_type, self.notes, self.sweep, self.tags = run_id, "", "", "", "", []
-        self.config, self.wandb_config, self.summary = {}, {}, {}
-        self.files, self.alerts, self.used_artifacts = {}, [], []
+        self.display_name = run_id
+        self.group = self.job_type = self.notes = self.sweep = ""
+        self.config, self.wandb_config, self.summary = {}, {}, {}  # wandb_config: what the SDK adds to the config
+        self.files = {}  # name → bytes
+        self.tags, self.alerts, self.used_artifacts = [], [], []
         self.origin = None, None, None, None  # host, commit, program, repository
         self.writers = []  # of a shared run, in the order in which they came
-        self.exit_code, self.reported, self.stopped = None, "pending", False
-        self.seen = time.monotonic()
+        self.reported = "pending"  # the state that follows from what was said last
+        self.exit_code = None
+        self.stopped = False  # on its page
+        self.seen = time.monotonic()  # when a word came last
         self._rows, self._events, self._console = {}, {}, {}  # (writer, offset) → line
 
     @property
@@ -170,7 +174,9 @@ class ServerArtifact:
 class ServerSweep:
     def __init__(self, sweep_id, entity, project):
         self.id, self.entity, self.project = sweep_id, entity, project
-        self.config, self.state, self.runs, self.agents = {}, "PENDING", {}, []  # runs: run id → its parameters
+        self.state = "PENDING"
+        self.config, self.agents = {}, []
+        self.runs = {}  # run id → its parameters
 
     def next_parameters(self):
         """The next run's parameters, or None when a grid is exhausted (or `run_cap` reached)."""
@@ -197,10 +203,16 @@ class ServerSweep:
 
 class WandbServer:
     def __init__(self, port=0, on_request=None):
-        self.runs, self.artifacts, self.sweeps, self.requests = {}, [], {}, []
+        self.runs, self.sweeps, self.artifacts = {}, {}, []
+        self.requests = []  # (time, kind, run id)
         self.on_request = on_request or (lambda kind, run_id: None)
-        self._port, self._http, self._faults, self._healed = port, None, {}, threading.Event()
-        self._blobs, self._drafts, self._lock, self._connections = {}, [], threading.RLock(), set()
+        self._port, self._http = port, None
+        self._connections = set()
+        self._lock = threading.RLock()  # of all of this state
+        self._faults = {}  # endpoint → [how it fails, how many more times]
+        self._healed = threading.Event()  # ends what hangs
+        self._blobs = {}  # digest → bytes of an artifact's file
+        self._drafts = []  # artifacts, also those that are not committed yet
         self.start()
 
     def __enter__(self):
