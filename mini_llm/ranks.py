@@ -128,7 +128,7 @@ class Heartbeat(NoHeartbeat):
         self.answers = 0  # how often the store has answered
         self.leaving = threading.Lock()  # held by the thread that ends this process
         self.saving = threading.Lock()  # held while a checkpoint is written
-        self.publishing = threading.RLock()  # held while it is published; again by _on_sigterm, if that interrupts it
+        self.publishing = threading.RLock()  # held while `me` is published; twice if _on_sigterm interrupts that
         self._publish()
         signal.signal(signal.SIGTERM, self._on_sigterm)
         threading.Thread(target=self._run, daemon=True, name="heartbeat").start()
@@ -278,7 +278,7 @@ class Heartbeat(NoHeartbeat):
         advice = explained(error)
         if (isinstance(error, (dist.DistError, RankEnded))
                 or isinstance(error, RuntimeError) and re.search(r"\bgloo\b", str(error))):
-            self.max_missed = min(self.max_missed, 5)  # all that shows that a rank of another node is gone
+            self.max_missed = min(self.max_missed, 5)  # of another node's rank, only missed beats show that it is gone
             time.sleep(15)  # whoever detects it ends this process meanwhile
         elif not advice:
             with contextlib.suppress(OSError):
