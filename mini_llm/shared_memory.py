@@ -71,7 +71,7 @@ class SharedMemory:
         self.count = 0  # all-gathers that this rank has begun
         lines = whole[:size * LINE].view(torch.int64).view(size, -1).numpy()  # (size, LINE / 8)
         self.counters, self.pids = lines[:, 0], lines[:, 1]
-        self.pids[rank] = os.getpid()
+        self.pids[rank] = os.getpid()  # 0 before: for `pid_exists`, that is there, too
         self.buffers = whole[size * LINE:].view(2, size, BUFFER)
 
     def all_gather(self, mine, scale=1):
