@@ -122,22 +122,21 @@ def _sources(cfg):
 
 def _key(cfg, vocab_size, tokenizer, sources, val_sources):
     """The name of the folder: a hash of everything that determines which tokens are in it."""
-    key = hashlib.blake2b(digest_size=12)
-    split = (cfg.data_seed if cfg.use_toy_data else "built in" if not cfg.train_data else
-             "tails of text" if takes_tails(sources, cfg.val_ratio) else "by the text")
-    settings = [CODE_VERSION, FORMAT, cfg.use_toy_data, cfg.max_tokens, cfg.text_column,
-                *([] if val_sources else [cfg.val_ratio, split]),
-                cfg.tokenizer_name if tokenizer is None else tokenizer.to_str(),
-                vocab_size if cfg.tokenizer_name == "bpe" else 0,
-                tokenizer and end_of_text(tokenizer, cfg.tokenizer_name),
-                *source_names(cfg.val_data), *(source.argument for source in val_sources if source.argument),
-                *([source_names(cfg.train_data), [source.argument for source in sources], "in both splits"]
-                  if cfg.train_weights else [])]
-    key.update(json.dumps(settings).encode())
-    n_bytes = sum(source.size for source in [*sources, *val_sources])
-    for source in [*sources, None, *val_sources]:
-        key.update(source.digest(whole=n_bytes <= 1 << 30) if source else b"|")
-    return key.hexdigest()
+    settings = [CODE_VERSION, FORMAT, cfg.use_toy_data, cfg.max_tokens, cfg.text_column]
+    if not val_sources:
+        split = (cfg.data_seed if cfg.use_toy_data else "built in" if not cfg.train_data else
+                 "tails of text" if takes_tails(sources, cfg.val_ratio) else "by the text")
+        settings += [cfg.val_ratio, split]
+    settings += [cfg.tokenizer_name if tokenizer is None else tokenizer.to_str(),
+                 vocab_size if cfg.tokenizer_name == "bpe" else 0,
+                 tokenizer and end_of_text(tokenizer, cfg.tokenizer_name),
+                 *source_names(cfg.val_data), *(source.argument for source in val_sources if source.argument)]
+    if cfg.train_weights:
+        settings += [source_names(cfg.train_data), [source.argument for source in sources], "in both splits"]
+    whole = sum(source.size for source in [*sources, *val_sources]) <= 1 << 30
+    parts = [json.dumps(settings).encode(), *(source.digest(whole) for source in sources), b"|",
+             *(source.digest(whole) for source in val_sources)]
+    return hashlib.blake2b(b"".join(parts), digest_size=12).hexdigest()
 
 
 @contextlib.contextmanager
@@ -203,15 +202,17 @@ def _lock(draft):
 def _wait(blocked, draft):
     """Waits while `blocked()` is true. Raises UserError if nothing in `draft` changes for PREPARE_PATIENCE seconds."""
     begun = changed = time.monotonic()  # not compared with the files' times, which are of another clock
-    told, before = False, None
+    told = False
+    newest = None
     while blocked():
         now = time.monotonic()
         if not told and now - begun > 1:
             log.info("waiting for the process that prepares this data in %s", draft)
             told = True
         with contextlib.suppress(OSError):  # it may just have been renamed
-            newest = max(file.stat().st_mtime for file in [draft, *draft.iterdir()])
-            changed, before = (now if newest != before else changed), newest
+            latest = max(file.stat().st_mtime for file in [draft, *draft.iterdir()])
+            if latest != newest:
+                changed, newest = now, latest
         if now - changed > PREPARE_PATIENCE:
             raise UserError(f"{draft}: the process that prepares this data has written nothing for "
                             f"{PREPARE_PATIENCE} s; kill it, remove the folder and start again")
