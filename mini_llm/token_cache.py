@@ -224,7 +224,7 @@ class Progress:
     """How far the tokenization in a draft has come."""
 
     identity: list  # what the tokens and the batches depend on
-    tokens: dict  # split → tokens written, a list by index of the given path
+    tokens: dict  # split → tokens written of each given path, a list
     bytes: dict = field(default_factory=lambda: dict(train=0, val=0))  # split → bytes of the text written
     batches: int = 0  # read and written
     left_out: int = 0  # characters that have no token
@@ -249,8 +249,8 @@ class Progress:
 
 
 def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
-    every = [*sources, *val_sources]
-    for source in every:
+    """Write train.bin, val.bin, the folder of their tokenizer and meta.json into `draft`. Raises UserError."""
+    for source in [*sources, *val_sources]:
         if source.kind == "tokens":  # a copy of damaged tokens would count as whole
             require_whole(Path(source.path))
     if cfg.use_toy_data:
@@ -261,22 +261,18 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
     if eos is None:
         log.warning("the tokenizer %s has no end-of-text token: documents are concatenated without a separator",
                     cfg.tokenizer_name)
-    size, digest = id_count(tokenizer), tokenizer_hash(tokenizer)
-    n_paths = max(1, len(cfg.train_data), len(cfg.val_data))
-    identity = [digest.hex(), BATCH, PIECE, n_paths, [source.argument for source in every]]
-    done = Progress.of_draft(draft, Progress(identity, dict(train=[0] * n_paths, val=[0] * n_paths)))
-    limits = dict(train=cfg.max_tokens, val=0)
-    if cfg.max_tokens and not cfg.val_data:
-        limits["val"] = max(1, int(cfg.max_tokens * cfg.val_ratio))
-    writers = {split: ShardWriter(draft / f"{split}.bin", size, eos, digest, limit, sum(done.tokens[split]))
-               for split, limit in limits.items()}
-    with ProgressBar(total=sum(source.size for source in every) or None, unit="B", unit_scale=True, desc="tokenizing",
-                     leave=False, disable=None) as bar:
-        _tokenize(cfg, _stream(cfg, sources, val_sources), tokenizer, eos, writers, bar, done, draft)
+    done, writers = _tokenize(draft, cfg, tokenizer, eos, sources, val_sources)
+    if done.left_out:
+        log.warning("%s characters are left out: the tokenizer %s has no token for them", f"{done.left_out:,}",
+                    cfg.tokenizer_name)
+    if not done.gives_back:
+        log.warning("the tokenizer %s changes the text: its tokens do not decode to what they were made from",
+                    cfg.tokenizer_name)
     # Without --val-data, each source of a mixture has its part of the validation text, and so a loss of its own.
-    val_paths = cfg.val_data or cfg.train_data * bool(cfg.train_weights)
-    meta = dict(tokens={split: writer.count for split, writer in writers.items()}, bytes=done.bytes, vocab_size=size,
-                eos=eos, tokenizer="char" if cfg.use_toy_data else cfg.tokenizer_name, tokenizer_hash=digest.hex(),
+    val_paths = cfg.val_data or (cfg.train_data if cfg.train_weights else [])
+    meta = dict(tokens={split: writer.count for split, writer in writers.items()}, bytes=done.bytes,
+                vocab_size=id_count(tokenizer), eos=eos, tokenizer="char" if cfg.use_toy_data else cfg.tokenizer_name,
+                tokenizer_hash=tokenizer_hash(tokenizer).hex(),
                 entropy_rate=toy.entropy_rate(cfg.data_seed) if cfg.use_toy_data else None,
                 train_sources=_spans(cfg.train_data, done.tokens["train"]),
                 val_sources=_spans(val_paths, done.tokens["val"]),
@@ -291,54 +287,78 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
         sync(file.fileno())
 
 
+def _trained_tokenizer(name, stream, vocab_size):
+    """bpe: trained on up to BPE_SAMPLE characters of the training text; char: on all text, including validation."""
+    began = time.perf_counter()
+    if name == "bpe":
+        stream = take((piece for piece in stream if piece.split == "train"), BPE_SAMPLE)
+    tokenizer = train_tokenizer(name, (piece.content for piece in stream), vocab_size or 4096)
+    log.info("trained a %s tokenizer of %s tokens in %.1f s", name, f"{tokenizer.get_vocab_size():,}",
+             time.perf_counter() - began)
+    return tokenizer
+
+
 def _stream(cfg, sources, val_sources):
     """The Pieces of all text: first that of --val-data, which is read in full."""
     if cfg.use_toy_data:
         return iter([Piece(text, split, False) for split, text in toy.text(cfg.data_seed)])
-    own = pieces(sources, "train", 0.0 if cfg.val_data else cfg.val_ratio, not cfg.train_data)
-    return chain(pieces(val_sources, "val"), own)
+    val_ratio = 0.0 if cfg.val_data else cfg.val_ratio
+    return chain(pieces(val_sources, "val"), pieces(sources, "train", val_ratio, builtin=not cfg.train_data))
+
+
+def _tokenize(draft, cfg, tokenizer, eos, sources, val_sources):
+    """Write the tokens of the text to train.bin and val.bin, up to --max-tokens, going on from the Progress in `draft`,
+    if any → the Progress at the end, and the closed writers by split."""
+    every = [*sources, *val_sources]
+    vocab_size = id_count(tokenizer)
+    digest = tokenizer_hash(tokenizer)
+    n_paths = max(1, len(cfg.train_data), len(cfg.val_data))
+    identity = [digest.hex(), BATCH, PIECE, n_paths, [source.argument for source in every]]
+    done = Progress.of_draft(draft, Progress(identity, dict(train=[0] * n_paths, val=[0] * n_paths)))
+    limits = dict(train=cfg.max_tokens, val=0)
+    if cfg.max_tokens and not cfg.val_data:
+        limits["val"] = max(1, int(cfg.max_tokens * cfg.val_ratio))
+    writers = {split: ShardWriter(draft / f"{split}.bin", vocab_size, eos, digest, limit, sum(done.tokens[split]))
+               for split, limit in limits.items()}
+    with ProgressBar(total=sum(source.size for source in every) or None, unit="B", unit_scale=True, desc="tokenizing",
+                     leave=False, disable=None) as bar:
+        unread = _batches(_stream(cfg, sources, val_sources), bar)
+        for _ in islice(unread, done.batches):
+            os.utime(draft)  # for those who wait: this process is alive
+        saved = time.perf_counter()
+        # With --val-data, validation comes first, and whole.
+        while not (writers["train"].full and (cfg.val_data or writers["val"].full)) and (batch := next(unread, None)):
+            if not done.batches and known_characters(tokenizer) is None:  # a few pieces of the first batch
+                texts = [piece.content for piece in batch if isinstance(piece.content, str)]
+                done.gives_back = all(gives_back(tokenizer, text) for text in texts[::max(1, len(texts) // 8)])
+            wanted = [piece for piece in batch if not writers[piece.split].full]
+            for piece, ids, n_bytes, lost in encode_pieces(tokenizer, wanted, eos):
+                written = writers[piece.split].write(ids)
+                done.bytes[piece.split] += round(n_bytes * written / max(1, len(ids)))  # it may be cut short
+                done.tokens[piece.split][piece.argument] += written
+                done.left_out += lost
+            done.batches += 1
+            if (now := time.perf_counter()) - saved > SAVE_SECONDS:
+                done.seconds += now - saved
+                saved = now
+                done.save(draft, writers)
+        done.seconds += time.perf_counter() - saved
+    for writer in writers.values():
+        writer.close()
+    return done, writers
+
+
+def _batches(stream, bar):
+    """The stream's pieces, about BATCH characters or ids at a time; the bar moves on when the next are asked for."""
+    while batch := take(stream, BATCH):
+        yield batch
+        bar.update(sum(getattr(piece.content, "nbytes", len(piece.content)) for piece in batch))  # bytes or characters
 
 
 def _spans(paths, counts):
     """name → [first token, number of tokens] of each path, where there are several."""
     starts = accumulate(counts, initial=0)
     return {name: [start, count] for name, start, count in zip(source_names(paths), starts, counts, strict=False)}
-
-
-def _tokenize(cfg, stream, tokenizer, eos, writers, bar, done, draft):
-    """Write the stream's tokens until the writers are full, and count them in `done`. What it counts already is only
-    read."""
-    def batches():
-        while batch := take(stream, BATCH):
-            yield batch
-            bar.update(sum(getattr(piece.content, "nbytes", len(piece.content)) for piece in batch))
-
-    unread = batches()
-    for _ in islice(unread, done.batches):
-        os.utime(draft)  # for those who wait: this process is alive
-    saved = time.perf_counter()
-    while not (writers["train"].full and (cfg.val_data or writers["val"].full)) and (batch := next(unread, None)):
-        if not done.batches and known_characters(tokenizer) is None:  # a few pieces of the first batch
-            texts = [piece.content for piece in batch if isinstance(piece.content, str)]
-            done.gives_back = all(gives_back(tokenizer, text) for text in texts[::max(1, len(texts) // 8)])
-        wanted = [piece for piece in batch if not writers[piece.split].full]
-        for piece, ids, encoded, lost in encode_pieces(tokenizer, wanted, eos):
-            written = writers[piece.split].write(ids)
-            done.bytes[piece.split] += round(encoded * written / max(1, len(ids)))
-            done.tokens[piece.split][piece.argument] += written
-            done.left_out += lost
-        done.batches += 1
-        if (now := time.perf_counter()) - saved > SAVE_SECONDS:
-            done.seconds, saved = done.seconds + now - saved, now
-            done.save(draft, writers)
-    done.seconds += time.perf_counter() - saved
-    for writer in writers.values():
-        writer.close()
-    name = cfg.tokenizer_name
-    if done.left_out:
-        log.warning("%s characters are left out: the tokenizer %s has no token for them", f"{done.left_out:,}", name)
-    if not done.gives_back:
-        log.warning("the tokenizer %s changes the text: its tokens do not decode to what they were made from", name)
 
 
 def require_sequences(cfg, meta):
@@ -357,13 +377,3 @@ def require_sequences(cfg, meta):
                                ", or --val-data, if validation has taken it" if apart else "")
                 raise UserError(f"{flag}{path and f' {path}'}: {count:,} {split} tokens are fewer than one sequence of "
                                 f"--seq-len {cfg.seq_len} + 1; give more text or a smaller --seq-len{advice}")
-
-
-def _trained_tokenizer(name, stream, vocab_size):
-    """bpe: trained on up to BPE_SAMPLE characters of the training text; char: on all text, including validation."""
-    began, texts = time.perf_counter(), (piece for piece in stream if piece.split == "train" or name == "char")
-    texts = take(texts, BPE_SAMPLE) if name == "bpe" else texts
-    tokenizer = train_tokenizer(name, (piece.content for piece in texts), vocab_size or 4096)
-    log.info("trained a %s tokenizer of %s tokens in %.1f s", name, f"{tokenizer.get_vocab_size():,}",
-             time.perf_counter() - began)
-    return tokenizer

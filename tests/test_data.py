@@ -466,7 +466,8 @@ def test_max_tokens_of_one_text_reads_no_further(tmp_path, text, monkeypatch):
     big = tmp_path / "big.txt"
     big.write_text(text.read_text() * 100)
     read = []
-    monkeypatch.setattr(token_cache, "pieces", lambda *args: (read.append(piece) or piece for piece in pieces(*args)))
+    monkeypatch.setattr(token_cache, "pieces",
+                        lambda *args, **flags: (read.append(piece) or piece for piece in pieces(*args, **flags)))
     corpus = Corpus(config(big, tmp_path / "cache", max_tokens=1000))
     assert corpus.train.count == 1000
     assert sum(len(piece.content) for piece in read) < 6_000_000 < os.path.getsize(big)
@@ -482,7 +483,8 @@ def test_max_tokens_with_its_own_validation_text_reads_no_further(tmp_path, text
     big = tmp_path / "big.txt"
     big.write_text(text.read_text() * 100)
     read = []
-    monkeypatch.setattr(token_cache, "pieces", lambda *args: (read.append(piece) or piece for piece in pieces(*args)))
+    monkeypatch.setattr(token_cache, "pieces",
+                        lambda *args, **flags: (read.append(piece) or piece for piece in pieces(*args, **flags)))
     corpus = Corpus(config(big, tmp_path / "cache", max_tokens=1000, val_data=[str(text)]))
     assert corpus.train.count == 1000 and sum(len(piece.content) for piece in read) < 6_000_000
 
