@@ -150,6 +150,7 @@ def _locked_draft(folder, keeps=True):
         yield None
         return
     try:
+        # The process that held the lock may have renamed the draft, and another have begun one since.
         if not (draft / ".lock").exists() or not os.path.samestat(os.fstat(fd), os.stat(draft / ".lock")):
             yield None
             return
@@ -364,10 +365,12 @@ def _spans(paths, counts):
 def require_sequences(cfg, meta):
     """Raises UserError if there is less than one sequence to train on, to validate on, or in a source that has samples
     or a loss of its own."""
-    train, held_out = ("--train-data", cfg.train_data), not (cfg.val_data or cfg.is_shards)
-    val = ("--val-data", cfg.val_data) if cfg.val_data else train
-    for split, (flag, given), apart in ("train", train, cfg.train_weights), ("val", val, cfg.val_data):
-        spans = apart and meta[f"{split}_sources"] or {"": [0, meta["tokens"][split]]}
+    held_out = not (cfg.val_data or cfg.is_shards)  # validation is a part of --train-data
+    val_flag = "--val-data" if cfg.val_data else "--train-data"
+    for split, flag, given, apart in (("train", "--train-data", cfg.train_data, cfg.train_weights),
+                                      ("val", val_flag, cfg.val_data or cfg.train_data, cfg.val_data)):
+        sources = meta[f"{split}_sources"] if apart else {}  # none if there is only one, too
+        spans = sources or {"": [0, meta["tokens"][split]]}
         paths = given if len(given) == len(spans) else spans  # of a folder of shards, only the names are known
         for path, (_, count) in zip(paths, spans.values(), strict=True):
             if count < cfg.seq_len + 1:
