@@ -177,6 +177,7 @@ def expand(pattern):
     if "**" not in parts:
         return glob.glob(pattern)
     fixed, deep = parts[:parts.index("**")], parts[parts.index("**"):]
+    # Before Python 3.13, Path.glob finds only folders for a `**` at the end, and refuses one within a name.
     if deep[-1] == "**":
         deep = *deep, "*"
     deep = [part if part == "**" else re.sub(r"\*+", "*", part) for part in deep]
@@ -255,26 +256,28 @@ class Piece:
 def pieces(sources, split, val_ratio=0.0, builtin=False) -> Iterator[Piece]:
     """The documents of the sources in order, in pieces of about PIECE characters; token files in blocks of ids.
 
-    With a `val_ratio`, part of them is held out for validation, as holdout.py says. `builtin`: these are the sources.
+    With a `val_ratio`, part of them is held out for validation, as holdout.py says. `builtin`: they are
+    `builtin_sources()`.
     """
-    tails, index = val_ratio and takes_tails(sources, val_ratio), 0
+    tails = val_ratio and takes_tails(sources, val_ratio)
+    index = 0  # of the document
     for source in sources:
         if source.kind == "tokens":  # with their documents' ends
             yield from (Piece(ids, split, False, source.argument) for ids in read_token_file(source.path))
-            continue
-        if tails:
+        elif tails:
             cut = tail_start(source.path, val_ratio)
             # The tail comes first: with --max-tokens, the rest need not be read to the end.
-            parts = [(text_pieces(source.path, cut), "val"), (text_pieces(source.path, 0, cut), "train")]
+            for part, stream in ("val", text_pieces(source.path, cut)), ("train", text_pieces(source.path, 0, cut)):
+                yield from (Piece(text, part, ends, source.argument) for text, ends in stream)
         else:
-            parts = [(text_pieces(source.path) if source.kind == "text" else table_pieces(source), None)]
-        for stream, part in parts:
-            chosen = part
-            for text, ends in stream:
-                chosen = chosen or ("val" if (spread(index) if builtin else place(text)) < val_ratio else split)
-                yield Piece(text, chosen, ends, source.argument)
+            part = None
+            for text, ends in text_pieces(source.path) if source.kind == "text" else table_pieces(source):
+                if part is None:  # the first piece of a document, which decides for all of it
+                    part = "val" if (spread(index) if builtin else place(text)) < val_ratio else split
+                yield Piece(text, part, ends, source.argument)
                 if ends:
-                    index, chosen = index + 1, part
+                    part = None
+                    index += 1
 
 
 def take(stream, characters):
