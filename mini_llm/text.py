@@ -121,7 +121,7 @@ def _files(path, label):
 
 def _suffix(file):
     """The suffix that says how to read a file: `.jsonl` if it is compressed JSON, else its last one."""
-    return ".jsonl" if _packed(file) else os.path.splitext(file)[1].lower()  # a Path for each of many files takes long
+    return ".jsonl" if _packed(file) else os.path.splitext(file)[1].lower()  # Path.suffix is slow for many files
 
 
 def _packed(file):
@@ -141,7 +141,7 @@ def _open(file):
 
 
 def _is_empty(file):
-    if 0 < os.path.getsize(file) < 1024 and _packed(file):  # compressed, nothing takes a few bytes
+    if 0 < os.path.getsize(file) < 1024 and _packed(file):  # compressed, an empty file has a few bytes
         with contextlib.suppress(OSError), _open(file) as stream:  # what is damaged is reported later
             return not stream.read(1)
     return not os.path.getsize(file)
@@ -190,13 +190,14 @@ def source_names(paths):
     """Names for two or more of the paths that `find_sources` takes, unique and usable in metric names: a file's stem,
     the last part of a folder or dataset name, a pattern's last part without its wildcards or, if nothing is left, its
     folder. A single path needs none: []."""
-    names = {}  # in order
+    names = {}  # an ordered set
     for path in paths if len(paths) > 1 else []:
         whole = Path(os.path.abspath(path))
         stem = Path(whole.stem).stem if _packed(path) else whole.stem
         parts = [stem if os.path.isfile(path) or is_pattern(path) else whole.name, *reversed(whole.parts[:-1])]
         name = next(filter(None, (re.sub(r"[^\w.-]", "-", part).strip("-") for part in parts)), "val")
-        names[next(free for free in chain([name], (f"{name}-{n}" for n in count(2))) if free not in names)] = path
+        numbered = (f"{name}-{n}" for n in count(2))
+        names[next(free for free in chain([name], numbered) if free not in names)] = None
     return list(names)
 
 
@@ -240,7 +241,8 @@ def _check_readable(file, kind, label):
 
 def require_hub(sources, label="--train-data"):
     """Raises UserError within seconds if any source is a Hub dataset and the Hub is unreachable."""
-    for path, name in [(one.path, re.split("[:@]", one.path)[0]) for one in sources if one.kind == "hub"]:
+    for path in [source.path for source in sources if source.kind == "hub"]:
+        name = re.split("[:@]", path)[0]  # without configuration and split
         if problem := hub_problem(f"api/datasets/{name}", f"datasets/{name}/resolve/main/README.md"):
             raise UserError(f"{label} {path}: no such file, and it cannot be fetched as a dataset: {problem}")
 
@@ -293,7 +295,8 @@ def text_pieces(file, start=0, stop=None):
     """Yields (text, ends_document) for bytes start..stop of a text file. `<|endoftext|>` ends a document, as does the
     end of the range. Streams: a file of any size takes a few MB of memory. Undecodable bytes become U+FFFD."""
     decoder = codecs.getincrementaldecoder("utf-8-sig" if start == 0 else "utf-8")("replace")
-    left, buffer = (os.path.getsize(file) if stop is None else stop) - start, ""
+    left = (os.path.getsize(file) if stop is None else stop) - start
+    buffer = ""
     with open(file, "rb") as stream:
         stream.seek(start)
         while left > 0 and (block := stream.read(min(left, 1 << 20))):
@@ -339,7 +342,8 @@ def _last_break(text, mark, start, end):
 def table_pieces(source):
     """Yields (text, ends_document) for the rows of a JSONL or Parquet file or of a Hugging Face Hub dataset.
     `<|endoftext|>` ends a document, as does the end of a row."""
-    rows, number = {"json": _json_rows, "parquet": _parquet_rows, "hub": _hub_rows}[source.kind], 0
+    rows = {"json": _json_rows, "parquet": _parquet_rows, "hub": _hub_rows}[source.kind]
+    number = 0
     try:
         for number, text in enumerate(_texts(source, rows(source)), 1):  # noqa: B007 - the error below has the number
             for document in text.split(END_OF_TEXT):
