@@ -65,7 +65,8 @@ def save_tokenizer(tokenizer, folder, name):
     folder.mkdir()
     # Not tokenizer.save(), whose errors are not OSErrors.
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")
-    eos, config = end_of_text(tokenizer, name), dict(tokenizer_class="PreTrainedTokenizerFast")
+    eos = end_of_text(tokenizer, name)
+    config = dict(tokenizer_class="PreTrainedTokenizerFast")
     if eos is not None:
         config["eos_token"] = config["bos_token"] = tokenizer.id_to_token(eos)
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
@@ -115,7 +116,8 @@ def end_of_text(tokenizer, name):
         except ValueError as error:
             raise UserError(f"--tokenizer-name {name}: {file} is damaged: {error}") from None
         stated = stated.get("content") if isinstance(stated, dict) else stated
-        names = [stated, *EOS_NAMES] if isinstance(stated, str) else EOS_NAMES
+        if isinstance(stated, str):
+            names = stated, *EOS_NAMES
     return next((eos for eos in map(tokenizer.token_to_id, names) if eos is not None), None)
 
 
@@ -143,8 +145,10 @@ def encode_pieces(tokenizer, pieces, eos):
     """Pieces of text or of token files → for each (piece, its ids, bytes of its text, characters for which there is no
     token). Those characters' bytes are not counted, and a document's ids end in `eos` unless that is None."""
     texts = [piece.content for piece in pieces if isinstance(piece.content, str)]
-    sizes = iter(count_bytes(tokenizer, [piece.content for piece in pieces if not isinstance(piece.content, str)]))
-    encoded, known = iter(encode(tokenizer, texts)), known_characters(tokenizer) if texts else None
+    blocks = [piece.content for piece in pieces if not isinstance(piece.content, str)]
+    encoded = iter(encode(tokenizer, texts))
+    sizes = iter(count_bytes(tokenizer, blocks))
+    known = known_characters(tokenizer) if texts else None
     for piece in pieces:
         if isinstance(piece.content, str):
             text = as_encoded(piece.content, known)
@@ -194,8 +198,10 @@ def _pretrained(name):
     """A folder's or the Hub's tokenizer: from the local cache if it is there, else from the Hub if it is reachable."""
     from tokenizers import Tokenizer
 
-    file, offline = os.path.join(name, "tokenizer.json"), f"offline choices: {', '.join(OWN)}, or a tokenizer's folder"
-    if not os.path.isdir(name) and not (file := _hub_file(name, "tokenizer.json", local_files_only=True)):
+    offline = f"offline choices: {', '.join(OWN)}, or a tokenizer's folder"
+    if os.path.isdir(name):
+        file = os.path.join(name, "tokenizer.json")
+    elif not (file := _hub_file(name, "tokenizer.json", local_files_only=True)):
         files = "tokenizer.json", "tokenizer_config.json"
         if problem := hub_problem(*(f"{name}/resolve/main/{wanted}" for wanted in files)):
             raise UserError(f"--tokenizer-name {name}: not in the local cache (HF_HOME), and {problem}; {offline}")
@@ -233,11 +239,12 @@ def _slow_pretrained(name):
         return None
 
 
-def _hub_file(name, file, **options):
+def _hub_file(name, file, local_files_only=False):
+    """The path of a file of the Hub in the local cache, downloaded unless `local_files_only`; None if there is none."""
     from huggingface_hub import hf_hub_download
 
     try:
-        return hf_hub_download(name, file, **options)
+        return hf_hub_download(name, file, local_files_only=local_files_only)
     except Exception:  # many types, of httpx and XET as well: a connection lost midway is not an OSError
         return None
 
@@ -247,7 +254,8 @@ def hub_problem(*pages, seconds=3.0):
     there are none. Takes that many seconds for each at most: the Hub's own clients try for minutes."""
     if switched_on("HF_HUB_OFFLINE"):
         return "the hub cannot be reached (HF_HUB_OFFLINE is set)"
-    hub, found = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/"), []
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    found = []  # the problem, or "", of the page that has just answered
 
     def probe(page):
         try:
