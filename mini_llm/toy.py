@@ -36,10 +36,10 @@ def text(seed):
     rng = np.random.default_rng([seed, 1])
     cumulative = transitions(seed).cumsum(axis=1)
     state = rng.choice(len(ALPHABET), N_CHAINS, p=stationary(transitions(seed)))
-    letters = np.empty((N_CHAINS, LENGTH), dtype=np.int64)
+    states = np.empty((N_CHAINS, LENGTH), dtype=np.int64)
     for position in range(LENGTH):
-        letters[:, position] = state
+        states[:, position] = state
         drawn = rng.random((N_CHAINS, 1))
         state = np.minimum((cumulative[state] < drawn).sum(axis=1), len(ALPHABET) - 1)
-    for number, row in enumerate(np.array(list(ALPHABET))[letters]):
+    for number, row in enumerate(np.array(list(ALPHABET))[states]):
         yield "val" if number >= N_CHAINS - VAL_CHAINS else "train", "".join(row)
