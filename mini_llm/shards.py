@@ -131,12 +131,15 @@ class Shard:
     def verify(self, meta, split):
         """Raises UserError if these are not the tokens that were written. The content of a file above 1 GiB is not
         hashed: its header and length are checked here, and each id when it is read."""
-        digest, size = hashlib.blake2b(digest_size=16), self.count * self.dtype.itemsize
-        for at in range(0, size if size <= 1 << 30 else 0, 1 << 22):
-            digest.update(os.pread(self.fd, min(1 << 22, size - at), HEADER.size + at))
         stated = [meta["tokens"][split], meta["vocab_size"], meta["eos"], meta["tokenizer_hash"]]
-        if (stated != [self.count, self.vocab_size, self.eos, self.tokenizer_hash.hex()]
-                or size <= 1 << 30 and digest.hexdigest() != meta["fingerprint"][split]):
+        intact = stated == [self.count, self.vocab_size, self.eos, self.tokenizer_hash.hex()]
+        size = self.count * self.dtype.itemsize
+        if intact and size <= 1 << 30:
+            digest = hashlib.blake2b(digest_size=16)
+            for at in range(0, size, 1 << 22):
+                digest.update(os.pread(self.fd, min(1 << 22, size - at), HEADER.size + at))
+            intact = digest.hexdigest() == meta["fingerprint"][split]
+        if not intact:
             raise UserError(f"{self.path} is damaged: its tokens are not those of the meta.json beside it; remove its "
                             f"folder and prepare it again")
 
@@ -151,8 +154,9 @@ def part_shards(path, spans, seq_len):
 def spread_windows(shards, seq_len, max_tokens):
     """Indices of evenly spread windows, `max_tokens` tokens in total (0: all): {name: shard} → {name: indices}."""
     counts = {name: shard.windows(seq_len) for name, shard in shards.items()}
-    total = min(sum(counts.values()), max_tokens // seq_len or 1) if max_tokens else sum(counts.values())
-    wanted = {name: max(1, round(total * count / sum(counts.values()))) for name, count in counts.items()}
+    every = sum(counts.values())
+    total = min(every, max(1, max_tokens // seq_len)) if max_tokens else every
+    wanted = {name: max(1, round(total * count / every)) for name, count in counts.items()}
     return {name: [i * counts[name] // n for i in range(n)] for name, n in wanted.items()}
 
 
@@ -169,15 +173,15 @@ def token_file_format(path):
     nanoGPT's. Raises UserError."""
     with open(path, "rb") as file:
         head = file.read(LLM_C_HEADER)
-    size, words = os.path.getsize(path), np.frombuffer(head[:12].ljust(12, b"\0"), np.int32).tolist()
+    size = os.path.getsize(path)
     if head.startswith(MAGIC):
         shard = Shard(path)  # checks its header
         os.close(shard.fd)
         return HEADER.size, shard.dtype, shard.tokenizer_hash
-    if dtype := LLM_C_DTYPES.get(tuple(words[:2])):
-        if size != LLM_C_HEADER + words[2] * dtype().itemsize:
-            raise UserError(f"{path}: {size:,} bytes are not the {words[2]:,} tokens that its header says; copy it "
-                            f"again")
+    magic, version, count = np.frombuffer(head[:12].ljust(12, b"\0"), np.int32).tolist()
+    if dtype := LLM_C_DTYPES.get((magic, version)):
+        if size != LLM_C_HEADER + count * np.dtype(dtype).itemsize:
+            raise UserError(f"{path}: {size:,} bytes are not the {count:,} tokens that its header says; copy it again")
         return LLM_C_HEADER, dtype, None
     if size % 2:
         raise UserError(f"{path}: {size:,} bytes cannot be 16-bit token ids; give a token file of llm.c or nanoGPT, or "
@@ -203,16 +207,20 @@ def require_whole(path):
         os.close(shard.fd)
 
 
-def require_own_tokenizer(sources, val_sources, tokenizer_name, tokenizer_hash=None):
-    """Raises UserError if there are token files without the tokenizer that made them, or none to validate on.
-    `tokenizer_hash`: in hexadecimal, once that tokenizer is loaded; "" if it is yet to be trained."""
-    if foreign := foreign_tokens([*sources, *val_sources], tokenizer_name, tokenizer_hash):
+def require_own_tokenizer(sources, tokenizer_name, tokenizer_hash=None):
+    """Raises UserError if there are token files without the tokenizer that made them. `tokenizer_hash`: in hexadecimal,
+    once that tokenizer is loaded; "" if it is yet to be trained."""
+    if foreign := foreign_tokens(sources, tokenizer_name, tokenizer_hash):
         if is_by_character(foreign):
             raise UserError(f"--tokenizer-name {tokenizer_name}: the tokens of {foreign} are characters (meta.pkl); "
                             f"give their text with --tokenizer-name char, or the .tokenizer folder of a run on it")
         own = Path(foreign).with_name("tokenizer")
         raise UserError(f"--tokenizer-name {tokenizer_name}: name the tokenizer that made the tokens of {foreign}, "
                         f"such as {own if own.is_dir() else 'gpt2'}")
+
+
+def require_val_data(sources, val_sources):
+    """Raises UserError if token files are to be trained on, and there is no --val-data."""
     if not val_sources and (files := [source.path for source in sources if source.kind == "tokens"]):
         # The ends of documents, where a split may be, are not known.
         both = "the folders as --val-data" if Path(files[0]).with_name("meta.json").exists() else "--val-data"
@@ -253,7 +261,8 @@ def read_meta(folder):
             count, name = meta["tokens"][split], f"{split}_sources"
             meta[name] = meta.get(name) or {"": [0, count]}  # a single source has no name
             numbers += [count, meta["bytes"][split]]
-            numbers += [number for start, length in meta[name].values() for number in (start, length)]
+            for start, length in meta[name].values():
+                numbers += [start, length]
             texts.append(meta["fingerprint"][split])
         if not (all(type(number) is int and number >= 0 for number in numbers)
                 and meta["tokens"]["val"] and all(isinstance(text, str) for text in texts)

@@ -19,7 +19,7 @@ from mini_llm.files import read_json, sync, write_whole
 from mini_llm.holdout import takes_tails
 from mini_llm.processes import try_lock
 from mini_llm.progress import ProgressBar
-from mini_llm.shards import FORMAT, ShardWriter, read_meta, require_own_tokenizer, require_whole
+from mini_llm.shards import FORMAT, ShardWriter, read_meta, require_own_tokenizer, require_val_data, require_whole
 from mini_llm.text import (
     PIECE,
     HubFailed,
@@ -70,10 +70,11 @@ def prepare(cfg, vocab_size=0, writes=True, scratch=None, earlier=None):
         return Path(cfg.train_data[0])
     try:
         sources, val_sources = _sources(cfg)
-        require_own_tokenizer(sources, val_sources, cfg.tokenizer_name)  # before one of that name is looked for
+        require_own_tokenizer([*sources, *val_sources], cfg.tokenizer_name)  # before one of that name is looked for
+        require_val_data(sources, val_sources)
         tokenizer = load_tokenizer(cfg.tokenizer_name)
         known = tokenizer_hash(tokenizer).hex() if tokenizer else ""
-        require_own_tokenizer(sources, val_sources, cfg.tokenizer_name, known)
+        require_own_tokenizer([*sources, *val_sources], cfg.tokenizer_name, known)
         folder = Path(cfg.cache_dir) / _key(cfg, vocab_size, tokenizer, sources, val_sources)
     except UserError as error:
         if not earlier:
