@@ -9,7 +9,6 @@ import logging
 import os
 import sys
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -62,8 +61,8 @@ def resolve_init(cfg, resume_from):
     not read again. Raises UserError."""
     model, init, seq_len, tokenizer_name = cfg.model, cfg.init, cfg.data.seq_len, cfg.data.tokenizer_name
     prepared = cfg.data.is_shards or cfg.data.use_toy_data  # both come with their tokenizer
-    stated = {name: value for name in SIZES if name in cfg.given  # None and 0 mean not stated
-              and ((value := getattr(model, name)) or value is False)}
+    given = {name: getattr(model, name) for name in SIZES if name in cfg.given}
+    stated = {name: value for name, value in given.items() if value or value is False}  # None and 0 mean not stated
     saved = _saved_config(resume_from, cfg.checkpoint) if resume_from else {}
     if saved and (init.init_from or saved.get("init_from")):
         if init.init_from:
@@ -140,9 +139,8 @@ def _source_tokenizer(cfg, own):
 def _resumed_tokenizer(cfg, saved, resume_from):
     """The --tokenizer-name of a run that began with --init-from: unless given, the `saved` one; and if that cannot be
     read, as it is gone or its path is from another folder, the run's copy."""
-    name, copy = saved, beside_run(resume_from, ".tokenizer")
-    if "tokenizer_name" in cfg.given:
-        name = cfg.data.tokenizer_name
+    name = cfg.data.tokenizer_name if "tokenizer_name" in cfg.given else saved
+    copy = beside_run(resume_from, ".tokenizer")
     return str(copy) if copy.is_dir() and not _is_tokenizer(name) else name
 
 
@@ -169,6 +167,9 @@ def load_initial(raw, optimizer, init, identity, world):
     """Load the weights that --init-from names into `raw` and, with --keep-optimizer, the state into `optimizer`: the
     main rank reads and broadcasts them. Returns the State in which a run of this `identity` begins. Raises UserError.
     Collective."""
+    if not init.init_from:
+        return State()
+
     def read():
         theirs = resume.peek_run(init.init_from)["identity"].get("the tokenizer")  # a folder states none
         if theirs not in (None, identity.get("the tokenizer")):
@@ -178,8 +179,6 @@ def load_initial(raw, optimizer, init, identity, world):
             return _source_weights_and_moments(init.init_from, identity)
         return _source_weights(init.init_from, raw.cfg), None, 0
 
-    if not init.init_from:
-        return State()
     weights, moments, first_sample = world.from_main(read)
     weights = resume.of_this_rank(weights, raw, world)
     try:
@@ -230,7 +229,8 @@ def _source_weights_and_moments(source, identity):
     """Of --init-from's checkpoint: the weights, the optimizer state, and the number of the sample that its run would
     have read next, if `identity` has its data, in its order; else 0."""
     saved = _checkpoint(source, "--init-from", mapped=False)  # a run on a CPU goes on in the optimizer's own tensors
-    (_, weights), moments, state, was = model_parts(saved), saved["optimizer"], saved["state"], saved["identity"]
+    _, weights = model_parts(saved)
+    moments, state, was = saved["optimizer"], saved["state"], saved["identity"]
     for group in moments["param_groups"]:
         for index, name in zip(group["params"], group.get("param_names", ()), strict=False):
             if name == "pos_emb.weight":  # the positions that model_parts has kept; else all would be saved with them
@@ -279,15 +279,23 @@ def _folder(source):
     if source.endswith(".pt") and not os.path.isdir(source):
         raise UserError(f"--init-from {source}: no such file; give a checkpoint, or a Hugging Face folder or name")
     folder, problem = source, ""
-    if not os.path.isdir(source) and not whole(folder := snapshot(local_files_only=True)):
-        problem = hub_problem(f"api/models/{source}/revision/main", f"{source}/resolve/main/config.json")
-        folder = folder if problem else snapshot()
+    if not os.path.isdir(source):
+        folder = snapshot(local_files_only=True)
+        if not whole(folder):
+            problem = hub_problem(f"api/models/{source}/revision/main", f"{source}/resolve/main/config.json")
+            folder = folder if problem else snapshot()
     if not whole(folder):
         why = (f"no such folder, not whole in the local cache (HF_HOME), and {problem}" if problem else
                "no config.json with *.safetensors there")
         raise UserError(f"--init-from {source}: {why}; give a folder that transformers' save_pretrained has written, "
                         f"or a checkpoint")
-    for index in Path(folder).glob("*.index.json"):  # transformers would open any path that it names
+    _require_own_files(folder, source)
+    return folder
+
+
+def _require_own_files(folder, source):
+    """Raises UserError if an index in the folder names a file outside of it: transformers would open any path."""
+    for index in Path(folder).glob("*.index.json"):
         try:
             files = read_json(index)["weight_map"].values()
             outside = next((file for file in files if Path(file).name != file), None)
@@ -295,7 +303,6 @@ def _folder(source):
             raise UserError(f"--init-from {source}: {index.name} is damaged ({error})") from None
         if outside is not None:
             raise UserError(f"--init-from {source}: {index.name} names {outside}, which is not a file of this folder")
-    return folder
 
 
 def load_model(path):
@@ -323,9 +330,11 @@ def load_run(path):
     """A checkpoint's model in evaluation mode, its tokenizer, the id of the end-of-text token or None, and the
     checkpoint; for a Hugging Face folder, what a checkpoint of it would say. Raises UserError."""
     if os.path.isdir(path):
-        folder, (model, saved, tokenizer) = str(path), _load_folder(str(path))
+        folder = str(path)
+        model, saved, tokenizer = _load_folder(folder)
     else:
-        (model, saved), folder = load_model(path), tokenizer_folder(path)
+        model, saved = load_model(path)
+        folder = tokenizer_folder(path)
         tokenizer = open_tokenizer(folder)
     if id_count(tokenizer) > model.cfg.vocab_size:
         raise UserError(f"--checkpoint-path {path}: {folder} has {id_count(tokenizer)} tokens, the model "
@@ -363,8 +372,8 @@ def _before_texts(tokenizer):
     """The ids that the tokenizer puts before a text, and so the weights expect there, such as Llama's <s>; often []."""
     with contextlib.suppress(Exception):  # tokenizers raises bare Exception, where it has no token for this text
         found = tokenizer.encode("a")
-        return [token for token, _ in takewhile(lambda one: one[1], zip(found.ids, found.special_tokens_mask,
-                                                                        strict=True))]
+        n_special = [*found.special_tokens_mask, 0].index(0)  # at its beginning
+        return found.ids[:n_special]
     return []
 
 
@@ -382,6 +391,7 @@ def model_parts(saved):
 
 
 def _checkpoint(path, named_by, mapped=True):
+    """The verified checkpoint of a run. `named_by`: the flag that names it. Raises UserError."""
     try:
         saved = load(path, mapped)
     except DamagedCheckpoint as error:
