@@ -15,7 +15,7 @@ log = logging.getLogger("mini_llm")
 
 def log_facts(cfg, world, corpus, raw, optimizer_bytes, precision, accum, state, resume_from):
     """Log what is about to be trained, and on which device and data."""
-    tokens, n_params, size = corpus.meta["tokens"], raw.num_params(), raw.cfg
+    tokens, n_params = corpus.meta["tokens"], raw.num_params()
     micro = cfg.batch.batch_size * corpus.seq_len
     step_tokens, epoch_tokens = micro * accum * world.size, corpus.n_windows * corpus.seq_len
     run_tokens = cfg.optim.num_steps * step_tokens
@@ -33,7 +33,7 @@ def log_facts(cfg, world, corpus, raw, optimizer_bytes, precision, accum, state,
     log.info("Arguments: " + " ".join(f"{name}={value}" for name, value in flatten(cfg).items()
                                       if cfg.wandb.use_wandb or not name.startswith("wandb_")))
     log.info(f"total tokens: {tokens['train']:,} train, {tokens['val']:,} val ({corpus.folder}); "
-             f"vocabulary {size.vocab_size:,} ({corpus.meta['tokenizer']})")
+             f"vocabulary {raw.cfg.vocab_size:,} ({corpus.meta['tokenizer']})")
     log.info(f"train dataset size: {corpus.n_windows:,}, val dataset size: {corpus.n_val_windows:,} sequences of "
              f"{corpus.seq_len}; steps per epoch: {epoch_tokens / step_tokens:,.1f}")
     if corpus.shares:
@@ -43,8 +43,8 @@ def log_facts(cfg, world, corpus, raw, optimizer_bytes, precision, accum, state,
             for share, (name, shard) in zip(corpus.shares, corpus.train_sources.items(), strict=True)))
     if corpus.meta["entropy_rate"]:
         log.info(f"toy data: no model can get below a loss of {corpus.meta['entropy_rate']:.4f} nats per token")
-    log.info(f"model: {size.arch}, {n_params:,} parameters, {raw.flops_per_token(corpus.seq_len):.3g} FLOPs per token; "
-             f"about {(fixed + activations) / 1e9:.2f} GB ({fixed / 1e9:.2f} weights and optimizer, "
+    log.info(f"model: {raw.cfg.arch}, {n_params:,} parameters, {raw.flops_per_token(corpus.seq_len):.3g} FLOPs per "
+             f"token; about {(fixed + activations) / 1e9:.2f} GB ({fixed / 1e9:.2f} weights and optimizer, "
              f"{activations / 1e9:.2f} activations)" + (" on each rank" if world.size > 1 else ""))
     log.info(f"step: {step_tokens:,} tokens = batch {cfg.batch.batch_size} x sequence {corpus.seq_len} x accumulation "
              f"{accum} x ranks {world.size}; amp {precision.name} ({precision.reason})"
@@ -52,7 +52,7 @@ def log_facts(cfg, world, corpus, raw, optimizer_bytes, precision, accum, state,
     log.info(f"run: {cfg.optim.num_steps:,} steps, {run_tokens:,} tokens: {run_tokens / epoch_tokens:.3g} epochs, "
              f"{run_tokens / n_params:.3g} tokens per parameter; evaluated every "
              f"{cfg.report.eval_every(cfg.optim.num_steps) or cfg.optim.num_steps:,} steps")
-    if world.device.type == "mps" and max(micro, size.vocab_size) >= 32767 and torch.__version__ < (2, 14):
+    if world.device.type == "mps" and max(micro, raw.cfg.vocab_size) >= 32767 and torch.__version__ < (2, 14):
         log.warning(f"PyTorch {torch.__version__} gets products over 32,767 and more elements wrong on M1 and M2, and "
                     f"this model has some (pytorch #193487): take PyTorch 2.14 or newer, or --device cpu")
     if not cfg.wandb.use_wandb and replace(cfg.wandb, wandb_watch="none") != WandbConfig():  # metrics.jsonl has those
@@ -69,14 +69,14 @@ def activation_bytes(model, batch_size, seq_len, half, compiled):
     channels, and RoPE and QK-norm keep copies of queries and keys, which the compiler mostly does without. Activation
     checkpointing keeps each layer's input and all of one layer. Logits and their gradient share a buffer in the chunked
     loss and if compiled."""
-    size, parts = model.cfg, model.cfg.parts
+    cfg, parts = model.cfg, model.cfg.parts
     copies = 0 if compiled else 12 * bool(parts.rope_theta) + 16 * (parts.qk_norm == "before")
     mlp = (6 if compiled else 8) if parts.mlp == "swiglu" else 4
-    layer = (18 + copies) * size.d_model + mlp * size.ff_size
+    layer = (18 + copies) * cfg.d_model + mlp * cfg.ff_size
     if half and model.head_weight.device.type == "cpu" and seq_len <= MAX_EXPLICIT_CONTEXT:
-        layer += 2 * size.n_heads * seq_len  # the attention weights
-    layers = layer + 2 * size.d_model * size.n_layers if size.use_activation_checkpoint else layer * size.n_layers
-    logits = (2 if model.chunks_loss or compiled else 10 if half else 6) * size.vocab_size
+        layer += 2 * cfg.n_heads * seq_len  # the attention weights
+    layers = layer + 2 * cfg.d_model * cfg.n_layers if cfg.use_activation_checkpoint else layer * cfg.n_layers
+    logits = (2 if model.chunks_loss or compiled else 10 if half else 6) * cfg.vocab_size
     return batch_size * seq_len * (layers + logits) * (1 if half else 2)
 
 
