@@ -69,9 +69,10 @@ def save(path, payload, keep=None, names=()):
     """Write `payload`, tensors and plain values, to a temporary file, fsync it, then rename it to `path`. A kill at any
     moment leaves either the old file or the new one. Once the new one is complete, it also gets the other `names`, and
     the old one is kept as `keep`."""
-    path, payload = Path(path), tree_map_only(torch.Tensor, torch.Tensor.cpu, payload)  # so any machine can read it
+    path = Path(path)
+    payload = tree_map_only(torch.Tensor, torch.Tensor.cpu, payload)  # so any machine can read it
     path.parent.mkdir(parents=True, exist_ok=True)
-    unnamed = None
+    link_error = None
     with replacing(path) as draft:
         with open(draft, "wb") as file:
             writer = _HashingFile(file)
@@ -88,12 +89,12 @@ def save(path, payload, keep=None, names=()):
             try:
                 link(draft, name)
             except OSError as error:  # no room for a copy, where there are no links: `path` itself needs none
-                unnamed = error
+                link_error = error
         if keep and path.exists():
             link(path, keep)
     _sync_folder(path.parent)
-    if unnamed:
-        raise unnamed
+    if link_error:
+        raise link_error
 
 
 def link(source, target):
@@ -148,7 +149,8 @@ def read_digest(file):
 
 def file_digest(file):
     """The SHA-256 of a checkpoint's bytes before the comment's length field."""
-    digest, left = hashlib.sha256(), file.seek(0, os.SEEK_END) - len(COMMENT) - 64 - 2
+    left = file.seek(0, os.SEEK_END) - len(COMMENT) - 64 - 2
+    digest = hashlib.sha256()
     file.seek(0)
     while left > 0 and (block := file.read(min(left, 1 << 22))):
         digest.update(block)
