@@ -105,9 +105,11 @@ def hugging_face_config(cfg, eos=None):
 
 def to_hugging_face(cfg, state):
     """Our state dict → theirs."""
-    sizes, theirs = [n * cfg.head_size for n in (cfg.n_heads, cfg.kv_heads, cfg.kv_heads)], {}
+    sizes = [n * cfg.head_size for n in (cfg.n_heads, cfg.kv_heads, cfg.kv_heads)]  # of q, k and v
+    theirs = {}
     for name, tensor in state.items():
-        names, tensor = _their_names(cfg, name), _oriented(cfg, name, tensor)
+        names = _their_names(cfg, name)
+        tensor = _oriented(cfg, name, tensor)
         parts = tensor.split(sizes) if len(names) == 3 else [tensor]
         theirs |= {name: part.contiguous() for name, part in zip(names, parts, strict=True)}
     return theirs
@@ -129,7 +131,8 @@ def _their_names(cfg, name):
     """Our parameter's name → theirs: one, or three for the parts of our fused qkv. Raises UserError if
     there is none."""
     stem, _, kind = name.rpartition(".")
-    layer, stem = "".join(re.findall(r"\.(\d+)\.", stem)), re.sub(r"\.\d+\.", ".{i}.", stem)
+    layer = "".join(re.findall(r"\.(\d+)\.", stem))  # "" outside the blocks
+    stem = re.sub(r"\.\d+\.", ".{i}.", stem)
     if stem.endswith("qkv") and cfg.arch != "gpt2":
         return [f"model.layers.{layer}.self_attn.{letter}_proj.{kind}" for letter in "qkv"]
     if stem not in NAMES[cfg.arch]:
