@@ -21,7 +21,7 @@ EVENTS = dict(config=dict(config=dict), sample=dict(text=str), alert=dict(title=
 
 def command(script, *arguments):
     """The command line of one of our scripts, as it is typed in the working folder."""
-    path = Path(__file__).parent.with_name(script)
+    path = Path(__file__).parent.parent / script
     with contextlib.suppress(OSError):  # the working folder may be gone
         path = os.path.relpath(path)
     return shlex.join(["python", *map(str, (path, *arguments))])
