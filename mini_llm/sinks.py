@@ -23,8 +23,10 @@ class JsonlSink:
                 head = RECORD_HEAD.match(line)
                 if head and (head["event"] == b"alert" or int(head["step"]) <= start_step) and line.endswith(b"}\n"):
                     file.write(line)
-        self.path, self.file = path, open(path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
-        self.unwritten, self.failed = b"", False
+        self.path = path
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
+        self.unwritten = b""
+        self.failed = False  # in the last attempt, of which a warning has told
 
     def place(self):
         """The file's path, and the byte offset of the next record."""
@@ -60,10 +62,13 @@ class JsonlSink:
 
 
 class TensorboardSink:
+    """The numbers of the reports, and the samples."""
+
     def __init__(self, folder, start_step):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer, self.broken = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else 0), False
+        self.writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else 0)
+        self.broken = False
 
     def log(self, step, record):
         if record.get("event") == "sample":
