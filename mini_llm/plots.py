@@ -6,7 +6,7 @@ A run here is anything with a `name` and with `series(metric, x)` → (xs, ys), 
 import math
 import statistics
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000"]  # Okabe and Ito
 ANSI = [94, 91, 92, 95, 93, 96, 37, 90]
@@ -100,9 +100,8 @@ def ticks(values, like=None):
 def smoothed(values, window):
     """The centered moving average over `window` values. Near the ends, where the window is cut off, the least-squares
     line through it, clamped to the range of its values: this neither lags nor hooks."""
-    half, out, sums = window // 2, [], [0.0]
-    for value in values:
-        sums.append(sums[-1] + value)
+    half, out = window // 2, []
+    sums = list(accumulate(values, initial=0.0))  # sums[i]: of the first i values
     for i in range(len(values)):
         low, high = max(0, i - half), min(len(values), i + half + 1)
         n, center = high - low, (low + high - 1) / 2
@@ -164,14 +163,16 @@ def figure(panel, runs, x="step", smooth=0, size=(7.2, 3.4)):
 
 def _draw(ax, panel, run, i, several, x, scale, smooth):
     """Draw one run → its legend handles: one per curve or, if there are `several` runs, one for the run."""
-    (color, style), handles = looks(i), []
+    color, style = looks(i)
+    handles = []
     if band := _band(panel, run, x):
         xs, low, high = band
         handles.append(ax.fill_between([at / scale for at in xs], low, high, color=color, alpha=0.18, linewidth=0,
                                        label=panel.band_label))
     xs, ys = run.series(panel.line, x)
     if xs:
-        xs, window = [at / scale for at in xs], window_of(ys, smooth) if panel.smooth else 1
+        xs = [at / scale for at in xs]
+        window = window_of(ys, smooth) if panel.smooth else 1
         if window > 1:
             ax.plot(xs, ys, color=color, linewidth=0.8, alpha=0.3)
         text = f"{panel.line_label}, mean of {window:,} reports" if window > 1 else panel.line_label
@@ -260,8 +261,8 @@ def terminal_plot(panel, runs, x, smooth, width, height, color):
 
     def place(at, value):
         """The dot's (x, y), counted from the upper left."""
-        x, y = _share(at, left, right, panel.log_x), _share(value, bottom, top, log)
-        return round(x * (2 * columns - 1)), round((1 - y) * (4 * height - 1))
+        across, up = _share(at, left, right, panel.log_x), _share(value, bottom, top, log)
+        return round(across * (2 * columns - 1)), round((1 - up) * (4 * height - 1))
 
     canvas = _Canvas(columns, height)
     for i, is_line, xs, ys in sorted(curves, key=lambda curve: not curve[1]):  # draw points over lines
