@@ -77,14 +77,14 @@ class Run:
 
     def last(self, metric):
         """The metric's last value; if that is not finite, inf for a perplexity, else NaN; None if never measured."""
-        values = [row[metric] for row in self.rows if metric in row]
         unknown = math.inf if metric.endswith("ppl") else math.nan
-        return (unknown if values[-1] is None else values[-1]) if values else None
+        values = [unknown if row[metric] is None else row[metric] for row in self.rows if metric in row]
+        return values[-1] if values else None
 
     def best(self, metric="val/loss"):
         """(lowest value, its step), or None."""
         steps, values = self.series(metric)
-        return min(zip(values, steps, strict=True)) if values else None
+        return min(zip(values, steps, strict=True), default=None)
 
     def facts(self):
         """What the comparison shows of this run: title → text."""
@@ -248,8 +248,8 @@ def sweep(runs):
     """The plot of the best loss against the one setting in which the runs differ or, if there are several and models of
     several sizes (the largest at least twice the smallest), against their parameters; at least three values, all
     numbers: a list of one or none. A run that was resumed with another value is left out: its loss is of neither."""
-    found, metric = list(settings(runs)), comparable(runs)
-    name = found[0] if len(found) == 1 else "n_params"
+    flags, metric = list(settings(runs)), comparable(runs)
+    name = flags[0] if len(flags) == 1 else "n_params"
     values = [run.config.get(name) for run in runs]
     sizes = name == "n_params"
     if not all(map(_is_number, values)) or len(set(values)) < 3 or (sizes and max(values) < 2 * min(values)):
