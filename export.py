@@ -168,13 +168,16 @@ def model_card(path, model, saved, n_tokens, dtype):
     results = [f"- {name}: {loss(*found)}" for name, found in losses if found]
     if link := _wandb_link(path):
         results.append(f"- Weights & Biases: {link}")
-    elsewhere = {"device", "train_data", "val_data", "use_toy_data"} | (
-        set() if divided else {"tokenizer_name", "val_ratio"})
-    settings = {name: config[name] for part in TRAINED_BY for name in (one.name for one in dataclasses.fields(part))
-                if name not in elsewhere and not is_launch_flag(name) and config.get(name) not in (None, "", [])}
+    elsewhere = {"device", "train_data", "val_data", "use_toy_data"}
+    if not divided:
+        elsewhere |= {"tokenizer_name", "val_ratio"}
+    flags = [one.name for part in TRAINED_BY for one in dataclasses.fields(part)]
+    settings = "\n".join(f"{name} = {json.dumps(config[name], ensure_ascii=False)}" for name in flags
+                         if name not in elsewhere and not is_launch_flag(name)
+                         and config.get(name) not in (None, "", []))
     spare = f", and {cfg.vocab_size - n_tokens:,} ids without meaning" if cfg.vocab_size > n_tokens else ""
     origin = f"\n| started from | `{config['init_from']}` |" if config.get("init_from") else ""
-    lines = "\n".join
+    results = "\n".join(results)
     return f"""\
 ---
 library_name: transformers
@@ -213,10 +216,10 @@ follow instructions, to converse or to refuse anything, and nobody has reviewed 
 
 {state['step']:,} steps of {identity['sequences in a step']:,} sequences: {state['tokens']:,} tokens.
 
-{lines(results)}
+{results}
 
 ```toml
-{lines(f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in settings.items())}
+{settings}
 ```
 
 ## Use
@@ -238,8 +241,8 @@ def _wandb_link(path):
     memory, log = beside_run(path, ".wandb.json"), beside_run(path, ".log")
     if not memory.exists():
         return ""
-    lines = log.read_text("utf-8", errors="replace") if log.exists() else ""
-    if found := re.findall(r"wandb.*: run .+ at (https?://\S+)", lines):
+    text = log.read_text("utf-8", errors="replace") if log.exists() else ""
+    if found := re.findall(r"wandb.*: run .+ at (https?://\S+)", text):
         return found[-1]
     with contextlib.suppress(ValueError, KeyError):  # damaged
         run = read_json(memory)["init"]
