@@ -65,16 +65,20 @@ def log_facts(cfg, world, corpus, raw, optimizer_bytes, precision, accum, state,
 
 def activation_bytes(model, batch_size, seq_len, half, compiled):
     """About what a micro-batch keeps for its backward pass. Per token and layer, with products in 16 bits (`half`): 18
-    bytes per channel and 4 per channel of the MLP, for GPT-2 the 34 of Korthikanti et al. 2022; SwiGLU has two such
-    channels, and RoPE and QK-norm keep copies of queries and keys, which the compiler mostly does without. Activation
-    checkpointing keeps each layer's input and all of one layer. Logits and their gradient share a buffer in the chunked
-    loss and if compiled."""
+    bytes per channel, 8 of them of queries, keys, values and what attention returns, and 4 per channel of the MLP, for
+    GPT-2 the 34 of Korthikanti et al. 2022; SwiGLU has two such channels, and RoPE and, in 16 bits, QK-norm keep copies
+    of queries and keys, which the compiler mostly does without. Activation checkpointing keeps each layer's input and
+    all of one layer. Logits and their gradient share a buffer in the chunked loss and if compiled."""
     cfg, parts = model.cfg, model.cfg.parts
-    copies = 0 if compiled else 12 * bool(parts.rope_theta) + 16 * (parts.qk_norm == "before")
+    copies = 0 if compiled else 12 * bool(parts.rope_theta) + 16 * (half is not None and parts.qk_norm == "before")
     mlp = (6 if compiled else 8) if parts.mlp == "swiglu" else 4
-    layer = (18 + copies) * cfg.d_model + mlp * cfg.ff_size
-    if half and model.head_weight.device.type == "cpu" and seq_len <= MAX_EXPLICIT_CONTEXT:
-        layer += 2 * cfg.n_heads * seq_len  # the attention weights
+    layer = 10 * cfg.d_model + (8 + copies) * cfg.n_heads * cfg.head_size + mlp * cfg.ff_size
+    if model.head_weight.device.type == "cpu":  # the attention weights, of which the fused kernel keeps none
+        explicit = half and seq_len <= MAX_EXPLICIT_CONTEXT
+        weight = 2 if explicit else 0
+        if cfg.dropout:  # and their masks; what stands in for the fused kernel, which has no dropout there, keeps fp32
+            weight = 4 if explicit else 12 if half else 6
+        layer += weight * cfg.n_heads * seq_len
     layers = layer + 2 * cfg.d_model * cfg.n_layers if cfg.use_activation_checkpoint else layer * cfg.n_layers
     logits = (2 if model.chunks_loss or compiled else 10 if half else 6) * cfg.vocab_size
     return batch_size * seq_len * (layers + logits) * (1 if half else 2)
