@@ -78,7 +78,7 @@ def export(path, output, dtype="float32"):
     if different := [*unexpected, *sorted(set(missing) - {"lm_head.weight"})]:
         raise UserError(f"--arch {model.cfg.arch}: model.py, which must have been changed, and transformers' class "
                         f"differ in {different[0]}: it cannot hold this model")
-    _require_same_model(model, twin.eval(), min(saved["config"]["seq_len"], 1024))
+    _require_same_model(model, twin.eval(), min(saved["config"]["seq_len"], 1024), eos)
     spare = list(range(n_tokens, model.cfg.vocab_size))  # ids that the tokenizer does not have
     twin.generation_config = transformers.GenerationConfig(
         bos_token_id=saved.get("start", eos), eos_token_id=eos, pad_token_id=eos,
@@ -109,9 +109,11 @@ def export(path, output, dtype="float32"):
                         f"written") from None
 
 
-def _require_same_model(model, twin, length):
+def _require_same_model(model, twin, length, eos):
     """Raises UserError unless both compute the same: model.py may have been changed, transformers' class has not."""
-    tokens = torch.arange(length)[None] % model.cfg.vocab_size  # (1, length)
+    # One document: a model whose attention ends with each (docs/extending.md) is transformers' on one.
+    ids = [number % model.cfg.vocab_size for number in range(length + 1)]
+    tokens = torch.tensor([[token for token in ids if token != eos][:length]])  # (1, up to length)
     with torch.no_grad():
         ours, theirs = model(tokens), twin(tokens).logits
     if (ours - theirs).norm() > 1e-3 * ours.norm():  # rounding makes 1e-6; not of NaN, which weights may be

@@ -3,6 +3,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -130,6 +131,18 @@ def test_what_the_code_has_been_changed_to_and_transformers_has_not_is_refused(e
     with pytest.raises(UserError, match="--arch qwen3: transformers' class has no blocks.0.mlp.router.weight, and"):
         to_hugging_face(GPTConfig(arch="qwen3"), {"blocks.0.mlp.router.weight": torch.zeros(4, 256)})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_is_compared_on_one_document():
+    class Model:
+        cfg = GPTConfig(vocab_size=257)
+
+        def __call__(self, tokens):
+            assert tokens.shape[1] in (1, 300) and 256 not in tokens, "an end of text, after which it may begin anew"
+            return torch.ones(1, 1)
+
+    for length in (1, 300):
+        export._require_same_model(Model(), lambda tokens: SimpleNamespace(logits=torch.ones(1, 1)), length, eos=256)
 
 
 def test_ids_without_a_token_are_never_drawn(exported):
