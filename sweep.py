@@ -129,7 +129,8 @@ def agent(args):
         raise UserError(f"--agents {args.agents} --nproc-per-node {args.nproc_per_node}: more than this machine's GPUs")
     count = ["--count", str(args.count)] if args.count else []
     # Forward signals, so that the trial saves and exits before the agent does: else both die before it has saved.
-    command = [sys.executable, "-m", "wandb", "agent", "--forward-signals", *count, args.sweep]
+    # -P: the working folder may have a module named like one of the SDK's imports.
+    command = [sys.executable, "-P", "-m", "wandb", "agent", "--forward-signals", *count, args.sweep]
     visible = [dict(CUDA_VISIBLE_DEVICES=",".join(gpus)) if gpus else {} for gpus in owned]
     return wait_for([subprocess.Popen(command, env=environment | own, preexec_fn=_end_with_this_process)
                      for own in visible])

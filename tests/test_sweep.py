@@ -133,6 +133,7 @@ def test_each_point_of_a_grid_is_a_run_with_its_own_parameters_and_files(server,
 def test_a_trial_under_torchrun_is_one_run_of_all_ranks(server, create, run, tmp_path):
     leave_another_run(tmp_path)
     sweep_id = create("train_ddp.py", lr=[1e-3, 2e-3], num_steps=[4], log_steps=[2])
+    (tmp_path / "click.py").write_text("raise SystemExit('a file of the working folder')")  # the SDK imports one
     code, _, err = run(*SWEEP, "agent", sweep_id, "--agents", "2", "--count", "1", "--nproc-per-node", "2")
     assert code == 0 and len(server.runs) == 2, err
     for lr, trial in zip((1e-3, 2e-3), sorted(server.runs.values(), key=lambda trial: trial.run_id), strict=True):
