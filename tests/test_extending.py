@@ -156,6 +156,30 @@ def test_state(changed, options):
     assert row["val/ema_loss"] == resumed.rows[12]["val/ema_loss"] > row["val/loss"]  # as yet it lags behind
 
 
+@pytest.mark.parametrize("options", [{}, dict(ranks=2, script="train_fsdp.py")], ids=["one", "shards"])
+def test_the_best_by_an_average_of_the_weights(changed, tmp_path, options):
+    """What the page says in brackets."""
+    title = "Something with state: an average of the weights"
+    changed(title, "--num-steps", 1, "--warmup-steps", 0)
+    said = re.sub(r"\s+", " ", SECTIONS[title])
+    for name, was, now in (("train.py", r"found = evaluate\(fast.*?\n +return [^\n]*", r"`(evaluate\(ema.*?)`"),
+                           ("mini_llm/pretrained.py", r'weights = saved\["model"\]', r"`(weights = .*?)`")):
+        (new,) = re.findall(now, said)
+        code, new = (tmp_path / "code" / name).read_text(), "return " * (name == "train.py") + new
+        code, n = re.subn(was, lambda _, new=new: new, code, flags=re.S)
+        assert n == 1
+        (tmp_path / "code" / name).write_text(code)
+    flags = "--overwrite", "--lr", 0.01, "--batch-size", 2, "--eval-tokens", 0
+    whole, resumed = branched(changed, title, *flags, **options)
+    best = torch.load(tmp_path / "changed.best.pt", weights_only=True)
+    assert same(*(torch.load(run.checkpoint, weights_only=True)["ema"] for run in (whole, resumed)))
+    assert same(whole.weights(), resumed.weights()) and not same(best["model"], best["ema"])
+    assert best["state"]["best_val"] == whole.rows[12]["val/loss"] == resumed.rows[12]["val/loss"]
+    command = [sys.executable, tmp_path / "code/evaluate.py", "--checkpoint-path", "changed.best.pt"]
+    done = zygote.run([*command, "--no-amp", "--json"], tmp_path, environment())
+    assert json.loads(done.stdout)["loss"] == pytest.approx(whole.rows[12]["val/loss"], abs=1e-4), done.stderr
+
+
 def test_evaluation(changed, tmp_path):
     questions = [dict(context="the king of", endings=[" and", " the sea", "zqj"], label=label) for label in (0, 1, 1)]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
