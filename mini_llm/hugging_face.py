@@ -128,8 +128,7 @@ def from_hugging_face(cfg, theirs):
 
 
 def _their_names(cfg, name):
-    """Our parameter's name → theirs: one, or three for the parts of our fused qkv. Raises UserError if
-    there is none."""
+    """Our parameter's name → theirs: one, or three for our fused qkv. Raises UserError if there is none."""
     stem, _, kind = name.rpartition(".")
     layer = "".join(re.findall(r"\.(\d+)\.", stem))  # "" outside the blocks
     stem = re.sub(r"\.\d+\.", ".{i}.", stem)
