@@ -120,7 +120,7 @@ def agent(args):
         raise UserError(f"--agents {args.agents}: at most {MOST_AGENTS}")
     environment = trial_environment(args.nproc_per_node)  # before import_wandb sets a TMPDIR for this process
     wandb = import_wandb()
-    sweep = wandb.Api(timeout=TIMEOUT).sweep(args.sweep)  # raises if there is none; W&B's agent may exit with 0
+    sweep = wandb.Api(timeout=TIMEOUT).sweep(args.sweep)  # raises if there is none
     if args.nproc_per_node and "torchrun" not in sweep.config.get("command", []):
         raise UserError(f"--nproc-per-node {args.nproc_per_node}: the trials of {args.sweep} are not started by "
                         f"torchrun; create the sweep with program: train_ddp.py or train_fsdp.py")
@@ -130,7 +130,8 @@ def agent(args):
     count = ["--count", str(args.count)] if args.count else []
     # Forward signals, so that the trial saves and exits before the agent does: else both die before it has saved.
     # -P: the working folder may have a module named like one of the SDK's imports.
-    command = [sys.executable, "-P", "-m", "wandb", "agent", "--forward-signals", *count, args.sweep]
+    path = f"{sweep.entity}/{sweep.project}/{sweep.id}"  # with "sweeps/" in it, W&B's agent would exit with 0
+    command = [sys.executable, "-P", "-m", "wandb", "agent", "--forward-signals", *count, path]
     visible = [dict(CUDA_VISIBLE_DEVICES=",".join(gpus)) if gpus else {} for gpus in owned]
     return wait_for([subprocess.Popen(command, env=environment | own, preexec_fn=_end_with_this_process)
                      for own in visible])

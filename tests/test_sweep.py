@@ -134,7 +134,8 @@ def test_a_trial_under_torchrun_is_one_run_of_all_ranks(server, create, run, tmp
     leave_another_run(tmp_path)
     sweep_id = create("train_ddp.py", lr=[1e-3, 2e-3], num_steps=[4], log_steps=[2])
     (tmp_path / "click.py").write_text("raise SystemExit('a file of the working folder')")  # the SDK imports one
-    code, _, err = run(*SWEEP, "agent", sweep_id, "--agents", "2", "--count", "1", "--nproc-per-node", "2")
+    path = sweep_id.replace("trials/", "trials/sweeps/")  # as a link has it
+    code, _, err = run(*SWEEP, "agent", path, "--agents", "2", "--count", "1", "--nproc-per-node", "2")
     assert code == 0 and len(server.runs) == 2, err
     for lr, trial in zip((1e-3, 2e-3), sorted(server.runs.values(), key=lambda trial: trial.run_id), strict=True):
         assert_is_the_trial(trial, sweep_id, tmp_path, lr=lr)
@@ -238,9 +239,9 @@ def test_trials_have_the_users_temporary_folder_and_compile_cache(monkeypatch):
 
     def import_wandb():
         monkeypatch.setenv("TMPDIR", "of the SDK")
-        return SimpleNamespace(Api=lambda timeout: SimpleNamespace(sweep=lambda path: None))
+        return SimpleNamespace(Api=lambda timeout: SimpleNamespace(sweep=lambda path: found))
 
-    environments = []
+    environments, found = [], SimpleNamespace(entity="us", project="p", id="1")
     monkeypatch.setenv("TMPDIR", "mine")
     monkeypatch.setattr(sweep, "import_wandb", import_wandb)
     monkeypatch.setattr(sweep.subprocess, "Popen", Agent)
