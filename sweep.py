@@ -127,10 +127,10 @@ def agent(args):
     owned = shares(args.agents)
     if any(0 < len(gpus) < (args.nproc_per_node or 1) for gpus in owned):
         raise UserError(f"--agents {args.agents} --nproc-per-node {args.nproc_per_node}: more than this machine's GPUs")
+    path = f"{sweep.entity}/{sweep.project}/{sweep.id}"  # with "sweeps/" in it, W&B's agent would exit with 0
     count = ["--count", str(args.count)] if args.count else []
     # Forward signals, so that the trial saves and exits before the agent does: else both die before it has saved.
     # -P: the working folder may have a module named like one of the SDK's imports.
-    path = f"{sweep.entity}/{sweep.project}/{sweep.id}"  # with "sweeps/" in it, W&B's agent would exit with 0
     command = [sys.executable, "-P", "-m", "wandb", "agent", "--forward-signals", *count, path]
     visible = [dict(CUDA_VISIBLE_DEVICES=",".join(gpus)) if gpus else {} for gpus in owned]
     return wait_for([subprocess.Popen(command, env=environment | own, preexec_fn=_end_with_this_process)
