@@ -19,7 +19,7 @@ ADVICE = [  # (pattern in W&B's error message, what to do)
      "name a folder of your own with room: --wandb-dir"),
     (r"\b409\b|previously created and deleted", "an id is given once: --wandb-run-id NEW, with --resume or "
      "wandb_tools.py sync RUN"),
-    (r"could not find sweep|invalid path", "give ENTITY/PROJECT/ID, as `python sweep.py create` prints it"),
+    (r"could not find sweep|invalid path", "give ENTITY/PROJECT/ID (of a sweep, `python sweep.py create` prints it)"),
     (r"\b(403|404)\b|permission|not found|could not find|\bentity\b",
      "check --wandb-entity and --wandb-project (WANDB_ENTITY, WANDB_PROJECT), or the key's rights"),
     (r"cannot be read back", "in a few minutes, repeat this: it sends what is lacking then"),

@@ -256,7 +256,7 @@ def test_trials_have_the_users_temporary_folder_and_compile_cache(monkeypatch):
 @pytest.mark.parametrize("path", ["us/mini-llm/nosuch", "nosuch", "us/p/nosuch/4", ""])
 def test_an_agent_of_no_sweep_says_so_in_one_line(run, path):
     code, out, err = run(*SWEEP, "agent", path)
-    assert (code, out, err.count("\n")) == (1, "", 1) and "give ENTITY/PROJECT/ID, as `python sweep.py create`" in err
+    assert (code, out, err.count("\n")) == (1, "", 1) and "; give ENTITY/PROJECT/ID (of a sweep, `python sweep" in err
 
 
 def test_processes_are_refused_where_torchrun_does_not_start_the_trials(create, run):

@@ -135,7 +135,7 @@ def test_each_rank_is_told_to_need_what_it_keeps():
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_memory_of_activations_is_about_what_autograd_keeps(arch, half, seq_len):
     def kept(model, batch_size):
-        """Bytes; without the parameters, and with the copies of them that autocast makes."""
+        """Bytes, with the parameters and autocast's copies of them: the difference of two batches has neither."""
         storages, x = {}, torch.randint(257, (batch_size, seq_len))
 
         def note(tensor):
