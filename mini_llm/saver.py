@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mini_llm import hardware
 from mini_llm.archive import save
@@ -136,15 +136,14 @@ class Saver:
 
     def _copied(self, payload):
         """Copy to the CPU, into the buffers of the previous copy, which the last save no longer needs."""
-        values, shape = tree_flatten(payload)
-        tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        tensors = [leaf for leaf in tree_leaves(payload) if isinstance(leaf, torch.Tensor)]
         if [tensor.shape for tensor in tensors] != [copy.shape for copy in self.copies]:
             self.copies = _buffers(tensors)
         for copy, tensor in zip(self.copies, tensors, strict=True):
             copy.copy_(tensor, non_blocking=True)
         hardware.synchronize(self.world.device)
         copies = iter(self.copies)
-        return tree_unflatten([next(copies) if isinstance(value, torch.Tensor) else value for value in values], shape)
+        return tree_map_only(torch.Tensor, lambda _: next(copies), payload)
 
 
 def _buffers(tensors, block_bytes=2**30):
