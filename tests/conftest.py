@@ -144,14 +144,15 @@ def server():
 
 @pytest.fixture
 def trainer(tmp_path, text, cache):
-    """`trainer(*flags, ranks=None)` runs train.py, or `script` with so many ranks, to its end."""
-    def arguments(flags, ranks=None, checkpoint="c.pt", tiny=True, data=True, script="train_ddp.py"):
-        return [*command("train.py" if ranks is None else script, ranks), *(TINY if tiny else []),
+    """`trainer(*flags, ranks=None)` runs train.py, or train_ddp.py with so many ranks, or `script`, to its end."""
+    def arguments(flags, ranks=None, checkpoint="c.pt", tiny=True, data=True, script=None):
+        script = script or ("train.py" if ranks is None else "train_ddp.py")
+        return [*command(script, ranks), *(TINY if tiny else []),
                 *(["--cache-dir", str(cache)] if data else []),
                 *(["--train-data", str(text)] if data and "--train-data" not in flags else []),
                 "--checkpoint-path", checkpoint, *map(str, flags)]
 
-    def run(*flags, ranks=None, checkpoint="c.pt", env=None, tiny=True, data=True, timeout=300, script="train_ddp.py"):
+    def run(*flags, ranks=None, checkpoint="c.pt", env=None, tiny=True, data=True, timeout=300, script=None):
         args = arguments(flags, ranks, checkpoint, tiny, data, script)
         if any(re.match("OMP_|PYTHON|LC_|LANG", name) for name in env or ()):  # which count at an interpreter's start
             done = subprocess.run(args, cwd=tmp_path, env=environment(**(env or {})), timeout=timeout, text=True,

@@ -1,6 +1,5 @@
 """train_ddp.py under the real torchrun, on the CPU. One process is the oracle of many."""
 
-import json
 import os
 import pickle
 import re
@@ -13,13 +12,14 @@ import time
 import pytest
 import torch
 import zygote
-from conftest import ROOT, TINY, Run, command, environment, interrupt_after
+from conftest import ROOT, TINY, Run, command, environment, interrupt_after, processes_with
 from test_train import same
 from wandb_file import run_files
 
 from mini_llm import hardware
 from mini_llm.config import parse
 from mini_llm.errors import RunFailed, UserError
+from mini_llm.processes import parent_of
 from train import Config
 
 full = pytest.mark.full
@@ -286,10 +286,9 @@ train.main(DDPWorld)
 
 
 def test_gradients_go_over_the_wire_once_a_step_and_each_rank_has_randomness_of_its_own(trainer):
-    (trainer.folder / "watched.py").write_text(WATCHED)
-    args = [part.replace(str(ROOT / "train_ddp.py"), "watched.py")
-            for part in trainer.arguments(["--num-steps", 3, "--grad-accum-steps", 4, "--use-profiler"], ranks=2)]
-    zygote.run(args, trainer.folder, environment()).check_returncode()
+    (script := trainer.folder / "watched.py").write_text(WATCHED)
+    run = trainer("--num-steps", 3, "--grad-accum-steps", 4, "--use-profiler", ranks=2, script=script)
+    assert run.code == 0, run.err
     for rank in range(2):
         notes = (trainer.folder / f"notes.{rank}").read_text().splitlines()
         assert notes.count(f"reduced {rank}") == 3 + 1  # one bucket holds this model; one pass comes before the steps
@@ -305,21 +304,22 @@ def test_a_dry_run_of_ranks_leaves_no_tokens_behind(trainer, text):
         trainer.folder / "tmp"}
 
 
-def test_a_slow_save_is_not_training_time_on_any_rank(trainer, text, tmp_path):
-    script = tmp_path / "slow.py"
-    script.write_text(
-        "import sys, time; sys.path.insert(0, sys.argv.pop(1))\n"
-        "from mini_llm import saver; from train_ddp import DDPWorld; from train import main\n"
-        "quick = saver.save\n"
-        "saver.save = lambda *args, **options: (time.sleep(3), quick(*args, **options))\n"
-        "main(DDPWorld)\n")
-    zygote.run([*command(script, ranks=2), ROOT, *TINY, "--train-data", text, "--num-steps", 20, "--log-steps", 10,
-                "--save-steps", 8, "--eval-steps", 0], tmp_path, environment()).check_returncode()
-    rows = [json.loads(line) for line in open(tmp_path / "checkpoints" / "minigpt.metrics.jsonl")]
-    rows = [row for row in rows if "train/loss" in row]
-    assert rows[-1]["time/checkpoint_sec"] > 2.9
-    assert rows[-1]["train/step_time_sec"] < 0.25  # else at least 0.3
-    assert rows[-1]["tokens_per_sec_per_rank/min"] > rows[-1]["tokens_per_sec_per_rank/max"] / 2
+SLOW = f"""
+import sys, time; sys.path.insert(0, {str(ROOT)!r})
+import train, train_ddp; from mini_llm import saver
+quick = saver.save
+saver.save = lambda *args: (time.sleep(3), quick(*args))
+train.main(train_ddp.DDPWorld)
+"""
+
+
+def test_a_slow_save_is_not_training_time_on_any_rank(trainer):
+    (script := trainer.folder / "slow.py").write_text(SLOW)
+    run = trainer("--num-steps", 20, "--log-steps", 10, "--save-steps", 8, "--eval-steps", 0, ranks=2, script=script)
+    row = run.rows[20]
+    assert row["time/checkpoint_sec"] > 2.9
+    assert row["train/step_time_sec"] < 0.25  # else at least 0.3
+    assert row["tokens_per_sec_per_rank/min"] > row["tokens_per_sec_per_rank/max"] / 2
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=full)])
@@ -335,7 +335,7 @@ def test_a_signal_saves_on_agreement_and_the_run_goes_on(trainer, signal_number)
 
 
 def test_a_signal_to_one_rank_before_the_first_step_stops_them_all(trainer):
-    (trainer.folder / "signalled.py").write_text(
+    (script := trainer.folder / "signalled.py").write_text(
         f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import train, train_ddp\n"
         "fast = train.GPT.forward\n"
@@ -346,26 +346,18 @@ def test_a_signal_to_one_rank_before_the_first_step_stops_them_all(trainer):
         "if os.environ['RANK'] == '1':\n"
         "    train.GPT.forward = forward\n"
         "train.main(train_ddp.DDPWorld)\n")
-    args = ["signalled.py" if part.endswith("train_ddp.py") else part for part in
-            trainer.arguments(["--num-steps", 5], ranks=2)]
-    run = zygote.run(args, trainer.folder, environment())
-    assert "stopped by SIGTERM before the first step: nothing has been replaced" in run.stdout, run.stdout + run.stderr
-    assert "error: " not in run.stderr and not (trainer.folder / "c.pt").exists()
+    run = trainer("--num-steps", 5, ranks=2, script=script)
+    assert "stopped by SIGTERM before the first step: nothing has been replaced" in run.out, run.out + run.err
+    assert "error: " not in run.err and not run.checkpoint.exists()
 
 
 def test_a_save_on_a_thread_is_done_when_a_stopped_rank_leaves(trainer):
     """It leaves without the interpreter's end, which would wait for threads."""
-    (trainer.folder / "slow.py").write_text(
-        f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import train, train_ddp; from mini_llm import saver\n"
-        "quick = saver.save\n"
-        "saver.save = lambda *args, **options: (time.sleep(2), quick(*args, **options))\n"
-        "train.main(train_ddp.DDPWorld)\n")
-    flags = ["--num-steps", 10**6, "--save-steps", 0, "--eval-steps", 0, "--async-save", "--time-limit", 0.1]
-    args = ["slow.py" if part.endswith("train_ddp.py") else part for part in trainer.arguments(flags, ranks=1)]
-    run = zygote.run(args, trainer.folder, environment())
-    step = int(re.search(r"stopped by --time-limit at step (\d+), saved", run.stdout)[1])
-    assert torch.load(trainer.folder / "c.pt", weights_only=True)["state"]["step"] == step
+    (script := trainer.folder / "slow.py").write_text(SLOW)
+    run = trainer("--num-steps", 10**6, "--save-steps", 0, "--eval-steps", 0, "--async-save", "--time-limit", 0.1,
+                  ranks=1, script=script)
+    step = int(re.search(r"stopped by --time-limit at step (\d+), saved", run.out)[1])
+    assert torch.load(run.checkpoint, weights_only=True)["state"]["step"] == step
 
 
 def test_a_signal_to_one_rank_alone_stops_them_all(trainer):
@@ -401,16 +393,8 @@ def _at_step_30(trainer, *flags, ranks=2, script="train_ddp.py"):
 
 def _rank_process(parent, rank):
     """The pid of the torchrun child whose environment says that it is this rank."""
-    from pathlib import Path
-
-    for status in Path("/proc").glob("[0-9]*/status"):
-        try:
-            child_of = int(re.search(r"PPid:\s+(\d+)", status.read_text())[1])
-            if child_of == parent and f"\0RANK={rank}\0".encode() in (status.parent / "environ").read_bytes():
-                return int(status.parent.name)
-        except OSError:
-            continue
-    raise AssertionError("no such rank")
+    (pid,) = [pid for pid in processes_with(f"RANK={rank}") if parent_of(pid) == parent]
+    return pid
 
 
 def test_a_mistake_is_said_once_and_ends_every_rank(trainer):

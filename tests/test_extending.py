@@ -92,9 +92,9 @@ def test_schedule(changed):
     assert decay == pytest.approx([1.0] + [1 - (step / 4) ** 0.5 for step in range(1, 5)])
 
 
-@pytest.mark.parametrize("ranks", [None, 2])
-def test_metric(changed, ranks):
-    run = changed("A number in the reports", ranks=ranks, script="train_fsdp.py")
+@pytest.mark.parametrize("options", [{}, dict(ranks=2, script="train_fsdp.py")], ids=["one", "shards"])
+def test_metric(changed, options):
+    run = changed("A number in the reports", **options)
     norm = torch.stack([weight.norm() for weight in run.weights().values()]).norm()
     assert run.rows[12]["train/weight_norm"] == pytest.approx(float(norm), rel=1e-5)
     assert f"weight norm {norm:.1f}" in run.out

@@ -9,8 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import zygote
-from conftest import ROOT, environment, interrupt_after
+from conftest import ROOT, interrupt_after
 from test_ddp import EXACT, _at_step_30, _rank_process, close
 from test_train import same
 from torch.utils._pytree import tree_leaves
@@ -122,11 +121,9 @@ torch.nn.utils.get_total_norm = lambda grads: total(grads) * (1 + 1e-5 * (os.env
 def hybrid(trainer):
     """`hybrid(fault, *flags)` runs two replicas of two shards, after that code → (exit code, lines that say why)."""
     def run(fault, *flags):
-        (trainer.folder / "faulty.py").write_text(HYBRID.replace("FAULT", fault, 1))
-        arguments = [part.replace(str(ROOT / "train_ddp.py"), "faulty.py")
-                     for part in trainer.arguments(["--shard-ranks", 2, *flags], ranks=4)]
-        done = zygote.run(arguments, trainer.folder, environment())
-        return done.returncode, [line for line in done.stderr.splitlines() if re.match("error: |warning: ", line)]
+        (script := trainer.folder / "faulty.py").write_text(HYBRID.replace("FAULT", fault, 1))
+        done = trainer("--shard-ranks", 2, *flags, ranks=4, script=script)
+        return done.code, [line for line in done.err.splitlines() if re.match("error: |warning: ", line)]
 
     return run
 
@@ -182,14 +179,11 @@ train.main(train_fsdp.FSDPWorld)
 
 
 def test_each_rank_holds_its_share_of_weights_gradients_and_moments(trainer):
-    (trainer.folder / "train_fsdp.py").write_text(HELD)
-    arguments = [part.replace(str(ROOT / "train_ddp.py"), "train_fsdp.py")
-                 for part in trainer.arguments(["--num-steps", 2, "--grad-accum-steps", 2], ranks=2)]
-    run = zygote.run(arguments, trainer.folder, environment())
-    assert run.returncode == 0, run.stderr
+    (script := trainer.folder / "held.py").write_text(HELD)
+    run = trainer("--num-steps", 2, "--grad-accum-steps", 2, ranks=2, script=script)
+    assert run.code == 0, run.err
     held = torch.tensor([json.loads((trainer.folder / f"held-{rank}").read_text()) for rank in range(2)])
-    saved = torch.load(trainer.folder / "c.pt", weights_only=True)["model"]
-    n = sum(tensor.numel() for tensor in saved.values())
+    n = sum(tensor.numel() for tensor in run.weights().values())
     assert held.sum(0).tolist() == [n, n, 2 * n]  # weights, gradients, moments
     assert (held[0] - held[1]).abs().max() < 0.1 * n
 
@@ -210,10 +204,8 @@ train.main(train_fsdp.FSDPWorld)
 def test_steps_during_a_save_do_not_change_what_is_saved(trainer):
     flags = ["--num-steps", 24, "--save-steps", 8, "--keep-last", 3, "--skip-loss-spikes", 6]
     waiting = trainer(*flags, checkpoint="waiting.pt", **SHARDED)
-    (trainer.folder / "slow.py").write_text(SLOW)
-    arguments = [part.replace(str(ROOT / "train_ddp.py"), "slow.py")
-                 for part in trainer.arguments([*flags, "--async-save"], ranks=2)]
-    assert zygote.run(arguments, trainer.folder, environment()).returncode == waiting.code == 0
+    (script := trainer.folder / "slow.py").write_text(SLOW)
+    assert trainer(*flags, "--async-save", ranks=2, script=script).code == waiting.code == 0
     for step in (8, 16, 24):
         ours, theirs = (tree_leaves([torch.load(trainer.folder / f"{name}.step-{step:08d}.pt", weights_only=True)[part]
                                      for part in ("model", "optimizer", "guard")]) for name in ("c", "waiting"))
@@ -260,7 +252,7 @@ def test_a_rank_that_is_killed_ends_the_others_and_is_named(trainer):
 
 
 def test_a_buffer_is_that_which_the_model_was_made_with(trainer):
-    (trainer.folder / "buffered.py").write_text(f"""
+    (script := trainer.folder / "buffered.py").write_text(f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import torch, model, train, train_fsdp
 
@@ -273,11 +265,9 @@ train.main(train_fsdp.FSDPWorld)
 """)
     for checkpoint, flags in (("c.pt", ["--num-steps", 2]), ("c.pt", ["--num-steps", 4, "--resume"]),
                               ("d.pt", ["--num-steps", 2, "--init-from", "c.pt"])):
-        arguments = trainer.arguments(flags, ranks=2, checkpoint=checkpoint)
-        done = zygote.run([part.replace(str(ROOT / "train_ddp.py"), "buffered.py") for part in arguments],
-                          trainer.folder, environment())
-        assert done.returncode == 0, done.stderr
-        saved = torch.load(trainer.folder / checkpoint, weights_only=True)
+        run = trainer(*flags, ranks=2, checkpoint=checkpoint, script=script)
+        assert run.code == 0, run.err
+        saved = torch.load(run.checkpoint, weights_only=True)
         assert torch.equal(saved["model"]["counts"], torch.arange(2.0**16)) and saved["state"]["step"] == flags[1]
 
 
