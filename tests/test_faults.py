@@ -130,7 +130,7 @@ def test_a_save_is_overdue_so_many_minutes_of_training_after_the_last_one(tmp_pa
 
 def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path, monkeypatch):
     cfg = CheckpointConfig(checkpoint_path=str(tmp_path / "new" / "c.pt"), keep_last=2)
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: Free(3_900))
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: SimpleNamespace(free=3_900))
     with pytest.raises(UserError, match="4 checkpoints of 1e-06 GB need 1e-07 GB more"):
         checkpoint.require_space(cfg, 1_000, n_steps=1_000)
     (tmp_path / "new").mkdir()
@@ -153,11 +153,6 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path, monkeypatc
         checkpoint.require_space(milestones, 1_000, n_steps=250)
     with pytest.raises(UserError, match="5 checkpoints"):  # those that wait for their upload
         checkpoint.require_space(every, 1_000, n_steps=250, uploads=2)
-
-
-class Free:
-    def __init__(self, free):
-        self.free = free
 
 
 @contextlib.contextmanager
@@ -267,15 +262,13 @@ train.main(DDPWorld if "RANK" in __import__("os").environ else train.World)
 
 
 def test_fp16_leaves_a_batch_without_a_loss_out_too_and_what_is_to_be_saved_waits_for_the_next(trainer):
-    (trainer.folder / "planted.py").write_text(PLANTED.format(root=str(ROOT), every=5))
-    _, _, *rest = trainer.arguments(["--num-steps", 30, "--amp-dtype", "fp16", "--eval-steps", 0, "--max-bad-steps",
-                                     29, "--log-steps", 1, "--save-steps", 3, "--keep-last", 30])
-    run = zygote.run([sys.executable, "planted.py", *rest], trainer.folder, environment())
-    assert run.returncode == 0 and "steps skipped" in run.stdout, run.stderr
-    saved = torch.load(trainer.folder / "c.pt", weights_only=True)
+    (script := trainer.folder / "planted.py").write_text(PLANTED.format(root=str(ROOT), every=5))
+    run = trainer("--num-steps", 30, "--amp-dtype", "fp16", "--eval-steps", 0, "--max-bad-steps", 29, "--log-steps", 1,
+                  "--save-steps", 3, "--keep-last", 30, script=script)
+    assert run.code == 0 and "steps skipped" in run.out, run.err
+    saved = torch.load(run.checkpoint, weights_only=True)
     assert 0 < saved["meter"]["skipped"][0] < 30 and all(map(torch.isfinite, map(torch.sum, saved["model"].values())))
-    rows = Run(run, trainer.folder, "c.pt").rows
-    skipped = [rows[step].get("train/skipped_steps", 0) for step in range(31)]
+    skipped = [run.rows[step].get("train/skipped_steps", 0) for step in range(31)]
     taken = [step for step in range(1, 31) if skipped[step] == skipped[step - 1]]
     first = [next((step for step in taken if step >= due), 30) for due in range(3, 31, 3)]
     assert first != list(range(3, 31, 3)), "some have to wait"
@@ -284,20 +277,16 @@ def test_fp16_leaves_a_batch_without_a_loss_out_too_and_what_is_to_be_saved_wait
 
 @pytest.mark.parametrize("ranks", [None, pytest.param(2, marks=pytest.mark.full)])
 def test_a_batch_without_a_loss_is_left_out_counted_and_resumed_over(trainer, ranks):
-    (trainer.folder / "planted.py").write_text(PLANTED.format(root=str(ROOT), every=5))
+    (script := trainer.folder / "planted.py").write_text(PLANTED.format(root=str(ROOT), every=5))
     flags = ["--num-steps", 200, "--save-steps", 7, "--log-steps", 5, "--eval-steps", 0, "--max-bad-steps", 199]
-
-    def run(name, *more):
-        return [str(trainer.folder / "planted.py") if part.endswith(("train.py", "train_ddp.py")) else part
-                for part in trainer.arguments([*flags, *more], ranks, name)]
-
-    done = zygote.run(run("whole.pt"), trainer.folder, environment())
-    assert done.returncode == 0, done.stderr
-    killed = interrupt_after(run("c.pt"), trainer.folder, r"step 20/200", signal.SIGKILL if ranks is None
-                             else signal.SIGTERM)
+    how = dict(ranks=ranks, script=script)
+    done = trainer(*flags, checkpoint="whole.pt", **how)
+    assert done.code == 0, done.err
+    killed = interrupt_after(trainer.arguments(flags, **how), trainer.folder, r"step 20/200",
+                             signal.SIGKILL if ranks is None else signal.SIGTERM)
     assert killed.returncode
-    again = zygote.run(run("c.pt", "--resume"), trainer.folder, environment())
-    assert again.returncode == 0 and "steps skipped" in again.stdout, again.stderr
+    again = trainer(*flags, "--resume", **how)
+    assert again.code == 0 and "steps skipped" in again.out, again.err
     whole, resumed = (torch.load(trainer.folder / name, weights_only=True) for name in ("whole.pt", "c.pt"))
     assert all(torch.equal(whole["model"][name], resumed["model"][name]) for name in whole["model"])
     assert all(torch.isfinite(tensor).all() for tensor in whole["model"].values())
@@ -306,16 +295,17 @@ def test_a_batch_without_a_loss_is_left_out_counted_and_resumed_over(trainer, ra
 
 
 def test_too_many_bad_steps_in_a_row_halt_and_name_the_samples(trainer, text, cache):
-    (trainer.folder / "planted.py").write_text(PLANTED.format(root=str(ROOT), every=1))
-    flags = ["--num-steps", 30, "--log-steps", 2, "--max-bad-steps", 4, "--eval-steps", 2]
-    run = zygote.run([sys.executable, "planted.py", *trainer.arguments(flags)[2:]], trainer.folder, environment())
-    assert run.returncode == 1 and len(run.stderr.strip().splitlines()) == 1, run.stderr
+    (script := trainer.folder / "planted.py").write_text(PLANTED.format(root=str(ROOT), every=1))
+    flags = ["--num-steps", 30, "--log-steps", 2, "--max-bad-steps", 4, "--eval-steps", 2, "--save-steps", 2]
+    run = trainer(*flags, script=script)
+    assert run.code == 1 and len(run.err.strip().splitlines()) == 1, run.err
     assert re.search(r"not finite in 4 steps in a row, the last at step 4, which read the training tokens from "
-                     r"\[\d+(, \d+){3}\] on", run.stderr)
+                     r"\[\d+(, \d+){3}\] on", run.err)
     corpus = Corpus(DataConfig(train_data=[str(text)], cache_dir=str(cache), tokenizer_name="byte", seq_len=32))
-    assert f"from {corpus.samples(3 * 4, 4).tolist()} on" in run.stderr, "those of the fourth step"
-    assert (trainer.folder / "c.nonfinite.pt").exists() and not (trainer.folder / "c.best.pt").exists()
-    assert "no checkpoint is from before step 0: start as before, with --overwrite and a lower --lr" in run.stderr
+    assert f"from {corpus.samples(3 * 4, 4).tolist()} on" in run.err, "those of the fourth step"
+    assert [file.name for file in trainer.folder.glob("*.pt")] == ["c.nonfinite.pt"]
+    assert run.rows[4]["train/skipped_steps"] == 4, "its own report is there"
+    assert "no checkpoint is from before step 0: start as before, with --overwrite and a lower --lr" in run.err
     flags += ["--checkpoint-path", "full.pt", "--batch-size", 70]
     run = zygote.run(on_a_full_disk(trainer, *flags, script="planted.py"), trainer.folder, environment())
     assert run.returncode == 1 and len(run.stderr.strip().splitlines()) == 1, run.stderr
@@ -329,7 +319,7 @@ def test_a_run_that_does_not_fit_writes_nothing(trainer, ranks, full):
     if ranks:  # there is a run that it would replace
         assert trainer("--num-steps", 5).code == 0
     before = {path.name: path.read_bytes() for path in trainer.folder.glob("c.*") if path.is_file()}
-    (trainer.folder / "large.py").write_text(
+    (script := trainer.folder / "large.py").write_text(
         f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import torch, train, train_ddp\n"
         "fits, calls = train.GPT.forward, []\n"
@@ -340,10 +330,8 @@ def test_a_run_that_does_not_fit_writes_nothing(trainer, ranks, full):
         "    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 TiB')\n"
         "train.GPT.forward = forward\n"
         f"train.main({'train_ddp.DDPWorld' if ranks else ''})\n")
-    arguments = ["large.py" if word.endswith(".py") else word for word in
-                 trainer.arguments(["--num-steps", 5, "--overwrite", "--grad-accum-steps", 2], ranks=ranks)]
-    run = zygote.run(arguments, trainer.folder, environment())
-    assert run.returncode == 1 and "out of memory" in run.stderr.splitlines()[0], run.stderr
+    run = trainer("--num-steps", 5, "--overwrite", "--grad-accum-steps", 2, ranks=ranks, script=script)
+    assert run.code == 1 and "out of memory" in run.err.splitlines()[0], run.err
     after = {path.name: path.read_bytes() for path in trainer.folder.glob("c.*") if path.is_file()}
     assert before == after or before == {} and after.keys() == {"c.lock"}
 
@@ -380,21 +368,22 @@ def test_ended_while_it_tokenizes_it_leaves_nothing(trainer, text, tmp_path, how
 
 def signalled(trainer, name, *flags, where="GPT.forward"):
     """train.py, which gets that signal in its first call of `where`: in the pass before its first step."""
-    (trainer.folder / "signalled.py").write_text(SIGNALLED.format(root=str(ROOT), name=name, where=where))
-    return zygote.run([sys.executable, "signalled.py", *trainer.arguments(flags)[2:]], trainer.folder, environment())
+    (script := trainer.folder / "signalled.py").write_text(SIGNALLED.format(root=str(ROOT), name=name, where=where))
+    return trainer(*flags, script=script)
 
 
 def test_a_stop_before_the_first_step_replaces_nothing(trainer):
     assert trainer("--num-steps", 5).code == 0
     before = {path.name: path.read_bytes() for path in trainer.folder.glob("c.*") if path.is_file()}
-    assert signalled(trainer, "SIGTERM", "--num-steps", 10, "--overwrite").returncode == 143
+    run = signalled(trainer, "SIGTERM", "--num-steps", 10, "--overwrite")
+    assert run.code == 143 and "before the first step: nothing has been replaced" in run.out, run.err
     assert before == {path.name: path.read_bytes() for path in trainer.folder.glob("c.*") if path.is_file()}
 
 
 def test_a_run_that_is_asked_to_stop_in_its_last_step_is_finished(trainer):
     run = signalled(trainer, "SIGTERM", "--num-steps", 1, where="set_lr")
-    assert run.returncode == 0 and "Training finished" in run.stdout and "stopped by" not in run.stdout, run.stderr
-    assert run.stderr.startswith("SIGTERM: saves and exits")
+    assert run.code == 0 and "Training finished" in run.out and "stopped by" not in run.out, run.err
+    assert run.err.startswith("SIGTERM: saves and exits")
 
 
 # Prints what is asked of memory and disk before the first step.
@@ -416,36 +405,33 @@ train.main()
 
 
 def test_room_for_optimizer_state_and_checkpoints_is_asked_for_before_the_first_step(trainer):
-    (trainer.folder / "room.py").write_text(ROOM.format(root=str(ROOT)))
-    args = [sys.executable, "room.py", *trainer.arguments([])[2:]]
-    first = zygote.run([*args, "--num-steps", 2], trainer.folder, environment())
-    again = zygote.run([*args, "--num-steps", 9, "--resume"], trainer.folder, environment())
-    saved = torch.load(trainer.folder / "c.pt", weights_only=True)
-    n = sum(tensor.nbytes for tensor in saved["model"].values())
-    asked = [re.findall("^(?:held|saved) .*", run.stdout, re.M) for run in (first, again)]
-    assert asked[0] == [f"saved {3 * n} 2 0", f"held {2 * n}"], first.stderr
+    (script := trainer.folder / "room.py").write_text(ROOM.format(root=str(ROOT)))
+    first = trainer("--num-steps", 2, script=script)
+    again = trainer("--num-steps", 9, "--resume", script=script)
+    n = sum(tensor.nbytes for tensor in again.weights().values())
+    asked = [re.findall("^(?:held|saved) .*", run.out, re.M) for run in (first, again)]
+    assert asked[0] == [f"saved {3 * n} 2 0", f"held {2 * n}"], first.err
     assert asked[1] == [f"saved {3 * n} 7 0", "held 0"], "it is loaded"
 
 
 def test_a_tokenizer_that_cannot_be_written_replaces_no_run(trainer):
     assert trainer("--num-steps", 5).code == 0
     before = {path.name: path.read_bytes() for path in trainer.folder.glob("c.*") if path.is_file()}
-    (trainer.folder / "full.py").write_text(
+    (script := trainer.folder / "full.py").write_text(
         f"import errno, sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import train\n"
         "def full(self, folder):\n"
         "    raise OSError(errno.ENOSPC, 'No space left on device', str(folder))\n"
         "train.Corpus.export_tokenizer = full\n"
         "train.main()\n")
-    args = [sys.executable, "full.py", *trainer.arguments(["--num-steps", 5, "--overwrite"])[2:]]
-    run = zygote.run(args, trainer.folder, environment())
-    assert run.returncode == 1 and "c.tokenizer: No space left on device; make room there" in run.stderr, run.stderr
+    run = trainer("--num-steps", 5, "--overwrite", script=script)
+    assert run.code == 1 and "c.tokenizer: No space left on device; make room there" in run.err, run.err
     assert before == {path.name: path.read_bytes() for path in trainer.folder.glob("c.*") if path.is_file()}
 
 
 def test_sigusr1_before_the_first_step_saves_and_goes_on(trainer):
     run = signalled(trainer, "SIGUSR1", "--num-steps", 5, "--save-steps", 0)
-    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.code == 0, run.out + run.err
     steps = [torch.load(trainer.folder / name, weights_only=True)["state"]["step"] for name in ("c.prev.pt", "c.pt")]
     assert steps == [1, 5]
 
@@ -579,10 +565,10 @@ train.main()
     ids=["step", "eval", "before the first step"])
 def test_a_run_that_hangs_says_where_and_its_heartbeat_stops(trainer, where, call, what):
     first = 2.0 if call == 1 else 600.0
-    (trainer.folder / "hanging.py").write_text(HANGING.format(root=str(ROOT), where=where, call=call, first=first))
+    script = trainer.folder / "hanging.py"
+    script.write_text(HANGING.format(root=str(ROOT), where=where, call=call, first=first))
     flags = ["--num-steps", 30, "--log-steps", 2, "--eval-steps", 2, "--heartbeat-file", "beat"]
-    _, _, *rest = trainer.arguments(flags)
-    process = zygote.Popen([sys.executable, "hanging.py", *rest], cwd=trainer.folder, env=environment(), text=True,
+    process = zygote.Popen(trainer.arguments(flags, script=script), cwd=trainer.folder, env=environment(), text=True,
                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         for line in process.stdout:

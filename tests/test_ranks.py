@@ -77,7 +77,7 @@ def faulted(trainer, record_property):
 
     def run(fault, *flags, torchrun=(), ranks=2, **env):
         name = f"{trainer.folder.name}-{fault}"
-        args = [str(script) if part.endswith("train_ddp.py") else part for part in trainer.arguments(flags, ranks)]
+        args = trainer.arguments(flags, ranks, script=script)
         args[3:3] = torchrun
         process = zygote.Popen(args, cwd=trainer.folder, env=environment(FAULT=fault, FAULTED=name, **env),
                                text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
