@@ -177,14 +177,6 @@ def test_keep_last_keeps_that_many_by_step(tmp_path):
     assert len(list(tmp_path.iterdir())) == 4 and load(tmp_path / "c.prev.pt")["step"] == 15
 
 
-def test_best_alone_leaves_the_newest_alone(tmp_path):
-    cfg = config(tmp_path)
-    save_run(cfg, payload(1), 1, newest=True, best=False)
-    save_run(cfg, payload(2), 2, newest=False, best=True)
-    assert load(tmp_path / "c.pt")["step"] == 1 and load(tmp_path / "c.best.pt")["step"] == 2
-    assert not (tmp_path / "c.prev.pt").exists()
-
-
 def test_plan_decides_from_flags_and_files(tmp_path):
     path = tmp_path / "c.pt"
     assert plan(config(tmp_path)) is None
@@ -387,18 +379,6 @@ def test_a_fallback_mends_the_newest_so_that_a_kill_in_the_next_save_loses_nothi
     with pytest.raises(KeyboardInterrupt):
         save_run(cfg, whole(3), 3, newest=True, best=False)
     assert load_latest(tmp_path / "c.pt", cfg)[0]["step"] == 1
-
-
-def test_a_best_checkpoint_that_is_the_damaged_newest_by_another_name_is_forgotten(tmp_path):
-    cfg = config(tmp_path, resume="latest")
-    for step, best in ((1, False), (2, True)):
-        save_run(cfg, whole(step), step, newest=True, best=best)
-    with open(tmp_path / "c.pt", "r+b") as file:  # in place, as a disk does it: `.best.pt` has these bytes, too
-        file.seek(-200, os.SEEK_END)
-        file.write(bytes([file.read(1)[0] ^ 1]))
-    restored = resume.load_for_resume(tmp_path / "c.pt", cfg, {}, {})
-    assert restored["step"] == 1 and not (tmp_path / "c.best.pt").exists()
-    assert resume.loss_to_beat(cfg, State(step=1), EVAL_TOKENS) == math.inf
 
 
 def test_overwrite_says_whether_it_rolls_a_run_back_or_replaces_it(tmp_path):
@@ -723,13 +703,6 @@ def test_a_path_spelled_otherwise_is_the_same_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cfg = CheckpointConfig(checkpoint_path="c.pt")
     assert cfg.continues(tmp_path / "c.pt") and not cfg.continues(tmp_path / "other.pt")
-
-
-def test_only_what_a_run_writes_is_listed(tmp_path):
-    cfg = config(tmp_path)
-    save_run(cfg, payload(1), 1, newest=True, best=True)
-    (tmp_path / "c.sh").touch()
-    assert [os.path.basename(file) for file in cfg.files()] == ["c.pt", "c.best.pt"]
 
 
 def test_milestones_are_kept_for_good_beside_the_newest_few(tmp_path):
