@@ -217,15 +217,6 @@ def test_a_runs_own_config_goes_with_it(trainer, text, cache):
     assert again.code == 0 and again.checkpoint.exists(), "a flag wins"
 
 
-def test_a_run_killed_outright_goes_on_from_its_last_checkpoint(trainer):
-    flags = ["--num-steps", 300, "--log-steps", 10, "--eval-steps", 0, "--save-steps", 30]
-    straight = trainer(*flags, checkpoint="straight.pt")
-    killed = interrupt_after(trainer.arguments(flags), trainer.folder, r"step 110/300", signal.SIGKILL)
-    assert killed.returncode == -signal.SIGKILL
-    resumed = trainer(*flags, "--resume", "auto")
-    assert resumed.code == 0 and same(resumed, straight) and list(resumed.rows) == list(straight.rows)
-
-
 def test_ctrl_c_saves_and_leaves_with_130(trainer):
     flags = ["--num-steps", 100000, "--log-steps", 10, "--eval-steps", 0]
     stopped = interrupt_after(trainer.arguments(flags), trainer.folder, r"step 30/100000", signal.SIGINT)
@@ -493,17 +484,6 @@ def test_no_checkpoint_is_replaced_by_weights_that_give_no_finite_loss(trainer):
     assert again.code == 0 and again.rows[40]["train/skipped_steps"] == 0
 
 
-def test_a_run_that_is_not_finite_from_its_first_step_saves_no_checkpoint(trainer):
-    run = trainer("--num-steps", 40, "--save-steps", 2, "--log-steps", 2, "--lr", 1e30, "--grad-clip-norm", 0,
-                  "--warmup-steps", 0, "--no-amp", "--eval-steps", 0)
-    assert run.code == 1 and run.err.count("\n") == 1
-    assert "not finite in 11 steps in a row" in run.err and "no checkpoint is from before step 1" in run.err
-    assert (trainer.folder / "c.nonfinite.pt").exists()
-    halted = run.rows[int(re.search(r"at step (\d+)", run.err)[1])]
-    assert halted["train/skipped_steps"] >= 10 and math.isfinite(halted["lr"]), "its own report is there"
-    assert not run.checkpoint.exists()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("arch", "steps"), [
     pytest.param("gpt2", 400, marks=full), pytest.param("qwen3", 300, marks=full), ("nanochat", 250)])
@@ -540,13 +520,6 @@ def test_a_trial_of_a_sweep_that_was_asked_to_stop_has_not_failed(trainer):
     run = trainer("--num-steps", 100_000, "--time-limit", 0.2, "--eval-steps", 0,
                   env=dict(WANDB_SWEEP_ID="s", WANDB_RUN_ID="trial"))
     assert run.code == 0 and "stopped by --time-limit" in run.out and (trainer.folder / "c.trial.pt").exists(), run.out
-
-
-def test_a_run_stopped_before_its_first_step_says_so_and_leaves_what_was_there(trainer):
-    (trainer.folder / "c.metrics.jsonl").write_text("of a run before\n")
-    run = trainer("--num-steps", 20, "--time-limit", 1e-5)
-    assert run.code == 142 and "before the first step: nothing has been replaced" in run.out
-    assert (trainer.folder / "c.metrics.jsonl").read_text() == "of a run before\n" and not run.checkpoint.exists()
 
 
 def test_a_dry_run_says_the_size_takes_a_step_and_writes_nothing(trainer, text):
