@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -369,18 +368,6 @@ def test_a_signal_to_one_rank_alone_stops_them_all(trainer):
     assert torch.load(trainer.folder / "c.pt", weights_only=True)["state"]["step"] == step
 
 
-@full
-def test_a_rank_that_dies_takes_the_others_with_it(trainer):
-    process = _at_step_30(trainer, "--save-steps", 20)
-    victim = _rank_process(process.pid, 1)
-    begin = time.monotonic()
-    subprocess.run(["kill", "-9", str(victim)], check=True)
-    process.stdout.read()
-    assert process.wait(timeout=200) != 0
-    assert time.monotonic() - begin < 45
-    assert torch.load(trainer.folder / "c.pt", weights_only=True)["state"]["step"] >= 20
-
-
 def _at_step_30(trainer, *flags, ranks=2, script="train_ddp.py"):
     """torchrun in the midst of a run without end."""
     flags = ["--num-steps", 100000, "--log-steps", 10, "--eval-steps", 0, *flags]
@@ -430,16 +417,16 @@ def test_two_nodes_make_one_log_one_wandb_run_and_one_checkpoint(trainer, text):
 
 
 @pytest.mark.parametrize("difference, words", [
-    pytest.param("sys.argv += ['--data-seed', '2']", "the ranks have different flags", marks=full),
-    ("os.environ['LOCAL_RANK'] = '0'; os.chdir('node1')", "the ranks have different data"),
+    ("os.environ['LOCAL_RANK'] = '0'; os.chdir('node1')",
+     r"the ranks have different data: rank 1 has the training data \w+ instead of \w+"),
     ("from mini_llm import hardware; hardware.Precision.name = 'odd'; hardware.device_name = lambda _: 'odd'",
      r"the ranks have different devices: rank 1 has precision odd instead of \S+, device odd instead of "),
     ("import torch; seed = torch.manual_seed; torch.manual_seed = lambda number: seed(number + 1)",
      "the ranks have different weights: rank 1 has "),
     ("os.environ['LOCAL_RANK'] = '0'; os.chdir('node2')", "--train-data prose.txt: no such file"),
-], ids=["flags", "data", "devices", "weights", "missing"])
+], ids=["data", "devices", "weights", "missing"])
 def test_ranks_that_differ_leave_saying_why(tmp_path, text, difference, words):
-    """Rank 1 is made to differ: in its flags, or as the first rank of a node with other files."""
+    """Rank 1 is made to differ, also as the first rank of a node with other files."""
     (tmp_path / "prose.txt").write_text(text.read_text())
     (tmp_path / "node1").mkdir()
     (tmp_path / "node1" / "prose.txt").write_text(text.read_text().upper())

@@ -225,26 +225,17 @@ def start_node(node, port, folder, flags, env=None, **streams):
     return zygote.Popen(list(map(str, args)), cwd=folder, env=environment(**(env or {})), text=True, **streams)
 
 
-@pytest.mark.parametrize(("flags", "words"), [
-    ([[], ["--data-seed", 2, "--lr", 0.5]], "different flags: rank 1 has --data-seed 2 instead of 1337, --lr 0.5 "
-                                            "instead of 0.001"),
-    pytest.param([["--train-data", "a.txt"], ["--train-data", "a.txt"]],
-                 r"different data: rank 1 has the training data \w+ instead of \w+", marks=pytest.mark.full),
-], ids=["flags", "data"])
 @pytest.mark.timeout(100)
-def test_nodes_that_differ_are_told_in_one_line_which_and_in_what(tmp_path, text, flags, words):
+def test_nodes_that_differ_are_told_in_one_line_which_and_in_what(tmp_path, text):
     port = free_port()
     nodes, began = [], time.monotonic()
-    for node in range(2):
-        folder = tmp_path / f"node{node}"
-        folder.mkdir()
-        (folder / "a.txt").write_text(text.read_text()[node:])
-        more = ["--train-data", text, *flags[node]] if "--train-data" not in flags[node] else flags[node]
-        nodes.append(start_node(node, port, folder, more, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
+    for node, flags in enumerate(([], ["--data-seed", 2, "--lr", 0.5])):
+        nodes.append(start_node(node, port, tmp_path, ["--train-data", text, *flags], stdout=subprocess.DEVNULL,
+                                stderr=subprocess.PIPE))
     errors = [node.communicate(timeout=200)[1] for node in nodes]
     lines = [line for line in "".join(errors).splitlines() if line.startswith("error: ")]
     assert all(node.returncode for node in nodes) and len(lines) == 1, errors
-    assert re.search(words, lines[0]), lines
+    assert "different flags: rank 1 has --data-seed 2 instead of 1337, --lr 0.5 instead of 0.001" in lines[0], lines
     assert time.monotonic() - began < 80
 
 
