@@ -4,14 +4,13 @@ import os
 import pickle
 import re
 import signal
-import socket
 import subprocess
-import sys
 
 import pytest
 import torch
 import zygote
 from conftest import ROOT, TINY, Run, command, environment, interrupt_after, processes_with
+from test_ranks import free_port, start_node
 from test_train import same
 from wandb_file import run_files
 
@@ -52,10 +51,7 @@ def test_ranks_are_one_process_with_as_many_micro_batches_and_continue_it(traine
 
 def srun(trainer, *flags, checkpoint):
     """One task on each of two nodes, as `srun python train_ddp.py` starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    tasks = []
+    port, tasks = free_port(), []
     for task in range(2):
         slurm = dict(SLURM_PROCID=task, SLURM_NTASKS=2, SLURM_LOCALID=0, SLURM_NTASKS_PER_NODE=1, SLURM_NODEID=task,
                      MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
@@ -393,18 +389,11 @@ def test_a_mistake_is_said_once_and_ends_every_rank(trainer):
 
 
 def test_two_nodes_make_one_log_one_wandb_run_and_one_checkpoint(trainer, text):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    nodes = []
+    port, nodes = free_port(), []
+    flags = ["--train-data", text, "--num-steps", 10, "--use-wandb", "--wandb-run-name", "two nodes"]
     for node in range(2):
-        folder = trainer.folder / f"node{node}"
-        folder.mkdir()
-        nodes.append(zygote.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", f"--node-rank={node}",
-             "--master-addr=127.0.0.1", f"--master-port={port}", str(ROOT / "train_ddp.py"), *TINY, "--train-data",
-             str(text), "--num-steps", "10", "--use-wandb", "--wandb-run-name", "two nodes"],
-            cwd=folder, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        (folder := trainer.folder / f"node{node}").mkdir()
+        nodes.append(start_node(node, port, folder, flags, ranks=2, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
     outputs = [node.communicate(timeout=180) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert "step 10/10" in outputs[0][0] and "4 ranks" in outputs[0][0] and outputs[1][0] == ""

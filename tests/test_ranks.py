@@ -218,10 +218,11 @@ def free_port():
         return free.getsockname()[1]
 
 
-def start_node(node, port, folder, flags, env=None, **streams):
-    """torchrun with one rank on one of two nodes of this machine, in `folder`."""
-    args = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--node-rank={node}",
-            "--master-addr=127.0.0.1", f"--master-port={port}", ROOT / "train_ddp.py", *TINY, *flags]
+def start_node(node, port, folder, flags, env=None, ranks=1, **streams):
+    """torchrun with so many ranks on one of two nodes of this machine, in `folder`."""
+    args = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--nproc-per-node={ranks}",
+            f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}", ROOT / "train_ddp.py", *TINY,
+            *flags]
     return zygote.Popen(list(map(str, args)), cwd=folder, env=environment(**(env or {})), text=True, **streams)
 
 
