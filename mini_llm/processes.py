@@ -172,7 +172,7 @@ class StopSignal:
         """The signal's name, or --time-limit if that sent it."""
         return "--time-limit" if number == signal.SIGALRM else signal.Signals(number).name
 
-    def agreed(self, overdue=False):
+    def agreed(self, overdue):
         """Collective. → (signal to stop for, or 0; whether to save now; whether a save is overdue), each if it is so on
         any rank. `overdue`: whether one is on this rank."""
         asked, self.save = self.save, False
