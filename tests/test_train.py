@@ -366,19 +366,17 @@ def test_a_prompt_that_the_tokenizer_does_not_know_is_refused_at_the_start(train
 
 
 def test_a_console_that_is_closed_or_narrow_is_no_reason_to_end(trainer):
-    arguments = trainer.arguments(["--num-steps", 20, "--sample-steps", 10])
-    closed = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *arguments], cwd=trainer.folder,
-                            env=environment(), timeout=200)
+    flags = ["--num-steps", 20, "--sample-steps", 10]
+    closed = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *trainer.arguments(flags)],
+                            cwd=trainer.folder, env=environment(), timeout=200)
     assert closed.returncode == 0 and "Training finished" in (trainer.folder / "c.log").read_text()
-    (trainer.folder / "odd.py").write_text(
+    (script := trainer.folder / "odd.py").write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import train\n"
         "train.sample_text = lambda *_: 'Zwölf €'\n"
         "train.main()\n")
-    arguments[1] = str(trainer.folder / "odd.py")
-    narrow = subprocess.run([*arguments, "--overwrite"], cwd=trainer.folder, capture_output=True, text=True,
-                            timeout=200, env=environment(PYTHONIOENCODING="ascii"))
-    assert narrow.returncode == 0 and "Zw?lf ?" in narrow.stdout, narrow.stderr
+    narrow = trainer(*flags, "--overwrite", script=script, env=dict(PYTHONIOENCODING="ascii"))
+    assert narrow.code == 0 and "Zw?lf ?" in narrow.out, narrow.err
     assert "Zwölf €" in (trainer.folder / "c.log").read_text("utf-8")
 
 
