@@ -51,7 +51,7 @@ class CheckpointConfig:
     def validate(self):
         if self.overwrite and self.resume in ("latest", "auto"):
             raise UserError("--resume continues the checkpoint that --overwrite discards: give only one of them")
-        if os.path.isdir(self.checkpoint_path) or not Path(self.checkpoint_path).stem:
+        if os.path.isdir(self.checkpoint_path):
             raise UserError(f"--checkpoint-path {self.checkpoint_path}: is a folder; name a file in it, "
                             f"such as {os.path.join(self.checkpoint_path, 'minigpt.pt')}")
         name = Path(self.checkpoint_path).name
