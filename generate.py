@@ -86,14 +86,12 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     seeds = range(len(prompts)) if seeds is None else seeds
     lengths = [len(prompt) for prompt in prompts]
     shortest, total = min(lengths), max(lengths) + max_new_tokens
-    ragged, greedy = max(lengths) > shortest, temperature < COLD
     tokens = torch.zeros(len(prompts), total, dtype=torch.long)
     noise = torch.zeros(len(prompts), total)
     for row, prompt in enumerate(prompts):
         tokens[row, :len(prompt)] = torch.tensor(prompt)
-        if not greedy:
-            draws = np.random.default_rng(seeds[row]).random(max_new_tokens, dtype=np.float32)
-            noise[row, len(prompt):len(prompt) + max_new_tokens] = torch.from_numpy(draws)
+        draws = np.random.default_rng(seeds[row]).random(max_new_tokens, dtype=np.float32)
+        noise[row, len(prompt):len(prompt) + max_new_tokens] = torch.from_numpy(draws)
     tokens, noise, starts = tokens.to(device), noise.to(device), torch.tensor(lengths, device=device)
     model.eval()
     try:
@@ -103,8 +101,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
                 past, fresh = [KVCache(limit) for _ in model.blocks], tokens[:, position - (limit // 2 or 1):position]
             logits = model.logits(model.hidden(fresh, past)[:, -1])[:, :vocab_size].float()  # (B, V)
             fresh = sample(logits, noise[:, position:position + 1], temperature, top_k, top_p)  # (B, 1)
-            if ragged:
-                fresh = torch.where(starts[:, None] > position, tokens[:, position:position + 1], fresh)
+            fresh = torch.where(starts[:, None] > position, tokens[:, position:position + 1], fresh)
             tokens[:, position:position + 1] = fresh
             yield [token if 0 <= position - start < max_new_tokens else None
                    for token, start in zip(fresh[:, 0].tolist(), lengths, strict=True)]
