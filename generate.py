@@ -197,9 +197,9 @@ def prompt_ids(tokenizer, start, prompt, prefix=(), given="--prompt"):
     return [*prefix, *ids] or [start]
 
 
-def write_texts(model, tokenizer, eos, saved, cfg, out):
-    """Generate what `cfg` asks for and write it to `out`: a single text is streamed, several are each written once
-    complete, in order. Returns the number of generated tokens."""
+def write_texts(model, tokenizer, eos, saved, cfg):
+    """Generate what `cfg` asks for and print it: a single text is streamed, several are each printed once complete, in
+    order. Returns the number of generated tokens."""
     prompts = cfg.prompts()
     texts = [text for text in prompts for _ in range(cfg.num_samples)]
     start, prefix = saved.get("start", eos or 0), saved.get("prefix", [])
@@ -211,7 +211,7 @@ def write_texts(model, tokenizer, eos, saved, cfg, out):
     def emit(row, new):
         outputs[row] += new
         if len(texts) == 1 and new:
-            print(new, end="", file=out, flush=True)
+            print(new, end="", flush=True)
 
     for rows in batches([len(tokens) for tokens in ids], cfg.batch_size, cfg.max_new_tokens):
         growing = {row: Continuation(tokenizer, eos, ids[row] if texts[row] else [], cfg.stop) for row in rows}
@@ -229,10 +229,10 @@ def write_texts(model, tokenizer, eos, saved, cfg, out):
         for row, continuation in growing.items():
             emit(row, continuation.finish())
         while len(texts) > 1 and n_written in outputs:
-            print(*([RULE] if n_written else []), outputs.pop(n_written), sep="\n", file=out, flush=True)
+            print(*([RULE] if n_written else []), outputs.pop(n_written), sep="\n", flush=True)
             n_written += 1
     if len(texts) == 1:
-        print(file=out, flush=True)
+        print(flush=True)
     return n_tokens
 
 
@@ -262,7 +262,7 @@ def main():
     model, tokenizer, eos, saved = load_run(cfg.checkpoint_path)
     began = time.perf_counter()
     with hardware.enough_memory():
-        n_tokens = write_texts(model.to(device), tokenizer, eos, saved, cfg, sys.stdout)
+        n_tokens = write_texts(model.to(device), tokenizer, eos, saved, cfg)
     seconds = time.perf_counter() - began
     print(f"{n_tokens:,} tokens in {seconds:.2f} s: {n_tokens / seconds:,.0f} tokens/s on {device.type}",
           file=sys.stderr)

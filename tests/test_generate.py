@@ -330,9 +330,10 @@ def test_prompts_come_from_flags_and_files(tmp_path):
     (tmp_path / "p.txt").write_text("a b\n\nc")
     assert GenerateConfig(prompt=["x"], prompt_file=str(tmp_path / "p.txt")).prompts() == ["x", "a b", "", "c"]
     assert GenerateConfig().prompts() == [""]
-    (tmp_path / "p.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="not UTF-8"):
-        GenerateConfig(prompt_file=str(tmp_path / "p.txt")).prompts()
+    for content, words in (b"\xff\xfe", "not UTF-8"), (b"", "no prompt in it"):
+        (tmp_path / "p.txt").write_bytes(content)
+        with pytest.raises(UserError, match=words):
+            GenerateConfig(prompt_file=str(tmp_path / "p.txt")).prompts()
 
 
 def test_a_folders_prompts_begin_as_its_tokenizer_begins_them(tuned, tmp_path, capsys):
