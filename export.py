@@ -3,7 +3,6 @@
 The folder loads with `transformers.AutoModelForCausalLM.from_pretrained(DIR)`, without any of our code.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -168,11 +167,10 @@ def model_card(path, model, saved, n_tokens, dtype):
     if best is None and math.isfinite(state["best_val"]):
         losses.append(("best validation loss so far", (state["best_val"], None)))  # only the metrics know its step
     results = [f"- {name}: {loss(*found)}" for name, found in losses if found]
-    if link := _wandb_link(path):
-        results.append(f"- Weights & Biases: {link}")
-    elsewhere = {"device", "train_data", "val_data", "use_toy_data"}
-    if not divided:
-        elsewhere |= {"tokenizer_name", "val_ratio"}
+    log = beside_run(path, ".log")
+    text = log.read_text("utf-8", errors="replace") if log.exists() else ""
+    results += [f"- Weights & Biases: {link}" for link in re.findall(r"wandb.*: run .+ at (https?://\S+)", text)[-1:]]
+    elsewhere = {"device", "train_data", "val_data", "val_ratio", "use_toy_data", "tokenizer_name"}
     flags = [one.name for part in TRAINED_BY for one in dataclasses.fields(part)]
     settings = "\n".join(f"{name} = {json.dumps(config[name], ensure_ascii=False)}" for name in flags
                          if name not in elsewhere and not is_launch_flag(name)
@@ -236,20 +234,6 @@ inputs = tokenizer("Once", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
 ```
 """
-
-
-def _wandb_link(path):
-    """The run's W&B URL, from its log; failing that, its run id and project; "" without W&B."""
-    memory, log = beside_run(path, ".wandb.json"), beside_run(path, ".log")
-    if not memory.exists():
-        return ""
-    text = log.read_text("utf-8", errors="replace") if log.exists() else ""
-    if found := re.findall(r"wandb.*: run .+ at (https?://\S+)", text):
-        return found[-1]
-    with contextlib.suppress(ValueError, KeyError):  # damaged
-        run = read_json(memory)["init"]
-        return f"run {run['id']} of project {run['project']}"
-    return ""
 
 
 @one_line_errors()

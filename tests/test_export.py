@@ -165,7 +165,6 @@ def test_the_card_says_what_was_trained_on_what(exported, tuned, text, tmp_path)
     for file in run.checkpoint.parent.glob("qwen3.*"):  # without metrics the checkpoint says what it knows
         if file.suffix != ".jsonl":
             (shutil.copytree if file.is_dir() else shutil.copy)(file, tmp_path / file.name)
-    (tmp_path / "qwen3.wandb.json").write_text(json.dumps(dict(init=dict(id="abc", project="p"))))
     with open(tmp_path / "qwen3.log", "a") as log:
         log.write("[2026-01-01 00:00:00] wandb: run abc (swift-sun-3) at https://wandb.ai/me/p/runs/abc\n")
     export.export(tmp_path / "qwen3.pt", str(tmp_path / "out"), "bfloat16")
