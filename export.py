@@ -28,7 +28,6 @@ from mini_llm.tokenizer import id_count
 from model import GPTConfig
 from optim import OptimConfig
 
-SAMPLING = dict(do_sample=True, temperature=TEMPERATURE, top_k=TOP_K)
 TRAINED_BY = (GPTConfig, DataConfig, BatchConfig, OptimConfig, SpeedConfig)  # the flags that the card lists
 # What is loaded from such a folder. Beside a new export, an earlier one's would count, too.
 LOADED = re.compile(r"model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin|tokenizer\.model|merges\.txt|"
@@ -81,7 +80,8 @@ def export(path, output, dtype="float32"):
     spare = list(range(n_tokens, model.cfg.vocab_size))  # ids that the tokenizer does not have
     twin.generation_config = transformers.GenerationConfig(
         bos_token_id=saved.get("start", eos), eos_token_id=eos, pad_token_id=eos,
-        suppress_tokens=spare if 0 < len(spare) <= SPARE_IDS else None, **SAMPLING)
+        suppress_tokens=spare if 0 < len(spare) <= SPARE_IDS else None,
+        do_sample=True, temperature=TEMPERATURE, top_k=TOP_K)
     output = Path(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
