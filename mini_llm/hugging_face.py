@@ -119,11 +119,10 @@ def from_hugging_face(cfg, theirs):
     """Their state dict → ours, for a GPT of `cfg`."""
     ours = {}
     with torch.device("meta"):
-        shapes = GPT(cfg).state_dict()
-    for name, tensor in shapes.items():
+        names = GPT(cfg).state_dict().keys()
+    for name in names:
         parts = [_oriented(cfg, name, theirs[part]) for part in _their_names(cfg, name)]
         ours[name] = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()  # no copy where none is needed
-        assert ours[name].shape == tensor.shape, (name, ours[name].shape, tensor.shape)
     return ours
 
 
