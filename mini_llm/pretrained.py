@@ -99,7 +99,7 @@ def _resolve_source(cfg, stated, prepared):
     theirs = _source_config(source)
     # The flags that a checkpoint's own run was started with fit it, too, though positions that were not trained on are
     # dropped (model_parts).
-    own = resume.peek_run(source)["config"] if os.path.isfile(source) else {}
+    own = resume.peek_run(source)["config"]  # {} of a folder
     if "seq_len" not in cfg.given:
         seq_len = own.get("seq_len", min(1024, theirs.max_position_embeddings))
     if theirs.parts.rope_theta:
