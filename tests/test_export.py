@@ -269,3 +269,7 @@ def test_a_tokenizer_that_does_not_encode_every_text_is_exported(tuned, tmp_path
     words.save(str(tmp_path / "c.tokenizer" / "tokenizer.json"))
     export.export(tmp_path / "c.pt", str(tmp_path / "hf"))
     assert Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json")).encode("the king").ids == [0, 1]
+    assert load_run(tmp_path / "hf")[3]["prefix"] == []
+    (tmp_path / "c.tokenizer" / "tokenizer_config.json").unlink()
+    with pytest.raises(UserError, match="tokenizer_config.json is damaged: no such file"):
+        export.export(tmp_path / "c.pt", str(tmp_path / "again"))

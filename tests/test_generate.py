@@ -354,6 +354,8 @@ def test_a_folders_prompts_begin_as_its_tokenizer_begins_them(tuned, tmp_path, c
     (stock := tmp_path / "gpt2").mkdir()
     for file in tuned["gpt2"][0].iterdir():
         shutil.copy(file, stock)
+    with pytest.raises(UserError, match="no tokenizer in it that can be read"):
+        load_run(stock)
     load_tokenizer("byte").save(str(stock / "tokenizer.json"))
     assert json.loads((stock / "generation_config.json").read_text())["bos_token_id"] == 50256
     assert load_run(stock)[3]["prefix"] == [] and "start" not in load_run(stock)[3], "an id that it does not have"
