@@ -48,8 +48,6 @@ class Run:
         self.path, self.name, self.rows, self.samples, self.alerts = path, path.name.removesuffix(ROWS), [], [], []
         self.config, self.code, self.starts = {}, None, []
         for record in read_records(path):
-            for name in [name for name in record if name.startswith(("gradients/", "parameters/"))]:
-                del record[name]  # histograms, which only W&B shows
             event, step = record.get("event"), record["step"]
             if event == "config":  # one for each start or resume of the run
                 self.config, self.code = record["config"], None
@@ -61,7 +59,8 @@ class Run:
             elif event == "exit":
                 self.code = record["code"]
             elif event is None and ("train/loss" in record or "val/loss" in record):
-                self.rows.append(record)
+                # Without histograms, of megabytes, which only W&B shows.
+                self.rows.append({name: value for name, value in record.items() if not isinstance(value, dict)})
         elapsed = 0
         for row in self.rows:  # not wall-clock time, which also passes while a killed run waits to be resumed
             elapsed += row.get("time/dt_sec") or 0
