@@ -8,7 +8,6 @@ python report.py checkpoints/minigpt.pt --terminal      the same as text, over s
 
 import base64
 import datetime
-import html
 import io
 import math
 import os
@@ -20,6 +19,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 from mini_llm.config import Parser, flag, is_launch_flag, positive
@@ -307,32 +307,32 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 def page(runs, images):
     """The complete HTML page. `images`: (title, PNG bytes) of each plot."""
     title = ", ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
-    parts = [f"<h1>{_escape(title)}</h1>", *map(_heading, runs), "<h2>Comparison</h2>" if len(runs) > 1 else
+    parts = [f"<h1>{escape(title)}</h1>", *map(_heading, runs), "<h2>Comparison</h2>" if len(runs) > 1 else
              "<h2>Figures</h2>", _comparison(runs), "<h2>Curves</h2>", '<div class="plots">']
-    parts += [f'<img alt="{_escape(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    parts += [f'<img alt="{escape(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
               for name, png in images]
     parts += ["</div>", "<h2>Samples</h2>" if any(run.samples for run in runs) else ""]
     for run in runs:
         for step, text in reversed(run.samples):
             is_open = " open" if step == run.samples[-1][0] else ""
-            parts.append(f"<details{is_open}><summary>{_escape(run.name)}, step {step:,}</summary>"
-                         f"<pre>\n{_escape(text or EMPTY)}</pre></details>")
+            parts.append(f"<details{is_open}><summary>{escape(run.name)}, step {step:,}</summary>"
+                         f"<pre>\n{escape(text or EMPTY)}</pre></details>")
     parts.append("<h2>Configuration</h2>")
     for run in runs:
-        rows = "".join(f"<tr><td>{_escape(name)}</td><td>{_escape(show(value))}</td></tr>"
+        rows = "".join(f"<tr><td>{escape(name)}</td><td>{escape(show(value))}</td></tr>"
                        for name, value in run.config.items() if name != "command"
                        and (run.config.get("use_wandb") or not name.startswith("wandb_")))
-        parts.append(f"<details><summary>{_escape(run.name)}</summary><pre>{_escape(run.config.get('command', ''))}"
+        parts.append(f"<details><summary>{escape(run.name)}</summary><pre>{escape(run.config.get('command', ''))}"
                      f'</pre><div class="config"><table>{rows}</table></div></details>')
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_escape(title)}</title>\n'
+    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
             f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>\n<body>\n'
             + "\n".join(parts) + "\n</body></html>\n")
 
 
 def _heading(run):
-    return (f'<div class="faint">{_escape(run.story())}</div>'
-            + "".join(f'<div class="alert">{_escape(alert)}</div>' for alert in run.alerts))
+    return (f'<div class="faint">{escape(run.story())}</div>'
+            + "".join(f'<div class="alert">{escape(alert)}</div>' for alert in run.alerts))
 
 
 def _comparison(runs):
@@ -340,34 +340,30 @@ def _comparison(runs):
     facts = [run.facts() for run in runs]
     best = runs[0].best() if len(runs) > 1 and comparable(runs) == "val/loss" else None
     cells = [[f"<td{' class=best' if name == 'best val loss' and best is not None and run.best() == best else ''}>"
-              f"{_escape(text)}</td>" for name, text in mine.items()] for run, mine in zip(runs, facts, strict=True)]
+              f"{escape(text)}</td>" for name, text in mine.items()] for run, mine in zip(runs, facts, strict=True)]
     parts = [_table(runs, facts[0], cells)]
     if flags := differences(runs):
-        cells = [[f"<td>{_escape(show(values[i]))}</td>" for values in flags.values()] for i in range(len(runs))]
+        cells = [[f"<td>{escape(show(values[i]))}</td>" for values in flags.values()] for i in range(len(runs))]
         parts += ["<h2>Flags that differ</h2>", _table(runs, flags, cells)]
     if seeds := over_seeds(runs):
-        head, *rows = ["".join(f"<td>{_escape(cell)}</td>" for cell in row) for row in seeds]
+        head, *rows = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in seeds]
         parts += ["<h2>Over seeds</h2>", _wide(head.replace("td>", "th>"), rows)]
     return "\n".join(parts)
 
 
 def _table(runs, titles, cells):
-    head = "".join(f"<th>{_escape(title)}</th>" for title in ("run", *titles))
+    head = "".join(f"<th>{escape(title)}</th>" for title in ("run", *titles))
     rows = []
     for i, run in enumerate(runs):
         color, line = looks(i)
         swatch = f'<span class="swatch" style="border-top: 3px {line} {color}"></span>' if len(runs) > 1 else ""
-        rows.append(f"<td>{swatch}{_escape(run.name)}</td>{''.join(cells[i])}")
+        rows.append(f"<td>{swatch}{escape(run.name)}</td>{''.join(cells[i])}")
     return _wide(head, rows)
 
 
 def _wide(head, rows):
     lines = "\n".join(f"<tr>{row}</tr>" for row in rows)
     return f'<div class="wide"><table><tr>{head}</tr>\n{lines}\n</table></div>'
-
-
-def _escape(text):
-    return html.escape(str(text))
 
 
 def write_page(runs, folder, x, smooth):
