@@ -8,7 +8,6 @@ python report.py checkpoints/minigpt.pt --terminal      the same as text, over s
 
 import base64
 import datetime
-import io
 import math
 import os
 import re
@@ -305,12 +304,12 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def page(runs, images):
-    """The complete HTML page. `images`: (title, PNG bytes) of each plot."""
+    """The complete HTML page. `images`: (title, PNG file) of each plot."""
     title = ", ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
     parts = [f"<h1>{escape(title)}</h1>", *map(_heading, runs), "<h2>Comparison</h2>" if len(runs) > 1 else
              "<h2>Figures</h2>", _comparison(runs), "<h2>Curves</h2>", '<div class="plots">']
-    parts += [f'<img alt="{escape(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-              for name, png in images]
+    parts += [f'<img alt="{escape(name)}" src="data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}">'
+              for name, file in images]
     parts += ["</div>", "<h2>Samples</h2>" if any(run.samples for run in runs) else ""]
     for run in runs:
         for step, text in reversed(run.samples):
@@ -372,13 +371,12 @@ def write_page(runs, folder, x, smooth):
     images = []
     for panel, drawn, axis in plots(runs, x):
         first = not images  # the first plot is as wide as the page
-        png = io.BytesIO()
-        figure(panel, drawn, axis, smooth, size=(10, 4) if first else (6.4, 3.4)).savefig(png, dpi=150)
-        (folder / f"{panel.name}.png").write_bytes(png.getvalue())
-        images.append((panel, png.getvalue()))
-    text = page(runs, [(panel.title, png) for panel, png in images])
+        file = folder / f"{panel.name}.png"
+        figure(panel, drawn, axis, smooth, size=(10, 4) if first else (6.4, 3.4)).savefig(file, dpi=150)
+        images.append((panel.title, file))
+    text = page(runs, images)
     (folder / "index.html").write_bytes(text.encode(errors="backslashreplace"))  # a sample may contain a lone surrogate
-    return [f"{panel.name}.png" for panel, _ in images]
+    return [file.name for _, file in images]
 
 
 def print_text(runs, x, smooth):
