@@ -25,8 +25,8 @@ esac
 case $what in
 check) TORCHINDUCTOR_COMPILE_THREADS=4 $python -m pytest -o addopts= -n 4 -v --durations=0 tests/test_gpu.py ;;
 speed)
-  $python bench/speed.py --device cuda --size "${2:?a size}" --nanogpt "${3:?a checkout of nanoGPT}" --no-trainer \
-    ${4:+--batch "$4"} --rounds 3 --limit 500 ;;
+  $python bench/speed.py --device cuda --size "${2:?a size}" --nanogpt "${3:?a checkout of nanoGPT}" \
+    --only nanoGPT mini-llm ${4:+--batch "$4"} --rounds 3 --limit 500 ;;
 trainer) $python bench/speed.py --device cuda --size "${2:?a size}" --rounds 3 --limit 500 ;;
 step) $python bench/step.py --device cuda --size "${2:?a size}" ;;
 loss) $python bench/loss.py --device cuda --nanogpt "${2:?a checkout of nanoGPT}" --seconds 260 \

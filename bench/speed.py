@@ -29,10 +29,9 @@ def programs(bench, options, fast):
         if cpu:
             found["nanoGPT, eager fp32"] = lambda steps: bench.nano(steps, False)
         found["nanoGPT, compile " + ("fp32" if cpu else "bf16")] = lambda steps: bench.nano(steps, True)
-    if not options.no_trainer:
-        if cpu:
-            found["HF Trainer, fp32"] = lambda steps: bench.trainer(steps)
-        found[f"HF Trainer, {fast} + compile"] = lambda steps: bench.trainer(steps, *bf16, "--compile")
+    if cpu:
+        found["HF Trainer, fp32"] = lambda steps: bench.trainer(steps)
+    found[f"HF Trainer, {fast} + compile"] = lambda steps: bench.trainer(steps, *bf16, "--compile")
     if cpu and bf16:
         found["mini-llm, --no-amp"] = lambda steps: bench.ours(steps, "--no-amp")
     if cpu:
@@ -68,7 +67,6 @@ def main():
     parser.add_argument("--size", choices=SIZES, default="A")
     parser.add_argument("--text", type=Path, help="the text, by characters; none: Python's standard library, by BPE")
     parser.add_argument("--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT")
-    parser.add_argument("--no-trainer", action="store_true", help="leave out the Hugging Face Trainer")
     parser.add_argument("--only", nargs="*", help="only programs whose names contain one of these")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--batch", type=int, help="sequences in a step, in place of the size's own")
