@@ -28,20 +28,19 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(folder, size, options.text, device=options.device)
 
-        one = bench.ours
-
         def many(steps):
             where, (python, _, *flags) = bench.ours(steps, "--batch-size", size.batch // options.ranks)
             return where, [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.ranks}",
                            ROOT / f"train_{options.mode}.py", *flags]
 
-        rates = {one: [], many: []}
+        rates = {bench.ours: [], many: []}
         for _ in range(options.rounds):
             for make, found in rates.items():
                 found.append(timed(make, size)[0])
     print(f"size {options.size}, global batch {size.batch} x {size.context} tokens, {machine(options.device)}")
-    print(f"one process: {spread(rates[one])} tokens/s; {options.ranks} ranks ({options.mode}): {spread(rates[many])}; "
-          f"ratio {spread([b / a for a, b in zip(rates[one], rates[many], strict=True)], '.3f')}")
+    one, several = rates.values()
+    print(f"one process: {spread(one)} tokens/s; {options.ranks} ranks ({options.mode}): {spread(several)}; "
+          f"ratio {spread([b / a for a, b in zip(one, several, strict=True)], '.3f')}")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,6 @@ def main():
     parser.add_argument("--size", choices=SIZES, nargs="+", default=["A", "B"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--every", type=int, default=0, help="steps between saves; 0: a save every five seconds or so")
     options = parser.parse_args()
     print(f"{machine(options.device)}; {options.rounds} rounds\n")
     print("| model | save | a save holds up the loop | of a step | all steps ÷ those without saves |")
@@ -40,7 +39,7 @@ def main():
     for name in options.size:
         with tempfile.TemporaryDirectory() as folder:
             bench = Bench(folder, SIZES[name], device=options.device)
-            every, found = options.every or SIZES[name].first * 2, {kind: [] for kind in KINDS}
+            every, found = SIZES[name].first * 2, {kind: [] for kind in KINDS}  # a save every five seconds or so
             for _ in range(options.rounds):
                 for kind, flags in KINDS.items():
                     found[kind].append(measure(bench, SAVES * every, every, flags))

@@ -65,7 +65,7 @@ def main():
         evals = sum("val/loss" in row for row in rows)
         kinds = {kind: [(at, values[kind]) for at, values in seen] for kind in seen[0][1]}
         kinds["step time, ms"] = [(row["time"] - rows[0]["time"], row["train/step_time_sec"] * 1000) for row in rows]
-        print(f"{' '.join(map(str, ['python', *script[-1:], *flags]))}: {rows[-1]['step']} steps in "
+        print(f"{' '.join(['python', script[-1], *flags])}: {rows[-1]['step']} steps in "
               f"{rows[-1]['time'] - rows[0]['time']:.0f} s, {evals} evaluations, {saves} intervals with a save, exit "
               f"code {code}\n\n| | median | change in one hour | over the run | noise around the line |")
         print("|---|---|---|---|---|")

@@ -41,7 +41,7 @@ def kind_of(name):
 
 def measure(name, options):
     """Print where the time of a step of this size goes."""
-    size, cfg = SIZES[name], SpeedConfig(device=options.device, amp=not options.no_amp)
+    size, cfg = SIZES[name], SpeedConfig(device=options.device)
     device = hardware.choose_device(options.device)
     hardware.configure(cfg, device)
     precision = hardware.choose_precision(cfg, device)
@@ -91,7 +91,6 @@ def main():
     parser.add_argument("--size", choices=SIZES, nargs="+", default=["A", "B"])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--no-amp", action="store_true")
     options = parser.parse_args()
     print(machine(options.device))
     for name in options.size:
