@@ -25,19 +25,14 @@ def write_readme(run, readme):
     marked = re.search(f"^{BEGIN}\n.*?^{END}$", text, re.MULTILINE | re.DOTALL)
     if not marked:
         raise UserError(f"{readme}: no line {BEGIN} and after it {END}; put both where the run is to be shown")
-    log = beside_run(run.path, ".log")
-    if not log.is_file():
-        raise UserError(f"{log}: not there, and the console's lines are in it")
-    lines = excerpt(log.read_text("utf-8", errors="replace"))
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", lines)), default=0))
+    lines = excerpt(beside_run(run.path, ".log").read_text("utf-8", errors="replace"))
     plot = readme.parent / "docs" / "loss.svg"
     plot.parent.mkdir(exist_ok=True)
     from matplotlib import rc_context
 
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "mini-llm"}):  # small, and equal for equal runs
         figure(panels([run])[0], [run]).savefig(plot, metadata={"Date": None})
-    shown = f"{fence}\n{lines}\n{fence}"
-    readme.write_text(f"{text[:marked.start()]}{BEGIN}\n{shown}\n{END}{text[marked.end():]}")
+    readme.write_text(f"{text[:marked.start()]}{BEGIN}\n```\n{lines}\n```\n{END}{text[marked.end():]}")
     return [str(readme), str(plot)]
 
 

@@ -417,7 +417,7 @@ def test_the_readme_changes_between_the_markers_alone(tmp_path):
     write_run(tmp_path / "c.metrics.jsonl")
     stamp = "[2026-01-31 11:11:42] "
     reports = [f"{stamp}epoch 1 step {step}/40 | val loss 3.0" for step in range(0, 41, 2)]
-    log = [stamp + "model: ``` gpt2", stamp + "Arguments: lr=1", *reports, f"{stamp}sample at step 40:\na text\nend",
+    log = [stamp + "model: gpt2", stamp + "Arguments: lr=1", *reports, f"{stamp}sample at step 40:\na text\nend",
            stamp + "Training finished."]
     (tmp_path / "c.log").write_text("\n".join(log) + "\n")
     after = "after `<!-- run:begin -->` and `<!-- run:end -->`"
@@ -426,7 +426,7 @@ def test_the_readme_changes_between_the_markers_alone(tmp_path):
         subprocess.run([sys.executable, ROOT / "bench" / "readme.py", "c.pt", "README.md"], cwd=tmp_path, check=True)
         shown = [log[0], reports[0], reports[1], "…", reports[10], "…", reports[20], log[-1]]
         assert (tmp_path / "README.md").read_text() == "\n".join([
-            "before", "<!-- run:begin -->", "````", *shown, "````", "<!-- run:end -->", after, ""])
+            "before", "<!-- run:begin -->", "```", *shown, "```", "<!-- run:end -->", after, ""])
     svg = (tmp_path / "docs" / "loss.svg").read_text()
     assert "nats per token" in svg and len(svg) < 60_000
 
