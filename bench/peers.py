@@ -73,8 +73,8 @@ class Bench:
         if nanogpt:
             self.nanogpt = self.folder / "nanoGPT"
             unneeded = shutil.ignore_patterns(".git", "out*", "*.bin")  # 17 GB, if OpenWebText has been prepared there
-            shutil.copytree(nanogpt, self.nanogpt, ignore=unneeded, dirs_exist_ok=True)
-            shutil.copytree(self.tokens, self.nanogpt / "data" / "same", dirs_exist_ok=True)
+            shutil.copytree(nanogpt, self.nanogpt, ignore=unneeded)
+            shutil.copytree(self.tokens, self.nanogpt / "data" / "same")
 
     def ours(self, steps, *flags):
         size = self.size
