@@ -323,8 +323,7 @@ class _Canvas:
 
     def rows(self, color):
         for row in range(self.n_rows):
-            cells = [(row, column) for column in range(self.columns)]
-            yield "".join(self._text(cell, color) for cell in cells).rstrip()
+            yield "".join(self._text((row, column), color) for column in range(self.columns)).rstrip()
 
     def _text(self, cell, color):
         text = self.marks.get(cell) or (chr(0x2800 + self.dots[cell]) if cell in self.dots else " ")
