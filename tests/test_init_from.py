@@ -7,6 +7,7 @@ import torch
 from conftest import TUNED
 
 from data import DataConfig, prepare
+from mini_llm import pretrained
 from mini_llm.archive import save
 from mini_llm.config import parse
 from mini_llm.errors import UserError
@@ -109,6 +110,17 @@ def test_flags_that_agree_with_the_weights_are_fine(argv):
     cfg = parse(Config, make("--arch", "gpt2", "--n-heads", "4", "--d-ff", "0", "--tie-embeddings", "--dropout", "0.1"))
     model, init, _ = resolve_init(cfg, None)
     assert (model.d_model, model.d_ff, model.vocab_size, model.dropout) == (32, 128, 257, 0.1) and init == cfg.init
+
+
+def test_a_model_in_the_local_cache_needs_no_hub(tuned, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(pretrained, "hub_problem", None)
+    copy = tmp_path / "models--a--b"
+    shutil.copytree(tuned["gpt2"][0], copy / "snapshots" / "main")
+    (copy / "refs").mkdir()
+    (copy / "refs" / "main").write_text("main")
+    cfg = parse(Config, ["--init-from", "a/b", "--tokenizer-name", "byte", "--seq-len", "32"])
+    assert resolve_init(cfg, None)[0].vocab_size == TUNED["gpt2"]
 
 
 def test_data_that_has_its_tokenizer_needs_none_named(tuned, text, cache):
