@@ -158,14 +158,13 @@ def model_card(path, model, saved, n_tokens, dtype):
         return f"| {split} | {', '.join(f'`{file}`' for file in files)} | {tokens} | `{fingerprint}` |"
 
     built_in = "a Markov chain" if config["use_toy_data"] else "Python's standard library"
-    # Whether the text was split here; token shards and the Markov chain come already split, and with a tokenizer.
+    # Whether the text was split here; token shards and the Markov chain come already split.
     divided = not config["use_toy_data"] and Path(facts.get("corpus", "")) not in map(Path, config["train_data"])
     val_files = config["val_data"] or [f"{config['val_ratio']:.3g} of the text above" if divided else "of the same"]
-    best = min(((row["val/loss"], row["step"]) for row in rows if row.get("val/loss") is not None), default=None)
+    known = (state["best_val"], None) if math.isfinite(state["best_val"]) else None  # only the metrics know its step
+    best = min(((row["val/loss"], row["step"]) for row in rows if row.get("val/loss") is not None), default=known)
     losses = [("training loss", last("train/loss")), ("validation loss", last("val/loss")),
               ("best validation loss so far", best)]
-    if best is None and math.isfinite(state["best_val"]):
-        losses.append(("best validation loss so far", (state["best_val"], None)))  # only the metrics know its step
     results = [f"- {name}: {loss(*found)}" for name, found in losses if found]
     log = beside_run(path, ".log")
     text = log.read_text("utf-8", errors="replace") if log.exists() else ""
