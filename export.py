@@ -142,12 +142,14 @@ def model_card(path, model, saved, n_tokens, dtype):
     """README.md of the folder: what the checkpoint and the files beside it say about the run."""
     cfg, config, identity, state = model.cfg, saved["config"], saved["identity"], saved["state"]
     metrics = beside_run(path, ".metrics.jsonl")
-    rows = [row for row in read_records(metrics) if row["step"] <= state["step"]] if metrics.exists() else []
-    facts = next((row["config"] for row in reversed(rows) if row.get("event") == "config"), {})
+    kept = "step", "event", "config", "train/loss", "val/loss"  # and not histograms, of megabytes in each row
+    rows = [{name: row.get(name) for name in kept} for row in (read_records(metrics) if metrics.exists() else ())
+            if row["step"] <= state["step"]]
+    facts = next((row["config"] for row in reversed(rows) if row["event"] == "config"), {})
     counts = facts.get("corpus_tokens", {})
 
     def last(name):
-        return next(((row[name], row["step"]) for row in reversed(rows) if row.get(name) is not None), None)
+        return next(((row[name], row["step"]) for row in reversed(rows) if row[name] is not None), None)
 
     def loss(value, step):
         at = f" at step {step:,}" if step is not None else ""
@@ -162,7 +164,7 @@ def model_card(path, model, saved, n_tokens, dtype):
     divided = not config["use_toy_data"] and Path(facts.get("corpus", "")) not in map(Path, config["train_data"])
     val_files = config["val_data"] or [f"{config['val_ratio']:.3g} of the text above" if divided else "of the same"]
     known = (state["best_val"], None) if math.isfinite(state["best_val"]) else None  # only the metrics know its step
-    best = min(((row["val/loss"], row["step"]) for row in rows if row.get("val/loss") is not None), default=known)
+    best = min(((row["val/loss"], row["step"]) for row in rows if row["val/loss"] is not None), default=known)
     losses = [("training loss", last("train/loss")), ("validation loss", last("val/loss")),
               ("best validation loss so far", best)]
     results = [f"- {name}: {loss(*found)}" for name, found in losses if found]

@@ -3,6 +3,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -172,6 +173,18 @@ def test_the_card_says_what_was_trained_on_what(exported, tuned, text, tmp_path)
     assert f"best validation loss so far: {saved['state']['best_val']:.4f}" in card and "(bfloat16)" in card
     assert "https://wandb.ai/me/p/runs/abc" in card
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_card_of_a_run_with_histograms_takes_no_memory_for_them(tuned, tmp_path):
+    run = tuned["qwen3"][1]
+    trained, _, _, saved = load_run(run.checkpoint)
+    row = {"step": 1, "time": 1.0, "val/loss": 2.5, "gradients/x": dict(counts=list(range(1000, 11_000)))}
+    (tmp_path / "qwen3.metrics.jsonl").write_text((json.dumps(row) + "\n") * 50)
+    tracemalloc.start()
+    card = export.model_card(tmp_path / "qwen3.pt", trained, saved, 257, "float32")
+    assert "best validation loss so far: 2.5" in card
+    assert tracemalloc.get_traced_memory()[1] < 5e6, "a row has 0.4 MB, all together 18"
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("flags, words", [
