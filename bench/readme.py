@@ -19,23 +19,6 @@ from report import load  # noqa: E402
 BEGIN, END = "<!-- run:begin -->", "<!-- run:end -->"
 
 
-def write_readme(run, readme):
-    """Rewrite what is between the markers of `readme` with the run's log, shortened, and its curve."""
-    text = readme.read_text()
-    marked = re.search(f"^{BEGIN}\n.*?^{END}$", text, re.MULTILINE | re.DOTALL)
-    if not marked:
-        raise UserError(f"{readme}: no line {BEGIN} and after it {END}; put both where the run is to be shown")
-    lines = excerpt(beside_run(run.path, ".log").read_text("utf-8", errors="replace"))
-    plot = readme.parent / "docs" / "loss.svg"
-    plot.parent.mkdir(exist_ok=True)
-    from matplotlib import rc_context
-
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "mini-llm"}):  # small, and equal for equal runs
-        figure(panels([run])[0], [run]).savefig(plot, metadata={"Date": None})
-    readme.write_text(f"{text[:marked.start()]}{BEGIN}\n```\n{lines}\n```\n{END}{text[marked.end():]}")
-    return [str(readme), str(plot)]
-
-
 def excerpt(log):
     """A log without its flags and samples, with four of its reports."""
     entries = re.split(r"\n(?=\[\d{4}-)", log.rstrip("\n"))
@@ -56,8 +39,20 @@ def excerpt(log):
 def main():
     if len(sys.argv) != 3:
         raise UserError("python bench/readme.py CHECKPOINT README.md")
+    from matplotlib import rc_context
+
     (run,), readme = load(sys.argv[1:2]), Path(sys.argv[2])
-    print("wrote " + ", ".join(write_readme(run, readme)))
+    text = readme.read_text()
+    marked = re.search(f"^{BEGIN}\n.*?^{END}$", text, re.MULTILINE | re.DOTALL)
+    if not marked:
+        raise UserError(f"{readme}: no line {BEGIN} and after it {END}; put both where the run is to be shown")
+    lines = excerpt(beside_run(run.path, ".log").read_text("utf-8", errors="replace"))
+    plot = readme.parent / "docs" / "loss.svg"
+    plot.parent.mkdir(exist_ok=True)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "mini-llm"}):  # small, and equal for equal runs
+        figure(panels([run])[0], [run]).savefig(plot, metadata={"Date": None})
+    readme.write_text(f"{text[:marked.start()]}{BEGIN}\n```\n{lines}\n```\n{END}{text[marked.end():]}")
+    print(f"wrote {readme}, {plot}")
 
 
 if __name__ == "__main__":
