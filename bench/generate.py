@@ -43,7 +43,7 @@ def main():
     n = options.max_new_tokens
 
     def ours_once(prompts, mode):
-        return [list(step) for step in generate(model, prompts, n, seeds=range(len(prompts)), **mode)]
+        return list(generate(model, prompts, n, **mode))
 
     def theirs_once(prompts, mode):
         sampling = {name: value for name, value in mode.items() if mode["temperature"]}
