@@ -286,16 +286,15 @@ def test_a_perplexity_beyond_all_numbers_is_infinite():
 
 
 def test_the_report_in_words(run_folder):
-    done = command(run_folder, "--checkpoint-path", "c.pt", "--data", "a.txt", "--no-amp",
-                   script="evaluate.py")
+    done = command(run_folder, "--checkpoint-path", "c.pt", "--data", "a.txt", "--no-amp", script="evaluate.py")
     found = evaluate(run_folder, "--data", "a.txt")
     assert f"loss {found['loss']:.4f} nats per token (95 %: " in done.stdout
     assert f"over {found['clusters']})" in done.stdout
     figures = f"perplexity {found['ppl']:.2f}, {found['bits_per_byte']:.4f} bits per byte"
     assert f"\n{figures}\n" in done.stdout
     for flags, of_each in ((["--data", "a.txt", "b.txt"], figures), ([], figures.partition(",")[0])):
-        done = command(run_folder, "--checkpoint-path", "c.pt", "--no-amp", *flags, script="evaluate.py")
-        assert f"\nloss {found['loss']:.4f}, {of_each} on a\n" in done.stdout, done.stdout
+        words = shown(main, run_folder, "--checkpoint-path", "c.pt", "--no-amp", *flags)
+        assert f"\nloss {found['loss']:.4f}, {of_each} on a\n" in words, words
 
 
 @pytest.mark.parametrize("flags, words", [
