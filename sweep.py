@@ -25,7 +25,7 @@ from mini_llm.errors import UserError
 from mini_llm.wandb_client import import_wandb
 from mini_llm.wandb_errors import reason
 from mini_llm.wandb_runs import WandbConfig, with_environment
-from wandb_tools import TIMEOUT, run_command
+from wandb_tools import TIMEOUT, located, run_command
 
 MOST_AGENTS = 20
 METHODS = "grid", "random", "bayes"
@@ -118,9 +118,9 @@ def create(args):
 def agent(args):
     if args.agents > MOST_AGENTS:
         raise UserError(f"--agents {args.agents}: at most {MOST_AGENTS}")
-    environment = trial_environment(args.nproc_per_node)  # before import_wandb sets a TMPDIR for this process
-    wandb = import_wandb()
-    sweep = wandb.Api(timeout=TIMEOUT).sweep(args.sweep)  # raises if there is none
+    environment = trial_environment(args.nproc_per_node)  # before the SDK's import sets a TMPDIR for this process
+    api, path = located(args.sweep)
+    sweep = api.sweep(path)  # raises if there is none
     if args.nproc_per_node and "torchrun" not in sweep.config.get("command", []):
         raise UserError(f"--nproc-per-node {args.nproc_per_node}: the trials of {args.sweep} are not started by "
                         f"torchrun; create the sweep with program: train_ddp.py or train_fsdp.py")
@@ -195,7 +195,7 @@ def main():
     command.add_argument("--wandb-entity", dest="entity", default="", help="WANDB_ENTITY; else the key's own")
     command.set_defaults(run_command=create)
     command = commands.add_parser("agent", help="run trials of a sweep")
-    command.add_argument("sweep", metavar="SWEEP_ID", help="ENTITY/PROJECT/ID, as create prints it")
+    command.add_argument("sweep", metavar="SWEEP_ID", help="ENTITY/PROJECT/ID, as create prints it, or a link")
     command.add_argument("--count", type=positive, help="trials of each agent; else until the sweep is done")
     command.add_argument("--agents", type=positive, default=1, help=f"agents to run in parallel, at most {MOST_AGENTS}")
     command.add_argument("--nproc-per-node", type=positive, help="processes of each trial, under torchrun")

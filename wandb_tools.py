@@ -264,28 +264,27 @@ def lacking(records, stored):
     return [record for record in records if record.get("event", "sample") == "sample" and missing(record)]
 
 
+def located(name):
+    """A wandb.Api, and for it the path of the run or sweep `name`, which is a path without what is to be taken from the
+    settings, or a link to its page: https://wandb.ai/ENTITY/PROJECT/runs/ID/workspace. Raises UserError."""
+    path = re.sub(r"^\w+://[^/]*|[?#].*", "", name).strip("/")
+    if not path:
+        raise UserError(f"{name!r}: names no run or sweep; give ENTITY/PROJECT/ID, or a link to its page")
+    settings = with_environment(WandbConfig())
+    defaults = dict(entity=settings.wandb_entity, project=settings.wandb_project)
+    return import_wandb().Api(defaults, timeout=TIMEOUT), re.sub(r"(/(runs|sweeps)/[^/]+).*", r"\1", f"/{path}")
+
+
 def download(args):
     """Download config, summary, history, files and artifacts of a run, of those of all ranks of the run at a checkpoint
     path, or of a sweep's runs, to a folder per run, and beside it what report.py reads."""
-    path = re.sub(r"^\w+://[^/]*|[?#].*", "", args.run)  # of a URL: https://wandb.ai/ENTITY/PROJECT/runs/ID
-    parts = [part for part in path.split("/") if part]
-    kind = "sweeps" if "sweeps" in parts else "runs"
-    if kind in parts:  # a URL may continue after the id: /workspace, /overview
-        parts = parts[:parts.index(kind)] + parts[parts.index(kind) + 1:][:1]
-    if not parts:
-        raise UserError(f"download {args.run!r}: names no run; give a checkpoint path, PROJECT/RUN_ID or a link")
-    wandb = import_wandb()
-    api = wandb.Api(timeout=TIMEOUT)
+    api, path = located(args.run)
     if args.run.endswith(".pt"):
         targets = [run_path(facts["init"], api) for _, facts in memories(Path(args.run))]
         return fetch(map(api.run, dict.fromkeys(targets)), args.folder)  # ranks may share one
-    *where, name = parts
-    settings = with_environment(WandbConfig())
-    project = where[-1] if where else settings.wandb_project
-    target = "/".join([*(where[:-1] or [settings.wandb_entity or api.default_entity]), project, name])
-    runs = list(api.sweep(target).runs) if kind == "sweeps" else [api.run(target)]
+    runs = list(api.sweep(path).runs) if "/sweeps/" in path else [api.run(path)]
     if not runs:
-        print(f"{target}: no runs yet")
+        print(f"{args.run}: no runs yet")
     return fetch(runs, args.folder)
 
 

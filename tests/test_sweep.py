@@ -15,6 +15,7 @@ import torch
 from conftest import QUICK, ROOT, TINY, environment, eventually, processes_with
 
 import sweep
+import wandb_tools
 from mini_llm.config import flatten, parse
 from mini_llm.errors import UserError
 from sweep import COMMANDS, read_sweep, require_flags, shares
@@ -134,8 +135,8 @@ def test_a_trial_under_torchrun_is_one_run_of_all_ranks(server, create, run, tmp
     leave_another_run(tmp_path)
     sweep_id = create("train_ddp.py", lr=[1e-3, 2e-3], num_steps=[4], log_steps=[2])
     (tmp_path / "click.py").write_text("raise SystemExit('a file of the working folder')")  # the SDK imports one
-    path = sweep_id.replace("trials/", "trials/sweeps/")  # as a link has it
-    code, _, err = run(*SWEEP, "agent", path, "--agents", "2", "--count", "1", "--nproc-per-node", "2")
+    link = f"{server.url}/{sweep_id.replace('trials/', 'trials/sweeps/')}?nw=x"
+    code, _, err = run(*SWEEP, "agent", link, "--agents", "2", "--count", "1", "--nproc-per-node", "2")
     assert code == 0 and len(server.runs) == 2, err
     for lr, trial in zip((1e-3, 2e-3), sorted(server.runs.values(), key=lambda trial: trial.run_id), strict=True):
         assert_is_the_trial(trial, sweep_id, tmp_path, lr=lr)
@@ -239,11 +240,11 @@ def test_trials_have_the_users_temporary_folder_and_compile_cache(monkeypatch):
 
     def import_wandb():
         monkeypatch.setenv("TMPDIR", "of the SDK")
-        return SimpleNamespace(Api=lambda timeout: SimpleNamespace(sweep=lambda path: found))
+        return SimpleNamespace(Api=lambda *_, **__: SimpleNamespace(sweep=lambda path: found))
 
     environments, found = [], SimpleNamespace(entity="us", project="p", id="1")
     monkeypatch.setenv("TMPDIR", "mine")
-    monkeypatch.setattr(sweep, "import_wandb", import_wandb)
+    monkeypatch.setattr(wandb_tools, "import_wandb", import_wandb)
     monkeypatch.setattr(sweep.subprocess, "Popen", Agent)
     monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
     assert sweep.agent(SimpleNamespace(sweep="us/p/1", agents=1, nproc_per_node=None, count=None)) == 0
@@ -253,10 +254,12 @@ def test_trials_have_the_users_temporary_folder_and_compile_cache(monkeypatch):
     assert [env["CUDA_VISIBLE_DEVICES"] for env in environments[1:]] == ["4", "5"]
 
 
-@pytest.mark.parametrize("path", ["us/mini-llm/nosuch", "nosuch", "us/p/nosuch/4", ""])
-def test_an_agent_of_no_sweep_says_so_in_one_line(run, path):
-    code, out, err = run(*SWEEP, "agent", path)
-    assert (code, out, err.count("\n")) == (1, "", 1) and "; give ENTITY/PROJECT/ID (of a sweep, `python sweep" in err
+@pytest.mark.parametrize("path, code, words", [
+    ("us/mini-llm/nosuch", 1, "us/mini-llm/nosuch"), ("nosuch", 1, "loopback/mini-llm/nosuch"),
+    ("us/p/nosuch/4", 1, ""), ("", 2, "names no")])
+def test_an_agent_of_no_sweep_says_so_in_one_line(run, path, code, words):
+    ended, out, err = run(*SWEEP, "agent", path)
+    assert (ended, out, err.count("\n")) == (code, "", 1) and words in err and "; give ENTITY/PROJECT/ID" in err
 
 
 def test_processes_are_refused_where_torchrun_does_not_start_the_trials(create, run):
