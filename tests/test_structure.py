@@ -40,7 +40,7 @@ ALLOWED = {  # besides errors.py, which every file may import
     "wandb_client": {"files", "processes", "wandb_errors", "wandb_runs"},
     "wandb_follower": {"processes", "wandb_client", "wandb_errors", "wandb_runs"},
     "wandb_tools": {"config", "files", "processes", "wandb_client", "wandb_errors", "wandb_runs"},
-    "sweep": {"config", "wandb_client", "wandb_errors", "wandb_runs", "wandb_tools", "train"},
+    "sweep": {"config", "wandb_client", "wandb_runs", "wandb_tools", "train"},
     "ranks": {"optim", "hardware"},
     "meter": {"hardware"},
     "watchdog": {"files"},
