@@ -363,7 +363,6 @@ def run_command(parser):
         print(f"error: {with_advice(error)}", file=sys.stderr)
         code = 1
     sys.stdout.flush()
-    sys.stderr.flush()
     leave(code)
 
 
