@@ -1,5 +1,6 @@
 """What W&B's errors mean, and what a user can do about them."""
 
+import io
 import re
 
 
@@ -41,7 +42,7 @@ def with_advice(error):
     return why if remedy.split(",")[0] in why else f"{why}; {remedy}"
 
 
-class Relay:
+class Relay(io.TextIOBase):
     """Replaces stderr: relays each of the SDK's warnings and errors once, ten at most, and drops everything else."""
 
     # Not worth telling, or told better by Delivery.
@@ -58,9 +59,3 @@ class Relay:
                 self.told.add(found[2])
                 self.say("WARNING", found[2])
         return len(text)
-
-    def flush(self):
-        pass
-
-    def isatty(self):
-        return False
