@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from mini_llm.config import arg, flag, switched_on
+from mini_llm.config import Declared, arg, coerce, flag, switched_on
 from mini_llm.errors import UserError
 from mini_llm.files import command, write_whole
 
@@ -26,8 +26,6 @@ SOURCE = Path(__file__).resolve().parent.parent
 # one may be under way, and of `best` and `last` only the newest follows it.
 UPLOADS = dict(none=0, best=2, last=2, all=4)
 DIFF_CHARACTERS = 1 << 20  # maximum length of the uncommitted diff stored with a run
-MODES = ("online", "offline", "disabled")
-OLD_MODES = {"run": "online", "dryrun": "offline"}  # legacy values that W&B itself still accepts in WANDB_MODE
 
 log = logging.getLogger("mini_llm")
 
@@ -46,7 +44,8 @@ class WandbConfig:
     wandb_tags: list[str] = arg([], "tags (WANDB_TAGS, with commas)", metavar="TAG")
     wandb_notes: str = arg("", "notes (WANDB_NOTES)")
     wandb_dir: str = arg("", "where W&B keeps its local files, in a folder wandb (WANDB_DIR; else here)", metavar="DIR")
-    wandb_mode: str = arg("", "offline: record it for wandb_tools.py sync (WANDB_MODE; else online)", choices=MODES)
+    wandb_mode: str = arg("", "offline: record it for wandb_tools.py sync (WANDB_MODE; else online)",
+                          choices=("online", "offline", "disabled"))
     wandb_run_mode: str = arg("auto", "auto: one process writes; shared: every rank writes to the same run; new: "
                                       "every rank has a run, and they are grouped", choices=("auto", "shared", "new"))
     wandb_rank_scope: str = arg("global", "apply --wandb-run-mode to all nodes together, or to each node (worker)",
@@ -128,19 +127,11 @@ def with_environment(cfg, environ=os.environ, before=None):
 
 
 def _value(name, variable, text):
-    """The value of a flag that an environment variable states as text."""
+    """The value of a flag that an environment variable states as text. Raises UserError."""
     if name == "wandb_tags":
         return [tag.strip() for tag in text.split(",") if tag.strip()]
-    if name == "wandb_mode":
-        mode = OLD_MODES.get(text, text)
-        if mode not in MODES:
-            raise UserError(f"{variable}={text}: not one of {', '.join(MODES)}; {flag(name)} would win over it")
-        return mode
-    if name.endswith("_timeout"):
-        if not re.fullmatch(r"\d*\.?\d+", text) or float(text) == 0:
-            raise UserError(f"{variable}={text}: expected seconds, above 0; {flag(name)} would win over it")
-        return float(text)
-    return text
+    field = WandbConfig.__dataclass_fields__[name]
+    return coerce(variable, Declared("wandb", field, field.type), text)
 
 
 def local_folder(root):
