@@ -3,6 +3,7 @@ import math
 import re
 import time
 from collections import deque
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -154,6 +155,15 @@ def test_the_memory_of_activations_is_about_what_autograd_keeps(arch, half, seq_
         model = GPT(GPTConfig(arch=arch, n_layers=2, d_model=256, vocab_size=257, **changed))
         counted = kept(model, 2) - kept(model, 1)
         assert 0.8 < activation_bytes(model, 1, seq_len, torch.bfloat16 if half else None, False) / counted < 1.35
+
+
+def test_a_trace_that_the_disk_cannot_take_does_not_fill_it(tmp_path, monkeypatch, caplog):
+    """As PyTorch leaves one, without an error."""
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", lambda _, path: Path(path + ".tmp").touch())
+    with tracking.make_profiler(True, tmp_path / "c.trace.json", 9) as profiler:
+        for _ in range(6):
+            profiler.step()
+    assert "the profile could not be written" in caplog.text and not list(tmp_path.iterdir())
 
 
 def test_a_line_leaves_out_what_was_not_measured():
