@@ -290,14 +290,7 @@ def test_global_speed_is_all_tokens_over_the_slowest_ranks_time():
     assert fast == pytest.approx(2 * slow) and metrics["tokens_per_sec_per_rank"] == pytest.approx(1.5 * slow)
     assert metrics["global_tokens_per_sec"] == pytest.approx(2 * slow)
     assert metrics["train/tflops_per_rank"] == pytest.approx(slow * 1e9 / 1e12)  # the slow one's time is both's
-
-
-def test_an_unknown_peak_gives_no_mfu():
-    meter = Meter(Alone(), 1e9, None)
-    for _ in range(2):
-        meter.add(torch.ones(1), torch.ones(()), torch.tensor(True), tokens=100)
-    metrics = meter.report()
-    assert "train/mfu" not in metrics and metrics["train/tflops_per_rank"] > 0
+    assert "train/mfu" not in metrics, "of a device whose peak is not known"
 
 
 def test_an_interval_that_a_resume_cuts_has_the_same_loss_to_the_bit():
@@ -319,14 +312,6 @@ def test_a_resume_with_other_intervals_averages_its_own_steps_only():
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
         meter.add(torch.tensor([loss]), torch.ones(()), torch.tensor(True), tokens=1)
     assert second.report()["train/loss"] == 1.0
-
-
-def test_smoothing_moves_a_tenth_of_the_way():
-    meter = Meter(Alone(), 1.0, None)
-    for loss in (10.0, 20.0):
-        meter.add(torch.tensor([loss]), torch.ones(()), torch.tensor(True), tokens=1)
-        metrics = meter.report()
-    assert metrics["smoothed/loss"] == pytest.approx(11.0)
 
 
 def test_a_resume_cuts_metrics_back_to_the_checkpoint(tmp_path):
