@@ -32,6 +32,17 @@ def test_a_reason_is_a_line_without_the_servers_response():
     assert reason(RuntimeError("1 validation error for Settings")) == "1 validation error for Settings"
 
 
+def test_a_wrong_setting_of_wandb_is_named():
+    error = RuntimeError("1 validation error for Settings\nbase_url\n  Input should be a valid URL [type=url_parsing, "
+                         "input_value='secret', input_type=str]")
+    assert with_advice(error) == "WANDB_BASE_URL: Input should be a valid URL; correct or unset that variable"
+
+
+def test_advice_is_given_once():
+    missing = "the wandb package is missing: pip install wandb"
+    assert with_advice(RuntimeError(missing)) == missing
+
+
 def test_of_what_the_sdk_says_warnings_are_told_once_and_ten_at_most():
     told = []
     relay = Relay(lambda level, text: told.append((level, text)))

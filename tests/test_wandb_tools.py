@@ -19,7 +19,6 @@ import wandb_tools
 from mini_llm.errors import UserError
 from mini_llm.files import read_records
 from mini_llm.processes import only_one
-from mini_llm.wandb_errors import with_advice
 from mini_llm.wandb_runs import ENVIRONMENT, WandbConfig, run_path
 from wandb_tools import (
     add_report,
@@ -147,20 +146,6 @@ def test_check_without_the_package_says_how_to_get_it(server, tmp_path):
                           env=surroundings(server, tmp_path), timeout=200)
     step, advice = done.stdout.splitlines()
     assert done.returncode == 1 and step.startswith("package  FAIL") and advice.strip() == "pip install wandb"
-
-
-def test_a_wrong_setting_of_wandb_is_named():
-    error = RuntimeError("1 validation error for Settings\nbase_url\n  Input should be a valid URL [type=url_parsing, "
-                         "input_value='secret', input_type=str]")
-    assert with_advice(error) == "WANDB_BASE_URL: Input should be a valid URL; correct or unset that variable"
-
-
-def test_advice_is_given_once():
-    missing = "the wandb package is missing: pip install wandb"
-    assert with_advice(RuntimeError(missing)) == missing
-    assert "older than the wandb package" in with_advice(RuntimeError('Cannot query field "parquetHistory"'))
-    assert with_advice(RuntimeError("409 Conflict")) == ("409 Conflict; an id is given once: --wandb-run-id NEW, with "
-                                                       "--resume or wandb_tools.py sync RUN")
 
 
 def test_sync_completes_a_run_whose_uploads_had_failed(server, trainer, tool):
