@@ -197,8 +197,12 @@ def test_what_a_killed_wandb_core_leaves_behind_lies_in_the_folder_that_is_remov
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(wandb_client, "scratch", lambda: SimpleNamespace(name="removed"))
+    for name, value in dict(HOME=str(tmp_path / "none"), WANDB_DATA_DIR="", WANDB_CACHE_DIR="mine").items():
+        monkeypatch.setenv(name, value)
+    del os.environ["WANDB_DATA_DIR"]
     import_wandb()
-    assert tempfile.gettempdir() == "removed"
+    assert tempfile.gettempdir() == os.environ["WANDB_DATA_DIR"] == "removed", "which would be in the home folder"
+    assert os.environ["WANDB_CACHE_DIR"] == "mine"
     assert os.environ["TMPDIR"] == ("removed" if sys.platform == "linux" else str(tmp_path))
 
 
