@@ -168,7 +168,6 @@ def main():
         with contextlib.suppress(OSError):  # the trainer may be gone
             print(level, " ".join(text.split()), file=out, flush=True)
 
-    sys.stdout = open(os.devnull, "w")  # open until the process ends
     sys.stderr = Relay(say)
     with contextlib.suppress(OSError):
         os.nice(10)  # when CPU cores are scarce, training has priority
