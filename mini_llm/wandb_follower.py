@@ -155,14 +155,12 @@ class Delivery:
 
 
 def main():
-    control = sys.stdin
     out = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the pipe to the trainer is for `say` alone
     with os.fdopen(int(sys.argv[1])) as file:
         job = Job(**json.load(file))
     # W&B records the command line of the running process: make it the trainer's.
     sys.argv = [job.program, *job.arguments]
-    os.environ["WANDB_PROGRAM"] = job.program
 
     def say(level, text):
         with contextlib.suppress(OSError):  # the trainer may be gone
@@ -172,7 +170,7 @@ def main():
     with contextlib.suppress(OSError):
         os.nice(10)  # when CPU cores are scarce, training has priority
     follower = Follower(job, say)
-    threading.Thread(target=follower.await_trainer, args=(control,), daemon=True).start()
+    threading.Thread(target=follower.await_trainer, args=(sys.stdin,), daemon=True).start()
     try:
         follower.run()
     except Exception as error:
