@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
 
 from mini_llm.config import RUN_CONFIG, Parser
 from mini_llm.errors import UserError
@@ -267,7 +268,7 @@ def lacking(records, stored):
 def located(name):
     """A wandb.Api, and for it the path of the run or sweep `name`, which is a path without what is to be taken from the
     settings, or a link to its page: https://wandb.ai/ENTITY/PROJECT/runs/ID/workspace. Raises UserError."""
-    path = re.sub(r"^\w+://[^/]*|[?#].*", "", name).strip("/")
+    path = unquote(re.sub(r"^\w+://[^/]*|[?#].*", "", name)).strip("/")
     if not path:
         raise UserError(f"{name!r}: names no run or sweep; give ENTITY/PROJECT/ID, or a link to its page")
     settings = with_environment(WandbConfig())

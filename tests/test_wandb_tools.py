@@ -464,6 +464,15 @@ def test_download_brings_all_of_a_run(server, trainer, tool):
     assert made.returncode == 0 and "5 tokens" in made.stderr, made.stderr  # its tokenizer came along
 
 
+@pytest.mark.parametrize("name, path", [
+    ("one", "/one"), ("sweeps/one", "/sweeps/one"), ("us/p/one/", "/us/p/one"),
+    ("https://wandb.ai/us/mini%20llm/runs/one/workspace?nw=x", "/us/mini llm/runs/one"),
+    ("https://wandb.ai/us/p/sweeps/one#top", "/us/p/sweeps/one")])
+def test_a_link_is_a_path(monkeypatch, name, path):
+    monkeypatch.setattr(wandb_tools, "import_wandb", lambda: SimpleNamespace(Api=lambda *_, **__: None))
+    assert wandb_tools.located(name)[1] == path
+
+
 def test_what_a_downloaded_run_reported(tmp_path):
     """Rows of one step are one report, a step that was repeated after a resume is the later one, NaN is null."""
     rows = [{"step": 5, "_timestamp": 1.5, "_step": 0, "train/loss": 3.0, "val/loss": 2.5},
