@@ -320,7 +320,7 @@ def test_a_preempted_run_says_so_and_goes_on_in_the_same_chart(online, trainer, 
     assert values(only_run(server)).keys() == run.rows.keys() - {0} and not stored.writers, "which a shared run has"
 
 
-def test_a_preempted_run_is_known_as_such_though_its_checkpoint_is_not_uploaded_in_time(online, trainer, server):
+def test_a_preempted_run_is_known_as_such_though_its_checkpoint_is_not_uploaded_in_time(trainer, server):
     server.fail("upload", "hang")
     flags = ["--use-wandb", "--num-steps", 100000, "--log-steps", 10, "--eval-steps", 0, "--wandb-log-checkpoints",
              "last", "--wandb-finish-timeout", 4]
