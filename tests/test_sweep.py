@@ -123,7 +123,7 @@ def leave_another_run(folder):
 def test_each_point_of_a_grid_is_a_run_with_its_own_parameters_and_files(server, create, run, tmp_path):
     leave_another_run(tmp_path)
     sweep_id = create("train.py", "sweep.toml", lr=[1e-3], warmup_steps=[1, 2], num_steps=[4], log_steps=[2])
-    code, _, err = run(*AGENT, sweep_id, "--count", "2")
+    code, _, err = run(*AGENT, sweep_id)
     assert code == 0 and len(server.runs) == 2, err
     for (lr, warmup), trial in zip([(1e-3, 1), (1e-3, 2)], server.runs.values(), strict=True):
         assert_is_the_trial(trial, sweep_id, tmp_path, lr=lr, warmup_steps=warmup)

@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 import mimetypes
-import random
 import socket
 import threading
 import time
@@ -42,17 +41,6 @@ def identifier(*parts):
     return base64.b64encode(":".join(map(str, parts)).encode()).decode()
 
 
-def finite(value):
-    """JSON has no NaN: W&B sends it as a string."""
-    if isinstance(value, dict):
-        return {name: finite(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
-
-
 class ServerRun:
     """What the server holds of one run."""
 
@@ -62,7 +50,7 @@ class ServerRun:
         self.group = self.job_type = self.notes = self.sweep = ""
         self.config, self.wandb_config, self.summary = {}, {}, {}  # wandb_config: what the SDK adds to the config
         self.files = {}  # name → bytes
-        self.tags, self.alerts, self.used_artifacts = [], [], []
+        self.tags, self.alerts = [], []
         self.origin = None, None, None, None  # host, commit, program, repository
         self.writers = []  # of a shared run, in the order in which they came
         self.reported = "pending"  # the state that follows from what was said last
@@ -91,16 +79,12 @@ class ServerRun:
     def events(self):
         return [json.loads(line) for line in self._in_order(self._events)]
 
-    @property
-    def console(self):
-        return self._in_order(self._console)
-
     def _in_order(self, lines):
         """By offset; rows of a shared run by arrival, for there every writer counts from zero."""
         return [lines[key] for key in (lines if self.writers else sorted(lines))]
 
     def upsert(self, displayName=None, config=None, groupName=None, jobType=None, notes=None, tags=None, sweep=None,
-               summaryMetrics=None, state=None, host=None, commit=None, jobProgram=None, jobRepo=None, **_):
+               state=None, host=None, commit=None, jobProgram=None, jobRepo=None, **_):
         self.seen = time.monotonic()
         said = host, commit, jobProgram, jobRepo
         self.origin = tuple(new or old for new, old in zip(said, self.origin, strict=True))
@@ -112,9 +96,7 @@ class ServerRun:
             sent = {name: item.get("value") for name, item in json.loads(config).items()}
             self.wandb_config |= sent.pop("_wandb", None) or {}
             self.config = self.config | sent if self.writers else sent
-        if summaryMetrics:
-            self.summary |= json.loads(summaryMetrics)
-        if state or host:  # the public API's edits have neither, and do not start a run
+        if state or host:  # a trial is made before it starts
             self.reported = state or "running"
 
     def stream(self, writer, body):
@@ -179,26 +161,11 @@ class ServerSweep:
         self.runs = {}  # run id → its parameters
 
     def next_parameters(self):
-        """The next run's parameters, or None when a grid is exhausted (or `run_cap` reached)."""
+        """The next run's parameters, or None when the grid is exhausted."""
         parameters = self.config.get("parameters", {})
-        if len(self.runs) >= self.config.get("run_cap", math.inf):
-            return None
-        if self.config.get("method") == "grid":
-            axes = [spec.get("values", [spec.get("value")]) for spec in parameters.values()]
-            chosen = next(itertools.islice(itertools.product(*axes), len(self.runs), None), None)
-            return None if chosen is None else dict(zip(parameters, chosen, strict=True))
-        dice = random.Random(len(self.runs))  # the same runs in every test
-        return {name: self._draw(dice, spec) for name, spec in parameters.items()}
-
-    @staticmethod
-    def _draw(dice, spec):
-        if "min" not in spec:
-            return dice.choice(spec.get("values", [spec.get("value")]))
-        low, high, distribution = spec["min"], spec["max"], spec.get("distribution", "")
-        if distribution == "log_uniform_values":
-            return math.exp(dice.uniform(math.log(low), math.log(high)))
-        whole = isinstance(low, int) and isinstance(high, int) and distribution in ("", "int_uniform")
-        return dice.randint(low, high) if whole else dice.uniform(low, high)
+        axes = [spec.get("values", [spec.get("value")]) for spec in parameters.values()]
+        chosen = next(itertools.islice(itertools.product(*axes), len(self.runs), None), None)
+        return None if chosen is None else dict(zip(parameters, chosen, strict=True))
 
 
 class WandbServer:
@@ -209,7 +176,7 @@ class WandbServer:
         self._port, self._http = port, None
         self._connections = set()
         self._lock = threading.RLock()  # of all of this state
-        self._faults = {}  # endpoint → [how it fails, how many more times]
+        self._faults = {}  # endpoint → how it fails
         self._healed = threading.Event()  # ends what hangs
         self._blobs = {}  # digest → bytes of an artifact's file
         self._drafts = []  # artifacts, also those that are not committed yet
@@ -251,11 +218,11 @@ class WandbServer:
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
 
-    def fail(self, endpoint, how, times=None):
+    def fail(self, endpoint, how):
         """`how`: an HTTP status, "html", "hang" or "refuse". `endpoint`: "viewer", "upsert", "graphql", "filestream",
         "upload", "artifact", "all", or the name of a GraphQL operation; "upsert RUN_ID" and the like, of one run."""
         with self._lock:
-            self._faults[endpoint] = [how, math.inf if times is None else times]
+            self._faults[endpoint] = how
 
     def heal(self):
         with self._lock:
@@ -265,12 +232,7 @@ class WandbServer:
 
     def _fault(self, names):
         with self._lock:
-            for name in names:
-                fault = self._faults.get(name)
-                if fault and fault[1] > 0:
-                    fault[1] -= 1
-                    return fault[0], self._healed
-        return None, None
+            return next((self._faults[name] for name in names if name in self._faults), None), self._healed
 
     def _seen(self, kind, run_id):
         with self._lock:
@@ -303,9 +265,6 @@ class WandbServer:
             updateArtifactManifest=lambda input: self._manifest(self._artifact_of(input["artifactManifestID"])),
             createArtifactFiles=lambda input: self._artifact_files(input["artifactFiles"]),
             commitArtifact=lambda input: dict(artifact=self._commit(self._artifact_of(input["artifactID"]))),
-            updateArtifact=lambda input: self._update_artifact(**input),
-            addAliases=lambda input: self._alias(input, True), deleteAliases=lambda input: self._alias(input, False),
-            useArtifact=lambda input: self._use_artifact(**input),
             upsertSweep=lambda input: self._upsert_sweep(**input),
             createAgent=lambda input: self._create_agent(**input),
             agentHeartbeat=lambda input: self._heartbeat(**input),
@@ -343,15 +302,11 @@ class WandbServer:
                 artifactMembership=lambda aliasName: membership(aliasName=aliasName, collection=name),
                 artifacts=lambda **_: connection(map(self._artifact, reversed(versions)))) or None
 
-        def kind(name):
-            return dict(__typename="ArtifactType", id=identifier("ArtifactType", name), name=name, description=None,
-                        createdAt=CREATED, artifactCollection=collection)
-
         project = dict(
             __typename="Project", id=identifier("Project", entity, name), internalId=identifier("ProjectInternalId", 1),
             name=name, entityName=entity, entity=self._entity(entity), createdAt=CREATED, isBenchmark=False,
             readOnly=False, run=run, bucket=run, runs=lambda **asked: connection(map(self._run, runs(**asked))),
-            runCount=lambda **asked: len(runs(**asked)), sweep=sweep, artifactType=kind, artifactCollection=collection,
+            runCount=lambda **asked: len(runs(**asked)), sweep=sweep, artifactCollection=collection,
             artifactCollectionMembership=lambda name: membership(name),
             artifact=lambda name: (membership(name) or {}).get("artifact"))
         return project
@@ -359,15 +314,6 @@ class WandbServer:
     def _run(self, run):
         def history(minStep=0, maxStep=math.inf, **_):
             return [json.dumps(row) for row in run.history if minStep <= row.get("_step", 0) < maxStep]
-
-        def sampled(specs):
-            answers = []
-            for spec in map(json.loads, [specs] if isinstance(specs, str) else specs):  # GraphQL takes one for a list
-                steps = range(int(spec.get("minStep", 0)), int(spec.get("maxStep", 2 ** 53)) + 1)
-                keys = spec.get("keys") or []
-                answers.append(finite([{key: row[key] for key in keys} for row in run.history
-                                       if row.get("_step", 0) in steps and all(key in row for key in keys)]))
-            return answers
 
         def files(names=None, **_):
             return connection([self._file(f"{self.url}/files/{run.entity}/{run.project}/{run.run_id}", name, content)
@@ -387,11 +333,10 @@ class WandbServer:
             eventsTail=json.dumps(run._in_order(run._events)[-1:]),
             historyKeys=lambda: dict(lastStep=max((row.get("_step", 0) for row in run.history), default=-1),
                                      keys={name: {} for row in run.history for name in row}),
-            wandbConfig=lambda keys: json.dumps(run.wandb_config), history=history, sampledHistory=sampled,
+            wandbConfig=lambda keys: json.dumps(run.wandb_config), history=history,
             events=lambda **_: run._in_order(run._events),
             parquetHistory=lambda **_: dict(parquetUrls=[], liveData=[]),
-            files=files, fileCount=len(run.files), outputArtifacts=lambda **_: connection(map(self._artifact, logged)),
-            inputArtifacts=lambda **_: connection(map(self._artifact, run.used_artifacts)))
+            files=files, fileCount=len(run.files), outputArtifacts=lambda **_: connection(map(self._artifact, logged)))
 
     @staticmethod
     def _file(folder, name, content):
@@ -401,9 +346,7 @@ class WandbServer:
                     sizeBytes=len(content), mimetype=mimetypes.guess_type(name)[0], updatedAt=CREATED, md5=digest,
                     digest=digest, storagePath=name)
 
-    def _upsert_run(self, name=None, modelName=None, entityName=None, id=None, writer="", **fields):
-        if not name:  # the public API knows a run by its id alone
-            _, _, name, modelName, entityName = base64.b64decode(id).decode().split(":")
+    def _upsert_run(self, name, modelName=None, entityName=None, writer="", **fields):
         key = entityName or ENTITY, modelName or "uncategorized", name
         inserted = key not in self.runs
         run = self.runs.setdefault(key, ServerRun(*key))
@@ -504,25 +447,6 @@ class WandbServer:
             other.aliases = [alias for alias in other.aliases if alias not in aliases]
         one.aliases = sorted({*one.aliases, *aliases})
 
-    def _alias(self, input, add):
-        one, aliases = self._artifact_of(input["artifactID"]), [alias["alias"] for alias in input["aliases"]]
-        if add:
-            self._move_aliases(one, aliases)
-        else:
-            one.aliases = [alias for alias in one.aliases if alias not in aliases]
-        return dict(success=True)
-
-    def _update_artifact(self, artifactID, metadata=None, description=None, aliases=None, **_):
-        one = self._artifact_of(artifactID)
-        one.metadata = json.loads(metadata) if metadata else one.metadata
-        one.description = description or one.description
-        return dict(artifact=self._artifact(one))
-
-    def _use_artifact(self, artifactID, entityName=None, projectName=None, runName=None, **_):
-        one = self._artifact_of(artifactID)
-        self.runs[entityName or ENTITY, projectName, runName].used_artifacts.append(one)
-        return dict(artifact=self._artifact(one))
-
     def _sweep(self, sweep):
         import yaml
 
@@ -552,13 +476,7 @@ class WandbServer:
     def _heartbeat(self, id, runState="{}", **_):
         sweep = self.sweeps[base64.b64decode(id).decode().split(":")[1]]
         busy, commands = json.loads(runState or "{}"), []
-        for run_id in busy:
-            run = self.runs.get((sweep.entity, sweep.project, run_id))
-            if run and run.stopped:
-                commands.append(dict(type="stop", run_id=run_id))
-        if sweep.state in ("CANCELED", "FINISHED", "STOPPED") and (sweep.state == "CANCELED" or not busy):
-            commands.append(dict(type="exit"))  # the agent kills what still runs
-        elif sweep.state != "PAUSED" and not busy:
+        if not busy:
             parameters = sweep.next_parameters()
             if parameters is None:
                 sweep.state, commands = "FINISHED", [dict(type="exit")]
