@@ -26,6 +26,7 @@ SOURCE = Path(__file__).resolve().parent.parent
 # one may be under way, and of `best` and `last` only the newest follows it.
 UPLOADS = dict(none=0, best=2, last=2, all=4)
 DIFF_CHARACTERS = 1 << 20  # maximum length of the uncommitted diff stored with a run
+OLD_MODES = {"run": "online", "dryrun": "offline"}  # that W&B itself still accepts in WANDB_MODE
 
 log = logging.getLogger("mini_llm")
 
@@ -131,6 +132,7 @@ def _value(name, variable, text):
     if name == "wandb_tags":
         return [tag.strip() for tag in text.split(",") if tag.strip()]
     field = WandbConfig.__dataclass_fields__[name]
+    text = OLD_MODES.get(text, text) if name == "wandb_mode" else text
     return coerce(variable, Declared("wandb", field, field.type), text)
 
 

@@ -75,7 +75,7 @@ def test_ranks_log_their_own_figures_where_more_than_one_writes():
 
 
 def test_a_flag_wins_over_the_environment_and_that_over_the_default():
-    environ = {"WANDB_PROJECT": "theirs", "WANDB_TAGS": "a, b,", "WANDB_MODE": "offline", "WANDB_INIT_TIMEOUT": "7",
+    environ = {"WANDB_PROJECT": "theirs", "WANDB_TAGS": "a, b,", "WANDB_MODE": "dryrun", "WANDB_INIT_TIMEOUT": "7",
                "WANDB_RUN_ID": "id-1", "WANDB_RUN_GROUP": "group", "WANDB_DIR": "/scratch"}
     found = with_environment(WandbConfig(), environ)
     assert (found.wandb_project, found.wandb_tags, found.wandb_mode, found.wandb_init_timeout, found.wandb_run_id,
