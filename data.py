@@ -100,12 +100,10 @@ class Corpus:
     def __init__(self, cfg, vocab_size=0, writes=True, scratch=False, earlier=None):
         """`scratch`: leave nothing behind. Shards that are not in the cache are created in a temporary folder, which is
         deleted once they are open. `earlier`: the folder of shards that a resumed run had with these flags."""
-        if scratch:
-            with tempfile.TemporaryDirectory(prefix="mini-llm-", ignore_cleanup_errors=True) as folder:
-                self._open(cfg, prepare(cfg, vocab_size, scratch=folder, earlier=earlier), checks=True)
-        else:
-            folder = prepare(cfg, vocab_size, writes, earlier=earlier)
-            self._open(cfg, folder, checks=writes)  # once per node: a failure ends all ranks
+        with (tempfile.TemporaryDirectory(prefix="mini-llm-", ignore_cleanup_errors=True) if scratch else
+              contextlib.nullcontext()) as folder:
+            # Checked once per node: a failure ends all ranks.
+            self._open(cfg, prepare(cfg, vocab_size, writes, folder, earlier), checks=writes)
 
     def _open(self, cfg, folder, checks):
         self.seq_len, self.seed, self.folder = cfg.seq_len, cfg.data_seed, folder
