@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mini_llm import toy
 from mini_llm.errors import UserError
-from mini_llm.files import read_json, sync, write_whole
+from mini_llm.files import read_json, same_file, sync, write_whole
 from mini_llm.holdout import takes_tails
 from mini_llm.processes import try_lock
 from mini_llm.progress import ProgressBar
@@ -152,7 +152,7 @@ def _locked_draft(folder, keeps=True):
         return
     try:
         # The process that held the lock may have renamed the draft, and another have begun one since.
-        if not (draft / ".lock").exists() or not os.path.samestat(os.fstat(fd), os.stat(draft / ".lock")):
+        if not same_file(fd, draft / ".lock"):
             yield None
             return
         if folder.exists():
