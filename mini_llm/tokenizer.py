@@ -135,12 +135,6 @@ def known_characters(tokenizer):
     return None if max(map(len, vocabulary), default=0) > 1 else vocabulary.keys()
 
 
-def as_encoded(text, known):
-    """`text` without the characters that have no token: those not in `known`, from `known_characters`."""
-    unknown = set(text) - known if known is not None else ()
-    return text.translate(dict.fromkeys(map(ord, unknown))) if unknown else text
-
-
 def encode_pieces(tokenizer, pieces, eos):
     """Pieces of text or of token files → for each (piece, its ids, bytes of its text, characters for which there is no
     token). Those characters' bytes are not counted, and a document's ids end in `eos` unless that is None."""
@@ -151,7 +145,9 @@ def encode_pieces(tokenizer, pieces, eos):
     known = known_characters(tokenizer) if texts else None
     for piece in pieces:
         if isinstance(piece.content, str):
-            text = as_encoded(piece.content, known)
+            text = piece.content
+            if known is not None and (unknown := set(text) - known):
+                text = text.translate(dict.fromkeys(map(ord, unknown)))
             ids = next(encoded) + ([eos] if piece.ends_document and eos is not None else [])
             yield piece, ids, len(text.encode("utf-8", "replace")), len(piece.content) - len(text)
         else:
