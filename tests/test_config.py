@@ -248,8 +248,6 @@ def test_accumulation_follows_from_the_tokens_of_a_step():
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.toml")), ids=lambda file: file.name)
 def test_every_recipe_is_valid(file):
-    from train import Config
-
     cfg = parse(Config, ["--config", str(file)])
     assert cfg.checkpoint.checkpoint_path != Config().checkpoint.checkpoint_path, "a recipe keeps to its own files"
     assert cfg.batch.accum_steps(8, cfg.data.seq_len) >= 1

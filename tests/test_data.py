@@ -462,13 +462,14 @@ def test_max_tokens_takes_the_first_tokens_only(text, cache):
     assert np.array_equal(corpus.train.read(0, 5000), whole.train.read(0, 5000))
 
 
-def test_max_tokens_of_one_text_reads_no_further(tmp_path, text, monkeypatch):
+@pytest.mark.parametrize("has_val_data", [False, True])
+def test_max_tokens_reads_no_further(tmp_path, text, monkeypatch, has_val_data):
     big = tmp_path / "big.txt"
     big.write_text(text.read_text() * 100)
     read = []
     monkeypatch.setattr(token_cache, "pieces",
                         lambda *args, **flags: (read.append(piece) or piece for piece in pieces(*args, **flags)))
-    corpus = Corpus(config(big, tmp_path / "cache", max_tokens=1000))
+    corpus = Corpus(config(big, tmp_path / "cache", max_tokens=1000, val_data=[str(text)] * has_val_data))
     assert corpus.train.count == 1000
     assert sum(len(piece.content) for piece in read) < 6_000_000 < os.path.getsize(big)
 
@@ -477,22 +478,6 @@ def test_max_tokens_of_one_text_reads_no_further(tmp_path, text, monkeypatch):
 def test_bits_per_byte_of_a_byte_tokenizer_is_the_loss_in_bits(text, cache, max_tokens):
     corpus = Corpus(config(text, cache, max_tokens=max_tokens))
     assert corpus.val_bytes_per_token == pytest.approx(1, abs=1e-3)
-
-
-def test_max_tokens_with_its_own_validation_text_reads_no_further(tmp_path, text, cache, monkeypatch):
-    big = tmp_path / "big.txt"
-    big.write_text(text.read_text() * 100)
-    read = []
-    monkeypatch.setattr(token_cache, "pieces",
-                        lambda *args, **flags: (read.append(piece) or piece for piece in pieces(*args, **flags)))
-    corpus = Corpus(config(big, tmp_path / "cache", max_tokens=1000, val_data=[str(text)]))
-    assert corpus.train.count == 1000 and sum(len(piece.content) for piece in read) < 6_000_000
-
-
-def test_shards_are_trained_on_as_they_are(text, cache):
-    folder = prepare(config(text, cache))
-    with pytest.raises(UserError, match="leave out"):
-        prepare(config(folder, cache, val_data=["nowhere.txt"]))
 
 
 def test_prepared_tokens_are_those_that_the_same_flags_train_on(trainer, text):
@@ -514,14 +499,15 @@ def test_prepared_tokens_are_those_that_the_same_flags_train_on(trainer, text):
     assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
 
 
-def test_shards_may_be_named_with_their_own_tokenizer(text, tmp_path):
+def test_shards_are_trained_on_as_they_are_but_may_be_named_with_their_own_tokenizer(text, tmp_path):
     """As a recipe names it that has prepared them, and is to train on them."""
     folder = prepare(config(text, tmp_path))
     meta = json.loads((folder / "meta.json").read_text())
     (folder / "meta.json").write_text(json.dumps(meta | {"tokenizer": "gpt2"}))
     assert prepare(DataConfig(train_data=[str(folder)], tokenizer_name="gpt2")) == folder
-    with pytest.raises(UserError, match="leave out"):
-        prepare(DataConfig(train_data=[str(folder)], tokenizer_name="other"))
+    for change in dict(tokenizer_name="other"), dict(val_data=["nowhere.txt"]), dict(max_tokens=9):
+        with pytest.raises(UserError, match="leave out"):
+            prepare(DataConfig(train_data=[str(folder)], **change))
 
 
 def test_text_that_is_trained_on_and_validated_on_is_named(text, tmp_path, caplog):
@@ -784,12 +770,10 @@ def test_of_many_files_some_may_be_empty(tmp_path, cache, text):
 
 
 def test_a_truncating_tokenizer_does_not_truncate_the_text(tmp_path, cache, text):
-    from mini_llm.tokenizer import save_tokenizer
-
     tokenizer = train_tokenizer("bpe", [text.read_text()], 300)
     tokenizer.enable_truncation(8)
     tokenizer.enable_padding(length=8)
-    save_tokenizer(tokenizer, tmp_path / "short", "bpe")
+    tokenizer_module.save_tokenizer(tokenizer, tmp_path / "short", "bpe")
     for whole in load_tokenizer(str(tmp_path / "short")), open_tokenizer(tmp_path / "short"):
         assert len(whole.encode(text.read_text()).ids) > 1000 and len(whole.encode("a").ids) == 1, "nor pad it"
 
@@ -870,12 +854,6 @@ def test_a_number_of_bytes_that_is_none_is_refused(text, cache, tmp_path, number
     with pytest.raises(UserError, match="no readable meta.json") as error:
         read_meta(tmp_path)
     assert f"{tmp_path / 'train.bin'} and {tmp_path / 'val.bin'}" in str(error.value)
-
-
-def test_prepared_shards_are_data_of_their_own(text, cache):
-    folder = prepare(config(text, cache))
-    corpus = Corpus(DataConfig(train_data=[str(folder)], seq_len=16))
-    assert corpus.folder == folder and corpus.n_windows > 0
 
 
 # The cache
@@ -1173,11 +1151,9 @@ def test_a_file_whose_name_looks_like_a_pattern_is_a_file(tmp_path):
 
 @pytest.mark.parametrize("name", ["byte", "char", "bpe"])
 def test_tokenizers_give_back_the_text(name, tmp_path):
-    from mini_llm.tokenizer import save_tokenizer
-
     sample = "Zwölf Boxkämpfer\n\tjagen  Viktor, 100 m\u00e9tres \U0001f600.\r\n"
     tokenizer = load_tokenizer(name) or train_tokenizer(name, [sample * 20], 300)
-    eos = save_tokenizer(tokenizer, tmp_path / "t", name)
+    eos = tokenizer_module.save_tokenizer(tokenizer, tmp_path / "t", name)
     loaded = open_tokenizer(tmp_path / "t")
     assert loaded.decode(loaded.encode(sample).ids) == sample
     assert loaded.token_to_id(END_OF_TEXT) == eos
