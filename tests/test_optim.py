@@ -60,34 +60,6 @@ def test_min_lr_defaults_to_a_tenth():
         OptimConfig(lr=1e-3, min_lr=1e-2).validate()
 
 
-def test_decay_is_on_matrices_only():
-    model = GPT(GPTConfig(n_layers=1, n_heads=2, d_model=8, vocab_size=11, max_position_embeddings=8))
-    optimizer = make_optimizer(model, OptimConfig(weight_decay=0.3), torch.device("cpu"))
-    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
-    for name, parameter in model.named_parameters():
-        assert (id(parameter) in decayed) == (not name.endswith("bias") and "norm" not in name), name
-
-
-def test_the_optimizer_is_torchs_adamw_step_for_step():
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layers=1, n_heads=2, d_model=8, vocab_size=11, max_position_embeddings=8))
-    torch.manual_seed(0)
-    twin = GPT(GPTConfig(n_layers=1, n_heads=2, d_model=8, vocab_size=11, max_position_embeddings=8))
-    cfg = OptimConfig(lr=1e-2, weight_decay=0.1, beta1=0.8, beta2=0.9)
-    ours = make_optimizer(model, cfg, torch.device("cpu"))
-    theirs = torch.optim.AdamW([
-        {"params": [p for p in twin.parameters() if p.ndim >= 2], "weight_decay": 0.1},
-        {"params": [p for p in twin.parameters() if p.ndim < 2], "weight_decay": 0.0}], lr=1e-2, betas=(0.8, 0.9))
-    for _ in range(5):
-        for a, b in zip(model.parameters(), twin.parameters(), strict=True):
-            a.grad = torch.randn_like(a)
-            b.grad = a.grad.clone()
-        ours.step()
-        theirs.step()
-    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.allclose(a, b, atol=1e-6)
-
-
 def tiny(**changes):
     torch.manual_seed(0)
     return GPT(GPTConfig(**dict(n_layers=3, n_heads=2, d_model=16, vocab_size=11, max_position_embeddings=8) | changes))
@@ -98,6 +70,21 @@ def draw_gradients(*models):
         twins[0].grad = torch.randn_like(twins[0]) * 10 ** torch.empty(()).uniform_(-3, 1)
         for twin in twins[1:]:
             twin.grad = twins[0].grad.clone()
+
+
+def test_the_optimizer_is_torchs_adamw_step_for_step():
+    model, twin = tiny(), tiny()
+    cfg = OptimConfig(lr=1e-2, weight_decay=0.1, beta1=0.8, beta2=0.9)
+    ours = make_optimizer(model, cfg, torch.device("cpu"))
+    theirs = torch.optim.AdamW([
+        {"params": [p for p in twin.parameters() if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for p in twin.parameters() if p.ndim < 2], "weight_decay": 0.0}], lr=1e-2, betas=(0.8, 0.9))
+    for _ in range(5):
+        draw_gradients(model, twin)
+        ours.step()
+        theirs.step()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
@@ -144,14 +131,17 @@ def test_muons_rate_follows_the_schedule_of_adamws():
     assert {group["lr"]: group["rule"] for group in optimizer.param_groups} == {0.02: "muon", 5e-4: "adamw"}
 
 
-def test_muon_has_the_matrices_of_the_blocks_and_each_parameter_is_in_one_group():
-    model = tiny(arch="qwen3")
-    optimizer = make_optimizer(model, OptimConfig(optimizer="muon", weight_decay=0.3), torch.device("cpu"))
+@pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+def test_muon_has_the_matrices_of_the_blocks_only_matrices_decay_and_each_is_in_one_group(arch, optimizer_name):
+    model = tiny(arch=arch)
+    optimizer = make_optimizer(model, OptimConfig(optimizer=optimizer_name, weight_decay=0.3), torch.device("cpu"))
     group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
     for name, parameter in model.named_parameters():
-        matrix = parameter.ndim == 2
-        assert (group_of[parameter]["rule"] == "muon") == (matrix and name.startswith("blocks.")), name
+        matrix = not name.endswith("bias") and "norm" not in name
+        muons = optimizer_name == "muon" and matrix and name.startswith("blocks.")
+        assert (group_of[parameter]["rule"] == "muon") == muons, name
         assert group_of[parameter]["weight_decay"] == (0.3 if matrix else 0.0), name
 
 
