@@ -243,6 +243,8 @@ def test_accumulation_follows_from_the_tokens_of_a_step():
     assert [batch.accum_steps(ranks, 32) for ranks in (1, 2, 3, 24)] == [24, 12, 8, 1]
     with pytest.raises(UserError, match="not a multiple of --batch-size 4 x 5 ranks x --seq-len 32 = 640; try 3200"):
         batch.accum_steps(5, 32)
+    with pytest.raises(UserError, match="2,000,000 micro-batches in a step; lower it, or raise --batch-size"):
+        BatchConfig(batch_size=1, global_batch_tokens=64_000_000).accum_steps(1, 32)
     assert BatchConfig(grad_accum_steps=3).accum_steps(5, 32) == 3 and BatchConfig().accum_steps(5, 32) == 1
 
 

@@ -393,6 +393,9 @@ def test_tokens_of_another_rule_of_the_split_are_kept_by_their_run_and_taken_by_
         old = prepare(cfg)
     assert prepare(cfg) != old
     assert prepare(cfg, earlier=old) == old and "goes on with the tokens that it began with" in caplog.text
+    shutil.rmtree(old)
+    with pytest.raises(UserError, match=f"the text has changed, .*{old}, are not on this machine; copy them there"):
+        prepare(cfg, earlier=old)
 
 
 def test_tokens_of_tails_are_found_whatever_the_seed(text, tmp_path):
@@ -819,6 +822,20 @@ def test_each_part_of_a_large_shard_is_verified(tmp_path):
             Shard(tmp_path / "d.bin").verify(meta, "train")
 
 
+@pytest.mark.parametrize("damage", [lambda file: os.pwrite(file, b"\xff" * 4, HEADER.size + 40),
+                                    lambda file: os.ftruncate(file, HEADER.size + 42)], ids=["written", "cut off"])
+def test_a_shard_that_is_damaged_while_it_is_read_gives_no_such_tokens(tmp_path, damage):
+    writer = ShardWriter(tmp_path / "s.bin", 70_000, None, bytes(32))
+    writer.write(range(50))
+    writer.close()
+    shard = Shard(tmp_path / "s.bin")
+    with open(tmp_path / "s.bin", "r+b") as file:
+        damage(file.fileno())
+    assert shard.read(0, 10).tolist() == list(range(10))
+    with pytest.raises(UserError, match="is damaged at token 8; remove its folder"):
+        shard.read(8, 3)
+
+
 def test_a_shard_goes_on_behind_the_tokens_that_count(tmp_path):
     found = []
     for parts in [(0, 0, 90)], [(0, 0, 60), (40, 40, 90)]:
@@ -1228,6 +1245,19 @@ def test_gpt2s_tokenizer_from_the_local_cache(monkeypatch, text, cache):
     out = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True,
                          env=os.environ | {"HF_HOME": str(SHARED / "hf-home"), "HF_HUB_OFFLINE": "1"})
     assert out.stdout.split("\n")[0] == "50257 [15496, 995]", out.stderr
+
+
+def test_a_folder_of_before_tokenizer_json_is_converted_and_a_damaged_tokenizer_json_is_named(tmp_path, text):
+    tokenizer = train_tokenizer("bpe", [text.read_text()], 300)
+    model = json.loads(tokenizer.to_str())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, model["merges"])))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    converted = load_tokenizer(str(tmp_path))
+    assert encode(converted, [text.read_text()]) == encode(tokenizer, [text.read_text()])
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=f"--tokenizer-name {tmp_path}: .*tokenizer.json is not a tokenizer: "):
+        load_tokenizer(str(tmp_path))
 
 
 # Size

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+from mini_llm.errors import UserError
 from mini_llm.hugging_face import from_hugging_face, hugging_face_config, to_hugging_face
 from model import ARCHS, GPT, IGNORE, GPTConfig, KVCache, attend
 
@@ -233,6 +234,11 @@ def test_a_prompt_in_two_parts_and_one_that_is_too_long_are_refused():
         model.hidden(tokens(1, 5), past)
     with pytest.raises(AssertionError, match="max_position_embeddings"):
         model(tokens(1, 49))
+
+
+def test_heads_that_rope_cannot_rotate_are_refused():
+    with pytest.raises(UserError, match="--head-dim 7 is odd"):
+        build("llama", head_dim=7)
 
 
 def test_the_cache_holds_no_more_heads_than_keys_have():
