@@ -419,13 +419,14 @@ def test_a_tokenizer_that_cannot_be_written_replaces_no_run(trainer):
     before = {path.name: path.read_bytes() for path in trainer.folder.glob("c.*") if path.is_file()}
     (script := trainer.folder / "full.py").write_text(
         f"import errno, sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import train\n"
-        "def full(self, folder):\n"
-        "    raise OSError(errno.ENOSPC, 'No space left on device', str(folder))\n"
-        "train.Corpus.export_tokenizer = full\n"
+        "import data, train\n"
+        "def full(path, content):\n"
+        "    raise OSError(errno.ENOSPC, 'No space left on device', str(path))\n"
+        "data.write_whole = full\n"
         "train.main()\n")
     run = trainer("--num-steps", 5, "--overwrite", script=script)
-    assert run.code == 1 and "c.tokenizer: No space left on device; make room there" in run.err, run.err
+    said = ".json: No space left on device; the tokenizer cannot be copied\n"
+    assert run.code == 2 and run.err.endswith(said), run.err
     assert before == {path.name: path.read_bytes() for path in trainer.folder.glob("c.*") if path.is_file()}
 
 
