@@ -189,12 +189,12 @@ def token_file_format(path):
     return 0, np.uint16, None
 
 
-def read_token_file(path, block=1 << 16):
-    """Yields the ids of such a file, in arrays of `block` ids."""
+def read_token_file(path):
+    """Yields the ids of such a file, in arrays of up to 65,536."""
     header, dtype, _ = token_file_format(path)
     with open(path, "rb") as file:
         file.seek(header)
-        while len(ids := np.fromfile(file, dtype, block)):
+        while len(ids := np.fromfile(file, dtype, 1 << 16)):
             yield ids
 
 
