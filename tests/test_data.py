@@ -911,6 +911,18 @@ def test_a_lock_of_a_draft_that_another_process_has_begun_anew_locks_nothing(tmp
     assert (tmp_path / "key.draft" / "train.bin").read_text() == "theirs"
 
 
+@pytest.mark.parametrize("when", ["before its lock is made", "before it is locked"])
+def test_tokens_that_another_process_completes_meanwhile_are_not_made_again(tmp_path, monkeypatch, when):
+    key, draft, opened = tmp_path / "key", tmp_path / "key.draft", os.open
+    if when == "before its lock is made":
+        monkeypatch.setattr(os, "open", lambda *args: draft.exists() and draft.rename(key) and opened(*args))
+    else:
+        key.mkdir()
+    with token_cache._locked_draft(key) as found:
+        assert found is None
+    assert key.exists() and not draft.exists()
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_text_of_one_sequence_will_do_and_one_token_less_will_not(tmp_path, text, split):
     for characters in (32, 31):  # a byte is a token, and the end-of-text token is one more: targets are one on

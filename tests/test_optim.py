@@ -157,6 +157,16 @@ def test_frozen_parameters_take_no_state(name):
                                                   for group in optimizer.param_groups for p in group["params"])
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_parameters_without_a_gradient_are_left_alone(name):
+    model = tiny()
+    optimizer, before = make_optimizer(model, OptimConfig(optimizer=name), torch.device("cpu")), deepcopy(model)
+    model.norm.weight.grad = torch.ones_like(model.norm.weight)
+    optimizer.step()
+    assert {name for (name, a), b in zip(model.named_parameters(), before.parameters(), strict=True)
+            if not torch.equal(a, b)} == {"norm.weight"}
+
+
 def test_muon_goes_on_from_its_state_as_if_it_had_never_stopped(tmp_path):
     model, cfg = tiny(), OptimConfig(optimizer="muon")
     optimizer = make_optimizer(model, cfg, torch.device("cpu"))
