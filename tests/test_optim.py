@@ -24,6 +24,7 @@ def test_schedules_rise_to_the_peak_and_end_at_the_floor(scheduler):
     assert lr[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
     assert lr[-1] == pytest.approx(0.1) and max(lr) == lr[9] == 1.0
     assert all(a >= b for a, b in zip(lr[9:], lr[10:], strict=False))
+    assert lr[54] == pytest.approx(1.0 if scheduler == "wsd" else 0.55), "halfway"
 
 
 def test_wsd_is_constant_until_its_last_fifth():
@@ -55,7 +56,7 @@ def test_a_run_shorter_than_its_warm_up_only_rises():
 
 
 def test_min_lr_defaults_to_a_tenth():
-    assert rates(min_lr=None, lr=2.0)[-1] == pytest.approx(0.2)
+    assert rates(min_lr=None, lr=2.0)[-1] == pytest.approx(0.2) and rates(min_lr=0.0)[-1] == 0
     with pytest.raises(UserError, match="--min-lr"):
         OptimConfig(lr=1e-3, min_lr=1e-2).validate()
 
