@@ -112,6 +112,8 @@ def test_a_runs_own_config_is_of_that_run_after_a_recipe_too(tmp_path):
     (own := tmp_path / "c.config.toml").write_text("num_steps = 7\n")
     cfg = parse(Config, ["--config", str(recipe), "--config", str(own)])
     assert cfg.checkpoint.checkpoint_path == str(tmp_path / "c.pt") and cfg.batch.grad_accum_steps == 2
+    own.rename(tmp_path / "c.toml")
+    assert parse(Config, ["--config", str(tmp_path / "c.toml")]).checkpoint == Config().checkpoint, "else of none"
 
 
 BUFFERED = os.environ | {"PYTHONUNBUFFERED": ""}  # so that what is printed may be written at the end only
