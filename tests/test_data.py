@@ -553,6 +553,7 @@ def test_a_file_named_twice_is_read_once(tmp_path, caplog):
     sources = find_sources([str(tmp_path), f"{tmp_path}/*.txt"])
     assert [Path(source.path).name for source in sources] == ["a.txt", "b.txt"]
     assert "names files more than once, or compressed and not (4 times in all)" in caplog.text
+    assert len(find_sources([str(tmp_path)] * 2, "--val-data")) == 6, "each path has a loss of its own"
 
 
 def test_a_folder_gives_no_hidden_files_nor_those_of_a_profiler_or_wandb(tmp_path):
@@ -794,7 +795,9 @@ def test_an_id_outside_the_vocabulary_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-2], lambda b: b"other" + b[5:], lambda b: b[:10],
-                                    lambda b: b + b"xx"])
+                                    lambda b: b + b"xx", lambda b: b[:8] + b"\2" + b[9:],
+                                    lambda b: b[:28] + b"\x64" + b[29:]],
+                         ids=["cut off", "another magic", "no header", "longer", "another format", "no such token"])
 def test_a_damaged_shard_is_refused(tmp_path, damage):
     writer = ShardWriter(tmp_path / "s.bin", 100, 0, b"")
     writer.write(range(50))
