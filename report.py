@@ -187,7 +187,7 @@ def _known(folder):
     if len(runs) > 5:
         return f"; for all {len(runs)} runs there: {command('report.py', folder)}"
     names = runs or sorted({str(rows.parent) for rows in folder.glob("*/*" + ROWS)})
-    return f"; there: {shlex.join(names[:5])}" if names else "; python train.py makes one"
+    return f"; there: {', '.join(map(shlex.quote, names[:5]))}" if names else "; python train.py makes one"
 
 
 def load(words):

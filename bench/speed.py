@@ -71,7 +71,8 @@ def main():
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--batch", type=int, help="sequences in a step, in place of the size's own")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--limit", type=float, help="seconds that all runs are to fit in")
+    parser.add_argument("--limit", type=float, help="seconds; no run is begun that would end later, if it took as long "
+                                                    "as the longest so far")
     options = parser.parse_args()
     began = time.perf_counter()
     size = SIZES[options.size]

@@ -209,6 +209,10 @@ def _base_type(kind):
     return typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
 
 
+def _is_switch(name, fields):
+    return name in fields and _base_type(fields[name].kind) is bool
+
+
 def coerce(label, declared, value):
     """Convert a command-line string or a TOML value to the type that the field declares, checking its bounds."""
     _, field, kind = declared
@@ -275,6 +279,8 @@ def _toml_values(path, table, cls, fields):
         if name in values:
             raise UserError(f"--config {path}: {key} is there twice; leave one out")
         if name not in fields:
+            if _is_switch(on := name.removeprefix("no_"), fields):
+                raise UserError(f"--config {path}: key {key} is not known; write {on} = false")
             refuse_unknown(key, list(fields), f"--config {path}: key")
         values[name] = coerce(f"--config {path}: {key} =", fields[name], value)
     return values
@@ -288,7 +294,7 @@ def refuse_unknown(word, known, what, otherwise=" (see --help)"):
 
 def _refuse_word(word, argv, fields):
     """Raises UserError for a word of the command line that is no flag, nor the value of one."""
-    known = [*map(flag, fields), "--config"]
+    known = [*map(flag, fields), *(flag("no_" + name) for name in fields if _is_switch(name, fields)), "--config"]
     if word.startswith("-"):
         refuse_unknown(word, known, "flag")
     if word.endswith((".toml", ".py")):  # nanoGPT's way
@@ -303,7 +309,7 @@ def _refuse_word(word, argv, fields):
 def _refuse_value(word, value, fields):
     """Raises UserError if `word` is a switch, which the Hugging Face Trainer gives a value."""
     name = plain(word).removeprefix("no_")
-    if word.startswith("--") and name in fields and _base_type(fields[name].kind) is bool:
+    if word.startswith("--") and _is_switch(name, fields):
         raise UserError(f"{word} {value or repr(value)}: a switch has no value; give {flag(name)} or "
                         f"{flag('no_' + name)} alone")
 
@@ -317,7 +323,7 @@ def _plain_flags(word, fields):
     given = given.replace("-", "_")
     name = given.removeprefix("no_")
     kind = fields[name].kind if name in fields else None
-    if kind and _base_type(kind) is bool and value.lower() in ("true", "false"):
+    if _is_switch(name, fields) and value.lower() in ("true", "false"):
         on = (value.lower() == "true") is (given == name)
         return [flag(name if on else "no_" + name)]
     if value == "None" and type(None) in typing.get_args(kind):

@@ -28,7 +28,7 @@ OTHER_NAMES = {
     "docs/extending.md has it as a diff": "z_loss ema",
     # The device and precision.
     "amp_dtype": "dtype precision bf16 fp16", "bf16": "bfloat16", "fp16": "float16", "cuda": "gpu",
-    "compile": "torch_compile",
+    "no_amp": "fp32 float32", "compile": "torch_compile",
     "train_fsdp.py shards the model over all ranks": "fsdp use_fsdp tp tensor_parallel use_tensor_parallel",
     # Evaluation, reports and checkpoints.
     "eval_steps": "eval_every eval_interval eval_strategy evaluation_strategy val_interval",

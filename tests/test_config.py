@@ -227,6 +227,7 @@ def test_mistakes_are_named_with_a_way_out(argv, words):
     ("cylinders = ", ["not valid TOML"]),
     ("power = nan", ["a finite number"]),
     ("cylinders = 4\n[engine]\ncylinders = 8", ["cylinders is there twice"]),
+    ("no-turbo = true", ["key no-turbo is not known; write turbo = false"]),
 ])
 def test_mistakes_in_toml_are_named_too(tmp_path, toml, words):
     file = tmp_path / "car.toml"
@@ -309,6 +310,7 @@ def test_a_word_of_another_meaning_is_not_taken_for_a_typing_error(words, answer
     (["--lr-scheduler", "constant"], "did you mean none?"),
     (["--lr-scheduler", "constant_with_warmup"], "did you mean none?"),
     (["--compile", "--num-stesp", "5"], "flag --num-stesp is not known; did you mean --num-steps?"),
+    (["--no-tie-embedding"], "did you mean --no-tie-embeddings?"), (["--fp32"], "did you mean --no-amp?"),
     (["--use-wandb", "--learning_rate=1"], "flag --learning_rate is not known; did you mean --lr?"),
     (["--compile", "a.py"], "give it as --config a.toml")], ids=str)
 def test_a_value_is_answered_with_a_value_and_what_follows_a_switch_as_elsewhere(argv, answer):

@@ -390,11 +390,11 @@ def test_runs_are_listed_from_the_best_to_the_worst_and_then_those_never_evaluat
 
 
 @pytest.mark.parametrize("args, says", [
-    (["nope.pt"], "nope.pt: there is no nope.metrics.jsonl; there: c.pt empty.pt"),
+    (["nope.pt"], "nope.pt: there is no nope.metrics.jsonl; there: c.pt, empty.pt"),
     (["many/x.pt"], "report.py many\n"),
     (["none/x.pt"], "there is no none/x.metrics.jsonl; python train.py makes one"),
     ([], "checkpoints/minigpt.pt: there is no"),
-    (["nested"], "nested: is a folder without runs; there: nested/a 'nested/b c'"),
+    (["nested"], "nested: is a folder without runs; there: nested/a, 'nested/b c'"),
     (["nested/none"], "nested/none: is a folder without runs; python train.py makes one"),
     (["empty.pt"], "empty.metrics.jsonl: no report in it yet"),
     (["c.pt", "--smooth", "0"], "--smooth: 0: expected a whole number"),
