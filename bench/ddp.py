@@ -2,7 +2,8 @@
 
     python bench/ddp.py --size A --ranks 2 --text tinyshakespeare.txt      # --mode fsdp: of shards
 
-On a CPU each of N ranks has its share of the cores that the one process has. Speed is taken as in bench/speed.py.
+On a CPU each of N ranks has its share of the cores that the one process has. Speed is taken as in bench/speed.py. Other
+flags, such as --compile, go to both.
 """
 
 import argparse
@@ -20,7 +21,7 @@ def main():
     parser.add_argument("--mode", choices=("ddp", "fsdp"), default="ddp")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
+    options, flags = parser.parse_known_args()
     size = SIZES[options.size]
     if size.batch % options.ranks:
         parser.error(f"--ranks {options.ranks} does not divide the batch of {size.batch}")
@@ -28,19 +29,21 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(folder, size, options.text, device=options.device)
 
-        def many(steps):
-            where, (python, _, *flags) = bench.ours(steps, "--batch-size", size.batch // options.ranks)
-            return where, [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.ranks}",
-                           ROOT / f"train_{options.mode}.py", *flags]
+        def one(steps):
+            return bench.ours(steps, *flags)
 
-        rates = {bench.ours: [], many: []}
+        def many(steps):
+            where, (python, _, *arguments) = bench.ours(steps, "--batch-size", size.batch // options.ranks, *flags)
+            return where, [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.ranks}",
+                           ROOT / f"train_{options.mode}.py", *arguments]
+
+        rates = {one: [], many: []}
         for _ in range(options.rounds):
             for make, found in rates.items():
                 found.append(timed(make, size)[0])
     print(f"size {options.size}, global batch {size.batch} x {size.context} tokens, {machine(options.device)}")
-    one, several = rates.values()
-    print(f"one process: {spread(one)} tokens/s; {options.ranks} ranks ({options.mode}): {spread(several)}; "
-          f"ratio {spread([b / a for a, b in zip(one, several, strict=True)], '.3f')}")
+    print(f"one process: {spread(rates[one])} tokens/s; {options.ranks} ranks ({options.mode}): {spread(rates[many])}; "
+          f"ratio {spread([b / a for a, b in zip(rates[one], rates[many], strict=True)], '.3f')}")
 
 
 if __name__ == "__main__":
