@@ -46,6 +46,7 @@ def faulty(self, at, *rest):
             case "hang": time.sleep(1000)
             case "rest": time.sleep(9)
             case "leave": raise KeyboardInterrupt
+            case "limit": os.kill(os.getpid(), signal.SIGALRM)  # as the end of --time-limit
             case "raise": raise ValueError("a broken sample")
             case "memory": torch.empty(1 << 50)
             case "store":  # what a reset connection to it looks like
@@ -184,12 +185,9 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_ends_as_if_it_had_not_been(
     assert same(Run(subprocess.CompletedProcess([], code, out, err), trainer.folder, "c.pt"), whole)
 
 
-def test_torchrun_restarts_no_run_that_was_stopped_as_asked(trainer):
-    args = trainer.arguments([*LONG, "--resume", "auto", "--time-limit", 0.2], ranks=2)
-    args[3:3] = ["--max-restarts=2"]
-    run = zygote.run(args, trainer.folder, environment())
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("stopped by --time-limit") == run.stdout.count("Using device") == 1, run.stdout
+def test_torchrun_restarts_no_run_that_was_stopped_as_asked(faulted):
+    code, out, err, _ = faulted("limit all 25", *LONG, "--resume", "auto", torchrun=["--max-restarts=2"])
+    assert code == 0 and out.count("stopped by --time-limit") == out.count("Using device") == 1, out + err
 
 
 def test_a_restart_without_resume_auto_is_refused(monkeypatch):
