@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import zygote
 from conftest import ROOT, TINY, Run, environment, eventually, processes_with
 from test_train import same
@@ -49,14 +50,6 @@ def faulty(self, at, *rest):
             case "limit": os.kill(os.getpid(), signal.SIGALRM)  # as the end of --time-limit
             case "raise": raise ValueError("a broken sample")
             case "memory": torch.empty(1 << 50)
-            case "store":  # what a reset connection to it looks like
-                read = DDPWorld.heartbeat._read
-
-                def lost(rank):
-                    DDPWorld.heartbeat._read = read
-                    raise torch.distributed.DistNetworkError("Connection reset by peer")
-
-                DDPWorld.heartbeat._read = lost
             case "flip": DDPWorld.weight.view(torch.int32)[0] ^= 1 << 20  # a lower one may be lost in the update
     return batch(self, at, *rest)
 
@@ -150,13 +143,6 @@ def test_one_of_many_ranks_is_named(faulted, fault, words):
 def test_if_all_ranks_stand_still_that_is_said_and_ends_none(faulted):
     code, _, err, _ = faulted("rest all 25", "--num-steps", 30, "--eval-steps", 0, "--timeout", 5)
     assert code == 0 and err.count("warning: no rank has moved for 5 s at step 26") == 1 and "error" not in err, err
-
-
-def test_a_connection_to_the_store_that_breaks_once_ends_no_run(faulted, trainer):
-    """Without a new connection this rank has no heartbeat any more, and --timeout is shorter than what follows."""
-    flags = ["--eval-steps", 0, "--log-steps", 5, "--save-steps", 0, "--timeout", 6, "--time-limit", 0.4]
-    code, out, err, _ = faulted("store 1 25", "--num-steps", 100_000, *flags)
-    assert "stopped by --time-limit" in out and "has stopped" not in err, err
 
 
 def test_replicas_are_compared_in_their_moments_too(monkeypatch):
@@ -317,6 +303,21 @@ def test_a_heartbeat_that_ends_is_a_fault_or_none(heartbeat, peer, words):
     with pytest.raises(KeyboardInterrupt):
         heartbeat._run()
     assert (words in said[0]) if words else said == []
+
+
+def test_a_connection_to_the_store_that_breaks_is_made_anew(heartbeat):
+    heartbeat.store = broken = dist.PrefixStore("", dist.TCPStore("127.0.0.1", 0, is_master=True,
+                                                                  wait_for_workers=False))
+
+    def read(rank):
+        if heartbeat.store is broken:
+            raise dist.DistNetworkError("Connection reset by peer")
+        return dict(name="rank 1", pid=os.getpid(), node="0", progress=0, left=False, beat=len(heartbeat.slept))
+
+    heartbeat._read = read
+    with pytest.raises(KeyboardInterrupt):
+        heartbeat._run()
+    assert heartbeat.answers == 8 and json.loads(heartbeat.store.get("0"))["beat"] == 9, "of nine beats"
 
 
 def test_that_a_rank_has_left_is_published_last(heartbeat):
