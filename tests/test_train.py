@@ -515,9 +515,11 @@ def test_the_best_checkpoint_is_of_the_lowest_loss_and_no_other(trainer, flags):
 
 def test_a_trial_of_a_sweep_that_was_asked_to_stop_has_not_failed(trainer):
     """W&B's agent gives up after five failures, or three within a minute."""
-    run = trainer("--num-steps", 100_000, "--time-limit", 0.2, "--eval-steps", 0,
-                  env=dict(WANDB_SWEEP_ID="s", WANDB_RUN_ID="trial"))
-    assert run.code == 0 and "stopped by --time-limit" in run.out and (trainer.folder / "c.trial.pt").exists(), run.out
+    flags = ["--num-steps", 100_000, "--log-steps", 10, "--eval-steps", 0]
+    run = interrupt_after(trainer.arguments(flags), trainer.folder, "step 20/",
+                          env=dict(WANDB_SWEEP_ID="s", WANDB_RUN_ID="trial"))
+    assert run.returncode == 0 and "stopped by SIGTERM" in run.stdout, run.stdout
+    assert (trainer.folder / "c.trial.pt").exists()
 
 
 def test_a_dry_run_says_the_size_takes_a_step_and_writes_nothing(trainer, text):
