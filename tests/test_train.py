@@ -666,8 +666,8 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_difference(trainer):
             ("--batch-size", "8", "is 8 (--batch-size x --grad-accum-steps x ranks has to be 4)")]:
         run = trainer("--num-steps", 6, "--resume", name, value)
         assert run.code == 2 and len(run.err.strip().splitlines()) == 1 and words in run.err, run.err
-        tried = trainer("--dry-run", "--resume", name, value)
-        assert tried.code == 2 and words in tried.err
+    tried = trainer("--dry-run", "--resume", name, value)
+    assert tried.code == 2 and words in tried.err
     tried = trainer("--dry-run", "--resume", "--num-steps", 6)
     assert tried.code == 0 and "Resumed at step 3" in tried.out and "one step: loss" in tried.out, tried.err
     assert first.checkpoint.read_bytes() == before and 3 in first.rows
