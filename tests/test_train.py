@@ -687,15 +687,13 @@ def test_a_mixture_goes_on_as_the_same_mixture_only(trainer):
 
 @pytest.mark.parametrize("known", [{}, {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}], ids=["nothing", "as srun"])
 def test_ddp_without_torchrun_says_how_to_launch(tmp_path, known):
-    run = subprocess.run([sys.executable, str(ROOT / "train_ddp.py")], cwd=tmp_path, capture_output=True, text=True,
-                         env=environment(**known))
+    run = zygote.run(command("train_ddp.py"), tmp_path, environment(**known))
     assert run.returncode == 2 and "torchrun --nproc-per-node" in run.stderr and "MASTER_ADDR" in run.stderr
     assert len(run.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
 def test_torchrun_is_told_which_trainers_it_starts(tmp_path):
-    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(ROOT / "train.py"),
-                          "--use-toy-data"], cwd=tmp_path, capture_output=True, text=True, env=environment())
+    run = zygote.run([*command("train.py", ranks=2), "--use-toy-data"], tmp_path, environment())
     assert run.stderr.count("error: torchrun: train.py trains on one device; start train_ddp.py") == 1, run.stderr
     assert run.returncode and not list(tmp_path.iterdir())
 
