@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import zygote
 from conftest import QUICK, ROOT, TINY, environment, eventually, processes_with
 
 import sweep
@@ -44,10 +45,10 @@ def start(server, tmp_path):
 
     def start(*command, stream=subprocess.DEVNULL, **env):
         # Agents run "python" and "torchrun": sweep.py has to make W&B's find those of this Python environment.
-        folders = others if command[1] == SWEEP[1] else [here, *others]
-        env |= dict(PATH=os.pathsep.join(folders))
-        return subprocess.Popen(command, cwd=tmp_path, text=True, stdout=stream, stderr=stream,
-                                env=environment(**tracked | env))
+        ours = command[1] == SWEEP[1]
+        env |= dict(PATH=os.pathsep.join(others if ours else [here, *others]))
+        return (zygote if ours else subprocess).Popen(command, cwd=tmp_path, text=True, stdout=stream, stderr=stream,
+                                                      env=environment(**tracked | env))
 
     yield start
     for pid in processes_of(server):
