@@ -2,7 +2,6 @@
 Otherwise they are processes like others: their own modules, environment, streams, exit code. The ranks that torchrun
 starts are its children, and copies of it."""
 
-import atexit
 import contextlib
 import ctypes
 import functools
@@ -189,16 +188,10 @@ class Rank(subprocess.Popen):
 
 
 if __name__ == "__main__":
-    atexit.register(lambda: sys.modules.update(loaded))  # the first is called last
     import torch
 
     for module in sys.argv[2:]:
         importlib.import_module(module)
     sys.modules.pop(TORCHRUN, None)  # it will be the main module
-    # Else each copy looks through all that torch has made when it ends (0.3 s), and takes its modules and what C++ has
-    # of it apart (0.2 s): only what the command itself has loaded is.
-    gc.freeze()
-    loaded = dict.fromkeys(sys.modules.keys() - {"sys", "builtins", "__main__"})
-    libc = ctypes.CDLL(None)
-    libc.on_exit(libc._exit, None)  # with the exit code; before what was registered earlier
+    gc.freeze()  # else each copy looks through all that torch has made when it ends: 0.3 s
     serve(socket.socket(fileno=int(sys.argv[1])))
