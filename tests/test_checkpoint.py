@@ -248,6 +248,8 @@ def test_a_save_writes_into_no_checkpoint_that_a_killed_link_left_under_its_draf
     os.link(tmp_path / "c.best.pt", tmp_path / "c.pt.tmp")
     save_run(cfg, payload(3), 3, newest=True, best=False)
     assert [load(tmp_path / name)["step"] for name in ("c.pt", "c.prev.pt", "c.best.pt")] == [3, 1, 2]
+    save_run(cfg, payload(4), 4, newest=False, best=True)
+    assert [load(tmp_path / name)["step"] for name in ("c.pt", "c.prev.pt", "c.best.pt")] == [3, 1, 4]
 
 
 class Killed(BaseException):
