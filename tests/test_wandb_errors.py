@@ -12,6 +12,7 @@ from mini_llm.wandb_errors import Relay, advice, reason, with_advice
     ("[Errno 30] Read-only file system: '/w'", "name a folder"), ("[Errno 20] Not a directory: '/w'", "name a folder"),
     ("[Errno 17] File exists: '/w'", "name a folder"), ("HTTP 409: Conflict", "an id is given once"),
     ("run x was previously created and deleted", "an id is given once"),
+    ("Could not find sweep x", "give ENTITY/PROJECT/ID (of a sweep, `python sweep.py create` prints it)"),
     ("HTTP 403: Forbidden", "check --wandb-entity"), ("HTTP 404", "check --wandb-entity"),
     ("permission denied to write to me/p", "check --wandb-entity"), ("entity me is unknown", "check --wandb-entity"),
     ("project not found", "check --wandb-entity"), ("Could not find project p", "check --wandb-entity"),
