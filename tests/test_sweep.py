@@ -134,7 +134,7 @@ def test_each_point_of_a_grid_is_a_run_with_its_own_parameters_and_files(server,
 
 def test_a_trial_under_torchrun_is_one_run_of_all_ranks(server, create, run, tmp_path):
     leave_another_run(tmp_path)
-    sweep_id = create("train_ddp.py", lr=[1e-3, 2e-3], num_steps=[4], log_steps=[2])
+    sweep_id = create("train_ddp.py", lr=[1e-3, 2e-3, 3e-3], num_steps=[4], log_steps=[2])
     (tmp_path / "click.py").write_text("raise SystemExit('a file of the working folder')")  # the SDK imports one
     link = f"{server.url}/{sweep_id.replace('trials/', 'trials/sweeps/')}?nw=x"
     code, _, err = run(*SWEEP, "agent", link, "--agents", "2", "--count", "1", "--nproc-per-node", "2")
