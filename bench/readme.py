@@ -46,7 +46,10 @@ def main():
     marked = re.search(f"^{BEGIN}\n.*?^{END}$", text, re.MULTILINE | re.DOTALL)
     if not marked:
         raise UserError(f"{readme}: no line {BEGIN} and after it {END}; put both where the run is to be shown")
-    lines = excerpt(beside_run(run.path, ".log").read_text("utf-8", errors="replace"))
+    log = beside_run(run.path, ".log")
+    if not log.is_file():
+        raise UserError(f"{log}: not there, and the console's lines are in it")
+    lines = excerpt(log.read_text("utf-8", errors="replace"))
     plot = readme.parent / "docs" / "loss.svg"
     plot.parent.mkdir(exist_ok=True)
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "mini-llm"}):  # small, and equal for equal runs
