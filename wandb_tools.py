@@ -266,13 +266,14 @@ def lacking(records, stored):
 
 
 def located(name):
-    """A wandb.Api, and for it the path of the run or sweep `name`, which is a path without what is to be taken from the
-    settings, or a link to its page: https://wandb.ai/ENTITY/PROJECT/runs/ID/workspace. Raises UserError."""
+    """A wandb.Api, and the path by which it finds the run or sweep `name`: ENTITY/PROJECT/ID, less what the settings
+    have, or a link to its page, https://wandb.ai/ENTITY/PROJECT/runs/ID/workspace. Raises UserError."""
     path = unquote(re.sub(r"^\w+://[^/]*|[?#].*", "", name)).strip("/")
     if not path:
         raise UserError(f"{name!r}: names no run or sweep; give ENTITY/PROJECT/ID, or a link to its page")
     settings = with_environment(WandbConfig())
     defaults = dict(entity=settings.wandb_entity, project=settings.wandb_project)
+    # It begins with a slash because the SDK looks for "/runs/" and "/sweeps/" in it.
     return import_wandb().Api(defaults, timeout=TIMEOUT), re.sub(r"(/(runs|sweeps)/[^/]+).*", r"\1", f"/{path}")
 
 

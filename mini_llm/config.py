@@ -210,6 +210,7 @@ def _base_type(kind):
 
 
 def _is_switch(name, fields):
+    """Whether `name` is that of a flag without a value, which --no- turns off."""
     return name in fields and _base_type(fields[name].kind) is bool
 
 

@@ -167,11 +167,12 @@ def test_the_card_says_what_was_trained_on_what(exported, tuned, text, tmp_path)
         if file.suffix != ".jsonl":
             (shutil.copytree if file.is_dir() else shutil.copy)(file, tmp_path / file.name)
     with open(tmp_path / "qwen3.log", "a") as log:
-        log.write("[2026-01-01 00:00:00] wandb: run abc (swift-sun-3) at https://wandb.ai/me/p/runs/abc\n")
+        for run_id in "old", "abc":  # it has been sent as a new run since
+            log.write(f"[2026-01-01 00:00:00] wandb: run {run_id} (swift-sun-3) at https://wandb.ai/me/p/runs/{run_id}\n")
     export.export(tmp_path / "qwen3.pt", str(tmp_path / "out"), "bfloat16")
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"best validation loss so far: {saved['state']['best_val']:.4f}" in card and "(bfloat16)" in card
-    assert "https://wandb.ai/me/p/runs/abc" in card
+    assert re.findall("https://wandb.ai.*", card) == ["https://wandb.ai/me/p/runs/abc"]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
@@ -182,9 +183,10 @@ def test_the_card_of_a_run_with_histograms_takes_no_memory_for_them(tuned, tmp_p
     (tmp_path / "qwen3.metrics.jsonl").write_text((json.dumps(row) + "\n") * 50)
     tracemalloc.start()
     card = export.model_card(tmp_path / "qwen3.pt", trained, saved, 257, "float32")
-    assert "best validation loss so far: 2.5" in card
-    assert tracemalloc.get_traced_memory()[1] < 5e6, "a row has 0.4 MB, all together 18"
+    peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
+    assert "best validation loss so far: 2.5" in card
+    assert peak < 5e6, "a row has 0.4 MB, all together 18"
 
 
 @pytest.mark.parametrize("flags, words", [
