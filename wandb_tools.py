@@ -87,10 +87,10 @@ def checks(settings, folder):
 
 
 def rows_of(api, target):
-    """The rows that the server has of a run; None if there is no such run. Other errors are raised."""
+    """The rows that the server has of a run, `slim`; None if there is no such run. Other errors are raised."""
     api.flush()
     try:
-        return list(history(api.run(target)))
+        return list(map(slim, history(api.run(target))))
     except Exception as error:
         if "could not find run" in str(error).lower():
             return None
@@ -103,6 +103,12 @@ def history(run):
     # Not from the SDK's cache, which may hold an export from before a resume.
     for row in run.scan_history(page_size=size, use_cache=False):
         yield {name: value for name, value in row.items() if value is not None}
+
+
+def slim(row):
+    """A row or record with {} for each histogram, of which a run's rows together may not fit into memory."""
+    return {sys.intern(name): {} if isinstance(value, dict) and name != "config" else value
+            for name, value in row.items()}
 
 
 def forget_environment():
@@ -177,7 +183,7 @@ def send(facts, path, new_id=""):
     """Send the rows of `path`, a metrics.jsonl, that the server's run lacks, and end that run, also if only its end is
     lacking → a message saying what was done. A run of a `new_id` may have no rows of others. Raises UserError."""
     wandb = import_wandb()
-    records = list(read_records(path))
+    records = list(map(slim, read_records(path)))
     config = next((record["config"] for record in reversed(records) if record.get("event") == "config"), {})
     # If the run was resumed and then killed, its last exit event is that of an earlier start.
     last = next((record for record in reversed(records) if record.get("event") in ("config", "exit")), {})
@@ -188,8 +194,8 @@ def send(facts, path, new_id=""):
     new = stored is None or not stored and facts.get("sweep")  # a server makes a trial's run before it begins
     if new and (folders := offline_folders(facts["init"], path)):  # else their rows would be there twice
         stored, note = sync_folders(folders, api, target, records)
-    missing = lacking(records, stored or [])
-    if new_id and stored and facts.get("primary", True) and len(missing) == len(lacking(records, [])):
+    missing = list(lacking(records, stored or []))
+    if new_id and stored and facts.get("primary", True) and missing == list(lacking(records, [])):
         raise UserError(f"--wandb-run-id {new_id}: {target} has rows of another run; give an id that is not taken")
     state = api.run(target).state if stored is not None else ""
     if not missing and state not in ("running", "crashed", "preempting"):
@@ -201,13 +207,13 @@ def send(facts, path, new_id=""):
     run = open_run(job, say)
     publisher = Publisher(run, job, say, [record for record in records if record.get("event") == "sample"
                                           and record not in missing])
-    publisher.publish(map(json.dumps, missing))
+    publisher.publish(map(json.dumps, lacking(read_records(path), stored or [])))  # read again, now with histograms
     publisher.summarize(records)  # the SDK takes the last rows that were sent for the newest
     if state == "preempting":
         run.mark_preempting()
     run.finish(exit_code=last.get("code", LOST_CODE))
     # The SDK does not report uploads that have failed permanently.
-    if lost := awaited(lambda: lacking(missing, rows_of(api, target) or []), ARRIVAL, lambda lost: not lost):
+    if lost := awaited(lambda: list(lacking(missing, rows_of(api, target) or [])), ARRIVAL, lambda lost: not lost):
         raise RuntimeError(f"{len(lost)} of {len(missing)} rows cannot be read back from {target} after {ARRIVAL} s")
     return f"{len(missing)} rows sent to {target}" if missing else f"{target} has every row, and is ended now"
 
@@ -222,11 +228,11 @@ def sync_folders(folders, api, target, records):
     print(f"wandb sync {shlex.join(folders)}", flush=True)
     # -P: the working folder may have a module named like one of the SDK's imports.
     synced = subprocess.run([sys.executable, "-P", "-m", "wandb", "sync", *folders], capture_output=True, text=True)
-    stored = awaited(lambda: rows_of(api, target), ARRIVAL, lambda rows: rows and not lacking(records, rows))
+    stored = awaited(lambda: rows_of(api, target), ARRIVAL, lambda rows: rows and not any(lacking(records, rows)))
     if stored is None or synced.returncode and not stored:
         print(f"wandb sync failed: {reason((synced.stdout + synced.stderr).strip())}", flush=True)
         return stored, ""
-    if late := lacking(records, stored):  # on their way, or never written to those folders, as before a kill
+    if late := list(lacking(records, stored)):  # on their way, or never written to those folders, as before a kill
         raise RuntimeError(f"{len(late)} rows cannot be read back from {target} {ARRIVAL} s after wandb sync")
     return stored, ", with its files" + _checkpoints_sent(api.run(target), folders)
 
@@ -251,7 +257,7 @@ def offline_folders(init, path):
 
 
 def lacking(records, stored):
-    """The reports and samples among the records of a metrics.jsonl that are missing from the server's rows. Rows are
+    """Yields the reports and samples among the records of a metrics.jsonl that the server's rows lack. Rows are
     matched by step and time: a run that was rolled back reaches the same step again. NaN may not be there as such."""
     held = defaultdict(list)  # step → rows
     for row in stored:
@@ -262,7 +268,9 @@ def lacking(records, stored):
         rows = [row for row in held[record["step"]] if abs(row.get("_timestamp", 0) - record["time"]) < 0.01]
         return needs.difference(("step", "time"), *rows)
 
-    return [record for record in records if record.get("event", "sample") == "sample" and missing(record)]
+    for record in records:
+        if record.get("event", "sample") == "sample" and missing(record):
+            yield record
 
 
 def located(name):
