@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import takewhile
 
 import numpy as np
@@ -193,8 +194,14 @@ def prompt_ids(tokenizer, start, prompt, prefix=(), given="--prompt"):
         raise UserError(f"{given} {prompt!r}: the tokenizer knows none of these characters; give another")
     known = known_characters(tokenizer)
     if known is not None and (unknown := "".join(sorted(set(prompt) - known))):
-        print(f"warning: the tokenizer has no token for {unknown!r}: left out of {given} {prompt!r}", file=sys.stderr)
+        warn_once(f"warning: the tokenizer has no token for {unknown!r}: left out of {given} {prompt!r}")
     return [*prefix, *ids] or [start]
+
+
+@cache
+def warn_once(text):
+    """On stderr, and not again: a run encodes its --sample-prompt for each sample."""
+    print(text, file=sys.stderr)
 
 
 def write_texts(model, tokenizer, eos, saved, cfg):

@@ -265,7 +265,8 @@ def test_the_command_continues_prompts_as_transformers_does_on_the_exported_fold
 
 def test_characters_of_a_prompt_without_a_token_are_named(capsys):
     known = train_tokenizer("char", ["abc"], 0)
-    assert prompt_ids(known, 0, "abca") == prompt_ids(known, 0, "a—bçca")
+    for _ in range(2):  # a run encodes its --sample-prompt for each sample
+        assert prompt_ids(known, 0, "abca") == prompt_ids(known, 0, "a—bçca")
     assert capsys.readouterr().err == ("warning: the tokenizer has no token for 'ç—': left out of --prompt 'a—bçca'\n")
 
 
