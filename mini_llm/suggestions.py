@@ -36,13 +36,15 @@ OTHER_NAMES = {
     "run python evaluate.py": "eval_only",
     "checkpoint_path": "output_dir out_dir ckpt", "overwrite": "overwrite_output_dir", "keep_last": "save_total_limit",
     "save_steps": "save_every save_interval always_save_checkpoint checkpoint_every",
-    "resume": "resume_from resume_from_step resume_from_checkpoint",
+    "resume": "resume_from resume_from_step resume_from_checkpoint wandb_resume",
     "keep_optimizer": "load_optimizer load_optimizer_state",
     "the best weights are kept in .best.pt": "early_stop early_stopping patience",
     # Weights & Biases.
     "use_wandb": "wandb wandb_log enable_wandb report_to", "wandb": "metrics metric_logger",
-    "wandb_run_name": "run run_name", "wandb_run_mode": "run_mode", "wandb_project": "project",
-    "wandb_rank_scope": "rank_scope", "after the run: python wandb_tools.py download RUN.pt": "download_logs"}
+    "wandb_run_name": "run run_name name", "wandb_run_id": "run_id wandb_id", "wandb_run_mode": "run_mode",
+    "wandb_project": "project", "wandb_entity": "entity", "wandb_group": "group", "wandb_job_type": "job_type",
+    "wandb_tags": "tags", "wandb_notes": "notes", "wandb_rank_scope": "rank_scope",
+    "after the run: python wandb_tools.py download RUN.pt": "download_logs"}
 ELSEWHERE = {other: ours for ours, others in OTHER_NAMES.items() for other in others.split()}
 
 

@@ -295,6 +295,8 @@ def test_a_package_that_is_missing_is_named_with_what_installs_it(capsys):
     ("eval-only", "run python evaluate.py"), ("use-tensor-parallel tp fsdp", "shards the model over all ranks"),
     ("download-logs", "; after the run: python wandb_tools.py download RUN.pt"), ("moe n-experts", " (see --help)"),
     ("early-stop patience", ".best.pt"), ("bias=False", "--arch"),
+    ("run-id wandb-id", "did you mean --wandb-run-id?"), ("entity", "--wandb-entity?"), ("tags", "--wandb-tags?"),
+    ("name run-name wandb-name", "did you mean --wandb-run-name?"), ("wandb-resume", "did you mean --resume?"),
     ("z-loss ema", "docs/extending.md has it as a diff"),
     ("adam-eps momentum num-workers val-frequency hidden-dim", "(see --help)"), ("final-lr-frac", "--min-lr?"),
     ("warmup", "--warmup-steps?"), ("wamup-steps", "--warmup-steps?"), ("trian_data", "--train-data?")])
