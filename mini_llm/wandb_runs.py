@@ -321,4 +321,4 @@ class Job:
     host: str = dataclasses.field(default_factory=lambda: os.environ.get("WANDB_HOST") or platform.node())
     program: str = dataclasses.field(default_factory=lambda: os.path.abspath(sys.argv[0]))
     arguments: list = dataclasses.field(default_factory=lambda: sys.argv[1:])
-    sweep: str = dataclasses.field(default_factory=lambda: os.environ.get("WANDB_SWEEP_ID", ""))
+    sweep: str = dataclasses.field(default_factory=lambda: sweep_trial() and os.environ["WANDB_SWEEP_ID"])

@@ -87,6 +87,8 @@ class WandbSink:
                     "WANDB_TAGS", "WANDB_NOTES", "WANDB_FORK_FROM", "WANDB_RESUME_FROM")
         environment = {name: value for name, value in os.environ.items()
                        if name not in unwanted and (value or not name.startswith("WANDB_"))}
+        if not self.job.sweep:  # without a run id it is not an agent's, and the SDK would ignore the project for it
+            environment.pop("WANDB_SWEEP_ID", None)
         environment.setdefault("WANDB_ERROR_REPORTING", "false")  # else exit takes 12 s longer when the server hangs
         environment.setdefault("WANDB_X_DISABLE_VIEWER", "true")  # and startup 10 s, to look up the user's name
         # On SageMaker the SDK makes up an id of its own, even where `id` is given, unless it is in the environment. And

@@ -109,6 +109,17 @@ def test_what_a_report_costs_is_measured_as_the_tracker_makes_its_sinks(tmp_path
     assert len(costs) == 2 and all(0 < median <= most for _, median, most in costs.values())
 
 
+@pytest.mark.parametrize("run_id, kept", [("", "None"), ("r", "s")])
+def test_a_run_is_in_a_sweep_only_if_its_agent_has_named_the_run(starting, tmp_path, monkeypatch, run_id, kept):
+    """For a WANDB_SWEEP_ID alone the SDK ignored the project: the run was in `uncategorized`."""
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s")
+    monkeypatch.setenv("WANDB_RUN_ID", run_id)
+    made = starting("import os; open('told', 'w').write(str(os.environ.get('WANDB_SWEEP_ID')))")
+    made.log(1, {"train/loss": 3.0})
+    made.close(0)
+    assert (tmp_path / "told").read_text() == kept and made.job.sweep == (run_id and "s")
+
+
 @pytest.mark.parametrize("code", [0, 143])
 def test_a_checkpoint_before_any_report_starts_the_process_and_the_end_leaves_none(starting, tmp_path, code):
     made = starting("import sys; open('started', 'a').write('x'); open('told', 'w').write(sys.stdin.read())")
