@@ -18,9 +18,10 @@ ADVICE = [  # (pattern in W&B's error message, what to do)
     (r"api[ _]key|\blogin\b|\b401\b|authenticat|logged in|no-tty", "wandb login, or WANDB_API_KEY"),
     (r"no space left|\[errno 2\]|read-only|not a directory|file exists|\[errno 13\]|disk quota",
      "name a folder of your own with room: --wandb-dir"),
-    (r"\b409\b|previously created and deleted", "an id is given once: --wandb-run-id NEW, with --resume or "
+    (r"\b(409|410)\b|previously created and deleted", "an id is given once: --wandb-run-id NEW, with --resume or "
      "wandb_tools.py sync RUN"),
     (r"could not find sweep|invalid path", "give ENTITY/PROJECT/ID (of a sweep, `python sweep.py create` prints it)"),
+    (r"could not find run", "give ENTITY/PROJECT/ID (or WANDB_ENTITY, WANDB_PROJECT); of a sweep PROJECT/sweeps/ID"),
     (r"\b(403|404)\b|permission|not found|could not find|\bentity\b",
      "check --wandb-entity and --wandb-project (WANDB_ENTITY, WANDB_PROJECT), or the key's rights"),
     (r"cannot be read back", "in a few minutes, repeat this: it sends what is lacking then"),

@@ -570,6 +570,7 @@ def test_download_takes_the_runs_of_all_ranks(server, trainer, tool):
 def test_download_of_a_missing_run_is_one_line(tool):
     code, out, err = tool("download", "missing", WANDB_ENTITY="team", WANDB_PROJECT="ours")  # as training has them
     assert (code, out, err.count("\n")) == (1, "", 1) and "team/ours/missing" in err and "WANDB_ENTITY" in err
+    assert "PROJECT/sweeps/ID" in err, "as which `sweep.py create` does not print it"
 
 
 @pytest.mark.parametrize("command", ["download", "sync"])
