@@ -215,8 +215,8 @@ def test_speed_counts_training_time_only(monkeypatch):
     # The first warms up: neither its tokens nor its time count.
     clock.sleep(0.01)
     meter.add(torch.ones(1), torch.ones(()), torch.tensor(True), tokens=1_000_000)
-    for _ in range(2):
-        clock.sleep(0.05)
+    for seconds in (0.07, 0.03):
+        clock.sleep(seconds)
         meter.add(torch.ones(1), torch.ones(()), torch.tensor(True), tokens=100)
     with meter.excluded("eval"):
         clock.sleep(0.2)
