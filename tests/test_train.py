@@ -284,6 +284,7 @@ def test_another_schedule_may_be_resumed_and_is_said(trainer):
     trainer("--num-steps", 5)
     again = trainer("--num-steps", 8, "--lr", 0.002, "--resume")
     assert again.code == 0 and "another --lr: was 0.001, is 0.002" in again.out
+    assert again.rows[8]["lr"] == lr_at(7, OptimConfig(lr=0.002, num_steps=8))
 
 
 @pytest.mark.parametrize("before, now", [("adamw", "muon"), pytest.param("muon", "adamw", marks=full)])
@@ -319,6 +320,7 @@ def test_a_step_that_overflows_in_fp16_is_repeated_at_a_smaller_scale(trainer, o
     assert sorted(straight.rows) == list(range(31)) and saved["state"]["tokens"] == 30 * 4 * 32
     schedule = OptimConfig(lr=0.3, warmup_steps=0, lr_scheduler="linear", num_steps=30)
     assert [straight.rows[step]["lr"] for step in range(1, 31)] == [lr_at(step, schedule) for step in range(30)]
+    assert straight.rows[30]["train/skipped_steps"] == 0, "else the schedule has gone on without a step"
     resumed = trainer(*flags, "--resume", "straight.step-00000020.pt", checkpoint="resumed.pt")
     assert all(torch.equal(weight, resumed.weights()[name]) for name, weight in straight.weights().items())
     assert all(straight.rows[step]["train/loss"] == resumed.rows[step]["train/loss"] for step in range(21, 31))
