@@ -305,6 +305,22 @@ def test_a_heartbeat_that_ends_is_a_fault_or_none(heartbeat, peer, words):
     assert (words in said[0]) if words else said == []
 
 
+def test_a_rank_leaves_with_the_fault_that_another_has_found(heartbeat, monkeypatch, capsys):
+    """Where no torchrun ends it, as under srun."""
+    heartbeat._read = lambda rank: dict(name="rank 1", pid=os.getpid(), node="0", progress=0, left=False,
+                                        beat=len(heartbeat.slept))
+    heartbeat.store.check = lambda names: names == ["reason"]
+    heartbeat.store.compare_set = lambda *_: b"2 rank 7 is gone"
+
+    def leave(code):
+        raise KeyboardInterrupt(code)
+
+    monkeypatch.setattr(ranks.os, "_exit", leave)
+    with pytest.raises(KeyboardInterrupt, match="2"):
+        heartbeat._run()
+    assert capsys.readouterr().err == "error: rank 7 is gone\n"
+
+
 def test_a_connection_to_the_store_that_breaks_is_made_anew(heartbeat):
     heartbeat.store = broken = dist.PrefixStore("", dist.TCPStore("127.0.0.1", 0, is_master=True,
                                                                   wait_for_workers=False))
