@@ -70,6 +70,7 @@ def test_a_token_changes_no_logit_before_it(arch):
         before, after = model(x), model(changed)
     assert torch.equal(before[0, :10], after[0, :10])
     assert not torch.allclose(before[0, 10:], after[0, 10:])
+    assert {name for name, _ in model.named_buffers()} <= {"rope"}, "no (T, T) mask in every layer"
 
 
 @pytest.mark.parametrize("arch", ARCHS)
