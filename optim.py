@@ -56,6 +56,11 @@ class OptimConfig:
         if self.decay_steps and self.lr_scheduler == "none":
             raise UserError(f"--decay-steps {self.decay_steps}: --lr-scheduler none has no decay; take wsd")
 
+    def require_precision(self, name):
+        """Raises UserError for flags that do not go with the Precision of this name."""
+        if self.skip_loss_spikes and name == "fp16":
+            raise UserError("--skip-loss-spikes: in fp16 it is the scaler that skips steps; take --amp-dtype bf16")
+
     def in_steps(self, global_batch_size, seq_len, n_windows):
         """These settings with the length of the run in steps, rounded up, however it was given. `global_batch_size`:
         sequences in a step; `n_windows`: sequences in an epoch. Raises UserError."""
@@ -131,8 +136,6 @@ class StepGuard:
 
     def __init__(self, cfg, optimizer, scaler, device):
         self.deviations, self.optimizer, self.scaler = cfg.skip_loss_spikes, optimizer, scaler
-        if self.deviations and scaler.is_enabled():
-            raise UserError("--skip-loss-spikes: in fp16 it is the scaler that skips steps; take --amp-dtype bf16")
         self.norms = torch.full((self.WINDOW,), math.nan, device=device)
 
     def step(self, grad_norm, step):

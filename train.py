@@ -58,6 +58,8 @@ def train(cfg, world):
     resume_from = checkpoint.plan_together(cfg.checkpoint, world, dry_run)
     cfg.model, cfg.init, cfg.data = world.from_main(lambda: resolve_init(cfg, resume_from))
     accum = cfg.batch.accum_steps(world.size, cfg.data.seq_len)
+    precision = hardware.choose_precision(cfg.speed, world.device)
+    cfg.optim.require_precision(precision.name)
 
     # The data, and what defines the run.
     global_batch_size = batch_size * accum * world.size  # sequences in a step
@@ -70,7 +72,6 @@ def train(cfg, world):
     if cfg.report.sample_prompt:
         world.from_main(lambda: require_prompt(cfg.report.sample_prompt, corpus.folder / "tokenizer"))
     identity = resume.run_identity(cfg, corpus, vocab_size, global_batch_size)
-    precision = hardware.choose_precision(cfg.speed, world.device)
 
     # The ranks must have the same data, precision and kind of device; then the checkpoint is read.
     # Muon's products in bf16 round differently on different GPUs and CPUs: replicas would drift apart.

@@ -639,6 +639,8 @@ WRONG = {
                                          ["--vocab-size 100 is below the 257 tokens", "leave it out"]),
     "vocabulary below the bytes": (["--tokenizer-name", "bpe", "--vocab-size", "100"], ["--vocab-size 100", "257"]),
     "shards of one process": (["--shard-ranks", "2"], ["--shard-ranks 2", "only train_fsdp.py"]),
+    "spikes in fp16": (["--skip-loss-spikes", "6", "--amp-dtype", "fp16", "--cache-dir", "not yet"],
+                       ["--skip-loss-spikes: in fp16", "--amp-dtype bf16"]),
     "no CUDA": (["--device", "cuda"], ["--device cuda", "--device cpu"]),
 }
 
