@@ -306,6 +306,9 @@ def test_too_many_bad_steps_in_a_row_halt_and_name_the_samples(trainer, text, ca
     assert [file.name for file in trainer.folder.glob("*.pt")] == ["c.nonfinite.pt"]
     assert run.rows[10]["train/skipped_steps"] == 10 and run.rows[10]["lr"] > 0, "its own report is there"
     assert "no checkpoint is from before step 0: start as before, with --overwrite and a lower --lr" in run.err
+    two = trainer(*flags, "--timeout", 20, ranks=2, checkpoint="two.pt", script=script)
+    assert two.code and "error: loss or gradient was not finite in 10 steps in a row" in two.err, two.err
+    assert two.err.count("error: ") == 1, "all ranks halt together"
     flags += ["--checkpoint-path", "full.pt", "--batch-size", 70]
     run = zygote.run(on_a_full_disk(trainer, *flags, script="planted.py"), trainer.folder, environment())
     assert run.returncode == 1 and len(run.stderr.strip().splitlines()) == 1, run.stderr
