@@ -16,6 +16,9 @@ import zygote
 from conftest import REMOTE, ROOT, SHARED, Run, environment, eventually, interrupt_after, on_small_disk, processes_with
 from wandb_file import run_files
 
+from mini_llm.config import flag_fields
+from train import Config
+
 WANDB = ["--use-wandb", "--wandb-project", "mini-llm", "--wandb-run-name", "named"]
 
 
@@ -35,7 +38,7 @@ def test_a_run_is_tracked_with_all_its_config_and_rows(trainer):
     assert (tracked.project, tracked.name, tracked.group, tracked.exit_code) == ("mini-llm", "named", "g", 0)
     expected = dict(d_model=32, lr=1e-3, world_size=1, rank=0, wandb_tags=["a", "b"], device=tracked.config["device"],
                     accum_steps=1, n_params=sum(weight.numel() for weight in run.weights().values()))
-    assert expected.items() <= tracked.config.items()
+    assert expected.items() <= tracked.config.items() and flag_fields(Config).keys() <= tracked.config.keys()
     assert sys.version.startswith(tracked.config["version/python"])
     assert "train.py" in tracked.config["command"] and torch.__version__.startswith(tracked.config["version/torch"])
     commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
@@ -147,6 +150,9 @@ def test_a_resumed_run_may_be_given_another_id(trainer):
     run = trainer("--num-steps", 4, *WANDB, "--resume", "--wandb-run-id", "another")
     assert run.code == 0 and json.loads((trainer.folder / "c.wandb.json").read_text())["base"] == "another", run.err
     assert torch.load(run.checkpoint, weights_only=True)["state"]["wandb_run_id"] == "another"
+    (trainer.folder / "c.wandb.json").unlink()  # a checkpoint that has been moved by itself
+    trainer("--num-steps", 6, *WANDB, "--resume")
+    assert json.loads((trainer.folder / "c.wandb.json").read_text())["base"] == "another"
 
 
 def test_an_overwritten_run_and_a_branch_leave_the_others_chart_alone(trainer):
