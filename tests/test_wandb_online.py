@@ -317,6 +317,7 @@ def test_a_preempted_run_says_so_and_goes_on_in_the_same_chart(online, trainer, 
     run = online("--num-steps", step + 30, *flags, "--resume", "auto", "--wandb-run-mode", "shared", env=named)
     assert "was not shared before, and loses rows if it is written both ways: it stays so" in run.out
     assert run.code == 0 and (stored.state, stored.display_name, stored.tags) == ("finished", "renamed", ["seen"])
+    assert stored.config["num_steps"] == step + 30, "the configuration is that of the newest start"
     assert values(only_run(server)).keys() == run.rows.keys() - {0} and not stored.writers, "which a shared run has"
 
 
