@@ -337,8 +337,11 @@ def test_a_preempted_run_is_known_as_such_though_its_checkpoint_is_not_uploaded_
 @pytest.mark.parametrize("policy, steps", [
     ("last", [500, 1000, 1500, 2000]), pytest.param("best", None, marks=full)])
 def test_checkpoints_are_artifacts_in_the_background(online, trainer, server, policy, steps):
-    run = online(*LONG, "--wandb-log-checkpoints", policy)
+    own = trainer.folder / "SDK"
+    run = online(*LONG, "--wandb-log-checkpoints", policy, env=dict(WANDB_CACHE_DIR=str(own), WANDB_DATA_DIR=str(own)))
     assert run.code == 0, run.out
+    sizes = [file.stat().st_size for file in own.rglob("*")]
+    assert sizes and max(sizes) < run.checkpoint.stat().st_size, "no copy of a checkpoint stays on this disk"
     models = [each for each in list(server.artifacts) if each.type == "model"]
     assert models and models[-1].name == f"model-{only_run(server).run_id}"
     uploaded = [each.metadata["step"] for each in models]
