@@ -97,13 +97,16 @@ class BatchConfig:
 class Corpus:
     """Token shards with disjoint training and validation documents, and the order in which training reads them."""
 
-    def __init__(self, cfg, vocab_size=0, writes=True, scratch=False, earlier=None):
+    def __init__(self, cfg, vocab_size=0, writes=True, scratch=False, earlier=None, check=None):
         """`scratch`: leave nothing behind. Shards that are not in the cache are created in a temporary folder, which is
-        deleted once they are open. `earlier`: the folder of shards that a resumed run had with these flags."""
+        deleted once they are open. `earlier`: the folder of shards that a resumed run had with these flags. `check`: is
+        called with the folder of their tokenizer while that is there, and may raise UserError."""
         with (tempfile.TemporaryDirectory(prefix="mini-llm-", ignore_cleanup_errors=True) if scratch else
               contextlib.nullcontext()) as folder:
             # Checked once per node: a failure ends all ranks.
             self._open(cfg, prepare(cfg, vocab_size, writes, folder, earlier), checks=writes)
+            if check and writes:
+                check(self.folder / "tokenizer")
 
     def _open(self, cfg, folder, checks):
         self.seq_len, self.seed, self.folder = cfg.seq_len, cfg.data_seed, folder

@@ -245,7 +245,8 @@ def write_texts(model, tokenizer, eos, saved, cfg):
 
 def require_prompt(prompt, tokenizer_folder):
     """Raises UserError if the tokenizer cannot encode --sample-prompt: not hours later, at the first sample."""
-    prompt_ids(open_tokenizer(tokenizer_folder), 0, prompt, given="--sample-prompt")
+    if prompt:
+        prompt_ids(open_tokenizer(tokenizer_folder), 0, prompt, given="--sample-prompt")
 
 
 def sample_text(model, tokenizer_folder, corpus, prompt=""):

@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -65,12 +66,11 @@ def train(cfg, world):
     global_batch_size = batch_size * accum * world.size  # sequences in a step
     world.from_main(lambda: resume.require_same_flags(resume_from, cfg, global_batch_size))
     earlier = world.from_main(lambda: resume.earlier_shards(resume_from, cfg))
-    corpus = Corpus(cfg.data, cfg.model.vocab_size, writes=world.local_rank == 0, scratch=dry_run, earlier=earlier)
+    corpus = Corpus(cfg.data, cfg.model.vocab_size, writes=world.local_rank == 0, scratch=dry_run, earlier=earlier,
+                    check=partial(require_prompt, cfg.report.sample_prompt))
     cfg.optim = cfg.optim.in_steps(global_batch_size, corpus.seq_len, corpus.n_windows)
     config = flatten(cfg)
     vocab_size = resolve_vocab_size(cfg.model, cfg.init, corpus.vocab_size, cfg.data.tokenizer_name)
-    if cfg.report.sample_prompt:
-        world.from_main(lambda: require_prompt(cfg.report.sample_prompt, corpus.folder / "tokenizer"))
     identity = resume.run_identity(cfg, corpus, vocab_size, global_batch_size)
 
     # The ranks must have the same data, precision and kind of device; then the checkpoint is read.

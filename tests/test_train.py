@@ -526,7 +526,8 @@ def test_a_trial_of_a_sweep_that_was_asked_to_stop_has_not_failed(trainer):
 
 
 def test_a_dry_run_says_the_size_takes_a_step_and_writes_nothing(trainer, text):
-    run = trainer("--train-data", text, "--dry-run", "--grad-accum-steps", 3, "--vocab-size", 40_000, data=False)
+    run = trainer("--train-data", text, "--dry-run", "--grad-accum-steps", 3, "--vocab-size", 40_000,
+                  "--sample-prompt", "the king", data=False)
     assert run.code == 0, run.err
     for fact in ("parameters", "FLOPs per token", "GB", "384 tokens = batch 4 x sequence 32 x accumulation 3",
                  "one step:"):
