@@ -67,9 +67,9 @@ class GPTConfig:
 
     def validate_sizes(self):
         """Raises UserError for impossible sizes. Not `validate`, which runs before --init-from sets them."""
-        if not self.head_dim and self.d_model % self.n_heads:
+        if not self.head_dim and self.d_model % self.n_heads:  # the advice gives an even --head-dim: for RoPE
             raise UserError(f"--n-heads {self.n_heads} does not divide --d-model {self.d_model}; "
-                            f"try --d-model {self.n_heads * max(1, round(self.d_model / self.n_heads))}")
+                            f"try --d-model {2 * self.n_heads * max(1, round(self.d_model / self.n_heads / 2))}")
         if self.n_kv_heads and self.n_heads % self.n_kv_heads:
             raise UserError(f"--n-kv-heads {self.n_kv_heads} does not divide --n-heads {self.n_heads}; "
                             f"try --n-kv-heads {math.gcd(self.n_heads, self.n_kv_heads)}")

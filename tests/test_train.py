@@ -603,7 +603,7 @@ WRONG = {
                                      ["--val-data short.txt", "fewer than one sequence", "--seq-len"]),
     "unknown tokenizer offline": (["--tokenizer-name", "no/such"], ["--tokenizer-name no/such", "byte"]),
     "window above positions": (["--seq-len", "65"], ["--seq-len 65", "--max-position-embeddings 64"]),
-    "heads": (["--n-heads", "5"], ["--n-heads 5", "--d-model 32", "try"]),
+    "heads": (["--n-heads", "3"], ["--n-heads 3", "--d-model 32", "try --d-model 30"]),  # not 33: RoPE
     "kv heads": (["--n-kv-heads", "3"], ["--n-kv-heads 3", "--n-heads 2"]),
     "no checkpoint to resume": (["--resume"], ["--resume", "no checkpoint"]),
     "nothing to resume": (["--resume", ""], ["--resume ''", "is empty"]),
