@@ -13,6 +13,8 @@ def reason(error):
 
 
 ADVICE = [  # (pattern in W&B's error message, what to do)
+    # First: "404 rows" has no code of an answer.
+    (r"cannot be read back", "in a few minutes, repeat this: it sends what is lacking then"),
     (r"package is missing", "pip install wandb"),
     (r"^WANDB_", "correct or unset that variable"),
     (r"api[ _]key|\blogin\b|\b401\b|authenticat|logged in|no-tty", "wandb login, or WANDB_API_KEY"),
@@ -24,7 +26,6 @@ ADVICE = [  # (pattern in W&B's error message, what to do)
     (r"could not find run", "give ENTITY/PROJECT/ID (or WANDB_ENTITY, WANDB_PROJECT); of a sweep PROJECT/sweeps/ID"),
     (r"\b(403|404)\b|permission|not found|could not find|\bentity\b",
      "check --wandb-entity and --wandb-project (WANDB_ENTITY, WANDB_PROJECT), or the key's rights"),
-    (r"cannot be read back", "in a few minutes, repeat this: it sends what is lacking then"),
     (r"cannot query field|unknown (field|argument)", "this server is older than the wandb package: update either"),
     (r"\b429\b|rate limit|quota|storage", "W&B limits this account: fewer reports (--log-steps), or wait"),
     (r"", "check the network and WANDB_BASE_URL, or train with --wandb-mode offline"),

@@ -17,8 +17,8 @@ from mini_llm.wandb_errors import Relay, advice, reason, with_advice
     ("HTTP 403: Forbidden", "check --wandb-entity"), ("HTTP 404", "check --wandb-entity"),
     ("permission denied to write to me/p", "check --wandb-entity"), ("entity me is unknown", "check --wandb-entity"),
     ("project not found", "check --wandb-entity"), ("Could not find project p", "check --wandb-entity"),
-    ("row 7 cannot be read back", "in a few minutes"), ("Cannot query field x on type Run", "this server is older"),
-    ("Unknown argument x", "this server is older"), ("unknown field x", "this server is older"),
+    ("404 of 404 rows cannot be read back from e/p/x", "in a few minutes"), ("unknown field x", "this server is older"),
+    ("Cannot query field x on type Run", "this server is older"), ("Unknown argument x", "this server is older"),
     ("HTTP 429: Too Many Requests", "W&B limits"), ("filestream: rate limit exceeded", "W&B limits"),
     ("storage is used up", "W&B limits"), ("quota of this team is used up", "W&B limits"),
     ("connection refused at port 4010", "check the network"), ("timed out", "check the network")])
