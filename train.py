@@ -4,7 +4,6 @@ import logging
 import os
 import time
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 
 import torch
 
@@ -67,7 +66,7 @@ def train(cfg, world):
     world.from_main(lambda: resume.require_same_flags(resume_from, cfg, global_batch_size))
     earlier = world.from_main(lambda: resume.earlier_shards(resume_from, cfg))
     corpus = Corpus(cfg.data, cfg.model.vocab_size, writes=world.local_rank == 0, scratch=dry_run, earlier=earlier,
-                    check=partial(require_prompt, cfg.report.sample_prompt))
+                    check=lambda folder: require_prompt(cfg.report.sample_prompt, folder))
     cfg.optim = cfg.optim.in_steps(global_batch_size, corpus.seq_len, corpus.n_windows)
     config = flatten(cfg)
     vocab_size = resolve_vocab_size(cfg.model, cfg.init, corpus.vocab_size, cfg.data.tokenizer_name)
