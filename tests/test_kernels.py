@@ -53,7 +53,7 @@ def test_attention_is_that_of_the_fused_kernel_for_views_of_one_tensor():
 
 @pytest.mark.parametrize("dtype, T, learns", [
     (torch.float32, 64, True), (torch.bfloat16, kernels.MAX_EXPLICIT_CONTEXT + 1, True),
-    (torch.bfloat16, 64, False)])
+    (torch.bfloat16, 64, False), (torch.float32, 64, False)])
 def test_attention_is_the_librarys_where_its_own_is_no_faster(monkeypatch, dtype, T, learns):
     monkeypatch.setattr(CausalAttention, "apply", lambda *_: pytest.fail("explicit products"))
     q, k, v = (draw(1, 1, T, 4, dtype=dtype, seed=seed).requires_grad_(learns) for seed in range(3))
