@@ -31,6 +31,7 @@ from mini_llm.wandb_runs import (
     local_folder,
     recalled,
     run_path,
+    upload_links,
     with_environment,
 )
 
@@ -145,6 +146,8 @@ def sync(args):
             print(f"{rows}: {send(facts, rows, args.run_id)}", flush=True)
             if args.run_id:
                 write_whole(memory, json.dumps(facts).encode())
+            for link in upload_links(memory):  # which a killed run has left: it takes up a checkpoint's space
+                link.unlink(missing_ok=True)
     return 0
 
 
@@ -199,7 +202,7 @@ def send(facts, path, new_id=""):
         raise UserError(f"--wandb-run-id {new_id}: {target} has rows of another run; give an id that is not taken")
     state = api.run(target).state if stored is not None else ""
     if not missing and state not in ("running", "crashed", "preempting"):
-        return f"{target} has every row{note}"
+        return f"{target} has every row{note}" if stored is not None else "no rows yet"
     init = facts["init"] | dict(dir=None)
     if stored is not None:  # keep the name, tags and notes that it has been given since
         init = {name: init[name] for name in ("project", "entity", "id")}

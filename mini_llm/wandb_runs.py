@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from mini_llm.config import Declared, arg, coerce, flag, switched_on
 from mini_llm.errors import UserError
-from mini_llm.files import command, write_whole
+from mini_llm.files import command, matching_files, write_whole
 
 SOURCE = Path(__file__).resolve().parent.parent
 # Most checkpoints that wait for their upload, by policy. Each is a hard link that may keep a replaced file on the disk:
@@ -242,6 +242,11 @@ def recalled(path):
         facts = json.loads(path.read_text())
         return facts | dict(base=facts["base"], init=dict(facts["init"]))
     return {}
+
+
+def upload_links(memory):
+    """The links to checkpoints that a rank has yet to upload. `memory`: the path of its .wandb.json."""
+    return matching_files(memory.with_name(memory.name.replace(".wandb.json", ".upload-")), r"\d{8}.*\.pt")
 
 
 IDENTITY = ("shared", "primary", "label", "sweep", "host", "program")  # of a Job, beside its id: kept for a later sync

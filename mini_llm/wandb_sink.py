@@ -18,9 +18,8 @@ import tempfile
 import threading
 
 from mini_llm import archive
-from mini_llm.files import matching_files
 from mini_llm.processes import child_processes, kill, only_one
-from mini_llm.wandb_runs import SOURCE, UPLOADS, Job, recalled, remember, sync_command, uncommitted
+from mini_llm.wandb_runs import SOURCE, UPLOADS, Job, recalled, remember, sync_command, uncommitted, upload_links
 
 # What the process runs, with -P: nothing from the working folder. PYTHONPATH cannot name a folder with a colon.
 FOLLOWER = ("-P", "-c", "import sys; sys.path.insert(0, sys.argv.pop(1)); "
@@ -68,8 +67,7 @@ class WandbSink:
                 self._remove_links()
 
     def _links(self):
-        """This rank's upload links; other ranks' may be in the same folder."""
-        return matching_files(self.beside(f"{self.tag}.upload-"), r"\d{8}.*\.pt")
+        return upload_links(self.beside(f"{self.tag}.wandb.json"))
 
     def _remove_links(self):
         for link in self._links():

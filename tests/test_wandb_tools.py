@@ -272,8 +272,9 @@ def test_sync_waits_for_the_end_of_a_run_and_completes_a_killed_one(server, trai
         process.wait()
     eventually(lambda: not processes_with(f"WANDB_BASE_URL={server.url}"))
     server.heal()
+    (waiting := trainer.folder / "c.upload-00000050.pt").touch()  # what it still had to upload
     code, out, err = tool("sync", "c.pt")
-    assert (code, err) == (0, ""), out
+    assert (code, err) == (0, "") and not waiting.exists(), out
     assert_same_rows(only_run(server), reports(trainer.folder / "c.metrics.jsonl"))
     assert (only_run(server).state, only_run(server).exit_code) == ("failed", 137)
 
@@ -454,6 +455,12 @@ def test_sync_says_so_where_rows_do_not_arrive_or_cannot_be_compared(server, too
     code, out, err = tool("sync", "c.pt")
     assert (code, out, err.count("\n")) == (1, "", 1), "what is there is not known, so that nothing may be sent twice"
     assert [row["loss"] for row in only_run(server).history] == [3, 2]
+
+
+def test_sync_of_a_run_that_has_reported_nothing_yet_does_not_say_that_it_is_there(server, tool, tmp_path):
+    leave(tmp_path, "c", "one", [{"event": "config", "config": {}}])
+    code, out, err = tool("sync", "c.pt")
+    assert (code, err) == (0, "") and out == "c.metrics.jsonl: no rows yet\n" and not server.runs
 
 
 def test_sync_of_no_tracked_run_is_one_line(tool):
