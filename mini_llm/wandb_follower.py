@@ -166,10 +166,10 @@ def main():
         with contextlib.suppress(OSError):  # the trainer may be gone
             print(level, " ".join(text.split()), file=out, flush=True)
 
-    sys.stderr = Relay(say)
+    follower = Follower(job, say)
+    sys.stderr = Relay(follower.say)
     with contextlib.suppress(OSError):
         os.nice(10)  # when CPU cores are scarce, training has priority
-    follower = Follower(job, say)
     threading.Thread(target=follower.await_trainer, args=(sys.stdin,), daemon=True).start()
     try:
         follower.run()

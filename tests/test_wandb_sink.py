@@ -56,6 +56,24 @@ def test_a_process_that_does_not_read_holds_nothing_up(sink, tmp_path, monkeypat
     assert time.monotonic() - began < 20 and made.given_up and made.process.poll() is not None
 
 
+def test_what_fails_because_the_process_ends_itself_is_not_told(sink, tmp_path, monkeypatch):
+    """The SDK says "Problem finishing run" when its wandb-core is ended at the timeout, which has been told by then."""
+    (tmp_path / "late.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from mini_llm import wandb_follower\n"
+        "def run(self):\n"
+        "    for self.overdue in (False, True):\n"
+        "        print('wandb: ERROR overdue', self.overdue, file=sys.stderr)\n"
+        "wandb_follower.Follower.run = run\n"
+        "wandb_follower.main()\n")
+    monkeypatch.setattr(wandb_sink, "FOLLOWER", [tmp_path / "late.py"])
+    made, said = sink(), []
+    monkeypatch.setattr(made, "_say", lambda level, text: said.append(text))
+    made._start()
+    made.listener.join(30)
+    assert said == ["overdue False"]
+
+
 @pytest.fixture
 def starting(sink, tmp_path, monkeypatch):
     """`starting(code)`: a sink whose process, this Python code, is still to be started."""
