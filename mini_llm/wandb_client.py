@@ -175,7 +175,7 @@ class Publisher:
         self.waiting = []  # checkpoint records whose files are still to be uploaded
         self.uploading = None  # the thread that uploads one
         self.samples = [[record["step"], record["text"]] for record in samples]
-        self.failed = set()  # kinds of events that could not be logged
+        self.failed = set()  # what could not be logged, and was told: kinds of events, and "upload"
 
     def publish(self, lines):
         """Send the records in `lines` of JSON."""
@@ -269,7 +269,11 @@ class Publisher:
             if not self.run.offline:
                 logged.wait()
         except Exception as error:  # less important than the rows that follow
-            self.say("WARNING", f"checkpoint of step {step} not uploaded: {reason(error)}")
+            if "upload" not in self.failed:  # told once, until one succeeds
+                self.say("WARNING", f"checkpoint of step {step} not uploaded: {reason(error)}; the next are tried, too")
+            self.failed.add("upload")
+        else:
+            self.failed.discard("upload")
         if not self.run.offline:
             with contextlib.suppress(OSError):  # the trainer removes it, too
                 path.unlink(missing_ok=True)

@@ -292,7 +292,27 @@ def test_a_checkpoint_that_cannot_be_read_or_removed_does_not_keep_a_run_from_it
         monkeypatch.setattr(wandb_client.Path, name, fail)
     publisher.upload_waiting(last=True)
     (told,) = said
-    assert re.fullmatch(r"checkpoint of step 3 not uploaded: .* Stale file handle: 'c.upload-00000003.pt'", told)
+    assert re.fullmatch(r"checkpoint of step 3 not uploaded: .* Stale file handle: 'c.upload-00000003.pt'; .*", told)
+
+
+def test_that_checkpoints_are_not_uploaded_is_told_once_until_one_is(tmp_path, monkeypatch):
+    """While W&B refuses them, a long run saves many."""
+    artifact = SimpleNamespace(add_file=lambda *_, **__: None, wait=lambda: None)
+    monkeypatch.setattr(import_wandb(), "Artifact", lambda *_, **__: artifact)
+    outcomes = iter(["quota", "quota", None, "quota"])
+
+    def log_artifact(*_, **__):
+        if outcome := next(outcomes):
+            raise RuntimeError(outcome)
+        return artifact
+
+    said = []
+    run = SimpleNamespace(offline=False, id="one", log_artifact=log_artifact)
+    publisher = Publisher(run, Job({}, dict(seed=1)), lambda level, text: said.append(text))
+    for step in range(4):
+        (path := tmp_path / f"{step}.pt").touch()
+        publisher._upload(step, path, False)
+    assert [text.partition(" not")[0] for text in said] == ["checkpoint of step 0", "checkpoint of step 3"]
 
 
 def test_what_a_shared_run_lacks_is_not_guessed(tmp_path):
