@@ -349,10 +349,11 @@ def test_a_signal_to_one_rank_before_the_first_step_stops_them_all(trainer):
 def test_a_save_on_a_thread_is_done_when_a_stopped_rank_leaves(trainer):
     """It leaves without the interpreter's end, which would wait for threads."""
     (script := trainer.folder / "slow.py").write_text(SLOW)
-    run = trainer("--num-steps", 10**6, "--save-steps", 0, "--eval-steps", 0, "--async-save", "--time-limit", 0.1,
-                  ranks=1, script=script)
-    step = int(re.search(r"stopped by --time-limit at step (\d+), saved", run.out)[1])
-    assert torch.load(run.checkpoint, weights_only=True)["state"]["step"] == step
+    process = _at_step_30(trainer, "--save-steps", 0, "--async-save", ranks=1, script=script)
+    os.kill(_rank_process(process.pid, 0), signal.SIGTERM)
+    out, _ = process.communicate(timeout=200)
+    step = int(re.search(r"stopped by SIGTERM at step (\d+), saved", out)[1])
+    assert torch.load(trainer.folder / "c.pt", weights_only=True)["state"]["step"] == step
 
 
 def test_a_signal_to_one_rank_alone_stops_them_all(trainer):
