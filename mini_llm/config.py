@@ -24,7 +24,7 @@ from pathlib import Path
 
 from mini_llm.errors import UserError
 from mini_llm.processes import allow_many_files
-from mini_llm.suggestions import advice, nearest, plain
+from mini_llm.suggestions import ELSEWHERE, advice, nearest, plain
 
 # How a process is launched and where it writes, not what it trains; so are W&B's flags, wandb_…
 LAUNCH_FLAGS = {"resume", "overwrite", "dry_run", "checkpoint_path", "cache_dir", "heartbeat_file"}
@@ -280,7 +280,8 @@ def _toml_values(path, table, cls, fields):
         if name in values:
             raise UserError(f"--config {path}: {key} is there twice; leave one out")
         if name not in fields:
-            if _is_switch(on := name.removeprefix("no_"), fields):
+            meant = ELSEWHERE.get(name, name)
+            if _is_switch(on := meant.removeprefix("no_"), fields) and on != meant:
                 raise UserError(f"--config {path}: key {key} is not known; write {on} = false")
             refuse_unknown(key, list(fields), f"--config {path}: key")
         values[name] = coerce(f"--config {path}: {key} =", fields[name], value)

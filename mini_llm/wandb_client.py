@@ -83,6 +83,9 @@ def open_run(job, say, stop=None):
         if job.lock and not run.offline:
             remember_sent(job)
         say("INFO", f"run {run.id}{f' ({run.name})' if run.name else ''} {place}")
+        if run.resumed and job.live and job.primary and not (job.sweep or job.config["resume"]):
+            say("WARNING", f"run {run.id} had been there before: this training's rows are added to its own; "
+                           f"--wandb-run-id NEW makes another")
     # W&B's own step must increase, so it drops rows that a resumed run repeats: use our own `step` as the x axis.
     run.define_metric("step", hidden=True)  # a chart of its own would be a straight line
     run.define_metric("*", step_metric="step")

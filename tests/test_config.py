@@ -334,10 +334,14 @@ def test_the_words_of_nanogpts_init_from_are_answered(word, answer):
         parse(Config, [f"--init_from={word}"])
 
 
-def test_a_table_of_another_trainer_is_answered_with_ours(tmp_path):
-    (tmp_path / "c.toml").write_text("[metrics]\nenable_wandb = true\n")
-    with pytest.raises(UserError, match="section metrics is not known; did you mean wandb?"):
+@pytest.mark.parametrize("toml, answer", [
+    ("[metrics]\nenable_wandb = true", "section metrics is not known; did you mean wandb?"),
+    ("fp32 = true", "key fp32 is not known; write amp = false")])
+def test_toml_of_another_trainer_is_answered_with_ours(tmp_path, toml, answer):
+    (tmp_path / "c.toml").write_text(toml)
+    with pytest.raises(UserError) as caught:
         parse(Config, ["--config", str(tmp_path / "c.toml")])
+    assert str(caught.value).endswith(answer), caught.value
 
 
 def test_the_flags_of_other_trainers_are_answered_with_ours():

@@ -431,6 +431,20 @@ def test_histograms_are_of_the_step_reported_and_of_gradients_of_their_true_size
     assert "not tracked by W&B" not in exact.out, "a flag that counts without W&B, too"
 
 
+def test_histograms_are_made_of_no_other_steps(trainer, tmp_path):
+    (tmp_path / "counted.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from mini_llm import meter\n"
+        "histograms = meter.histograms\n"
+        "meter.histograms = lambda *args: print('made') or histograms(*args)\n"
+        "from train import main; main()\n")
+    flags = ["--num-steps", 8, "--log-steps", 3, "--eval-steps", 1, "--wandb-watch", "all"]
+    arguments = trainer.arguments(flags)
+    arguments[1] = str(tmp_path / "counted.py")
+    run = zygote.run(arguments, tmp_path, environment())
+    assert run.returncode == 0 and run.stdout.splitlines().count("made") == 3, run.stdout + run.stderr
+
+
 def test_compiled_training_is_training(trainer):
     flags = ["--num-steps", 4, "--log-steps", 2, "--no-amp", "--n-layers", 1]
     eager = trainer(*flags, checkpoint="eager.pt")

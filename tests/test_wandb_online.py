@@ -72,6 +72,13 @@ def test_a_run_online_has_its_rows_files_samples_and_facts(online, server):
     assert stored.config["world_size"] == 1 and stored.config["lr"] == 1e-3 and stored.events, "system metrics"
 
 
+def test_another_training_under_the_id_of_a_run_is_warned_of(online, server):
+    flags = ["--num-steps", 4, "--log-steps", 2, "--wandb-run-id", "same"]
+    runs = online(*flags), online(*flags, "--num-steps", 6, "--resume"), online(*flags, "--overwrite")
+    assert [run.code for run in runs] == [0, 0, 0] and len(server.runs) == 1
+    assert ["run same had been there before: " in run.out for run in runs] == [False, False, True], runs[1].out
+
+
 def test_a_run_killed_between_checkpoints_and_resumed_is_one_chart_of_the_whole(trainer, online, server, tmp_path):
     """Killed at step 37 of 60 with checkpoints every 10: steps 31 to 37 reach the server twice, with equal values."""
     flags = ["--num-steps", 60, "--log-steps", 1, "--save-steps", 10, "--eval-steps", 10, "--dropout", 0.1]
