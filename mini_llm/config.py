@@ -16,6 +16,7 @@ import json
 import math
 import operator
 import os
+import shlex
 import sys
 import tomllib
 import types
@@ -305,6 +306,9 @@ def _refuse_word(word, argv, fields):
     for before, value in itertools.pairwise(argv):
         if value == word:
             _refuse_value(before, word, fields)
+    for name, fits in dict(checkpoint_path=word.endswith(".pt"), train_data=os.path.exists(word)).items():
+        if fits and name in fields:
+            raise UserError(f"argument {word}: give it as {flag(name)} {shlex.quote(word)}")
     refuse_unknown(word, known, "argument")
 
 

@@ -314,7 +314,9 @@ def test_a_word_of_another_meaning_is_not_taken_for_a_typing_error(words, answer
     (["--compile", "--num-stesp", "5"], "flag --num-stesp is not known; did you mean --num-steps?"),
     (["--no-tie-embedding"], "did you mean --no-tie-embeddings?"), (["--fp32"], "did you mean --no-amp?"),
     (["--use-wandb", "--learning_rate=1"], "flag --learning_rate is not known; did you mean --lr?"),
-    (["--compile", "a.py"], "give it as --config a.toml")], ids=str)
+    (["--compile", "a.py"], "give it as --config a.toml"),
+    (["run.pt"], "argument run.pt: give it as --checkpoint-path run.pt"),
+    (["--no-amp", "/"], "argument /: give it as --train-data /")], ids=str)
 def test_a_value_is_answered_with_a_value_and_what_follows_a_switch_as_elsewhere(argv, answer):
     with pytest.raises(UserError) as caught:
         parse(Config, argv)
