@@ -303,12 +303,12 @@ def _refuse_word(word, argv, fields):
     if word.endswith((".toml", ".py")):  # nanoGPT's way
         written = "write it as TOML, as in configs/, and " if word.endswith(".py") else ""
         raise UserError(f"argument {word}: {written}give it as --config {os.path.splitext(word)[0]}.toml")
-    for before, value in itertools.pairwise(argv):
-        if value == word:
-            _refuse_value(before, word, fields)
     for name, fits in dict(checkpoint_path=word.endswith(".pt"), train_data=os.path.exists(word)).items():
         if fits and name in fields:
             raise UserError(f"argument {word}: give it as {flag(name)} {shlex.quote(word)}")
+    for before, value in itertools.pairwise(argv):
+        if value == word:
+            _refuse_value(before, word, fields)
     refuse_unknown(word, known, "argument")
 
 
