@@ -1,8 +1,10 @@
 import dataclasses
 import math
+import re
 
 import pytest
 import torch
+from conftest import ROOT
 
 from mini_llm.errors import UserError
 from mini_llm.hugging_face import from_hugging_face, hugging_face_config, to_hugging_face
@@ -137,6 +139,22 @@ def test_residual_projections_start_smaller_with_depth():
     model = build(n_layers=8, d_model=256)
     assert model.blocks[0].attn.proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
     assert model.blocks[0].mlp.up.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_the_documented_architectures_are_those_that_are_trained():
+    text = (ROOT / "docs" / "models.md").read_text()
+    table = {name: row for name, row in re.findall(r"^\| `(\w+)` \| (.*) \|$", text, re.M) if name in ARCHS}
+    assert len(table) >= 4
+    norms = dict(layernorm="LayerNorm", rmsnorm="RMSNorm", plain_rmsnorm="RMSNorm without weights")
+    for name, row in table.items():
+        arch, (norm, positions, mlp, also, embeddings) = ARCHS[name], map(str.strip, row.split("|"))
+        assert norm == f"{norms[arch.norm]}, {arch.norm_eps}" and arch.bias == (name == "gpt2")
+        assert positions == (f"RoPE, base {arch.rope_theta:,.0f}" if arch.rope_theta else "learned")
+        assert mlp == dict(gelu="GELU", swiglu="SwiGLU", relu2="squared ReLU")[arch.mlp]
+        assert embeddings == ("tied" if arch.tie_embeddings else "untied")
+        assert (f"{arch.qk_norm} RoPE" in also if arch.qk_norm != "no" else "RoPE" not in also), also
+        assert ("of embeddings" in also) == arch.embed_norm
+        assert (f"logits {arch.softcap:g} tanh(x / {arch.softcap:g})" in also) == (arch.softcap > 0)
 
 
 def test_nanochats_initial_weights_are_as_init_weight_says():
