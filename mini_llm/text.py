@@ -305,10 +305,9 @@ def text_pieces(file, start=0, stop=None):
             *documents, buffer = buffer.split(END_OF_TEXT)
             for document in documents:
                 yield from document_pieces(document)
-            *ready, buffer = cut_text(buffer)
+            *ready, buffer = cut_text(buffer, len(END_OF_TEXT))
             yield from ((text, False) for text in ready)
-    if buffer:
-        yield buffer, True
+    yield from document_pieces(buffer)
 
 
 def document_pieces(document):
@@ -318,12 +317,13 @@ def document_pieces(document):
         yield last, True
 
 
-def cut_text(text):
+def cut_text(text, unsure=0):
     """Split a text into pieces of about PIECE characters where GPT-2's pre-tokenizer splits it anyway: before a newline
     or space followed by a word. So the pieces have the tokens of the whole text; those of a tokenizer that puts a space
-    before each text (Llama's) may have one more. Returns at least one piece."""
+    before each text (Llama's) may have one more. Returns at least one piece. The pieces do not depend on the last
+    `unsure` characters, which may be the beginning of a mark, and so none of the text."""
     found, start = [], 0
-    while len(text) - start > 2 * PIECE:
+    while len(text) - start > 2 * PIECE + unsure:
         end = start + PIECE
         cut = _last_break(text, "\n", start, end) or _last_break(text, " ", start, end) or end
         found.append(text[start:cut])

@@ -283,6 +283,16 @@ def test_a_text_file_is_read_whole_and_end_of_text_ends_its_documents(tmp_path):
     assert documents == stories and current == ""
 
 
+def test_a_document_has_the_same_pieces_wherever_its_mark_is_cut_by_reading(tmp_path):
+    # They decide on which side of the split it is. Files are read in blocks of 1 MiB.
+    document = "ab " * (2 * text_module.PIECE // 3)
+    for cut in range(len(END_OF_TEXT) + 1):
+        before = "c" * ((1 << 20) - cut - len(document) - len(END_OF_TEXT))
+        (tmp_path / "a.txt").write_text(END_OF_TEXT.join([before, document, "d"]))
+        *_, found, last = text_pieces(str(tmp_path / "a.txt"))
+        assert found == (document, True) and last == ("d", True), cut
+
+
 def test_every_document_is_followed_by_the_end_of_text_token(tmp_path, cache):
     file = tmp_path / "d.jsonl"
     file.write_text("".join(json.dumps({"text": f"document {i} " * 9}) + "\n" for i in range(1000)))
