@@ -407,7 +407,8 @@ def _json_rows(source):
 def _parquet_rows(source):
     from pyarrow.parquet import ParquetFile
 
-    with ParquetFile(source.path) as file:
+    # Opened here, because pyarrow takes no names that are not UTF-8.
+    with open(source.path, "rb") as stream, ParquetFile(stream) as file:
         columns = [source.column] if source.column in file.schema_arrow.names else None
         for batch in file.iter_batches(256, columns=columns):
             yield from batch.to_pylist()

@@ -599,6 +599,15 @@ def test_a_file_that_is_missing_is_no_dataset_of_the_hub(tmp_path, monkeypatch):
     assert [source.real_path for source in find_sources(names) if source.real_path == "c4"] == ["c4"]
 
 
+def test_a_table_may_have_a_name_that_is_not_utf8(tmp_path):
+    import pyarrow.parquet
+
+    name = f"{tmp_path}/b\udcfccher.parquet"
+    with open(name, "wb") as file:
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two"]}), file)
+    assert [piece.content for piece in pieces(find_sources([str(tmp_path)]), "train")] == ["one", "two"]
+
+
 def test_a_dataset_of_the_hub_is_read_in_its_configuration_and_split(monkeypatch):
     asked = []
 
