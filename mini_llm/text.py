@@ -79,7 +79,11 @@ def find_sources(paths, label="--train-data", column="text"):
     """Paths, globs, folders and dataset names → Sources. Raises UserError for anything that is missing or not text."""
     sources, known, again = [], set(), 0
     for argument, path in enumerate(paths):
-        found = [Source(KINDS.get(_suffix(file), "text"), file, argument, column) for file in _files(path, label)]
+        try:
+            files = _files(path, label)
+        except OSError as error:  # the text in a folder that may not be looked into would be missing
+            raise UserError(f"{label} {error.filename}: {error.strerror}; make it readable, or name others") from None
+        found = [Source(KINDS.get(_suffix(file), "text"), file, argument, column) for file in files]
         for source in found or [Source("hub", path.removesuffix("@train"), argument, column)]:
             # A file read twice could end up on both sides of the validation split.
             if label == "--train-data" and source.real_path in known:
@@ -98,13 +102,14 @@ def find_sources(paths, label="--train-data", column="text"):
 def _files(path, label):
     """The files that a path, glob or folder stands for; none for a dataset on the Hub. Raises UserError."""
     if is_pattern(path):
-        files = [file for file in sorted(expand(path)) if os.path.isfile(file)]
+        files = _existing(sorted(expand(path)), path)
         if not files:
             raise UserError(f"{label} {path}: no file matches; quote the pattern and check it with ls")
     elif os.path.isdir(path):
         folder, shard = Path(path), "train.bin" if label == "--train-data" else "val.bin"
-        if (folder / "meta.json").exists() and ((folder / "train.bin").exists() or (folder / "val.bin").exists()):
-            if not (folder / shard).exists():
+        names = os.listdir(path)
+        if "meta.json" in names and ("train.bin" in names or "val.bin" in names):
+            if shard not in names:
                 raise UserError(f"{label} {path}: a folder of token shards without {shard}")
             return [str(folder / shard)]
         files = list(map(str, _texts_and_tables(folder)))
@@ -157,14 +162,29 @@ def _is_hub_name(path):
 def _texts_and_tables(folder):
     """Text and table files in a folder, recursively, but no hidden files, nor those of runs, W&B and exported models
     (checkpoints and token caches have no such files)."""
-    found = sorted(file for file in folder.rglob("*")
-                   if not any(part[0] == "." for part in file.relative_to(folder).parts))
-    if unread := [file for file in found if _suffix(file) in UNREADABLE and file.is_file()]:
+    found = []
+    for root, folders, names in os.walk(folder, onerror=_raise):  # unlike Path.rglob, which passes over errors
+        folders[:] = [name for name in folders if name[0] != "."]
+        found += [Path(root, name) for name in names if name[0] != "."]
+    found.sort()
+    if unread := [file for file in found if _suffix(file) in UNREADABLE and os.path.isfile(file)]:
         log.warning("%s: files are left out (%d in all), such as %s: %s", folder, len(unread), unread[0],
                     UNREADABLE[_suffix(unread[0])])
     ours = {file.parent for file in found if re.fullmatch(r"run-.+\.wandb|.+\.safetensors", file.name)}
-    return [file for file in found if _suffix(file) in IN_FOLDERS and file.is_file() and ours.isdisjoint(file.parents)
-            and not re.search(r"\.metrics\.jsonl|\.stacks\.txt$", file.name)]
+    return _existing([file for file in found if _suffix(file) in IN_FOLDERS and ours.isdisjoint(file.parents)
+                      and not re.search(r"\.metrics\.jsonl|\.stacks\.txt$", file.name)], folder)
+
+
+def _raise(error):
+    raise error
+
+
+def _existing(found, path):
+    """The files among what was found; those that are gone, as may be behind a link, are told of."""
+    if gone := [file for file in found if not os.path.exists(file)]:
+        log.warning("%s: links that lead to no readable file are left out (%d in all), such as %s", path, len(gone),
+                    gone[0])
+    return [file for file in found if os.path.isfile(file)]
 
 
 def is_pattern(path):

@@ -588,6 +588,16 @@ def test_marks_and_blanks_at_the_end_of_a_file_are_not_the_tail_that_validates(t
     assert "val" not in [piece.split for piece in pieces(find_sources([str(tmp_path / "a.txt")]), "train", 0.1)]
 
 
+def test_links_that_lead_to_nothing_are_told(tmp_path, caplog):
+    for name in ("a.txt", "c.txt"):
+        (tmp_path / name).write_text("text")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "gone.txt")
+    for path in (tmp_path, tmp_path / "*.txt"):
+        caplog.clear()
+        assert len(find_sources([str(path)])) == 2
+        assert f"left out (1 in all), such as {tmp_path / 'b.txt'}" in caplog.text
+
+
 def test_a_file_that_is_missing_is_no_dataset_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()

@@ -482,6 +482,27 @@ def test_a_cache_that_may_not_be_looked_into_is_refused_in_a_line():
             os.seteuid(0)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
+def test_a_folder_whose_text_may_not_be_read_is_refused_and_not_left_out():
+    with tempfile.TemporaryDirectory() as folder:  # tmp_path is for its owner alone
+        (closed := Path(folder) / "closed").mkdir()
+        for text in (Path(folder) / "a.txt", closed / "b.txt"):
+            text.write_text("some text")
+        (Path(folder) / ".hidden").mkdir(mode=0o700)
+        closed.chmod(0o700)
+        os.chmod(folder, 0o755)
+        os.seteuid(65534)
+        try:
+            for path in (folder, closed):
+                assert f"--train-data {closed}: Permission denied" in line_of(find_sources, [str(path)])
+            os.seteuid(0)
+            closed.chmod(0o755)
+            os.seteuid(65534)
+            assert len(find_sources([folder])) == 2  # of no concern is a hidden folder, from which no text is taken
+        finally:
+            os.seteuid(0)
+
+
 @pytest.mark.parametrize("limit", [0, 100, 50_000, 200_000])
 def test_a_full_disk_while_tokenizing_is_one_line_and_no_cache(tmp_path, text, limit):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
