@@ -129,7 +129,7 @@ class Corpus:
         spans = self.meta["train_sources"]
         if cfg.train_weights and len(cfg.train_weights) != len(spans):
             raise UserError(f"--train-weights {' '.join(map(str, cfg.train_weights))}: {self.folder} has {len(spans)} "
-                            f"sources; give one for each, or prepare them again")
+                            f"sources; give one for each, or prepare them again with these")
         self.turns = take_turns(cfg.train_weights or [1.0])
         # Unweighted: one stream, whose windows may span two sources (there may be thousands of them).
         self.train_sources = {"": self.train}

@@ -392,7 +392,7 @@ def _texts(source, rows):
         elif column != source.column:
             strings = {key for key, value in row.items() if isinstance(value, str)}
             column = column or next(iter(strings), None)  # the same one in every row
-            if strings - {column} or not strings and all(value is not None for value in row.values()):
+            if strings - {column} or row and not strings and all(value is not None for value in row.values()):
                 raise UserError(f"{source.path}: no column named {source.column} (found {', '.join(row)}); name that "
                                 f"with the text: --text-column")
         left_out += column not in row and any(isinstance(value, str) for value in row.values())

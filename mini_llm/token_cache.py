@@ -76,9 +76,11 @@ def prepare(cfg, vocab_size=0, writes=True, scratch=None, earlier=None):
         known = tokenizer_hash(tokenizer).hex() if tokenizer else ""
         require_own_tokenizer([*sources, *val_sources], cfg.tokenizer_name, known)
         folder = Path(cfg.cache_dir) / _key(cfg, vocab_size, tokenizer, sources, val_sources)
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError):  # a text file that vanishes meanwhile, or a disk that fails
+            error = UserError(f"{error.filename or 'the text'}: {error.strerror}; put it back, or leave it out")
         if not earlier:
-            raise
+            raise error from None
         return _tokens_begun_with(earlier, error)
     if earlier and folder.name != Path(earlier).name:
         return _tokens_begun_with(earlier, "the text has changed, or what splits it or makes tokens of it")

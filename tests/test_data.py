@@ -128,6 +128,9 @@ def test_samples_come_from_each_source_as_often_as_its_weight_says(tmp_path):
     assert np.array_equal(Corpus(folder).samples(0, 400), seen), "as prepared shards"
     with pytest.raises(UserError, match="has 2 sources; give one for each"):
         Corpus(config(None, tmp_path / "cache", train_data=[str(corpus.folder)], train_weights=[1.0], seq_len=16))
+    plain = Corpus(config(None, tmp_path / "cache", train_data=[str(tmp_path)], seq_len=16))
+    with pytest.raises(UserError, match="has 1 sources; .* or prepare them again with these"):
+        Corpus(config(None, tmp_path / "cache", train_data=[str(plain.folder)], train_weights=[8, 2], seq_len=16))
     plain = Corpus(config(None, tmp_path / "cache", train_data=paths, seq_len=16))
     assert plain.n_windows >= corpus.n_windows and plain.shares == [] and corpus.shares == [0.8, 0.2]
 
@@ -708,6 +711,8 @@ def test_tables_with_files_without_rows_and_rows_without_text(tmp_path):
         list(pieces(find_sources([str(tmp_path / "d.jsonl")]), "train"))
     named = find_sources([str(tmp_path / "d.jsonl")], column="content")
     assert [piece.content for piece in pieces(named, "train")] == ["C"]
+    (tmp_path / "e.jsonl").write_text('{}\n{"content": "C"}\n{}\n')
+    assert [piece.content for piece in pieces(find_sources([str(tmp_path / "e.jsonl")]), "train")] == ["C"]
 
 
 @pytest.mark.parametrize("rows, texts", [
@@ -976,6 +981,17 @@ def test_a_tokenizer_is_trained_on_no_text_that_validates(tmp_path, text):
     assert read_meta(folder)["tokenizer"] == "bpe"
     folder = prepare(config(text, tmp_path / "cache", val_data=[str(val)], tokenizer_name="char"))
     assert {"x", "y"} <= open_tokenizer(folder / "tokenizer").get_vocab().keys(), "characters are of all text"
+
+
+def test_text_that_vanishes_before_it_is_read_is_told_in_a_line(tmp_path, text, monkeypatch):
+    file = Path(shutil.copy(text, tmp_path / "a.txt"))
+    cfg = config(file, tmp_path / "cache")
+    earlier = prepare(cfg)
+    monkeypatch.setattr(token_cache, "require_val_data", lambda *_: file.unlink())
+    with pytest.raises(UserError, match=r"a\.txt: No such file or directory; put it back"):
+        prepare(cfg)
+    shutil.copy(text, file)
+    assert prepare(cfg, earlier=earlier) == earlier
 
 
 def test_text_that_cannot_be_used_leaves_no_cache(tmp_path, text):
