@@ -164,7 +164,7 @@ def _texts_and_tables(folder):
     (checkpoints and token caches have no such files)."""
     found = []
     for root, folders, names in os.walk(folder, onerror=_raise):  # unlike Path.rglob, which passes over errors
-        folders[:] = [name for name in folders if name[0] != "."]
+        folders[:] = [name for name in folders if name[0] != "." and name != "lost+found"]  # a disk's own, of root
         found += [Path(root, name) for name in names if name[0] != "."]
     found.sort()
     if unread := [file for file in found if _suffix(file) in UNREADABLE and os.path.isfile(file)]:

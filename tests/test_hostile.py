@@ -488,7 +488,8 @@ def test_a_folder_whose_text_may_not_be_read_is_refused_and_not_left_out():
         (closed := Path(folder) / "closed").mkdir()
         for text in (Path(folder) / "a.txt", closed / "b.txt"):
             text.write_text("some text")
-        (Path(folder) / ".hidden").mkdir(mode=0o700)
+        for concerns_nobody in (".hidden", "lost+found"):
+            (Path(folder) / concerns_nobody).mkdir(mode=0o700)
         closed.chmod(0o700)
         os.chmod(folder, 0o755)
         os.seteuid(65534)
@@ -498,7 +499,7 @@ def test_a_folder_whose_text_may_not_be_read_is_refused_and_not_left_out():
             os.seteuid(0)
             closed.chmod(0o755)
             os.seteuid(65534)
-            assert len(find_sources([folder])) == 2  # of no concern is a hidden folder, from which no text is taken
+            assert len(find_sources([folder])) == 2
         finally:
             os.seteuid(0)
 
