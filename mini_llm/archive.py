@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from mini_llm import hardware
 from mini_llm.errors import UserError, first_line
-from mini_llm.files import replacing, sync
+from mini_llm.files import make_folder, replacing, sync, sync_path
 
 COMMENT = b"sha256:"
 
@@ -71,7 +71,7 @@ def save(path, payload, keep=None, names=()):
     the old one is kept as `keep`."""
     path = Path(path)
     payload = tree_map_only(torch.Tensor, torch.Tensor.cpu, payload)  # so any machine can read it
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     link_error = None
     with replacing(path) as draft:
         with open(draft, "wb") as file:
@@ -92,7 +92,7 @@ def save(path, payload, keep=None, names=()):
                 link_error = error
         if keep and path.exists():
             link(path, keep)
-    _sync_folder(path.parent)
+    sync_path(path.parent)
     if link_error:
         raise link_error
 
@@ -104,13 +104,7 @@ def link(source, target):
             os.link(os.path.realpath(source), draft)  # resolves a symbolic link
         except OSError:  # a file system without hard links
             shutil.copyfile(source, draft)
-
-
-def _sync_folder(folder):
-    fd = os.open(folder, os.O_RDONLY)
-    with contextlib.suppress(OSError):
-        sync(fd)
-    os.close(fd)
+            sync_path(draft)
 
 
 class _HashingFile:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from mini_llm.config import arg
 from mini_llm.errors import UserError
-from mini_llm.files import OTHER_CHECKPOINT, beside_run, exists, matching_files, same_file
+from mini_llm.files import OTHER_CHECKPOINT, beside_run, exists, make_folder, matching_files, same_file
 from mini_llm.processes import lock_until_exit
 
 SUFFIXES = (".prev.pt", ".best.pt", ".nonfinite.pt", ".log", ".metrics.jsonl", ".config.toml", ".tokenizer",
@@ -166,7 +166,7 @@ def claim(cfg, resume_from, n_bytes, step):
     own = cfg.checkpoint
     require_space(own, n_bytes, cfg.optim.num_steps - step, cfg.wandb.uploads)
     try:
-        own.beside(".lock").parent.mkdir(parents=True, exist_ok=True)
+        make_folder(own.beside(".lock").parent)
         free = lock_until_exit(own.beside(".lock"))
     except OSError as error:
         raise UserError(f"--checkpoint-path {own.checkpoint_path}: {error.strerror}; give another path") from None

@@ -60,16 +60,47 @@ def replacing(path):
 
 
 def sync(fd):
-    """To the disk itself, for a power cut: on macOS, fsync leaves what was written in the disk's own cache."""
-    with contextlib.suppress(AttributeError, OSError):  # not macOS, or a file system without it
+    """To the disk itself, for a power cut: on macOS, fsync leaves what was written in the disk's own cache. Raises
+    OSError if it failed; what was written is then lost, though a second call would not say so."""
+    with contextlib.suppress(AttributeError), _where_supported():  # not macOS, or a file system without it
         fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
         return
     os.fsync(fd)
 
 
+def sync_path(path):
+    """The same for a file, or for the names in a folder, where that is possible."""
+    with _where_supported():
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            sync(fd)
+        finally:
+            os.close(fd)
+
+
+@contextlib.contextmanager
+def _where_supported():
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOTTY):
+            raise
+
+
+def make_folder(path):
+    """A folder, with those above it, that is there after a power cut, too."""
+    if not exists(path):
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_path(path.parent)
+
+
 def write_whole(path, content):
-    with replacing(path) as draft:
-        draft.write_bytes(content)
+    """On the disk before it has its name: else a power cut may leave an empty file in the old one's place."""
+    with replacing(path) as draft, open(draft, "wb") as file:
+        file.write(content)
+        file.flush()
+        sync(file.fileno())
 
 
 def read_json(path):

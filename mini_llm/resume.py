@@ -22,7 +22,7 @@ from mini_llm.archive import DamagedCheckpoint, link, load, peek
 from mini_llm.checkpoint import State, step_of
 from mini_llm.config import flag, flatten, is_launch_flag
 from mini_llm.errors import UserError
-from mini_llm.files import beside_run, exists, same_file
+from mini_llm.files import beside_run, exists, same_file, sync_path
 
 FORMAT = 1
 DATA_FLAGS = ("tokenizer_name", "train_data", "val_data", "val_ratio", "max_tokens", "text_column", "use_toy_data",
@@ -255,6 +255,7 @@ def remove_stale_files(cfg, resume_from, step):
             stale += [path, *bests, *cfg.numbered()]
     for file in stale:
         file.unlink(missing_ok=True)
+    sync_path(path.parent)  # else a power cut may leave a checkpoint of the replaced run beside the metrics of this one
 
 
 def loss_to_beat(cfg, state, eval_tokens):

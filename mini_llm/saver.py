@@ -14,6 +14,7 @@ from mini_llm import hardware
 from mini_llm.archive import save
 from mini_llm.checkpoint import step_of
 from mini_llm.errors import RunFailed
+from mini_llm.files import sync_path
 from mini_llm.resume import peek_run
 
 log = logging.getLogger("mini_llm")
@@ -36,6 +37,10 @@ def save_run(cfg, payload, step, newest, best, kept=False):
     every moment. The best is named before the newest: a run killed in between goes on from the one before, and finds
     the best again.
     """
+    try:
+        sync_path(metrics := cfg.beside(".metrics.jsonl"))  # a resume from this checkpoint does not write them again
+    except OSError as error:  # worth less than the checkpoint
+        log.warning("a power cut may take rows from %s: %s", metrics, error.strerror)
     path, best_path, step_path = Path(cfg.checkpoint_path), cfg.beside(".best.pt"), cfg.beside(f".step-{step:08d}.pt")
     if not newest:
         save(best_path, payload)

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 
-from mini_llm.files import RECORD_HEAD, replacing, without_infinity
+from mini_llm.files import RECORD_HEAD, replacing, sync, without_infinity
 
 log = logging.getLogger("mini_llm")
 
@@ -23,6 +23,8 @@ class JsonlSink:
                 head = RECORD_HEAD.match(line)
                 if head and (head["event"] == b"alert" or int(head["step"]) <= start_step) and line.endswith(b"}\n"):
                     file.write(line)
+            file.flush()
+            sync(file.fileno())
         self.path = path
         self.file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
         self.unwritten = b""

@@ -10,7 +10,7 @@ import threading
 import time
 from pathlib import Path
 
-from mini_llm.files import write_whole
+from mini_llm.files import replacing
 
 POLL = 1.0  # seconds between checks
 FACTOR = 10  # a step, evaluation or save counts as hung after this many times its median duration
@@ -68,8 +68,8 @@ class Watchdog:
 
     def _beat(self, what):
         beat = dict(step=self.state.step, doing=what, time=time.time(), pid=os.getpid())
-        with contextlib.suppress(OSError):  # the file goes stale, as it should
-            write_whole(Path(self.heartbeat_file), json.dumps(beat).encode() + b"\n")
+        with contextlib.suppress(OSError), replacing(Path(self.heartbeat_file)) as draft:  # else it goes stale
+            draft.write_text(json.dumps(beat) + "\n")  # not synced to the disk: after a power cut it has no use
 
     def _dump(self, what, seconds):
         self.stacks.parent.mkdir(parents=True, exist_ok=True)

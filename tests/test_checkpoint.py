@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 import pickle
+import stat
 import subprocess
 import sys
 import zipfile
@@ -118,6 +119,72 @@ def test_a_file_is_synced_to_the_disk_itself_where_that_is_another_call(monkeypa
     assert calls == ["full" if there == "another call" else "fsync"]
 
 
+def test_a_sync_that_failed_is_not_tried_again(monkeypatch):
+    """The kernel then takes what could not be written for written: the second call would succeed."""
+    def full(fd, what):
+        raise OSError(errno.EIO, "the disk failed")
+
+    monkeypatch.setattr(files.fcntl, "fcntl", full)
+    monkeypatch.setattr(files.fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(files.os, "fsync", lambda fd: pytest.fail("called"))
+    with pytest.raises(OSError, match="the disk failed"):
+        files.sync(7)
+
+
+@pytest.mark.parametrize("failing", ["file", "folder"])
+def test_a_checkpoint_that_a_disk_did_not_take_does_not_count_as_saved(tmp_path, monkeypatch, failing):
+    def sync(fd):
+        if stat.S_ISDIR(os.fstat(fd).st_mode) == (failing == "folder"):
+            raise OSError(errno.EIO, "the disk failed")
+
+    save(tmp_path / "c.pt", payload(1))
+    for module in archive, files:
+        monkeypatch.setattr(module, "sync", sync)
+    with pytest.raises(OSError, match="the disk failed"):
+        save(tmp_path / "c.pt", payload(2), tmp_path / "c.prev.pt")
+    assert load_latest(tmp_path / "c.pt", config(tmp_path))[0]["step"] == (2 if failing == "folder" else 1)
+
+
+def test_a_copy_in_place_of_a_link_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    def no_links(*_):
+        raise OSError(errno.EPERM, "a file system without links")
+
+    (tmp_path / "a").write_bytes(b"1")
+    monkeypatch.setattr(archive.os, "link", no_links)
+    with synced_files(monkeypatch) as synced:
+        archive.link(tmp_path / "a", tmp_path / "b")
+    assert synced == [os.stat(tmp_path / "b").st_ino]
+
+
+def test_new_folders_are_on_the_disk_with_those_above_them(tmp_path, monkeypatch):
+    with synced_files(monkeypatch) as synced:
+        save(tmp_path / "a" / "b" / "c.pt", PAYLOAD)
+    assert synced == [os.stat(tmp_path / path).st_ino for path in (".", "a", "a/b/c.pt", "a/b")]
+
+
+def test_metrics_are_on_the_disk_before_a_checkpoint_that_does_not_write_them_again(tmp_path, monkeypatch, caplog):
+    def sync_path(path):
+        assert path == tmp_path / "c.metrics.jsonl" and load(tmp_path / "c.pt")["step"] == 1
+        raise OSError(errno.EIO, "the disk failed")
+
+    cfg = config(tmp_path)
+    save_run(cfg, payload(1), 1, newest=True, best=False)
+    caplog.clear()
+    monkeypatch.setattr(saver, "sync_path", sync_path)
+    save_run(cfg, payload(2), 2, newest=True, best=False)
+    assert load(tmp_path / "c.pt")["step"] == 2 and "a power cut may take rows from" in caplog.text
+
+
+@contextlib.contextmanager
+def synced_files(monkeypatch):
+    """The inodes of the files and folders that are synced to the disk."""
+    found = []
+    with monkeypatch.context() as patch:
+        for module in archive, files:
+            patch.setattr(module, "sync", lambda fd: found.append(os.fstat(fd).st_ino))
+        yield found
+
+
 def test_a_checkpoint_is_on_the_disk_whole_before_it_has_its_name_and_then_that_is(tmp_path, monkeypatch):
     def sync(fd):
         found = os.fstat(fd)
@@ -126,7 +193,8 @@ def test_a_checkpoint_is_on_the_disk_whole_before_it_has_its_name_and_then_that_
             raise OSError(errno.EINVAL, "a file system without it, of folders")
 
     path, synced = tmp_path / "c.pt", []
-    monkeypatch.setattr(archive, "sync", sync)
+    for module in archive, files:
+        monkeypatch.setattr(module, "sync", sync)
     save(path, PAYLOAD)
     assert [what[:2] for what in synced] == [(path.stat().st_ino, path.stat().st_size), (tmp_path.stat().st_ino, True)]
     for *_, fd in synced:
@@ -414,6 +482,13 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_a_damaged_one(tmp
         patch.setattr(archive, "file_digest", fail)
         resume.load_for_resume(tmp_path / "c.pt", cfg, {}, {})
     assert resume.load_for_resume(tmp_path / "c.pt", cfg, {}, {})["step"] == 2
+
+
+def test_the_old_run_is_gone_from_the_disk_before_rows_of_the_new_one_are_there(tmp_path, monkeypatch):
+    save(tmp_path / "c.pt", PAYLOAD)
+    with synced_files(monkeypatch) as synced:
+        resume.remove_stale_files(config(tmp_path, overwrite=True), None, 0)
+    assert synced == [os.stat(tmp_path).st_ino] and os.listdir(tmp_path) == []
 
 
 def test_starting_over_leaves_nothing_of_the_old_run_in_force(tmp_path):

@@ -23,7 +23,7 @@ ALLOWED = {  # besides errors.py, which every file may import
     "archive": {"files", "hardware"},
     "checkpoint": {"config", "files", "processes"},
     "resume": {"archive", "checkpoint", "config", "files", "hardware"},
-    "saver": {"archive", "checkpoint", "hardware", "resume"},
+    "saver": {"archive", "checkpoint", "files", "hardware", "resume"},
     "tokenizer": {"config", "files"},
     "holdout": {"tokenizer"},
     "text": {"holdout", "shards", "tokenizer"},

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import re
 import time
 from collections import deque
@@ -11,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, SOURCES, Clock
 
-from mini_llm import hardware, tracking
+from mini_llm import hardware, sinks, tracking
 from mini_llm import meter as meter_module
 from mini_llm.checkpoint import State
 from mini_llm.errors import UserError, visible
@@ -381,6 +382,14 @@ def test_a_row_that_a_power_cut_has_torn_is_dropped_though_its_checkpoint_is_who
     sink.log(30, {"x": 1})
     sink.close(0)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 30]
+
+
+def test_the_rows_that_a_resume_keeps_are_on_the_disk_before_they_replace_the_old_ones(tmp_path, monkeypatch):
+    path, draft, synced = tmp_path / "m.jsonl", tmp_path / "m.jsonl.tmp", []
+    path.write_text('{"step": 10, "time": 1.0, "x": 1}\n{"step": 20, "time": 2.0, "x": 1}\n')
+    monkeypatch.setattr(sinks, "sync", lambda fd: synced.append((os.fstat(fd).st_ino, draft.read_bytes())))
+    JsonlSink(path, 10).close(0)
+    assert synced == [(path.stat().st_ino, path.read_bytes())] and path.read_bytes().count(b"\n") == 1
 
 
 def test_a_resumed_run_has_each_step_once_in_tensorboard(tmp_path):
