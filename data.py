@@ -14,7 +14,7 @@ import numpy as np
 
 from mini_llm.config import arg
 from mini_llm.errors import UserError
-from mini_llm.files import write_whole
+from mini_llm.files import sync_path, write_whole
 from mini_llm.shards import Shard, part_shards, read_meta, read_windows, spread_windows
 from mini_llm.token_cache import prepare, require_sequences
 from mini_llm.tokenizer import LEARNED, encode, open_tokenizer, tokenizer_hash
@@ -165,6 +165,8 @@ class Corpus:
             for file in files:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_whole(folder / file.name, file.read_bytes())
+            if files:
+                sync_path(folder)
         except OSError as error:
             raise UserError(f"{error.filename or folder}: {error.strerror}; the tokenizer cannot be copied") from None
         with contextlib.suppress(UserError):  # shards may come without their tokenizer, and be trained on without any

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mini_llm import toy
 from mini_llm.errors import UserError
-from mini_llm.files import read_json, same_file, sync, write_whole
+from mini_llm.files import make_folder, read_json, same_file, sync_path, write_whole
 from mini_llm.holdout import takes_tails
 from mini_llm.processes import try_lock
 from mini_llm.progress import ProgressBar
@@ -96,6 +96,7 @@ def prepare(cfg, vocab_size=0, writes=True, scratch=None, earlier=None):
             if draft is not None:
                 _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources)
                 os.replace(draft, folder)
+                sync_path(folder.parent)
                 (folder / PROGRESS).unlink(missing_ok=True)
                 (folder / ".lock").unlink()  # after the rename: else another process could lock and empty the draft
     return folder
@@ -188,7 +189,7 @@ def _lock(draft):
     """Creates the draft and waits for its lock → the descriptor of the locked file; None if the draft has just been
     renamed. Raises UserError."""
     try:
-        draft.mkdir(parents=True, exist_ok=True)
+        make_folder(draft)
         if draft.is_symlink():  # its target is not ours to empty
             raise NotADirectoryError(errno.ENOTDIR, f"{draft.name} is a link")
         # Opened for writing, because network file systems grant no exclusive lock otherwise.
@@ -285,10 +286,9 @@ def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
     mb = sum(done.bytes.values()) / 1e6
     log.info("tokenized %.1f MB into %s tokens in %.1f s (%.1f MB/s)", mb, f"{sum(meta['tokens'].values()):,}",
              done.seconds, mb / max(done.seconds, 1e-9))
-    with open(draft / "meta.json", "w") as file:
-        file.write(json.dumps(meta, indent=1))
-        file.flush()
-        sync(file.fileno())
+    write_whole(draft / "meta.json", json.dumps(meta, indent=1).encode())
+    for path in (*(draft / "tokenizer").iterdir(), draft / "tokenizer", draft):
+        sync_path(path)
 
 
 def _trained_tokenizer(name, stream, vocab_size):

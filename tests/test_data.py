@@ -540,6 +540,21 @@ def test_a_draft_is_locked_until_it_has_its_name(text, tmp_path, monkeypatch):
     assert locked[-1] and not (folder / ".lock").exists()
 
 
+def test_all_of_a_folder_of_tokens_is_on_the_disk_before_it_has_its_name_and_then_that_is(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(token_cache, "sync_path", (synced := []).append)
+    folder = prepare(config(text, tmp_path))
+    *paths, last = synced
+    draft = folder.with_name(folder.name + ".draft")
+    tokenizer = [draft / path.relative_to(folder) for path in folder.glob("tokenizer/*")]
+    assert {*paths} == {*tokenizer, draft / "tokenizer", draft} and len(tokenizer) == 2 and last == folder.parent
+
+
+def test_the_names_of_a_runs_tokenizer_are_on_the_disk(text, tmp_path, cache, monkeypatch):
+    monkeypatch.setattr("data.sync_path", (synced := []).append)
+    Corpus(config(text, cache)).export_tokenizer(tmp_path / "run.tokenizer")
+    assert synced == [tmp_path / "run.tokenizer"]
+
+
 def test_a_rank_that_does_not_write_waits_for_the_one_that_does(text, tmp_path):
     import threading
 
