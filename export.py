@@ -20,7 +20,7 @@ from data import BatchConfig, DataConfig
 from generate import TEMPERATURE, TOP_K
 from mini_llm.config import arg, is_launch_flag, parse
 from mini_llm.errors import UserError, one_line_errors
-from mini_llm.files import beside_run, read_json, read_records
+from mini_llm.files import beside_run, make_folder, read_json, read_records, sync_path
 from mini_llm.hardware import SpeedConfig
 from mini_llm.hugging_face import hugging_face_config, to_hugging_face
 from mini_llm.pretrained import load_run, tokenizer_folder
@@ -84,7 +84,7 @@ def export(path, output, dtype="float32"):
         do_sample=True, temperature=TEMPERATURE, top_k=TOP_K)
     output = Path(output)
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(output.parent)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as draft:
             draft = Path(draft)
             twin.to(getattr(torch, dtype)).save_pretrained(draft)
@@ -96,13 +96,16 @@ def export(path, output, dtype="float32"):
                 file.chmod((draft / "config.json").stat().st_mode & 0o777)
             _write_tokenizer(tokenizer_folder(path), tokenizer, model.cfg.max_position_embeddings, draft)
             (draft / "README.md").write_text(model_card(path, model, saved, n_tokens, dtype), "utf-8")
-            output.mkdir(exist_ok=True)
             written = {file.name for file in draft.iterdir()}
+            for name in written:
+                sync_path(draft / name)
+            make_folder(output)
             for name in written:  # once all of them are complete
                 (draft / name).replace(output / name)
             for file in output.iterdir():
                 if LOADED.fullmatch(file.name) and file.name not in written and file.is_file():
                     file.unlink(missing_ok=True)
+            sync_path(output)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--output {output}: {getattr(error, 'strerror', None) or error}; name a folder that can be "
                         f"written") from None

@@ -220,6 +220,14 @@ def test_a_full_disk_leaves_the_folder_as_it_was(tuned, tmp_path):
     assert (tmp_path / "out" / "config.json").read_text() == "another's"
 
 
+def test_an_export_is_on_the_disk_before_it_replaces_another(tuned, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "sync_path", (synced := []).append)
+    export.export(tuned["gpt2"][1].checkpoint, folder := tmp_path / "out")
+    *drafts, last = synced
+    assert {path.name for path in drafts} == {path.name for path in folder.iterdir()} and last == folder
+    assert folder not in {path.parent for path in drafts}
+
+
 def test_an_earlier_export_leaves_nothing_that_would_be_loaded(tuned, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
