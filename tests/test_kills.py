@@ -103,14 +103,21 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(trainer, tmp_path
         print(f"| {name} | {moment} | {times} | 0 | 0 |")
 
 
-# For each line (a folder, N) runs train.py there, in a copy of this process, which has imported it; kills it before its
-# N-th operation on a file; and starts it again with --resume auto. Prints the number of operations, and the exit codes.
+# For each line (a folder, N, a fault) runs train.py there, in a copy of this process, which has imported it; kills it
+# before its N-th operation on a file, and if the fault is "power" takes from every file what was not synced to the
+# disk; and starts it again with --resume auto. Prints the number of operations, and the exit codes.
 DYING = """
 import builtins, io, os, signal, sys; sys.path.insert(0, {root!r})
 import train; from mini_llm import tracking
 
-def start(arguments, dies_at):
-    done = 0
+def start(arguments, dies_at, fault):
+    done, synced = 0, {{}}
+
+    def die():
+        for folder, _, names in os.walk(".") if fault == "power" else ():
+            for path in (os.path.join(folder, name) for name in names):
+                os.truncate(path, min(os.path.getsize(path), synced.get(os.stat(path).st_ino, 0)))
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def counted(owner, name, wanted=lambda *_: True):
         real = getattr(owner, name)
@@ -121,8 +128,13 @@ def start(arguments, dies_at):
             if inside and wanted(*args):
                 done += 1
                 if done == dies_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return real(path, *args, **options)
+                    die()
+            result = real(path, *args, **options)
+            if inside and name == "fsync":
+                synced[os.fstat(path).st_ino] = os.fstat(path).st_size
+            if inside and name == "open" and args[:1] == ("wb",):  # its inode may have been another file's
+                synced.pop(os.fstat(result.fileno()).st_ino, None)
+            return result
         setattr(owner, name, call)
 
     if pid := os.fork():
@@ -142,19 +154,20 @@ def start(arguments, dies_at):
     os._exit(1)
 
 for line in sys.stdin:
-    folder, dies_at = line.split()
+    folder, dies_at, fault = line.split()
     os.makedirs(folder)
     os.chdir(folder)
-    codes = [start(sys.argv[1:], int(dies_at))]
+    codes = [start(sys.argv[1:], int(dies_at), fault)]
     while codes[-1] == -9 and len(codes) < 3:
-        codes.append(start([*sys.argv[1:], "--resume", "auto"], 0))
+        codes.append(start([*sys.argv[1:], "--resume", "auto"], 0, ""))
     print(open("count").read(), *codes, flush=True)
 """
 
 
 @pytest.mark.parametrize("every", [17, pytest.param(1, marks=pytest.mark.full)])
+@pytest.mark.parametrize("fault", ["kill", "power"])
 @pytest.mark.timeout(3000)
-def test_a_kill_between_any_two_operations_on_files_loses_nothing(tmp_path, text, every):
+def test_a_kill_or_power_cut_between_any_two_operations_on_files_loses_nothing(tmp_path, text, fault, every):
     flags = [*TINY, "--n-layers", 1, "--train-data", text, "--max-tokens", 20_000, "--num-steps", 24, "--warmup-steps",
              4, "--log-steps", 4, "--eval-steps", 4, "--save-steps", 8, "--keep-last", 1, "--cache-dir", "cache",
              "--checkpoint-path", "c.pt"]
@@ -164,7 +177,7 @@ def test_a_kill_between_any_two_operations_on_files_loses_nothing(tmp_path, text
 
         def run(dies_at):
             folder = tmp_path / f"run{dies_at}"
-            print(folder, dies_at, file=runs.stdin, flush=True)
+            print(folder, dies_at, fault, file=runs.stdin, flush=True)
             count, *codes = map(int, runs.stdout.readline().split())
             files = {file.relative_to(folder) for file in folder.rglob("*") if file.is_file()}
             done = subprocess.CompletedProcess([], codes[-1], (folder / "out").read_text(), "")
@@ -176,7 +189,10 @@ def test_a_kill_between_any_two_operations_on_files_loses_nothing(tmp_path, text
             _, codes, found, mended, mended_best = run(dies_at)
             assert codes == [-9, 0], f"{dies_at}: {codes}\n{mended.out}"
             assert same(mended, whole) and mended_best["state"] == best["state"], dies_at
+            assert mended.rows.keys() == whole.rows.keys(), dies_at
+            for name in "c.tokenizer/tokenizer.json", "c.config.toml":
+                assert (tmp_path / f"run{dies_at}" / name).read_bytes() == (tmp_path / "run0" / name).read_bytes(), name
             # What the next save removes, and a lock file of the token cache.
             assert files <= found and {file.name for file in found - files} <= {"c.step-00000016.pt", ".lock"}, dies_at
         runs.stdin.close()
-    print(f"\n{len(range(1, count + 1, every))} kills, one before each operation on a file: 0 lost, 0 differing")
+    print(f"\n{len(range(1, count + 1, every))} times ({fault}), before each operation on a file: 0 lost, 0 differing")
