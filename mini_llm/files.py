@@ -15,6 +15,9 @@ from pathlib import Path
 OTHER_CHECKPOINT = r"\.(best(-of-\d+)?|prev|nonfinite|(step|kept)-\d+)"
 # How a record of metrics.jsonl begins, for readers that do not parse it all: histograms take megabytes.
 RECORD_HEAD = re.compile(rb'\{"step": (?P<step>\d+), "time": (?P<time>[^,]+), ("event": "(?P<event>\w+)")?')
+# What file systems without syncing answer, most of them for folders: network file systems, FUSE. A disk says EIO.
+NO_SYNC = (errno.EACCES, errno.EBADF, errno.EINVAL, errno.EISDIR, errno.ENOSYS, errno.ENOTSUP, errno.ENOTTY,
+           errno.EPERM)
 # The fields that a record of metrics.jsonl must have if it is an event, by kind of event.
 EVENTS = dict(config=dict(config=dict), sample=dict(text=str), alert=dict(title=str, text=str), exit=dict(code=int))
 
@@ -83,7 +86,7 @@ def _where_supported():
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOTTY):
+        if error.errno not in NO_SYNC:
             raise
 
 
