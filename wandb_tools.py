@@ -6,6 +6,7 @@ python wandb_tools.py sync RUN.pt --wandb-run-id NEW     send it as a new run: i
 python wandb_tools.py download PROJECT/RUN_ID [DIR]      files, history and artifacts of a run, or of a sweep's runs
 """
 
+import glob
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
 from mini_llm.config import RUN_CONFIG, Parser
-from mini_llm.errors import UserError
+from mini_llm.errors import UserError, visible
 from mini_llm.files import beside_run, matching_files, read_records, without_infinity, write_whole
 from mini_llm.processes import only_one
 from mini_llm.wandb_client import LOST_CODE, Publisher, awaited, import_wandb, leave, open_run
@@ -48,7 +49,7 @@ def check(args):
         steps = checks(settings, folder)
         for name in ("package", "login", "server", "write", "read"):
             try:
-                print(f"{name:8} ok    {next(steps)}", flush=True)
+                say("INFO", f"{name:8} ok    {next(steps)}")
             except Exception as error:
                 print(f"{name:8} FAIL  {reason(error)}\n{'':14} {advice(error)}", flush=True)
                 return 1
@@ -143,7 +144,7 @@ def sync(args):
                 raise UserError(f"{memory}: this run is still {'training' if alone else 'being sent'}; wait for it to "
                                 f"end{', at most its --wandb-finish-timeout' if ended else ''}")
             rows = memory.with_name(memory.name.replace(".wandb.json", ".metrics.jsonl"))
-            print(f"{rows}: {send(facts, rows, args.run_id)}", flush=True)
+            say("INFO", f"{rows}: {send(facts, rows, args.run_id)}")
             if args.run_id:
                 write_whole(memory, json.dumps(facts).encode())
             for link in upload_links(memory):  # which a killed run has left: it takes up a checkpoint's space
@@ -222,7 +223,7 @@ def send(facts, path, new_id=""):
 
 
 def say(level, text):
-    print(text, flush=True)
+    print(visible(text), flush=True)
 
 
 def sync_folders(folders, api, target, records):
@@ -254,7 +255,7 @@ def offline_folders(init, path):
     the checkpoint. Without those that `wandb sync` has sent."""
     roots = {init.get("dir") or os.environ.get("WANDB_DIR") or ".", str(path.parent)}
     found = {str(folder): folder.name for root in roots
-             for folder in Path(local_folder(root)).glob(f"offline-run-????????_??????-{init['id']}")
+             for folder in Path(local_folder(root)).glob(f"offline-run-????????_??????-{glob.escape(init['id'])}")
              if not list(folder.glob("*.synced"))}
     return sorted(found, key=found.get)
 
@@ -305,6 +306,8 @@ def fetch(runs, where):
     """Download the runs to folders of their ids in `where` → exit code."""
     code = 0
     for run in runs:
+        if not _stays_inside(run.id) or "/" in run.id:
+            raise UserError(f"{run.id}: the server's id of a run leads out of the folder; nothing is fetched of it")
         folder = Path(where or ".") / run.id
         rows = folder.with_name(f"{run.id}.metrics.jsonl")
         if beside_run(rows, RUN_CONFIG).exists():  # --wandb-run-id may be the name of the checkpoint
@@ -322,16 +325,17 @@ def fetch(runs, where):
             write_whole(rows, metrics_jsonl(run, reports).encode())
         wanted = [(file, "files", dict(replace=True)) for file in run.files() if _stays_inside(file.name)]
         wanted += [(artifact, f"artifacts/{artifact.name.replace(':', '-')}", {})
-                   for artifact in run.logged_artifacts()]
+                   for artifact in run.logged_artifacts() if _stays_inside(artifact.name)]
         fetched = Counter()
         for item, place, options in wanted:
             try:
                 item.download(root=str(folder / place), **options)
                 fetched[place.partition("/")[0]] += 1
             except Exception as error:  # the rest is wanted all the same
-                print(f"error: {folder / place}: {item.name} not fetched: {with_advice(error)}", file=sys.stderr)
+                print(visible(f"error: {folder / place}: {item.name} not fetched: {with_advice(error)}"),
+                      file=sys.stderr)
                 code = 1
-        print(f"{folder}: {n_rows} rows, {fetched['files']} files, {fetched['artifacts']} artifacts", flush=True)
+        say("INFO", f"{folder}: {n_rows} rows, {fetched['files']} files, {fetched['artifacts']} artifacts")
     return code
 
 

@@ -3,13 +3,15 @@
 import io
 import re
 
+from mini_llm.errors import visible
+
 
 def reason(error):
     """The first line of an error message, without the server's response."""
     lines = str(error).splitlines() or [""]
     if "validation error" in lines[0] and len(lines) > 2:  # a setting; its value may be a secret
         lines = [re.sub(r"\[type=.*", "", f"WANDB_{lines[1].strip().upper()}: {lines[2].strip()}")]
-    return re.sub(r":? *\{.*", "", lines[0])[:200].strip() or type(error).__name__
+    return visible(re.sub(r":? *\{.*", "", lines[0])[:200]).strip() or type(error).__name__
 
 
 ADVICE = [  # (pattern in W&B's error message, what to do)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from mini_llm.config import Declared, arg, coerce, flag, switched_on
 from mini_llm.errors import UserError
-from mini_llm.files import command, matching_files, write_whole
+from mini_llm.files import command, matching_files, read_json, write_whole
 
 SOURCE = Path(__file__).resolve().parent.parent
 # Most checkpoints that wait for their upload, by policy. Each is a hard link that may keep a replaced file on the disk:
@@ -237,10 +237,12 @@ def sync_command(path):
 
 
 def recalled(path):
-    """What `remember` stored in `path`; {} if it is missing or damaged."""
+    """What `remember` stored in `path`; {} if it is missing or damaged. Of another's file, no more of INIT than that:
+    wandb.init also takes the path of a file to read."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        facts = json.loads(path.read_text())
-        return facts | dict(base=facts["base"], init=dict(facts["init"]))
+        facts = read_json(path)
+        init = {name: value for name, value in dict(facts["init"]).items() if name in INIT}
+        return facts | dict(base=facts["base"], init=init)
     return {}
 
 
@@ -249,6 +251,7 @@ def upload_links(memory):
     return matching_files(memory.with_name(memory.name.replace(".wandb.json", ".upload-")), r"\d{8}.*\.pt")
 
 
+INIT = ("project", "entity", "id", "name", "group", "job_type", "tags", "notes", "dir")  # arguments of wandb.init
 IDENTITY = ("shared", "primary", "label", "sweep", "host", "program")  # of a Job, beside its id: kept for a later sync
 
 
@@ -284,7 +287,7 @@ def git(*words):
 def uncommitted():
     """The uncommitted changes of this source tree, as a patch; "" if there are none or they are not wanted
     (WANDB_DISABLE_CODE, as W&B has it)."""
-    diff = "" if switched_on("WANDB_DISABLE_CODE") else git("diff", "HEAD")[:DIFF_CHARACTERS]
+    diff = "" if switched_on("WANDB_DISABLE_CODE") else git("diff", "HEAD", "--", ".")[:DIFF_CHARACTERS]
     return diff and diff + "\n"
 
 

@@ -32,6 +32,7 @@ def test_a_reason_is_a_line_without_the_servers_response():
     assert reason(RuntimeError("x" * 999)) == "x" * 200 and reason(TimeoutError()) == "TimeoutError"
     assert with_advice(RuntimeError('failed: {"code": 429}')).startswith("failed; W&B limits"), "which counts, too"
     assert reason(RuntimeError("1 validation error for Settings")) == "1 validation error for Settings"
+    assert reason(RuntimeError("\x1b]0;x\x07")) == "\\x1b]0;x\\x07", "what the server says does not act on the terminal"
 
 
 def test_a_wrong_setting_of_wandb_is_named():

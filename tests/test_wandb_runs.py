@@ -1,6 +1,7 @@
 """Who writes which W&B run, and where its settings come from: pure functions, on every row of their tables."""
 
 import json
+import subprocess
 from contextlib import nullcontext
 
 import pytest
@@ -157,6 +158,8 @@ def test_a_resumed_run_stays_in_its_project(tmp_path):
     for base, was in ("kept", "other"), ("new", None):  # an id that it was sent as is of that run alone
         remember(path, base, Job(init={}, config={}), sent={})
         assert recalled(path).get("was") == was
+    path.write_text(json.dumps(dict(base="kept", init=dict(id="kept", config="/etc/x.yaml", save_code=True))))
+    assert recalled(path)["init"] == dict(id="kept"), "another's file is not to say what wandb.init reads"
     for damaged in ("torn", "[]", '{"base": "x"}', '{"base": "x", "init": 1}'):
         path.write_text(damaged)
         assert recalled(path) == {}
@@ -182,10 +185,19 @@ def test_a_sweep_decides_the_project_of_its_trials():
     assert with_environment(WandbConfig(wandb_project="of a recipe"), trial).wandb_project == "of the sweep"
 
 
-def test_uncommitted_changes_are_kept_unless_code_is_not_wanted(monkeypatch):
+def test_uncommitted_changes_are_kept_unless_code_is_not_wanted(monkeypatch, tmp_path):
     assert wandb_runs.git("rev-parse", "HEAD", "no-such-name") == "", "it fails, and prints all the same"
-    monkeypatch.setattr(wandb_runs, "git", lambda *words: "+ mine" if words == ("diff", "HEAD") else "")
-    assert wandb_runs.uncommitted() == "+ mine\n"
+    monkeypatch.setattr(wandb_runs, "SOURCE", tmp_path / "code")  # within a repository that has more
+    (tmp_path / "code").mkdir()
+    for content in "was\n", "mine\n":
+        for name in "code/train.py", ".env":
+            (tmp_path / name).write_text(content)
+        if content == "was\n":
+            for words in "init -q", "add .", "-c user.name=a -c user.email=a commit -qm a":
+                subprocess.run(["git", *words.split()], cwd=tmp_path, check=True)
+    (tmp_path / "code" / "untracked").write_text("secret\n")
+    diff = wandb_runs.uncommitted()
+    assert diff.endswith("+mine\n") and diff.count("+mine") == 1 and ".env" not in diff and "secret" not in diff
     monkeypatch.setenv("WANDB_DISABLE_CODE", "true")
     assert wandb_runs.uncommitted() == ""
 

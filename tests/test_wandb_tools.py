@@ -363,6 +363,7 @@ def test_offline_folders_are_found_where_a_run_could_be_recorded_unless_they_wer
     for folder, expected in ((str(tmp_path / "own"), ["beside", "own"]), (None, ["env", "beside"])):
         found = offline_folders(dict(id="one", dir=folder), tmp_path / "beside" / "c.metrics.jsonl")
         assert [os.path.relpath(path, tmp_path).split("/")[0] for path in found] == expected, "oldest first"
+    assert offline_folders(dict(id="*", dir=None), tmp_path / "c.metrics.jsonl") == [], "another's file"
 
 
 def test_sync_sends_a_run_that_was_deleted_to_a_new_one(server, tool, tmp_path):
@@ -543,19 +544,26 @@ def test_what_cannot_be_fetched_or_leads_out_of_the_folder_is_left_out_and_the_r
         def __init__(self, name):
             self.name = name
 
-        def download(self, root, replace):
-            assert replace, "of an earlier download"
-            if self.name == "gone":
+        def download(self, root, replace=None):
+            assert replace or "artifacts" in root, "of an earlier download"
+            if self.name.startswith("gone"):
                 raise OSError("404 Not Found")
             fetched.append((root, self.name))
 
     fetched, folder, watch = [], str(tmp_path / "one" / "files"), {}
     names = ["../out", "/etc/out", "a/../../out", "gone", "a/b", "..c"]
-    run = SimpleNamespace(id="one", config=watch, summary={}, files=lambda: map(File, names), logged_artifacts=list,
+    artifacts = [File("../../../out:v0"), File("gone\x1b[31m")]
+    run = SimpleNamespace(id="one", config=watch, summary={}, files=lambda: map(File, names),
+                          logged_artifacts=lambda: artifacts,
                           scan_history=lambda page_size, use_cache: [{"x": page_size, "y": None}])
     assert fetch([run], tmp_path) == 1 and fetched == [(folder, "a/b"), (folder, "..c")]
     out, err = capsys.readouterr()
-    assert "1 rows, 2 files, 0 artifacts" in out and err.count("\n") == 1 and "gone not fetched: 404" in err
+    assert "1 rows, 2 files, 0 artifacts" in out and err.count("\n") == 2 and "gone not fetched: 404" in err
+    assert "gone\\x1b[31m not fetched" in err and "\x1b" not in err, "no name acts on the terminal"
+    for name in "../out", "/etc/out", "..", "a/b":
+        with pytest.raises(UserError, match="leads out of the folder"):
+            fetch([SimpleNamespace(id=name)], tmp_path / "to")
+    assert not (tmp_path / "to").exists() and not (tmp_path / "out").exists()
     (few,) = history(run)
     watch["wandb_watch"] = "all"
     (fewer,) = history(run)
