@@ -79,9 +79,9 @@ class GPTConfig:
             raise UserError(f"--rope-theta {self.rope_theta}: --arch {self.arch} has learned positions; leave it out")
         rough = self.d_model * (self.n_layers * 2 * (self.n_heads * self.head_size + self.ff_size)
                                 + self.vocab_size + self.max_position_embeddings)
-        if rough > 1e12:
+        if rough > 1e12 or self.n_layers > 10_000:  # even empty, layers take time and memory
             sizes = " ".join(f"{flag(name)} {size}" for name, size in vars(self).items() if type(size) is int and size)
-            raise UserError(f"{sizes}: {rough:.0e} parameters, which no device holds")
+            raise UserError(f"{sizes}: {rough:.0e} parameters in {self.n_layers} layers, which no device holds")
 
     # The flags have 0 or None for "default". What follows is resolved, and is what the model is built from.
 

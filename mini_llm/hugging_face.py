@@ -63,6 +63,8 @@ def gpt_config(theirs, source):
         raise UserError(f"--init-from {source}: quantization_config is set; give weights that are not quantized")
     if set(stated.get("auto_map") or ()) - {"AutoTokenizer", "AutoProcessor"}:
         raise UserError(f"--init-from {source}: auto_map is set: its model is code of its own, which is not run here")
+    if "/" in (kernel := str(theirs._attn_implementation)):  # else transformers would fetch and run it
+        raise UserError(f"--init-from {source}: attn_implementation is {kernel}: code, which is not run here")
     return cfg
 
 
