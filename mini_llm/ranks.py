@@ -293,10 +293,10 @@ def _say(what, kind="error"):
 
 
 def pid_exists(pid):
-    """Whether a process of this host is there (or has ended, and its parent has not asked how)."""
+    """Whether a process of ours is there on this host (or has ended, and its parent has not asked how)."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, PermissionError):  # another user's has got its number
         return False
     return True
 

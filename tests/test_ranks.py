@@ -449,3 +449,12 @@ def test_a_rank_whose_torchrun_was_killed_before_it_came_leaves(trainer):
     assert run.returncode == 1, run.stderr
     # torch has lines of its own before.
     assert re.match(r"error: rank 0 cannot reach torchrun's store at 127.0.0.1", run.stderr.strip().splitlines()[-1])
+
+
+def test_a_process_of_another_user_that_has_got_a_ranks_number_is_not_the_rank(monkeypatch):
+    def denied(pid, number):
+        raise PermissionError
+
+    assert ranks.pid_exists(os.getpid()) and not ranks.pid_exists(2**22 + 1)
+    monkeypatch.setattr(os, "kill", denied)
+    assert not ranks.pid_exists(os.getpid())
