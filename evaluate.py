@@ -7,6 +7,7 @@ overlap, as in training, so that the command reproduces a run's own `val/loss`.
 import contextlib
 import json
 import math
+import shlex
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import torch
 
 from mini_llm import hardware
 from mini_llm.config import arg, parse
-from mini_llm.errors import UserError, one_line_errors
+from mini_llm.errors import UserError, one_line_errors, visible
 from mini_llm.files import without_infinity
 from mini_llm.pretrained import load_run
 from mini_llm.progress import ProgressBar
@@ -109,7 +110,7 @@ def own_validation_set(saved):
             if read_meta(file.parent)["fingerprint"]["val"] == saved["identity"]["the validation data"]:
                 return str(file.parent)
     was = config["val_data"] or config["train_data"]
-    named = f", such as the run's {' '.join(was)}" if was else ""
+    named = f", such as the run's {shlex.join(map(str, was))}" if was else ""
     raise UserError(f"--data is missing, and the run's own validation set is not in {config['cache_dir']}: name "
                     f"text to evaluate on{named}")
 
@@ -140,7 +141,8 @@ def open_data(paths, text_column, seq_len, tokenizer, eos, saved, folder):
         writer.close()
         shards[name] = Shard(file)
     if prefix := saved.get("prefix"):
-        print(f"warning: the tokenizer puts {tokenizer.decode(prefix, skip_special_tokens=False)} before a text, and "
+        token = visible(tokenizer.decode(prefix, skip_special_tokens=False))
+        print(f"warning: the tokenizer puts {token} before a text, and "
               f"here no document has it: the loss is a little too high", file=sys.stderr)
     if left_out:
         print(f"warning: {left_out:,} characters are left out: the tokenizer has no token for them", file=sys.stderr)
@@ -289,7 +291,7 @@ def main():
         with hardware.enough_memory():
             found = evaluate_text(model.to(device), shards, bytes_per_token, cfg, seq_len, precision)
     found |= {"checkpoint": cfg.checkpoint_path, "step": saved["state"]["step"]}
-    print(json.dumps(without_infinity(found)) if cfg.json else report(found))
+    print(json.dumps(without_infinity(found)) if cfg.json else visible(report(found)))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 
 from mini_llm import hardware
 from mini_llm.config import arg, parse
-from mini_llm.errors import UserError, one_line_errors
+from mini_llm.errors import UserError, one_line_errors, visible
 from mini_llm.pretrained import load_run
 from mini_llm.tokenizer import encode, id_count, known_characters, open_tokenizer
 from model import KVCache
@@ -214,11 +214,12 @@ def write_texts(model, tokenizer, eos, saved, cfg):
     ids = [tokens for tokens in encoded for _ in range(cfg.num_samples)]
     seeds = [[cfg.seed, *divmod(row, cfg.num_samples)] for row in range(len(texts))]
     outputs, n_tokens, n_written = {}, 0, 0  # the text of each row so far, until it is written
+    shown = visible if sys.stdout.isatty() else str  # a model may write what acts on a terminal
 
     def emit(row, new):
         outputs[row] += new
         if len(texts) == 1 and new:
-            print(new, end="", flush=True)
+            print(shown(new), end="", flush=True)
 
     for rows in batches([len(tokens) for tokens in ids], cfg.batch_size, cfg.max_new_tokens):
         growing = {row: Continuation(tokenizer, eos, ids[row] if texts[row] else [], cfg.stop) for row in rows}
@@ -236,7 +237,7 @@ def write_texts(model, tokenizer, eos, saved, cfg):
         for row, continuation in growing.items():
             emit(row, continuation.finish())
         while len(texts) > 1 and n_written in outputs:
-            print(*([RULE] if n_written else []), outputs.pop(n_written), sep="\n", flush=True)
+            print(*([RULE] if n_written else []), shown(outputs.pop(n_written)), sep="\n", flush=True)
             n_written += 1
     if len(texts) == 1:
         print(flush=True)

@@ -44,7 +44,8 @@ class Run:
     """A run as recorded in its metrics.jsonl; it may still be running."""
 
     def __init__(self, path):
-        self.path, self.name, self.rows, self.samples, self.alerts = path, path.name.removesuffix(ROWS), [], [], []
+        self.path, self.rows, self.samples, self.alerts = path, [], [], []
+        self.name = visible(path.name.removesuffix(ROWS))
         self.config, self.code, self.starts = {}, None, []
         for record in read_records(path):
             event, step = record.get("event"), record["step"]
@@ -177,7 +178,8 @@ def find(word):
 
 
 def _runs_in(folder):
-    return [rows for rows in sorted(folder.glob("[!.]*" + ROWS))  # macOS leaves ._NAME on foreign disks
+    found = filter(Path.is_file, sorted(folder.glob("[!.]*" + ROWS)))  # macOS leaves ._NAME on foreign disks
+    return [rows for rows in found
             if not re.search(r"\.rank\d+$", rows.name.removesuffix(ROWS))]  # what other ranks sent to W&B
 
 
@@ -205,7 +207,8 @@ def load(words):
         names = [run.name for run in runs]
         for run in runs:
             if names.count(run.name) > 1:  # checkpoints/a/c.pt and checkpoints/b/c.pt: a/c and b/c
-                run.name = "/".join((*run.path.resolve().parts[-depth - 1:-1], run.path.name.removesuffix(ROWS)))
+                run.name = visible("/".join((*run.path.resolve().parts[-depth - 1:-1],
+                                             run.path.name.removesuffix(ROWS))))
     metric = comparable(runs)
     return sorted(runs, key=lambda run: run.best(metric) or (math.inf,))
 
@@ -252,7 +255,7 @@ def sweep(runs):
     sizes = name == "n_params"
     if not all(map(_is_number, values)) or len(set(values)) < 3 or (sizes and max(values) < 2 * min(values)):
         return []
-    low, high, label = min(values), max(values), "parameters" if sizes else flag(name)
+    low, high, label = min(values), max(values), "parameters" if sizes else visible(flag(name))
     points = [Point(run.name, at, best[0]) for run, at in zip(runs, values, strict=True) if (best := run.best(metric))
               and all(config.get(name) == at for _, config in run.starts)]
     what, unit = {"val/loss": ("loss", "nats per token")}.get(metric, ("bits per byte", "comparable across tokenizers"))
@@ -321,7 +324,7 @@ def page(runs, images):
         rows = "".join(f"<tr><td>{escape(name)}</td><td>{escape(show(value))}</td></tr>"
                        for name, value in run.config.items() if name != "command"
                        and (run.config.get("use_wandb") or not name.startswith("wandb_")))
-        parts.append(f"<details><summary>{escape(run.name)}</summary><pre>{escape(run.config.get('command', ''))}"
+        parts.append(f"<details><summary>{escape(run.name)}</summary><pre>{escape(str(run.config.get('command', '')))}"
                      f'</pre><div class="config"><table>{rows}</table></div></details>')
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'

@@ -23,9 +23,10 @@ class RunFailed(Exception):
 
 
 def visible(text):
-    """`text` with what would act on a terminal escaped: control characters, but for newlines and tabs, and overrides of
-    the direction of writing."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", lambda found: ascii(found[0])[1:-1], text)
+    """`text` with what would act on a terminal escaped: control characters, but for newlines and tabs, overrides of the
+    direction of writing, and halves of surrogate pairs."""
+    unseen = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+    return re.sub(unseen, lambda found: ascii(found[0])[1:-1], text)
 
 
 def first_line(error):

@@ -8,6 +8,8 @@ import statistics
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
+from mini_llm.errors import visible
+
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000"]  # Okabe and Ito
 ANSI = [94, 91, 92, 95, 93, 96, 37, 90]
 LINES = ["solid", "dashed", "dotted"]  # one per eight runs; CSS uses the same names
@@ -72,8 +74,9 @@ def panels(runs, x="step"):
     sources = dict.fromkeys(metric.removeprefix("val/loss/") for run in runs for row in run.rows for metric in row
                             if metric.startswith("val/loss/"))
     names = ["val_" + "".join(c if c.isalnum() else "_" for c in source) for source in sources]
-    own = [Panel(name if names.count(name) == 1 else f"{name}_{i}", f"Validation loss: {source}", "nats per token",
-                 points=f"val/loss/{source}") for i, (name, source) in enumerate(zip(names, sources, strict=True))]
+    own = [Panel(name if names.count(name) == 1 else f"{name}_{i}", f"Validation loss: {visible(source)}",
+                 "nats per token", points=f"val/loss/{source}")
+           for i, (name, source) in enumerate(zip(names, sources, strict=True))]
     return [replace(panel, log_x=x == "flops") for panel in PANELS + own
             if not (panel.name == "bits_per_byte" and comparable(runs) == "val/loss")
             and any(run.series(metric, x)[0] for run in runs for metric in panel.metrics())]
@@ -140,7 +143,7 @@ def figure(panel, runs, x="step", smooth=0, size=(7.2, 3.4)):
     from matplotlib.figure import Figure
 
     with rc_context({"font.size": 10, "axes.edgecolor": "#999999", "axes.labelcolor": "#333333",
-                     "xtick.color": "#555555", "ytick.color": "#555555"}):
+                     "xtick.color": "#555555", "ytick.color": "#555555", "text.parse_math": False}):
         fig = Figure(size, layout="constrained")
         ax = fig.add_subplot()
         ax.spines[["top", "right"]].set_visible(False)

@@ -82,11 +82,12 @@ def setup_logging(is_main):
 
 
 class _Formatter(logging.Formatter):
-    """Warnings and errors say that they are: a long log is searched for them."""
+    """Warnings and errors say that they are: a long log is searched for them. Names and values that a message quotes,
+    as of others' files, do not act on the terminal."""
 
     def format(self, record):
         label = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        return f"[{self.formatTime(record, '%Y-%m-%d %H:%M:%S')}] {label}{record.getMessage()}"
+        return f"[{self.formatTime(record, '%Y-%m-%d %H:%M:%S')}] {label}{visible(record.getMessage())}"
 
 
 class _ConsoleHandler(logging.Handler):
@@ -144,6 +145,8 @@ class Tracker:
         toml = to_toml(cfg, without=NOT_KEPT)
         console = None  # (path of the log file, bytes in it from before this start), for W&B
         if self.is_main:
+            if self.beside(".log").is_symlink():  # of a run that came from elsewhere it may lead to any file
+                self.beside(".log").unlink()
             self.log_file = _LogFile(self.beside(".log"), mode="a" if step else "w", encoding="utf-8")
             self.log_file.setFormatter(_Formatter())
             console = str(self.beside(".log")), self.beside(".log").stat().st_size
@@ -222,7 +225,7 @@ class Tracker:
         except Exception as error:  # must not end the run; the tokenizers package may be missing, for example
             log.warning("no sample: %s", error)
             return
-        log.info("sample at step %d:\n%s", self.state.step, visible(text))
+        log.info("sample at step %d:\n%s", self.state.step, text)
         self._record(self.state.step, event="sample", text=text)
 
     def alert(self, title, text):

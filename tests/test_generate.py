@@ -290,6 +290,18 @@ def test_one_text_comes_as_it_is_written(run_folder):
     assert process.wait() == 0 and took > 0.1 and head.startswith("é".encode()) and len(more) == 1000
 
 
+def test_no_text_acts_on_the_terminal(run_folder, monkeypatch):
+    monkeypatch.chdir(run_folder)
+    for number in 1, 2:
+        flags = ["--checkpoint-path", "c.pt", "--prompt", "\x1b[31m", "--num-samples", str(number)]
+        for terminal, told in (True, "\\x1b[31m"), (False, "\x1b[31m"):
+            out = io.StringIO()
+            out.isatty, out.reconfigure = lambda terminal=terminal: terminal, lambda **_: None
+            with contextlib.redirect_stdout(out), mock.patch("sys.argv", ["generate.py", *flags]):
+                main()
+            assert out.getvalue().startswith(told) and ("\x1b" in out.getvalue()) != terminal
+
+
 def test_the_command_stops_where_it_is_told(run_folder):
     flags = ["--checkpoint-path", "c.pt", "--prompt", "The", "--max-new-tokens", 40]
     whole = shown(main, run_folder, *flags)

@@ -182,6 +182,18 @@ def test_no_flag_acts_on_the_terminal(tmp_path, monkeypatch, capsys):
     assert code == 0 and "\x1b" not in out and out.count("\\x1b[31ma") == 2  # in the table, and in the run's story
 
 
+def test_no_name_acts_on_the_terminal_or_is_taken_for_a_formula(tmp_path, monkeypatch, capsys):
+    for i, name in enumerate(("a$x^{$", "b\x1b[31m", "c")):
+        sources = "$\\frac{$", "\x1b[31m", "\ud800"
+        row = {"step": 40, "time": 2.0, "val/loss": 2.0} | {f"val/loss/{source}": 2.0 for source in sources}
+        sample = dict(step=40, time=3.0, event="sample", text="once")
+        write_run(tmp_path / f"{name}.metrics.jsonl", extra=[row, sample], command=5, **{"\x1b[31m": i + 1})
+    code, out, _ = in_process(monkeypatch, capsys, tmp_path, "--terminal")
+    assert code == 0 and "\x1b" not in out and "b\\x1b[31m, sample at step 40:" in out, out
+    assert "Validation loss: \\x1b[31m" in out and "against --\\x1b[31m" in out
+    assert in_process(monkeypatch, capsys, tmp_path, "--output", tmp_path / "o")[0] == 0
+
+
 def test_a_sweep_is_shown_against_its_flag(tmp_path, monkeypatch, capsys):
     for name, (lr, seed) in {"a": (1e-4, 1), "b": (2e-3, 1), "c": (1e-3, 1), "d": (1e-3, 2)}.items():
         write_run(tmp_path / "lr" / f"{name}.metrics.jsonl", lr=lr, seed=seed, data_seed=seed, device=f"host {name}",

@@ -1,4 +1,5 @@
 import json
+import logging
 import math
 import os
 import re
@@ -467,6 +468,11 @@ def test_a_histogram_counts_every_value_between_its_edges():
     model.bias.grad = torch.tensor([math.nan, math.inf, -math.inf, 0, 2])
     counts, low, high = histograms(model, "gradients", bins=8)["gradients/bias"]
     assert counts.tolist() == [4, 0, 0, 0, 0, 0, 0, 1] and (low, high) == (0, 2), "what is not finite counts as 0"
+
+
+def test_no_message_acts_on_the_terminal():
+    record = logging.LogRecord("mini_llm", logging.INFO, "", 0, "was %s\nis %s", ("\x1b]0;x\x07", 1), None)
+    assert tracking._Formatter().format(record).endswith("was \\x1b]0;x\\x07\nis 1")
 
 
 def test_a_sample_does_not_act_on_the_terminal():
