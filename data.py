@@ -160,7 +160,8 @@ class Corpus:
 
     def export_tokenizer(self, folder):
         """Copy the tokenizer to `folder`, to use the checkpoint without the data; another corpus's there is removed."""
-        files = [file for file in (self.folder / "tokenizer").glob("*") if file.is_file()]  # a device may be endless
+        # A device may be endless, and a link lead to what is not to be published with the tokenizer.
+        files = [file for file in (self.folder / "tokenizer").glob("*") if file.is_file() and not file.is_symlink()]
         try:
             for file in files:
                 folder.mkdir(parents=True, exist_ok=True)

@@ -125,8 +125,9 @@ def _require_same_model(model, twin, length, eos):
 
 def _write_tokenizer(source, tokenizer, length, draft):
     """A copy of the tokenizer's folder, with what other programs require of it."""
-    for file in filter(Path.is_file, source.iterdir()):
-        shutil.copy(file, draft)
+    for file in source.iterdir():
+        if file.is_file() and not file.is_symlink():  # which may lead to what is not to be published
+            shutil.copy(file, draft)
     if tokenizer.encode("").ids != tokenizer.encode("", add_special_tokens=False).ids:
         tokenizer.post_processor = None  # it adds special tokens that training did not
         (draft / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")
@@ -146,7 +147,7 @@ def model_card(path, model, saved, n_tokens, dtype):
     cfg, config, identity, state = model.cfg, saved["config"], saved["identity"], saved["state"]
     metrics = beside_run(path, ".metrics.jsonl")
     kept = "step", "event", "config", "train/loss", "val/loss"  # and not histograms, of megabytes in each row
-    rows = [{name: row.get(name) for name in kept} for row in (read_records(metrics) if metrics.exists() else ())
+    rows = [{name: row.get(name) for name in kept} for row in (read_records(metrics) if metrics.is_file() else ())
             if row["step"] <= state["step"]]
     facts = next((row["config"] for row in reversed(rows) if row["event"] == "config"), {})
     counts = facts.get("corpus_tokens", {})
@@ -172,7 +173,7 @@ def model_card(path, model, saved, n_tokens, dtype):
               ("best validation loss so far", best)]
     results = [f"- {name}: {loss(*found)}" for name, found in losses if found]
     log = beside_run(path, ".log")
-    text = log.read_text("utf-8", errors="replace") if log.exists() else ""
+    text = log.read_text("utf-8", errors="replace") if log.is_file() else ""
     results += [f"- Weights & Biases: {link}" for link in re.findall(r"wandb.*: run .+ at (https?://\S+)", text)[-1:]]
     elsewhere = {"device", "train_data", "val_data", "val_ratio", "use_toy_data", "tokenizer_name"}
     flags = [one.name for part in TRAINED_BY for one in dataclasses.fields(part)]

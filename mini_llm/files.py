@@ -145,6 +145,8 @@ def matching_files(prefix, pattern):
 def read_records(path):
     """The records of a metrics.jsonl, in order. Skipped are torn lines, left by a killed run or one still writing, and
     lines that no run writes."""
+    if not os.path.isfile(path):  # a named pipe would block
+        raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
     with open(path, errors="replace") as file:
         for line in file:
             with contextlib.suppress(ValueError, RecursionError):

@@ -16,7 +16,7 @@ class JsonlSink:
     resume, lines after the checkpoint's step are removed, except for alerts: the run will write them again."""
 
     def __init__(self, path, start_step):
-        old = path if start_step and path.exists() else os.devnull
+        old = path if start_step and path.is_file() else os.devnull  # a named pipe would block
         # A new file: whoever still sends what a killed start has written keeps the old one.
         with replacing(path) as draft, open(draft, "wb") as file, open(old, "rb") as before:
             for line in before:

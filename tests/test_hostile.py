@@ -25,7 +25,9 @@ from conftest import PEAK_MB, PUT, ROOT, SHARED, TINY, environment
 import evaluate
 import export
 import generate
+import report
 import train
+import wandb_tools
 from data import Corpus, DataConfig, prepare
 from mini_llm import archive, resume, token_cache
 from mini_llm.config import parse
@@ -205,7 +207,8 @@ def test_the_one_before_of_another_run_is_refused_by_its_name(run, again):
 
 @pytest.mark.parametrize("change", [
     {"model": {"w": torch.zeros(1)}}, {"config": {}}, {"config": {"n_layers": "two"}}, {"identity": {}}, {"state": []},
-    {"config": {"d_model": 1 << 62}}, {"config": {"arch": "../x"}}, {"state": {"step": "x"}}, {"state": {"more": 1}},
+    {"config": {"d_model": 1 << 62}}, {"config": {"n_layers": 10**7}}, {"config": {"arch": "../x"}},
+    {"state": {"step": "x"}}, {"state": {"more": 1}},
     {"optimizer": {"state": 3}}, {"optimizer": []}, {"meter": {"loss_sum": "x"}}, {"scaler": {"scale": "x"}}], ids=str)
 def test_a_signed_checkpoint_of_other_parts_is_refused_in_one_line(run, again, change):
     folder, flags = again
@@ -238,9 +241,31 @@ def test_paths_that_a_checkpoint_names_are_neither_read_nor_written(run, finishe
         assert code == 0 and "Resumed at step 8" in out, out + err
         archive.save(folder / "c.pt", saved | dict(tokens=tokens))
         refused(run(evaluate, "--checkpoint-path", folder / "c.pt"), "--data is missing")
+    saved["config"]["val_data"] = ["$(touch ran)", "a;b"]
+    archive.save(folder / "c.pt", saved | dict(tokens=""))
+    refused(run(evaluate, "--checkpoint-path", folder / "c.pt"), "such as the run's '$(touch ran)' 'a;b'")
     assert run(generate, "--checkpoint-path", folder / "c.pt", "--max-new-tokens", 1)[0] == 0
     assert run(export, "--checkpoint-path", folder / "c.pt", "--output", folder / "out")[0] == 0
     assert os.listdir(folder / "outside") == ["pipe.txt"]
+
+
+def test_links_and_pipes_beside_a_checkpoint_lead_nowhere(run, again):
+    """A run that came as an archive, of someone who has put links and pipes under its files' names."""
+    folder, flags = again
+    (folder / "outside.txt").write_text("mine\n")
+    for name in ("c.log", "c.tokenizer/notes.json"):
+        (folder / name).unlink(missing_ok=True)
+        os.symlink(folder / "outside.txt", folder / name)
+    (folder / "c.metrics.jsonl").unlink()
+    os.mkfifo(folder / "c.metrics.jsonl")
+    os.mkfifo(folder / "c.wandb.json")
+    assert "c.wandb.json: damaged" in line_of(wandb_tools.memories, folder / "c.pt")
+    assert run(export, "--checkpoint-path", folder / "c.pt", "--output", folder / "out")[0] == 0
+    assert not (folder / "out" / "notes.json").exists()
+    refused(run(report, folder), "is a folder without runs")
+    code, err, out = run(train, *flags, "--resume", "--num-steps", 13, "--use-wandb", "--wandb-mode", "disabled")
+    assert code == 0 and "Resumed at step 12" in out, out + err
+    assert (folder / "outside.txt").read_text() == "mine\n" and "Resumed at step 12" in (folder / "c.log").read_text()
 
 
 def test_shards_of_others_beside_the_runs_own_are_passed_over(run, again, tmp_path):
@@ -331,6 +356,9 @@ def test_code_in_a_folder_of_weights_is_not_run(theirs, tmp_path):
     except UserError as error:
         line = str(error)
     assert line is None or "auto_map" in line
+    for name in ("attn_implementation", "_attn_implementation"):  # a kernel of the Hub, which transformers would run
+        (theirs / "config.json").write_text(json.dumps(config | {name: "someone/kernel"}))
+        assert "attn_implementation is someone/kernel" in line_of(start_from, theirs)
     (theirs / "config.json").write_text(json.dumps(config | auto | {"model_type": "evil"}))
     assert "--init-from" in line_of(start_from, theirs)
     (theirs / "config.json").write_text(json.dumps(config))
@@ -444,10 +472,11 @@ def test_a_draft_that_is_a_link_is_not_emptied(tmp_path, text):
     assert os.listdir(tmp_path / "mine") == ["letter.txt"]
 
 
-def test_a_device_beside_shards_is_not_copied(tmp_path, text):
+def test_a_device_or_a_link_beside_shards_is_not_copied(tmp_path, text):
     folder = prepare(DataConfig(train_data=[str(text)], tokenizer_name="byte", cache_dir=str(tmp_path), seq_len=8))
     os.symlink("/dev/zero", folder / "tokenizer" / "vocab.json")
     os.mkfifo(folder / "tokenizer" / "merges.txt")
+    os.symlink(text, folder / "tokenizer" / "notes.json")
     Corpus(DataConfig(train_data=[str(folder)], seq_len=8)).export_tokenizer(tmp_path / "copy")
     assert sorted(os.listdir(tmp_path / "copy")) == ["tokenizer.json", "tokenizer_config.json"]
 
