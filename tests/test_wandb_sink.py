@@ -212,7 +212,8 @@ def test_a_configuration_that_cannot_be_logged_costs_a_warning(tmp_path, monkeyp
     def describe(*_):
         raise OSError("no room")
 
-    said, run = [], SimpleNamespace(offline=True, id="one", name="", dir="f/files", define_metric=lambda *_, **__: None)
+    said, run = [], SimpleNamespace(offline=True, resumed=False, id="one", name="", dir="f/files",
+                                 define_metric=lambda *_, **__: None)
     wandb = SimpleNamespace(Settings=dict, init=lambda **_: run)
     monkeypatch.setattr(wandb_client, "import_wandb", lambda: wandb)
     monkeypatch.setattr(wandb_client, "describe", describe)
