@@ -135,7 +135,7 @@ class Corpus:
         self.train_sources = {"": self.train}
         self.shares = []  # of the samples, by source
         if len(cfg.train_weights) > 1:
-            self.train_sources = {name: Shard(self.train.path, *span) for name, span in spans.items()}
+            self.train_sources = {name: self.train.part(*span) for name, span in spans.items()}
             self.shares = (np.bincount(self.turns) / len(self.turns)).tolist()
         self.n_windows = sum(shard.windows(self.seq_len) for shard in self.train_sources.values())
         self.n_val_windows = sum(shard.windows(self.seq_len) for shard in self.val_sources.values())
@@ -185,12 +185,13 @@ class Corpus:
         in_order = self.first_sample + first + np.arange(n)
         cycle, slot = np.divmod(in_order, len(self.turns))  # the sources' turns repeat each cycle
         positions = np.empty(n, dtype=np.int64)
-        for source, shard in enumerate(self.train_sources.values()):
+        shards = list(self.train_sources.values())
+        for source in np.unique(self.turns[slot]).tolist():  # of a thousand sources, few have a turn in a batch
             is_turn = self.turns == source  # (slots of a cycle,)
             drawn = np.flatnonzero(is_turn[slot])  # which of the n samples are this source's
             before = np.cumsum(is_turn) - is_turn  # turns that this source has in a cycle before each slot
             numbers = cycle[drawn] * is_turn.sum() + before[slot[drawn]]  # among the source's own samples, from 0
-            positions[drawn] = shard.start + self._window_starts(shard, source, numbers)
+            positions[drawn] = shards[source].start + self._window_starts(shards[source], source, numbers)
         return positions
 
     def _window_starts(self, shard, source, numbers):

@@ -4,6 +4,7 @@ Also reads the token files of llm.c, which modded-nanogpt uses, too, and of nano
 """
 
 import contextlib
+import copy
 import errno
 import hashlib
 import os
@@ -82,11 +83,11 @@ class ShardWriter:
 
 
 class Shard:
-    """A token file, or `count` tokens of it starting at `start`, read window by window. `pread` instead of a memory
-    map: the file's pages never count as this process's memory, and only the window is copied."""
+    """A token file, or a part of it, read window by window. `pread` instead of a memory map: the file's pages never
+    count as this process's memory, and only the window is copied."""
 
-    def __init__(self, path, start=0, count=None):
-        self.path, self.start = path, start
+    def __init__(self, path):
+        self.path, self.start = path, 0
         try:
             if not os.path.isfile(path):  # opening a named pipe would block until someone writes to it
                 raise FileNotFoundError(errno.ENOENT, "no such file")
@@ -103,11 +104,16 @@ class Shard:
         if (version != FORMAT or itemsize not in DTYPES or not eos < self.vocab_size <= 1 << 8 * itemsize
                 or os.fstat(self.fd).st_size != HEADER.size + self.count * itemsize):
             raise UserError(f"{path}: not of format {FORMAT}, or not as long as its header says; prepare it again")
-        if start + (count or 0) > self.count:
-            raise UserError(f"{path}: holds fewer tokens than the meta.json beside it says; prepare it again")
-        self.count = self.count if count is None else count
         self.eos = None if eos < 0 else eos
         self.dtype = np.dtype(DTYPES[itemsize])
+
+    def part(self, start, count):
+        """`count` tokens of it, from `start` on. Open only once: a corpus may have a thousand parts."""
+        if start + count > self.count:
+            raise UserError(f"{self.path}: holds fewer tokens than the meta.json beside it says; prepare it again")
+        part = copy.copy(self)
+        part.start, part.count = start, count
+        return part
 
     def windows(self, seq_len):
         """The number of windows of seq_len + 1 tokens that share no targets."""
@@ -147,8 +153,9 @@ class Shard:
 def part_shards(path, spans, seq_len):
     """{name: Shard} of the parts of a token file, for each [first token, number of tokens] in `spans`; if any has less
     than a window, the whole file as a single one: {"": Shard}."""
-    parts = {name: Shard(path, *span) for name, span in spans.items()}
-    return parts if all(shard.windows(seq_len) for shard in parts.values()) else {"": Shard(path)}
+    whole = Shard(path)
+    parts = {name: whole.part(*span) for name, span in spans.items()}
+    return parts if all(shard.windows(seq_len) for shard in parts.values()) else {"": whole}
 
 
 def spread_windows(shards, seq_len, max_tokens):

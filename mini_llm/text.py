@@ -11,9 +11,10 @@ import logging
 import os
 import re
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -210,14 +211,17 @@ def source_names(paths):
     """Names for two or more of the paths that `find_sources` takes, unique and usable in metric names: a file's stem,
     the last part of a folder or dataset name, a pattern's last part without its wildcards or, if nothing is left, its
     folder. A single path needs none: []."""
-    names = {}  # an ordered set
+    names, taken = {}, Counter()  # an ordered set; name → how many of its numbers are taken
     for path in paths if len(paths) > 1 else []:
         whole = Path(os.path.abspath(path))
         stem = Path(whole.stem).stem if _packed(path) else whole.stem
         parts = [stem if os.path.isfile(path) or is_pattern(path) else whole.name, *reversed(whole.parts[:-1])]
         name = next(filter(None, (re.sub(r"[^\w.-]", "-", part).strip("-") for part in parts)), "val")
-        numbered = (f"{name}-{n}" for n in count(2))
-        names[next(free for free in chain([name], numbered) if free not in names)] = None
+        free = name
+        while free in names:
+            taken[name] += 1
+            free = f"{name}-{taken[name] + 1}"
+        names[free] = None
     return list(names)
 
 

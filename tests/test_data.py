@@ -149,6 +149,24 @@ def test_as_many_paths_as_a_shell_gives_take_no_file_each(tmp_path):
     assert len(corpus.meta["train_sources"]) == 1200 and corpus.n_windows > 400
 
 
+def test_a_source_more_takes_no_file_and_no_time_of_a_batch_that_has_none_of_it(tmp_path, monkeypatch):
+    paths = [str(tmp_path / f"{i}.txt") for i in range(140)]
+    for path in paths:
+        Path(path).write_text(f"king {path[-8:]} sings " * 9)
+    cfg = config(None, tmp_path / "cache", train_data=paths[:70], val_data=paths[70:], train_weights=[1.0] * 70)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 60, before[1]))
+    try:
+        corpus = Corpus(cfg)
+        assert len({batch[0] for batch in corpus.val_batches(0, 4)}) == len(corpus.train_sources) == 70
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    looked_at, starts = [], corpus._window_starts
+    monkeypatch.setattr(corpus, "_window_starts", lambda shard, *rest: looked_at.append(shard) or starts(shard, *rest))
+    corpus.samples(0, 8)
+    assert len(looked_at) == 8
+
+
 def test_micro_batches_on_one_rank_are_the_same_samples_as_ranks(text, cache):
     corpus = Corpus(config(text, cache))
     for step in (0, 5, 10_000):
@@ -1220,6 +1238,26 @@ def test_every_validation_source_has_a_name_of_its_own(tmp_path, monkeypatch):
              "../b-*.txt"]
     assert source_names(paths) == ["a", "a-2", "my-text--1", "v1.0", "set-2.1", "sub", "v1.0-2", "b"]
     assert source_names(paths[:1]) == source_names([]) == []
+    assert source_names(["/x/a", "/y/a", "/z/a-2", "/w/a"]) == ["a", "a-2", "a-2-2", "a-3"]
+
+
+def test_names_of_many_sources_take_time_in_proportion(tmp_path):
+    def lines_run(n):
+        run = Counter()
+
+        def trace(*_):
+            run["lines"] += 1
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            source_names([f"/{i}/text.txt" for i in range(n)])
+        finally:
+            sys.settrace(before)
+        return run["lines"]
+
+    assert lines_run(1200) < 9 * lines_run(150)
 
 
 def test_the_built_in_corpus_is_python_source():
