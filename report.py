@@ -60,7 +60,8 @@ class Run:
                 self.code = record["code"]
             elif event is None and ("train/loss" in record or "val/loss" in record):
                 # Without histograms, of megabytes, which only W&B shows.
-                self.rows.append({name: value for name, value in record.items() if not isinstance(value, dict)})
+                self.rows.append({sys.intern(name): value for name, value in record.items()  # the same one in each row
+                                  if not isinstance(value, dict)})
         elapsed = 0
         for row in self.rows:  # not wall-clock time, which also passes while a killed run waits to be resumed
             elapsed += row.get("time/dt_sec") or 0

@@ -75,6 +75,12 @@ class Page(html.parser.HTMLParser):
         self.texts.append(text)
 
 
+def test_the_rows_of_a_run_share_the_names_in_them(tmp_path):
+    """Else each has its own: half of the memory that a long run takes."""
+    rows = report.Run(write_run(tmp_path / "c.metrics.jsonl")).rows
+    assert len({id(name) for row in rows for name in row}) == len({name for row in rows for name in row})
+
+
 def test_a_page_of_two_runs_shows_what_their_rows_say(trainer):
     flags = ["--num-steps", 20, "--log-steps", 2, "--eval-steps", 10]
     runs = [trainer(*flags, "--lr", lr, checkpoint=f"{lr}.pt") for lr in ("1e-3", "9e-3")]
