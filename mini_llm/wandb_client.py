@@ -307,8 +307,9 @@ def samples_before(path, offset):
 
 
 def reports_before(path, offset, after, step):
-    """The reports later than `after`, seconds since the epoch, or than `step`, in the first `offset` bytes of a
-    metrics.jsonl: JSON."""
+    """Yields the reports later than `after`, seconds since the epoch, or than `step`, in the first `offset` bytes of a
+    metrics.jsonl: JSON. With histograms, those of a long run together may not fit into memory."""
     after += 0.01  # the server's time may be rounded
-    return [line.decode() for head, line in records_before(path, offset)
-            if not head["event"] and (float(head["time"]) > after or int(head["step"]) > step)]
+    for head, line in records_before(path, offset):
+        if not head["event"] and (float(head["time"]) > after or int(head["step"]) > step):
+            yield line.decode()

@@ -114,11 +114,10 @@ class Follower:
         # The last row of a shared run may be another rank's.
         if run.offline or self.job.shared or not all(isinstance(value, int | float) for value in (last, step)):
             return []
-        unsent = reports_before(*self.job.rows, last, step)
-        if unsent:
-            self.say("INFO", f"rows of earlier starts that were not there: {len(unsent)}, sent now; wandb sync of "
-                             f"their offline folders would send them twice")
-        return unsent
+        if n := sum(1 for _ in reports_before(*self.job.rows, last, step)):
+            self.say("INFO", f"rows of earlier starts that were not there: {n}, sent now; wandb sync of their offline "
+                             f"folders would send them twice")
+        return reports_before(*self.job.rows, last, step)
 
     @contextlib.contextmanager
     def _patience(self):

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 from types import SimpleNamespace
 
 import pytest
@@ -322,7 +323,7 @@ def test_what_a_shared_run_lacks_is_not_guessed(tmp_path):
     run = SimpleNamespace(offline=False, summary={"_timestamp": 5.0})
     for shared, found in (True, 0), (False, 1):
         job = Job({}, {}, shared=shared, rows=(str(rows), rows.stat().st_size))
-        assert len(Follower(job, lambda level, text: None)._unsent(run)) == found
+        assert len(list(Follower(job, lambda level, text: None)._unsent(run))) == found
 
 
 def test_that_the_server_takes_no_more_is_told_once(tmp_path):
@@ -408,6 +409,19 @@ def test_what_the_server_lacks_is_what_is_later_or_of_a_later_step(tmp_path):
     lines.insert(3, json.dumps(dict(step=20, time=3.6, event="sample", text="a")) + "\n")
     (tmp_path / "m.jsonl").write_text("".join(lines))
     before = sum(map(len, lines[:-1]))
-    assert reports_before(tmp_path / "m.jsonl", before, after=2.504, step=20) == lines[2:3]
-    assert reports_before(tmp_path / "m.jsonl", before, after=0, step=20) == lines[:3]
-    assert reports_before(tmp_path / "m.jsonl", before, after=1e9, step=10) == lines[1:3], "the clock has been set back"
+    assert list(reports_before(tmp_path / "m.jsonl", before, after=2.504, step=20)) == lines[2:3]
+    assert list(reports_before(tmp_path / "m.jsonl", before, after=0, step=20)) == lines[:3]
+    later = list(reports_before(tmp_path / "m.jsonl", before, after=1e9, step=10))
+    assert later == lines[1:3], "the clock has been set back"
+
+
+def test_rows_that_the_server_lacks_are_not_in_memory_together(tmp_path):
+    histogram = json.dumps([0] * 30_000)  # 90 kB
+    (tmp_path / "m.jsonl").write_text("".join(
+        f'{{"step": {step}, "time": {step}.5, "gradients/w": {histogram}}}\n' for step in range(1, 101)))
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in reports_before(tmp_path / "m.jsonl", 10**9, after=0, step=0)) == 100
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+    finally:
+        tracemalloc.stop()
