@@ -11,6 +11,7 @@ import shlex
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -127,19 +128,21 @@ def open_data(paths, text_column, seq_len, tokenizer, eos, saved, folder):
                                  saved["identity"]["the tokenizer"]):
         raise UserError(f"--data {foreign}: a token file of another tokenizer than the checkpoint's; give the text "
                         f"itself")
-    shards, n_bytes, left_out = {}, {}, 0
-    for number, name in enumerate(source_names(paths) or [""]):
-        file = Path(folder) / f"{number}.bin"
-        n_bytes[name] = 0
-        writer = ShardWriter(file, id_count(tokenizer), eos, bytes(32))
-        stream = pieces([source for source in sources if source.argument == number], "val")
+    spans, n_bytes, left_out = {}, {}, 0
+    writer = ShardWriter(file := Path(folder) / "val.bin", id_count(tokenizer), eos, bytes(32))
+    by_path = groupby(sources, lambda source: source.argument)
+    for name, (_, own) in zip(source_names(paths) or [""], by_path, strict=True):
+        n_bytes[name], start = 0, writer.count
+        stream = pieces(list(own), "val")
         while batch := take(stream, BATCH):
             for _, ids, size, lost in encode_pieces(tokenizer, batch, eos):
                 writer.write(ids)
                 n_bytes[name] += size
                 left_out += lost
-        writer.close()
-        shards[name] = Shard(file)
+        spans[name] = start, writer.count - start
+    writer.close()
+    whole = Shard(file)
+    shards = {name: whole.part(*span) for name, span in spans.items()}
     if prefix := saved.get("prefix"):
         token = visible(tokenizer.decode(prefix, skip_special_tokens=False))
         print(f"warning: the tokenizer puts {token} before a text, and "

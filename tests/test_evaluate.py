@@ -1,10 +1,13 @@
 import errno
 import json
 import math
+import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -21,7 +24,7 @@ from export import export
 from mini_llm.errors import UserError
 from mini_llm.pretrained import load_run
 from mini_llm.shards import Shard, ShardWriter, read_meta
-from mini_llm.tokenizer import train_tokenizer
+from mini_llm.tokenizer import load_tokenizer, train_tokenizer
 from model import IGNORE
 
 
@@ -210,6 +213,21 @@ def test_perplexity_equals_that_of_transformers_on_the_same_windows(run_folder):
                   for i in range(0, len(ids) - 24, 24)]
     found = evaluate(run_folder, "--data", "b.txt", "--seq-len", 24)
     assert found["ppl"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-5) and found["tokens"] == 24 * len(losses)
+
+
+def test_as_many_texts_as_a_shell_gives_take_no_file_each(tmp_path):
+    paths = [str(tmp_path / f"{i}.txt") for i in range(100)]
+    for i, path in enumerate(paths):
+        Path(path).write_text(f"text {i}")
+    tokenizer, saved = load_tokenizer("byte"), dict(config={}, identity={"the tokenizer": ""})
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 60, before[1]))
+    try:
+        shards, _ = open_data(paths, "", 4, tokenizer, None, saved, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert {name: tokenizer.decode(shard.read(0, shard.count)) for name, shard in shards.items()} == {
+        str(i): f"text {i}" for i in range(100)}
 
 
 def test_sliding_windows_cover_each_target_once_with_the_context_promised(tmp_path):
