@@ -136,8 +136,10 @@ class Saver:
 
     def _opens_interval(self):
         """Whether this is the first checkpoint of its interval of --keep-every steps; from step 0 on, none is kept."""
-        every, kept = self.cfg.keep_every, self.cfg.matching(r"\.kept-\d+\.pt")
-        return every > 0 and self.state.step // every > max((step_of(file) // every for file in kept), default=0)
+        if not (every := self.cfg.keep_every):  # the folder need not be read, which may have many files
+            return False
+        kept = self.cfg.matching(r"\.kept-\d+\.pt")
+        return self.state.step // every > max((step_of(file) // every for file in kept), default=0)
 
     def _copied(self, payload):
         """Copy to the CPU, into the buffers of the previous copy, which the last save no longer needs."""

@@ -809,6 +809,14 @@ def test_milestones_are_kept_for_good_beside_the_newest_few(tmp_path):
     assert ".kept-00000111" in names()
 
 
+def test_a_save_reads_no_folder_for_names_that_it_does_not_give(tmp_path, monkeypatch):
+    """There may be thousands of files, on a network file system."""
+    saver = Saver(config(tmp_path), World.__new__(World), State(step=10), SimpleNamespace(saved=lambda *_: None))
+    monkeypatch.setattr(CheckpointConfig, "matching", lambda *_: pytest.fail("the folder was read"))
+    saver.save(lambda: payload(10), newest=True, best=True, last=True)
+    assert (tmp_path / "c.best.pt").exists()
+
+
 def test_no_good_checkpoint_goes_for_two_of_steps_that_are_not_finite(tmp_path):
     cfg = config(tmp_path)
     for step, in_row in ((10, 0), (20, 0), (25, 3), (27, 5), (30, 0), (40, 0)):
