@@ -11,7 +11,7 @@ import shlex
 import sys
 import tempfile
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -165,14 +165,14 @@ def _open_shards(folder, seq_len, saved):
 
 
 def sliding_windows(n_targets, seq_len, stride):
-    """[(first input token, how many of its last targets count)] of windows that together count each target once."""
+    """Yields (first input token, how many of its last targets count) of windows that together count each target once.
+    With a small stride, a list of them would take more memory than the text."""
     done = min(seq_len, n_targets)
-    found = [(0, done)]
+    yield 0, done
     while done < n_targets:
         new = min(stride, n_targets - done)
         done += new
-        found.append((done - seq_len, new))
-    return found
+        yield done - seq_len, new
 
 
 def window_batches(shards, seq_len, stride, max_tokens, batch_size):
@@ -181,9 +181,9 @@ def window_batches(shards, seq_len, stride, max_tokens, batch_size):
     for name, shard in shards.items():
         T = min(seq_len, shard.count - 1)
         windows = (sliding_windows(shard.count - 1, T, stride) if stride else
-                   [(index * seq_len, seq_len) for index in spread[name]])
-        for i in range(0, len(windows), batch_size):
-            firsts, counted = zip(*windows[i:i + batch_size], strict=True)
+                   ((index * seq_len, seq_len) for index in spread[name]))
+        while batch := list(islice(windows, batch_size)):
+            firsts, counted = zip(*batch, strict=True)
             x, y = read_windows(shard, firsts, T)
             y[np.arange(T) < T - np.array(counted)[:, None]] = IGNORE
             yield name, np.array(firsts), x, y

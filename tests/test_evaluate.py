@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -244,7 +245,20 @@ def test_sliding_windows_cover_each_target_once_with_the_context_promised(tmp_pa
             seen += y[row, column].tolist()
             assert all(column[row == i].min() >= seq_len - stride for i in range(len(x)) if firsts[i])
         assert seen == list(range(1, 1000))
-    assert sliding_windows(10, 4, 3) == [(0, 4), (3, 3), (6, 3)]
+    assert list(sliding_windows(10, 4, 3)) == [(0, 4), (3, 3), (6, 3)]
+
+
+def test_windows_of_a_small_stride_take_no_memory_before_they_are_computed(tmp_path):
+    writer = ShardWriter(tmp_path / "s.bin", 256, None, bytes(32))
+    writer.write(np.zeros(100_000))
+    writer.close()
+    shards = {"": Shard(tmp_path / "s.bin")}
+    tracemalloc.start()
+    try:
+        next(window_batches(shards, 16, 1, 0, 4))
+        assert tracemalloc.get_traced_memory()[1] < 10**5, "9 million bytes in a list"
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_interval_holds_the_truth_19_times_in_20():
