@@ -209,8 +209,9 @@ def send(facts, path, new_id=""):
         init = {name: init[name] for name in ("project", "entity", "id")}
     job = Job(init, config, live=False, **{name: facts[name] for name in IDENTITY if name in facts})
     run = open_run(job, say)
+    unsent = set(map(id, missing))  # comparing each sample with each row would take minutes
     publisher = Publisher(run, job, say, [record for record in records if record.get("event") == "sample"
-                                          and record not in missing])
+                                          and id(record) not in unsent])
     publisher.publish(map(json.dumps, lacking(read_records(path), stored or [])))  # read again, now with histograms
     publisher.summarize(records)  # the SDK takes the last rows that were sent for the newest
     if state == "preempting":

@@ -225,6 +225,24 @@ def test_sync_takes_no_memory_for_the_histograms_of_a_run(tmp_path, monkeypatch)
     assert peak < 2.6e6, "1.6 as it is; with the histograms of the file 5.1, with those of the server's rows 3.7"
 
 
+def test_sync_compares_no_sample_with_each_row(tmp_path, monkeypatch):
+    class Record(dict):
+        def __eq__(self, other):
+            pytest.fail("a record was compared with another")
+
+    held = [dict(step=0, _timestamp=1.8e9, loss=2.0, samples={})]
+    run = SimpleNamespace(state="crashed", summary={}, offline=False, log=held.append, finish=lambda exit_code: None)
+    leave(tmp_path, "c", "one", [dict(loss=2.0), dict(event="sample", text="a", step=0), dict(loss=1.0)])
+    api = SimpleNamespace(default_entity="me", flush=lambda: None, run=lambda target: run)
+    monkeypatch.setattr(wandb_tools, "import_wandb", lambda: SimpleNamespace(Api=lambda timeout: api))
+    monkeypatch.setattr(wandb_tools, "open_run", lambda job, say: run)
+    slim = wandb_tools.slim
+    monkeypatch.setattr(wandb_tools, "slim", lambda row: Record(slim(row)))
+    monkeypatch.setattr(wandb_tools, "history", lambda run: iter(held))
+    said = wandb_tools.send(json.loads((tmp_path / "c.wandb.json").read_text()), tmp_path / "c.metrics.jsonl")
+    assert said == "1 rows sent to me/p/one"
+
+
 @pytest.mark.parametrize("folders", ["there", "gone", "of a trial", pytest.param("moved", marks=pytest.mark.full)])
 def test_sync_sends_a_run_that_was_offline_twice(server, trainer, tool, folders):
     flags = ["--log-steps", 5, "--use-wandb", "--wandb-mode", "offline", "--wandb-log-checkpoints", "last"]
