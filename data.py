@@ -14,7 +14,7 @@ import numpy as np
 
 from mini_llm.config import arg
 from mini_llm.errors import UserError
-from mini_llm.files import sync_path, write_whole
+from mini_llm.files import sync_path, tokenizer_files, write_whole
 from mini_llm.shards import Shard, part_shards, read_meta, read_windows, spread_windows
 from mini_llm.token_cache import prepare, require_sequences
 from mini_llm.tokenizer import LEARNED, encode, open_tokenizer, tokenizer_hash
@@ -160,8 +160,7 @@ class Corpus:
 
     def export_tokenizer(self, folder):
         """Copy the tokenizer to `folder`, to use the checkpoint without the data; another corpus's there is removed."""
-        # A device may be endless, and a link lead to what is not to be published with the tokenizer.
-        files = [file for file in (self.folder / "tokenizer").glob("*") if file.is_file() and not file.is_symlink()]
+        files = tokenizer_files(self.folder / "tokenizer")
         try:
             for file in files:
                 folder.mkdir(parents=True, exist_ok=True)

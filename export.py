@@ -20,7 +20,7 @@ from data import BatchConfig, DataConfig
 from generate import TEMPERATURE, TOP_K
 from mini_llm.config import arg, is_launch_flag, parse
 from mini_llm.errors import UserError, one_line_errors
-from mini_llm.files import beside_run, make_folder, read_json, read_records, sync_path
+from mini_llm.files import beside_run, make_folder, read_json, read_records, sync_path, tokenizer_files
 from mini_llm.hardware import SpeedConfig
 from mini_llm.hugging_face import hugging_face_config, to_hugging_face
 from mini_llm.pretrained import load_run, tokenizer_folder
@@ -125,9 +125,8 @@ def _require_same_model(model, twin, length, eos):
 
 def _write_tokenizer(source, tokenizer, length, draft):
     """A copy of the tokenizer's folder, with what other programs require of it."""
-    for file in source.iterdir():
-        if file.is_file() and not file.is_symlink():  # which may lead to what is not to be published
-            shutil.copy(file, draft)
+    for file in tokenizer_files(source):
+        shutil.copy(file, draft)
     if tokenizer.encode("").ids != tokenizer.encode("", add_special_tokens=False).ids:
         tokenizer.post_processor = None  # it adds special tokens that training did not
         (draft / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")

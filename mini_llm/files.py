@@ -18,6 +18,7 @@ RECORD_HEAD = re.compile(rb'\{"step": (?P<step>\d+), "time": (?P<time>[^,]+), ("
 # What file systems without syncing answer, most of them for folders: network file systems, FUSE. A disk says EIO.
 NO_SYNC = (errno.EACCES, errno.EBADF, errno.EINVAL, errno.EISDIR, errno.ENOSYS, errno.ENOTSUP, errno.ENOTTY,
            errno.EPERM)
+TOKENIZER_KEYS = {"tokenizer.json": "added_tokens", "tokenizer_config.json": "tokenizer_class"}  # that no others have
 # The fields that a record of metrics.jsonl must have if it is an event, by kind of event.
 EVENTS = dict(config=dict(config=dict), sample=dict(text=str), alert=dict(title=str, text=str), exit=dict(code=int))
 
@@ -117,6 +118,18 @@ def read_json(path):
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     return value
+
+
+def tokenizer_files(folder):
+    """The files of a tokenizer's folder, to be copied where its model goes. A device may be endless, and a link lead to
+    what is not to be published: of links, only those to a tokenizer's own files, as in a snapshot of the Hub."""
+
+    def is_own(file):
+        with contextlib.suppress(ValueError):
+            return file.name in TOKENIZER_KEYS and TOKENIZER_KEYS[file.name] in read_json(file)
+        return False
+
+    return [file for file in sorted(folder.glob("*")) if (is_own(file) if file.is_symlink() else file.is_file())]
 
 
 def without_infinity(record):

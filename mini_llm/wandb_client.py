@@ -16,7 +16,7 @@ import threading
 import time
 from pathlib import Path
 
-from mini_llm.files import RECORD_HEAD
+from mini_llm.files import RECORD_HEAD, tokenizer_files
 from mini_llm.processes import child_processes, kill
 from mini_llm.wandb_errors import reason, with_advice
 from mini_llm.wandb_runs import SOURCE, local_folder, remember_sent, run_path
@@ -250,19 +250,21 @@ class Publisher:
     def _upload(self, step, path, best, **figures):
         import wandb
 
-        path, tokenizer, config = Path(path), Path(self.job.tokenizer), self.job.config
+        path, config = Path(path), self.job.config
         try:
             if not path.exists():
                 self.say("WARNING", f"checkpoint of step {step} not uploaded: newer ones came before its turn")
                 return
+            tokenizer = tokenizer_files(Path(self.job.tokenizer))
             if self.run.offline:
                 kept = Path(offline_folder(self.run)).resolve() / "checkpoints"  # `wandb sync` may run elsewhere
-                kept.mkdir(exist_ok=True)
+                (kept / "model.tokenizer").mkdir(parents=True, exist_ok=True)
                 path = Path(shutil.move(path, kept / path.name))
-                tokenizer = Path(shutil.copytree(tokenizer, kept / "model.tokenizer", dirs_exist_ok=True))
+                tokenizer = [Path(shutil.copy(file, kept / "model.tokenizer")) for file in tokenizer]
             artifact = wandb.Artifact(f"model-{self.run.id}", type="model", description=f"checkpoint of step {step}",
                                       metadata=figures | dict(step=step, seed=config["seed"], config=config))
-            files = {file: f"model.tokenizer/{file.name}" for file in tokenizer.glob("*.json")} | {path: "model.pt"}
+            files = {file: f"model.tokenizer/{file.name}" for file in tokenizer if file.suffix == ".json"}
+            files[path] = "model.pt"
             for file, name in files.items():  # immutable: uploaded from its place, not copied to a cache first
                 artifact.add_file(str(file), name=name, policy="immutable", skip_cache=True)
             aliases = ["latest", f"step-{step}"]

@@ -481,6 +481,22 @@ def test_a_device_or_a_link_beside_shards_is_not_copied(tmp_path, text):
     assert sorted(os.listdir(tmp_path / "copy")) == ["tokenizer.json", "tokenizer_config.json"]
 
 
+def test_of_links_to_a_tokenizers_files_what_they_lead_to_is_copied_and_nothing_else(tmp_path, text):
+    """As in a snapshot of the Hub, or where large files are kept elsewhere."""
+    folder = prepare(DataConfig(train_data=[str(text)], tokenizer_name="byte", cache_dir=str(tmp_path), seq_len=8))
+    for name in "tokenizer.json", "tokenizer_config.json":
+        os.rename(folder / "tokenizer" / name, tmp_path / name)
+        os.symlink(tmp_path / name, folder / "tokenizer" / name)
+    corpus = Corpus(DataConfig(train_data=[str(folder)], seq_len=8))
+    corpus.export_tokenizer(tmp_path / "copy")
+    for name in "tokenizer.json", "tokenizer_config.json":
+        assert not (tmp_path / "copy" / name).is_symlink()
+        assert (tmp_path / "copy" / name).read_bytes() == (tmp_path / name).read_bytes()
+    (tmp_path / "tokenizer_config.json").write_text('{"auths": "secret"}')
+    corpus.export_tokenizer(tmp_path / "other")
+    assert os.listdir(tmp_path / "other") == ["tokenizer.json"]
+
+
 def test_shards_without_their_tokenizer_do_not_leave_that_of_a_run_before(tmp_path, text):
     def corpus(name):
         folder = prepare(DataConfig(train_data=[str(text)], tokenizer_name=name, cache_dir=str(tmp_path), seq_len=8))

@@ -297,6 +297,25 @@ def test_a_checkpoint_that_cannot_be_read_or_removed_does_not_keep_a_run_from_it
     assert re.fullmatch(r"checkpoint of step 3 not uploaded: .* Stale file handle: 'c.upload-00000003.pt'; .*", told)
 
 
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_link_beside_a_tokenizer_is_not_uploaded(tmp_path, monkeypatch, offline):
+    names = []
+    artifact = SimpleNamespace(add_file=lambda *_, name, **__: names.append(name), wait=lambda: None)
+    monkeypatch.setattr(import_wandb(), "Artifact", lambda *_, **__: artifact)
+    run = SimpleNamespace(offline=offline, id="one", dir=str(tmp_path / "run" / "files"),
+                          log_artifact=lambda *_, **__: artifact)
+    for folder in "run/files", "c.tokenizer":
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "c.tokenizer" / "tokenizer.json").write_text("{}")
+    (tmp_path / "secret.json").write_text("{}")
+    (tmp_path / "c.tokenizer" / "notes.json").symlink_to(tmp_path / "secret.json")
+    (path := tmp_path / "c.pt").touch()
+    publisher = Publisher(run, Job({}, dict(seed=1), tokenizer=str(tmp_path / "c.tokenizer")), pytest.fail)
+    publisher._upload(1, path, False)
+    assert names == ["model.tokenizer/tokenizer.json", "model.pt"]
+    assert not list(tmp_path.glob("run/**/notes.json"))
+
+
 def test_that_checkpoints_are_not_uploaded_is_told_once_until_one_is(tmp_path, monkeypatch):
     """While W&B refuses them, a long run saves many."""
     artifact = SimpleNamespace(add_file=lambda *_, **__: None, wait=lambda: None)
