@@ -214,7 +214,10 @@ def write_texts(model, tokenizer, eos, saved, cfg):
     ids = [tokens for tokens in encoded for _ in range(cfg.num_samples)]
     seeds = [[cfg.seed, *divmod(row, cfg.num_samples)] for row in range(len(texts))]
     outputs, n_tokens, n_written = {}, 0, 0  # the text of each row so far, until it is written
-    shown = visible if sys.stdout.isatty() else str  # a model may write what acts on a terminal
+    on_terminal = sys.stdout.isatty()
+
+    def shown(text):  # a model may write what acts on a terminal; of Windows' line ends, the \n alone is shown there
+        return visible(text.replace("\r", "")) if on_terminal else text
 
     def emit(row, new):
         outputs[row] += new

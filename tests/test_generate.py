@@ -293,8 +293,8 @@ def test_one_text_comes_as_it_is_written(run_folder):
 def test_no_text_acts_on_the_terminal(run_folder, monkeypatch):
     monkeypatch.chdir(run_folder)
     for number in 1, 2:
-        flags = ["--checkpoint-path", "c.pt", "--prompt", "\x1b[31m", "--num-samples", str(number)]
-        for terminal, told in (True, "\\x1b[31m"), (False, "\x1b[31m"):
+        flags = ["--checkpoint-path", "c.pt", "--prompt", "\x1b[31m\r\n", "--num-samples", str(number)]
+        for terminal, told in (True, "\\x1b[31m\n"), (False, "\x1b[31m\r\n"):
             out = io.StringIO()
             out.isatty, out.reconfigure = lambda terminal=terminal: terminal, lambda **_: None
             with contextlib.redirect_stdout(out), mock.patch("sys.argv", ["generate.py", *flags]):
