@@ -283,7 +283,7 @@ def _toml_values(path, table, cls, fields):
         if name not in fields:
             meant = ELSEWHERE.get(name, name)
             if _is_switch(on := meant.removeprefix("no_"), fields) and on != meant:
-                raise UserError(f"--config {path}: key {key} is not known; write {on} = false")
+                raise UserError(f"--config {path}: key {key} is not known; write {on} = {str(value is False).lower()}")
             refuse_unknown(key, list(fields), f"--config {path}: key")
         values[name] = coerce(f"--config {path}: {key} =", fields[name], value)
     return values

@@ -108,9 +108,8 @@ def _files(path, label):
             raise UserError(f"{label} {path}: no file matches; quote the pattern and check it with ls")
     elif os.path.isdir(path):
         folder, shard = Path(path), "train.bin" if label == "--train-data" else "val.bin"
-        names = os.listdir(path)
-        if "meta.json" in names and ("train.bin" in names or "val.bin" in names):
-            if shard not in names:
+        if (folder / "meta.json").exists() and ((folder / "train.bin").exists() or (folder / "val.bin").exists()):
+            if not (folder / shard).exists():
                 raise UserError(f"{label} {path}: a folder of token shards without {shard}")
             return [str(folder / shard)]
         files = list(map(str, _texts_and_tables(folder)))

@@ -145,8 +145,8 @@ class Tracker:
         toml = to_toml(cfg, without=NOT_KEPT)
         console = None  # (path of the log file, bytes in it from before this start), for W&B
         if self.is_main:
-            if self.beside(".log").is_symlink():  # of a run that came from elsewhere it may lead to any file
-                self.beside(".log").unlink()
+            if self.beside(".log").is_symlink() or not self.beside(".log").is_file():
+                self.beside(".log").unlink(missing_ok=True)  # a link or pipe of a run that came from elsewhere
             self.log_file = _LogFile(self.beside(".log"), mode="a" if step else "w", encoding="utf-8")
             self.log_file.setFormatter(_Formatter())
             console = str(self.beside(".log")), self.beside(".log").stat().st_size

@@ -338,7 +338,7 @@ def test_the_words_of_nanogpts_init_from_are_answered(word, answer):
 
 @pytest.mark.parametrize("toml, answer", [
     ("[metrics]\nenable_wandb = true", "section metrics is not known; did you mean wandb?"),
-    ("fp32 = true", "key fp32 is not known; write amp = false")])
+    ("fp32 = true", "key fp32 is not known; write amp = false"), ("no_amp = false", "write amp = true")])
 def test_toml_of_another_trainer_is_answered_with_ours(tmp_path, toml, answer):
     (tmp_path / "c.toml").write_text(toml)
     with pytest.raises(UserError) as caught:
