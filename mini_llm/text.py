@@ -431,7 +431,9 @@ def _parquet_rows(source):
     from pyarrow.parquet import ParquetFile
 
     # Opened here, because pyarrow takes no names that are not UTF-8.
-    with open(source.path, "rb") as stream, ParquetFile(stream) as file:
+    # Page by page: by default it reads ahead, in the end the whole file, and all of a row group at once.
+    with (open(source.path, "rb") as stream,
+          ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20) as file):
         columns = [source.column] if source.column in file.schema_arrow.names else None
         for batch in file.iter_batches(256, columns=columns):
             yield from batch.to_pylist()

@@ -453,6 +453,24 @@ def test_a_share_of_validation_that_is_far_from_what_was_asked_for_is_told(tmp_p
     assert "--val-ratio" not in caplog.text, "which has no part in it"
 
 
+@pytest.mark.parametrize("rows_in_group", [200, 20000])
+def test_a_large_parquet_file_is_read_page_by_page(tmp_path, rows_in_group):
+    import pyarrow.parquet
+
+    table = pyarrow.table({"text": [os.urandom(500).hex() for _ in range(20000)]})  # 20 MB
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet", row_group_size=rows_in_group, use_dictionary=False)
+    del table
+    (source,) = find_sources([str(tmp_path / "t.parquet")])
+    tracemalloc.start()
+    pool = pyarrow.default_memory_pool()
+    before, most = pool.bytes_allocated(), 0
+    for _ in pieces([source], "train"):
+        most = max(most, pool.bytes_allocated() - before)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak + most < 8e6
+
+
 def test_parquet_jsonl_and_text_give_the_same_tokens(tmp_path, cache):
     import datasets
 
