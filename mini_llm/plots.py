@@ -153,9 +153,11 @@ def figure(panel, runs, x="step", smooth=0, size=(7.2, 3.4)):
         handles = [handle for i, run in enumerate(runs)
                    for handle in _draw(ax, panel, run, i, len(runs) > 1, x, scale, smooth)]
         _axes(ax, panel, runs, x, label)
+        if len(runs) > len(COLORS) * len(LINES):
+            handles = []  # as looks repeat, a legend would not tell the runs apart, and take the place of the curves
         fig.suptitle(panel.title, x=0.01, ha="left", fontsize=12, fontweight="bold")
         handles += _key(panel, runs, smooth) if len(runs) > 1 else []
-        if len(handles) > 1 or "mean" in handles[0].get_label():
+        if len(handles) > 1 or handles and "mean" in handles[0].get_label():
             inches = 0.6 + 0.07 * max(len(handle.get_label()) for handle in handles)  # approximate width of a column
             columns = max(1, int(size[0] / inches))
             fig.set_figheight(size[1] + 0.17 * ((len(handles) - 1) // columns))  # legend rows must not shrink the plot

@@ -478,6 +478,13 @@ def test_a_legend_is_of_several_curves_or_of_an_average():
     assert legend("grad_norm", a_run(range(9), grad_norm=range(9))) == ["norm, mean of 5 reports"]
 
 
+def test_hundreds_of_runs_leave_room_for_their_curves():
+    """A legend of them all took it, and could not tell them apart: the looks of runs repeat."""
+    lr, runs = next(each for each in PANELS if each.name == "lr"), [a_run(range(9), lr=range(9)) for _ in range(25)]
+    of_few, of_many = (figure(lr, runs[:n]) for n in (24, 25))
+    assert of_few.axes[0].get_legend() and of_many.axes[0].get_legend() is None
+
+
 def test_curves_over_time_are_in_the_unit_that_their_axis_names():
     panel, run = PANELS[0], a_run([0, 600, 1200], loss=[5, 4, 3])
     ax = figure(panel, [run], "time").axes[0]
