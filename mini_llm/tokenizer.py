@@ -127,6 +127,7 @@ def gives_back(tokenizer, text):
     return tokenizer.decode(encode(tokenizer, [text])[0], skip_special_tokens=False).strip() == text.strip()
 
 
+@functools.lru_cache(maxsize=1)
 def known_characters(tokenizer):
     """The characters that a char tokenizer has tokens for; None for others, which are assumed to encode any text."""
     if tokenizer.pre_tokenizer:

@@ -723,6 +723,8 @@ def test_characters_without_a_token_are_told_of_and_are_no_bytes(tmp_path, text,
         assert meta["bytes"] == {split: count - 1 for split, count in meta["tokens"].items()}
     assert known_characters(train_tokenizer("bpe", ["a b"], 300)) is None
     assert known_characters(load_tokenizer("byte")) is None
+    char = train_tokenizer("char", ["ab"], 0)
+    assert known_characters(char) is known_characters(char), "found once, not for every prompt"
 
 
 def test_a_folder_gives_its_text_and_not_what_runs_have_left_there(tmp_path, text):
