@@ -18,7 +18,8 @@ RECORD_HEAD = re.compile(rb'\{"step": (?P<step>\d+), "time": (?P<time>[^,]+), ("
 # What file systems without syncing answer, most of them for folders: network file systems, FUSE. A disk says EIO.
 NO_SYNC = (errno.EACCES, errno.EBADF, errno.EINVAL, errno.EISDIR, errno.ENOSYS, errno.ENOTSUP, errno.ENOTTY,
            errno.EPERM)
-TOKENIZER_KEYS = {"tokenizer.json": "added_tokens", "tokenizer_config.json": "tokenizer_class"}  # that no others have
+# A tokenizer's own files → a key that each of them has, and other JSON files have not.
+TOKENIZER_KEYS = {"tokenizer.json": "added_tokens", "tokenizer_config.json": "tokenizer_class"}
 # The fields that a record of metrics.jsonl must have if it is an event, by kind of event.
 EVENTS = dict(config=dict(config=dict), sample=dict(text=str), alert=dict(title=str, text=str), exit=dict(code=int))
 

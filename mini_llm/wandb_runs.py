@@ -237,8 +237,8 @@ def sync_command(path):
 
 
 def recalled(path):
-    """What `remember` stored in `path`; {} if it is missing or damaged. Of another's file, no more of INIT than that:
-    wandb.init also takes the path of a file to read."""
+    """What `remember` stored in `path`; {} if it is missing or damaged. Of `init` only the arguments in INIT: another's
+    file may have more, such as the path of a file that wandb.init would read and send."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         facts = read_json(path)
         init = {name: value for name, value in dict(facts["init"]).items() if name in INIT}
