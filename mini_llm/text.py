@@ -430,8 +430,8 @@ def _json_rows(source):
 def _parquet_rows(source):
     from pyarrow.parquet import ParquetFile
 
-    # Opened here, because pyarrow takes no names that are not UTF-8.
-    # Page by page: by default it reads ahead, in the end the whole file, and all of a row group at once.
+    # Opened here, because pyarrow takes no names that are not UTF-8, and read page by page: by default it reads ahead,
+    # in the end the whole file, and all of a row group at once.
     with (open(source.path, "rb") as stream,
           ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20) as file):
         columns = [source.column] if source.column in file.schema_arrow.names else None
