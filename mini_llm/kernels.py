@@ -8,12 +8,12 @@ versions; nothing was measured there. `model.py` decides when to use the attenti
 Shape letters as in model.py: B batch, T time, C d_model, nh heads, hs head size, V vocabulary; N = B * T.
 """
 
+import functools
 import math
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 CHUNK = 2**20  # logits converted to probabilities at a time: few enough to stay in cache
 # A private function of torch's: without it, nn.Linear's own products.
@@ -22,6 +22,21 @@ ONEDNN = torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, "_is
 # vocabulary at which computing the loss in chunks of logits beats one pass.
 MAX_EXPLICIT_CONTEXT, MIN_CHUNKED_VOCABULARY = 512, 1024
 MIN_FUSED_OUTPUT = 2**20  # output elements from which on fusing the bias saves more than the extra Python call costs
+
+
+def once_differentiable(backward):
+    """For the backward pass of a Function. torch's own decorator of this name leaves out what depends on the gradients,
+    silently, where a second derivative (create_graph=True) does not need the gradients of the Function's outputs."""
+
+    @functools.wraps(backward)
+    def once(ctx, *gradients):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("fast kernels for CPUs have no second derivatives: differentiate F.cross_entropy of "
+                               "model(tokens), not model(tokens, targets), without autocast, and under "
+                               "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)")
+        return backward(ctx, *gradients)
+
+    return once
 
 
 class Linear(nn.Linear):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mini_llm import kernels
 from mini_llm.kernels import CausalAttention, head_cross_entropy
@@ -58,6 +59,39 @@ def test_attention_is_the_librarys_where_its_own_is_no_faster(monkeypatch, dtype
     monkeypatch.setattr(CausalAttention, "apply", lambda *_: pytest.fail("explicit products"))
     q, k, v = (draw(1, 1, T, 4, dtype=dtype, seed=seed).requires_grad_(learns) for seed in range(3))
     assert attend(q, k, v).shape == q.shape
+
+
+@pytest.mark.parametrize("amp, chunked", [(True, False), (False, True)], ids=["attention", "loss"])
+def test_second_derivatives_are_refused_where_they_would_be_wrong(amp, chunked):
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(n_layers=1, n_heads=2, d_model=32, vocab_size=1500, max_position_embeddings=16))
+    tokens = torch.randint(0, 1500, (2, 17))
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    weights = list(gpt.parameters())
+    towards = [torch.randn_like(weight) for weight in weights]
+
+    def along(gradients):
+        return sum((one * other).sum() for one, other in zip(gradients, towards, strict=True))
+
+    def curvature(amp, chunked):
+        """vᵀHv, v being `towards`."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp), sdpa_kernel(SDPBackend.MATH):
+            loss = gpt(x, y) if chunked else F.cross_entropy(gpt(x).flatten(0, 1), y.flatten())
+        slopes = torch.autograd.grad(loss, weights, create_graph=True)
+        bends = torch.autograd.grad(along(slopes), weights)
+        return along(bends).item()
+
+    def loss_at(distance):
+        moved = {name: weight.double() + distance * v for (name, weight), v in zip(gpt.named_parameters(), towards,
+                                                                                 strict=True)}
+        with torch.no_grad():
+            logits = torch.func.functional_call(gpt, moved, x)
+        return F.cross_entropy(logits.flatten(0, 1), y.flatten()).item()
+
+    quotient = (loss_at(1e-3) - 2 * loss_at(0) + loss_at(-1e-3)) / 1e-6
+    assert curvature(amp=False, chunked=False) == pytest.approx(quotient, rel=0.02)  # as the error advises
+    with pytest.raises(RuntimeError, match="no second derivatives: differentiate"):
+        curvature(amp, chunked)
 
 
 def test_dropped_weights_keep_the_mean_of_attention():
