@@ -82,6 +82,19 @@ class ShardWriter:
         self.file.close()
 
 
+class Descriptor(int):
+    """That of a file open for reading. Pickled, as for worker processes, it becomes one of the process that loads it:
+    with this process's number, that one would read another of its own files."""
+
+    def __new__(cls, path):
+        opened = super().__new__(cls, os.open(path, os.O_RDONLY))
+        opened.path = os.path.abspath(path)
+        return opened
+
+    def __reduce__(self):
+        return Descriptor, (self.path,)
+
+
 class Shard:
     """A token file, or a part of it, read window by window. `pread` instead of a memory map: the file's pages never
     count as this process's memory, and only the window is copied."""
@@ -91,7 +104,7 @@ class Shard:
         try:
             if not os.path.isfile(path):  # opening a named pipe would block until someone writes to it
                 raise FileNotFoundError(errno.ENOENT, "no such file")
-            self.fd = os.open(path, os.O_RDONLY)
+            self.fd = Descriptor(path)
         except OSError as error:
             advice = "a folder of token shards holds train.bin and val.bin"
             if error.errno == errno.EMFILE:

@@ -1,5 +1,7 @@
 """Token files of llm.c and nanoGPT are trained on as if the text had been given."""
 
+import os
+import pickle
 import shutil
 import sys
 
@@ -10,7 +12,7 @@ from conftest import ROOT, environment
 
 from data import DataConfig, prepare
 from mini_llm.errors import UserError
-from mini_llm.shards import HEADER, MAGIC, Shard, read_token_file
+from mini_llm.shards import HEADER, MAGIC, Shard, ShardWriter, read_token_file
 from mini_llm.text import find_sources
 from mini_llm.tokenizer import count_bytes, encode, load_tokenizer, train_tokenizer
 
@@ -156,3 +158,17 @@ def test_a_folder_of_nanogpts_says_how_to_name_its_files(tmp_path):
         (tmp_path / f"{split}.bin").write_bytes(nanogpt(range(100)))
     with pytest.raises(UserError, match=f"{tmp_path}/train.bin and {tmp_path}/val.bin$"):
         prepare(DataConfig(train_data=[str(tmp_path)], cache_dir=str(tmp_path / "cache")))
+
+
+def test_a_shard_in_another_process_reads_its_own_file(tmp_path):
+    writer = ShardWriter(tmp_path / "train.bin", 100, None, bytes(32))
+    writer.write(range(100))
+    writer.close()
+    whole = Shard(tmp_path / "train.bin")
+    parts = pickle.loads(pickle.dumps([whole.part(5, 20), whole.part(25, 20)]))  # as for a DataLoader's workers
+    with open(__file__) as other:
+        os.dup2(other.fileno(), whole.fd)  # a file with this number there
+    assert [part.read(0, 3).tolist() for part in parts] == [[5, 6, 7], [25, 26, 27]]
+    assert parts[0].fd is parts[1].fd
+    for shard in whole, parts[0]:
+        os.close(shard.fd)
