@@ -16,7 +16,7 @@ import torch
 
 from mini_llm import hardware
 from mini_llm.config import arg, parse
-from mini_llm.errors import UserError, one_line_errors, visible
+from mini_llm.errors import UserError, one_line_errors, print_any_character, visible
 from mini_llm.pretrained import load_run
 from mini_llm.tokenizer import encode, id_count, known_characters, open_tokenizer
 from model import KVCache
@@ -270,7 +270,7 @@ def sample_text(model, tokenizer_folder, corpus, prompt=""):
 def main():
     cfg = parse(Config).generate
     device = hardware.choose_device(cfg.device)
-    sys.stdout.reconfigure(errors="replace")
+    print_any_character()
     model, tokenizer, eos, saved = load_run(cfg.checkpoint_path)
     began = time.perf_counter()
     with hardware.enough_memory():

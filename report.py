@@ -22,7 +22,7 @@ from html import escape
 from pathlib import Path
 
 from mini_llm.config import Parser, flag, is_launch_flag, positive
-from mini_llm.errors import UserError, needed_packages, one_line_errors, visible
+from mini_llm.errors import UserError, needed_packages, one_line_errors, print_any_character, visible
 from mini_llm.files import beside_run, command, read_records
 from mini_llm.plots import MARKS, Panel, comparable, figure, looks, panels, short, terminal_plot
 
@@ -429,7 +429,7 @@ def main():
         args = parser.parse_args()
         runs = load(args.runs)
         if args.terminal:
-            sys.stdout.reconfigure(errors="replace")
+            print_any_character()
             print_text(runs, args.x, args.smooth)
             return
         first = Path(args.runs[0])

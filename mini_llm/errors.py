@@ -68,6 +68,12 @@ def one_line_errors():
         sys.exit(130)
 
 
+def print_any_character():
+    """Make stdout replace the characters that its terminal cannot encode, instead of raising an error."""
+    with contextlib.suppress(AttributeError):  # a notebook's takes all, and is no file
+        sys.stdout.reconfigure(errors="replace")
+
+
 def leave_on_sigterm():
     """Make SIGTERM an exit like any other, which removes temporary files and drafts."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

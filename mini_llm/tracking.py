@@ -18,7 +18,7 @@ from logging.handlers import MemoryHandler
 import torch
 
 from mini_llm.config import RUN_CONFIG, arg, to_toml
-from mini_llm.errors import RunFailed, UserError, visible
+from mini_llm.errors import RunFailed, UserError, print_any_character, visible
 from mini_llm.files import command, write_whole
 from mini_llm.hardware import device_name
 from mini_llm.plots import sparkline
@@ -74,7 +74,7 @@ class TrackingConfig:
 def setup_logging(is_main):
     """Send all modules' messages to stdout, from the main rank only, without disturbing the progress bar. They are also
     buffered for the log file, which is opened only once it is known that there is something to train."""
-    sys.stdout.reconfigure(errors="replace")  # a sample may contain characters that this terminal cannot encode
+    print_any_character()  # there may be any in a sample
     console = _ConsoleHandler()
     console.setFormatter(_Formatter())
     log.handlers, log.propagate = [console, MemoryHandler(1000, flushLevel=logging.CRITICAL)], False

@@ -225,12 +225,11 @@ def command(folder, *flags, script="generate.py", stdin=None):
 
 
 def shown(main, folder, *flags):
-    """What a command's main prints on stdout: as `command`, without the start of a process."""
-    with (contextlib.chdir(folder), contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8")) as out,
+    """What a command's main prints on stdout: as `command`, without the start of a process, as in a notebook."""
+    with (contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as out,
           mock.patch("sys.argv", ["command", *map(str, flags)])):
         main()
-    out.seek(0)
-    return out.read()
+    return out.getvalue()
 
 
 def refused(main, flags, monkeypatch, capsys):
@@ -296,7 +295,7 @@ def test_no_text_acts_on_the_terminal(run_folder, monkeypatch):
         flags = ["--checkpoint-path", "c.pt", "--prompt", "\x1b[31m\r\n", "--num-samples", str(number)]
         for terminal, told in (True, "\\x1b[31m\n"), (False, "\x1b[31m\r\n"):
             out = io.StringIO()
-            out.isatty, out.reconfigure = lambda terminal=terminal: terminal, lambda **_: None
+            out.isatty = lambda terminal=terminal: terminal
             with contextlib.redirect_stdout(out), mock.patch("sys.argv", ["generate.py", *flags]):
                 main()
             assert out.getvalue().startswith(told) and ("\x1b" in out.getvalue()) != terminal
