@@ -163,3 +163,12 @@ def test_a_models_loss_and_gradients_are_the_same_in_chunks(arch, dtype, monkeyp
     (own, gradient), (library, expected) = results
     assert own == pytest.approx(library, abs=1e-5 if dtype is None else 2e-3)
     assert (gradient - expected).norm() < (1e-5 if dtype is None else 2e-2) * expected.norm()
+
+
+@pytest.mark.parametrize("vocab_size", [kernels.MIN_CHUNKED_VOCABULARY, 100])
+def test_a_models_loss_is_reduced_as_asked(vocab_size):
+    gpt = GPT(GPTConfig(n_layers=1, n_heads=2, d_model=16, vocab_size=vocab_size, max_position_embeddings=16))
+    x, y = torch.randint(0, vocab_size, (2, 3, 16))
+    y[0, :5] = IGNORE
+    each, total, mean = (gpt(x, y, reduction=reduction) for reduction in ("none", "sum", "mean"))
+    assert torch.allclose(each.sum(), total) and torch.allclose(total / 43, mean)
