@@ -68,8 +68,9 @@ class OptimConfig:
         steps = math.ceil(round(sequences / global_batch_size, 6))  # 0.07 x 100 is above 7
         num_steps = max(1, steps) if sequences else self.num_steps
         if num_steps > 10**9:
-            raise UserError(f"--num-tokens {self.num_tokens:g} --num-epochs {self.num_epochs:g}: {num_steps:,} steps, "
-                            f"of which a run has 1,000,000,000 at most")
+            given = f"epochs {self.num_epochs:g}" if self.num_epochs else f"tokens {self.num_tokens:g}"
+            raise UserError(f"--num-{given}: {num_steps:,} steps, of which a run has 1,000,000,000 at most; lower it, "
+                            f"or raise --batch-size")
         return replace(self, num_steps=num_steps, num_tokens=0.0, num_epochs=0.0)
 
 

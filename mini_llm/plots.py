@@ -283,9 +283,10 @@ def terminal_plot(panel, runs, x, smooth, width, height, color):
     for row, text in enumerate(canvas.rows(color)):
         out.append(f"{edges.get(row, ''):>{margin - 2}} {'┤' if row in edges else '│'}{text}")
     label += ", log scale" if panel.log_x else ""
-    ends = f"{short(left):<{max(0, columns - len(label)) // 2}}{label}"
+    first, last = ticks((left, right))
+    ends = f"{first:<{max(0, columns - len(label)) // 2}}{label}"
     return [*out, f"{'':{margin - 1}}└{'─' * columns}",
-            f"{'':{margin}}{ends}{short(right):>{max(0, columns - len(ends))}}"]
+            f"{'':{margin}}{ends}{last:>{max(0, columns - len(ends))}}"]
 
 
 def _curves(panel, runs, x, scale, smooth):

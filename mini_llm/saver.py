@@ -53,8 +53,9 @@ def save_run(cfg, payload, step, newest, best, kept=False):
         names.append(cfg.beside(f".kept-{step:08d}.pt"))
     save(path, payload, cfg.beside(".prev.pt") if _is_sound(peek_run(path)) else None, names)
     if named:
+        ours = sorted(cfg.matching(r"\.step-\d+\.pt"), key=step_of)  # by number: the names of some have nine digits
         # Not those of later steps, left from before the run fell back: they would outlive the new ones.
-        for old in [file for file in cfg.matching(r"\.step-\d+\.pt") if file <= step_path][:-cfg.keep_last]:
+        for old in [file for file in ours if step_of(file) <= step][:-cfg.keep_last]:
             old.unlink(missing_ok=True)
     return path
 

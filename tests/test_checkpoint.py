@@ -243,6 +243,9 @@ def test_keep_last_keeps_that_many_by_step(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("c.step-*")) == ["c.step-00000015.pt", "c.step-00000020.pt"]
     assert load(tmp_path / "c.step-00000015.pt")["step"] == 15
     assert len(list(tmp_path.iterdir())) == 4 and load(tmp_path / "c.prev.pt")["step"] == 15
+    for step in (99_999_990, 100_000_000, 100_000_010):  # as names, those of nine digits come before those of eight
+        save_run(cfg, payload(step), step, newest=True, best=False)
+    assert sorted(path.name for path in tmp_path.glob("c.step-*")) == ["c.step-100000000.pt", "c.step-100000010.pt"]
 
 
 def test_plan_decides_from_flags_and_files(tmp_path):

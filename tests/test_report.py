@@ -493,6 +493,12 @@ def test_curves_over_time_are_in_the_unit_that_their_axis_names():
     assert terminal_plot(panel, [run], "time", 0, 60, 8, False)[-1].split()[-1] == "20"
 
 
+def test_the_ends_of_an_axis_in_the_terminal_tell_late_steps_apart():
+    """A run that goes on at step 1,000,000, as another's branch, for 1,000 steps."""
+    run = a_run([10**6, 10**6 + 1000], loss=[5, 4])
+    assert terminal_plot(PANELS[0], [run], "step", 0, 60, 8, False)[-1].split() == ["1M", "step", "1.001M"]
+
+
 def test_a_line_in_the_terminal_goes_straight_from_dot_to_dot():
     canvas = _Canvas(4, 2)
     canvas.line([(1, 7), (5, 3), (5, 1)], 0)

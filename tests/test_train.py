@@ -630,7 +630,7 @@ WRONG = {
                                    ["--global-batch-tokens 1000", "try 1024"]),
     "two ways to say the batch": (["--global-batch-tokens", "1024", "--grad-accum-steps", "1"], ["give one of them"]),
     "two lengths": (["--num-tokens", "1e6", "--num-epochs", "2"], ["--num-tokens and --num-epochs: ", "give one"]),
-    "a length without end": (["--num-tokens", "1e15"], ["--num-tokens 1e+15", "at most"]),
+    "a length without end": (["--num-tokens", "1e15"], ["--num-tokens 1e+15:", "at most", "raise --batch-size"]),
     "negative learning rate": (["--lr", "-1"], ["--lr -1", "greater than 0"]),
     "learning rate that is no number": (["--lr", "nan"], ["--lr nan", "finite"]),
     "negative steps": (["--num-steps", "-5"], ["--num-steps -5", "at least 1"]),
