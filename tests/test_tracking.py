@@ -470,6 +470,17 @@ def test_a_histogram_counts_every_value_between_its_edges():
     assert counts.tolist() == [4, 0, 0, 0, 0, 0, 0, 1] and (low, high) == (0, 2), "what is not finite counts as 0"
 
 
+def test_a_histogram_of_many_values_is_counted_in_parts(monkeypatch):
+    """Two int64 tensors of an embedding's size, at the first report, would be the run's peak of memory."""
+    model, sizes, add = torch.nn.Linear(20, 5), [], torch.Tensor.scatter_add_
+    monkeypatch.setattr(torch.Tensor, "scatter_add_", lambda *args: sizes.append(args[-1].numel()) or add(*args))
+    counts = histograms(model, "parameters")["parameters/weight"][0]
+    monkeypatch.setattr("mini_llm.meter.PART", 30)
+    sizes.clear()
+    assert histograms(model, "parameters")["parameters/weight"][0].equal(counts) and counts.sum() == 100
+    assert sizes == [30, 30, 30, 10, 5]
+
+
 def test_no_message_acts_on_the_terminal():
     record = logging.LogRecord("mini_llm", logging.INFO, "", 0, "was %s\nis %s", ("\x1b]0;x\x07", 1), None)
     assert tracking._Formatter().format(record).endswith("was \\x1b]0;x\\x07\nis 1")
