@@ -275,7 +275,7 @@ class GPT(nn.Module):
         # Chunks round gradients before fp16's loss scale applies; torch.compile would unroll the loop over chunks.
         if self.chunks_loss and autocast_dtype(x.device) is not torch.float16 and not torch.compiler.is_compiling():
             nats = kernels.head_cross_entropy(x.flatten(0, 1), self.head_weight.to(x.dtype), targets.flatten(), IGNORE)
-            return {"none": nats, "sum": nats.sum(), "mean": nats.sum() / (targets != IGNORE).sum()}[reduction]
+            return nats if reduction == "none" else nats.sum() / (1 if reduction == "sum" else targets.ne(IGNORE).sum())
         logits = self.padded_logits(x).float().flatten(0, 1)  # (B * T, V + padding)
         return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction=reduction)
 
