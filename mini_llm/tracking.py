@@ -117,7 +117,7 @@ class Tracker:
         self.log_file = None
         self.sinks = []
         self.wandb = None  # that of the sinks which is W&B's
-        self.drawn = {title: [] for title in DRAWN}
+        self.drawn = {title: {} for title in DRAWN}  # thousandth of the run → its first value
         self.lately = deque([(time.perf_counter(), state.step)], 100)  # when each report was
         settings, self.plan = self._plan_wandb(cfg, world, state)
         if world.is_main or self.plan:
@@ -211,7 +211,7 @@ class Tracker:
         self.lately.append((time.perf_counter(), step))
         for title, name in DRAWN.items():
             if math.isfinite(metrics.get(name, math.nan)):
-                self.drawn[title].append(metrics[name])
+                self.drawn[title].setdefault(1000 * step // self.num_steps, metrics[name])
         own = {name: metrics.pop(name) for name in list(metrics) if name.startswith("rank/")}
         row = metrics if self.is_main or self.plan and self.plan.primary else {}
         if self.plan and self.plan.suffix is not None:
@@ -243,8 +243,9 @@ class Tracker:
         def number(value):
             return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
+        drawn = {title: [*values.values()] for title, values in self.drawn.items()}
         rows = [f"{title:10} {sparkline(values):40} {number(values[0])} → {number(values[-1])}"
-                for title, values in self.drawn.items() if len(values) > 1]
+                for title, values in drawn.items() if len(values) > 1]
         drawable = (sys.stdout.encoding or "").lower().startswith("utf")
         log.info("%s", "\n".join(["Training finished.", *(rows if drawable else [])]))
         log.info("Written: %s", ", ".join(files))

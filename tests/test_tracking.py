@@ -3,6 +3,7 @@ import logging
 import math
 import os
 import re
+import sys
 import time
 from collections import deque
 from pathlib import Path
@@ -60,7 +61,7 @@ def test_the_time_left_is_of_all_that_comes_between_steps_but_not_of_the_first_e
     tracker.num_steps, tracker.amp, tracker.is_main, tracker.plan, tracker.sinks = 150, "off", True, None, []
     tracker.flops_per_token = 10
     tracker.epochs = lambda state: 0.1 * state.step
-    tracker.lately, tracker.drawn = deque([(clock.now, 50)], 100), {title: [] for title in tracking.DRAWN}
+    tracker.lately, tracker.drawn = deque([(clock.now, 50)], 100), {title: {} for title in tracking.DRAWN}
     lines = []
     monkeypatch.setattr(tracking.log, "info", lambda form, line: lines.append(line))
     for step, seconds in ((50, 50), (60, 10), (70, 30)):  # an evaluation, steps, steps with an evaluation
@@ -70,6 +71,23 @@ def test_the_time_left_is_of_all_that_comes_between_steps_but_not_of_the_first_e
     assert [re.findall(r"eta (\S+)", line) for line in lines] == [[], ["0:01:30"], ["0:02:40"]]
 
 
+def test_what_is_kept_to_be_drawn_does_not_grow_with_the_run(monkeypatch):
+    tracker = Tracker.__new__(Tracker)
+    tracker.num_steps, tracker.amp, tracker.is_main, tracker.plan, tracker.sinks = 5000, "off", True, None, []
+    tracker.flops_per_token, tracker.epochs, tracker.beside = 10, lambda state: 0.1, Path
+    tracker.lately, tracker.drawn = deque([(0, 0)], 100), {title: {} for title in tracking.DRAWN}
+    for step in range(5001):
+        tracker.state = State(step=step)
+        tracker.report({"lr": 1 + step} if step else {"val/loss": 7.0})
+    kept = tracker.drawn["lr"]
+    assert len(kept) <= 1001 and [*kept.values()][:2] == [2, 6]
+    lines = []
+    monkeypatch.setattr(tracking.log, "info", lambda form, line: lines.append(line))
+    tracker.finished([])
+    if (sys.stdout.encoding or "").lower().startswith("utf"):
+        assert lines[0].endswith("2 → 5,001"), "the last report is drawn, too"
+
+
 def test_a_metric_may_be_a_tensor_in_every_sink(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -77,7 +95,7 @@ def test_a_metric_may_be_a_tensor_in_every_sink(tmp_path):
     tracker = Tracker.__new__(Tracker)
     tracker.num_steps, tracker.amp, tracker.is_main, tracker.plan = 9, "off", True, None
     tracker.flops_per_token = 10
-    tracker.lately, tracker.drawn = deque([(0, 0)]), {title: [] for title in tracking.DRAWN}
+    tracker.lately, tracker.drawn = deque([(0, 0)]), {title: {} for title in tracking.DRAWN}
     tracker.sinks = [JsonlSink(tmp_path / "m.jsonl", 0), TensorboardSink(tmp_path / "events", 0)]
     metrics = {"mine": torch.tensor(0.5), "theirs": np.float32(2), "none": torch.tensor(math.nan)}
     tracker.state, tracker.epochs = State(step=1), lambda state: 0.1 * state.step
