@@ -31,6 +31,7 @@ from mini_llm.hardware import explained
 from optim import local
 
 CONNECT = 60  # seconds to connect to torchrun's store
+START = 600  # seconds to wait for ranks that import torch, perhaps from a slow disk, or have failed before they joined
 MAX_MISSED = 120  # seconds without a heartbeat, which continues during any work, before a rank counts as stopped
 LAST_SAVE = 20  # seconds that a save in progress gets to finish; torchrun kills after 30
 RESUME = "--resume auto goes on from the last checkpoint"
@@ -81,12 +82,30 @@ def join(backend, timeout):
     if os.environ["WORLD_SIZE"] == os.environ["LOCAL_WORLD_SIZE"]:  # on several nodes, the counts may differ
         # torchrun restarts ranks on the same store, which still holds the addresses of the previous ranks.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+    _await_all(store, rank, size, min(limit, datetime.timedelta(seconds=START)))
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+    except RuntimeError as error:
+        raise RankFault(f"rank {rank} on {socket.gethostname()} cannot connect to the others: {first_line(error)}; if "
+                        f"its name leads to another network, set GLOO_SOCKET_IFNAME to the interface, such as eth0, "
+                        f"that leads to them") from None
     # A prefix of this start's own: the store may still hold heartbeats of previous ranks. The clone is a connection of
     # its own: on the same one, a heartbeat would wait for what the main thread does.
     prefix = [f"heartbeat {os.getpid()} {time.time()}"]
     dist.broadcast_object_list(prefix)
     return Heartbeat(dist.PrefixStore(prefix[0], store.clone()), rank, size, timeout)
+
+
+def _await_all(store, rank, size, limit):
+    """Raises RankFault if a rank is missing: torchrun ends the others of its own node only."""
+    here = [f"here {number}" for number in range(size)]  # of an earlier start on this store, some may be there already
+    store.set(here[rank], "")
+    try:
+        store.wait(here, limit)
+    except dist.DistError:
+        missing = [number for number, key in enumerate(here) if not store.check([key])]
+        raise RankFault(f"{len(missing)} of {size} ranks have not joined within {limit.total_seconds():.0f} s, the "
+                        f"first is rank {missing[0]}: what its node has printed may say why; start again") from None
 
 
 class NoHeartbeat:
@@ -220,8 +239,8 @@ class Heartbeat(NoHeartbeat):
         while waited < self.max_missed + 2 or os.getppid() != launcher:  # an orphan saves first: see stop_when_orphaned
             time.sleep(1)
             waited, seen = 0 if self.answers != seen else waited + 1, self.answers
-        _say(f"torchrun's store at {os.environ['MASTER_ADDR']} has not answered for {waited} s {self._where()}: its "
-             f"node or the network has failed; {RESUME}")
+        _say(f"torchrun's store at {os.environ['MASTER_ADDR']} has not answered for {waited} s {self._where()}: "
+             f"torchrun has ended there, and says why, or that node or the network has failed; {RESUME}")
         self.saving.acquire(timeout=LAST_SAVE)
         os._exit(1)
 

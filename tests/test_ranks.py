@@ -224,6 +224,30 @@ def test_nodes_that_differ_are_told_in_one_line_which_and_in_what(tmp_path, text
     assert time.monotonic() - began < 80
 
 
+@pytest.fixture
+def first_of_two(monkeypatch):
+    """The environment of rank 0; the other, on another node, does not come."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for name, value in dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=store.port, RANK=0, WORLD_SIZE=2, LOCAL_WORLD_SIZE=1,
+                            TORCHELASTIC_USE_AGENT_STORE=True).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(ranks, "START", 1)
+    return store
+
+
+def test_a_node_whose_ranks_fail_before_they_join_is_not_waited_for(first_of_two):
+    """As on a node that lacks the file of --config: torchrun ends the ranks of that node only."""
+    with pytest.raises(ranks.RankFault, match="1 of 2 ranks have not joined within 1 s, the first is rank 1: "):
+        ranks.join("gloo", timeout=20)
+
+
+def test_a_rank_that_cannot_connect_says_which_variable_names_the_network(first_of_two, monkeypatch):
+    first_of_two.set("here 1", "")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none9")
+    with pytest.raises(ranks.RankFault, match="rank 0 on .* cannot connect to the others: .*none9.*set GLOO_"):
+        ranks.join("gloo", timeout=20)
+
+
 @pytest.mark.timeout(150)
 def test_a_node_that_is_lost_with_torchruns_store_ends_the_others(trainer):
     """Its sockets stay open, as after a power cut: nothing answers, and nothing says so."""
@@ -240,8 +264,8 @@ def test_a_node_that_is_lost_with_torchruns_store_ends_the_others(trainer):
         for pid in processes_with(f"LOST={mark}-0"):
             os.kill(pid, signal.SIGSTOP)
         eventually(lambda: "error: " in said.read_text(), 45)  # the collective itself waits for 66 s
-        assert re.search(r"error: torchrun's store at 127.0.0.1 has not answered for \d+ s at step \d+: its node",
-                         said.read_text()), said.read_text()
+        assert re.search(r"error: torchrun's store at 127.0.0.1 has not answered for \d+ s at step \d+: torchrun has "
+                         "ended there, and says why, or that node or the network has failed", said.read_text())
     finally:
         for pid in [pid for node in range(2) for pid in processes_with(f"LOST={mark}-{node}")]:
             with contextlib.suppress(ProcessLookupError):
