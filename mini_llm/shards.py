@@ -206,6 +206,10 @@ def token_file_format(path):
     if size % 2:
         raise UserError(f"{path}: {size:,} bytes cannot be 16-bit token ids; give a token file of llm.c or nanoGPT, or "
                         f"text")
+    ids = np.frombuffer(head, np.uint16)
+    if len(ids) >= 256 and ids[1::2].max() < 4 <= ids[::2].max():  # Megatron's, for one
+        raise UserError(f"{path}: its ids seem to have 32 bits each, and a token file without a header has 16; give "
+                        f"the text itself")
     return 0, np.uint16, None
 
 

@@ -90,6 +90,7 @@ def test_bytes_of_a_token_file_are_those_of_its_text(text, name):
 WRONG = {
     "cut off": (llm_c(range(100))[:-2], {}, "1,222 bytes are not the 100 tokens that its header says"),
     "odd": (b"abc", {}, "--train-data {file}: 3 bytes cannot be 16-bit token ids"),
+    "of 32 bits": (np.arange(300, dtype=np.int32).tobytes(), {}, "{file}: its ids seem to have 32 bits each"),
     "ours, cut off": (MAGIC + bytes(HEADER.size), {}, "{file}: not of format 1, or not as long as its header says"),
     "empty": (b"", {}, "the file is empty"),
     "of a larger vocabulary": (nanogpt([65_000] * 100), {}, "none of the tokenizer's 300 tokens has the id 65,000"),
