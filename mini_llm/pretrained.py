@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from mini_llm import resume
-from mini_llm.archive import DamagedCheckpoint, load
+from mini_llm.archive import DamagedCheckpoint, load, peek
 from mini_llm.checkpoint import State
 from mini_llm.config import arg, flag, part_of
 from mini_llm.errors import UserError, first_line
@@ -397,6 +397,10 @@ def _checkpoint(path, named_by, mapped=True):
     except DamagedCheckpoint as error:
         others = sorted(str(file) for file in Path(path).parent.glob("*.pt") if file != Path(path))
         advice = f"beside it: {', '.join(others[:5])}" if others else "python train.py makes one"
+        if os.path.isfile(path) and (Path(path).parent / "config.json").is_file():
+            advice = f"give its folder, {Path(path).parent}"
+        elif (found := peek(path)) and not resume.is_of_a_run(found):
+            advice = "docs/coming-from.md converts nanoGPT's, and says how to bring others"
         raise UserError(f"{named_by}: {error}; {advice}") from None
     if not resume.is_of_a_run(saved):
         raise UserError(f"{named_by} {path}: not a checkpoint of this version of mini-llm; use the one that wrote it")

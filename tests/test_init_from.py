@@ -105,6 +105,21 @@ def test_resuming_from_nanogpts_checkpoint_is_refused_before_any_text_is_read(tm
         resolve_init(cfg, tmp_path / "ckpt.pt")
 
 
+def test_a_file_of_another_program_is_answered_with_what_to_do(tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for file in (theirs / "ckpt.pt", theirs / "model.bin"):
+        torch.save({"model": {}, "model_args": {}}, file)
+    for file in theirs.iterdir():
+        with pytest.raises(UserError, match=r"not a checkpoint of mini-llm .*; docs/coming-from\.md converts nanoGPT's"):
+            load_model(file)
+    (theirs / "config.json").write_text("{}")
+    (theirs / "model.safetensors").write_bytes(bytes(100))
+    for file in theirs.glob("model.*"):  # one of a Hugging Face folder
+        with pytest.raises(UserError, match=f"; give its folder, {theirs}$"):
+            load_model(file)
+
+
 def test_flags_that_agree_with_the_weights_are_fine(argv):
     make, _ = argv
     cfg = parse(Config, make("--arch", "gpt2", "--n-heads", "4", "--d-ff", "0", "--tie-embeddings", "--dropout", "0.1"))
