@@ -1,10 +1,13 @@
 import dataclasses
 import json
+import pickle
+import re
 import shutil
 
 import pytest
 import torch
-from conftest import TUNED
+import torch.nn.functional as F
+from conftest import ROOT, TUNED
 
 from data import DataConfig, prepare
 from mini_llm import pretrained
@@ -12,7 +15,7 @@ from mini_llm.archive import save
 from mini_llm.config import parse
 from mini_llm.errors import UserError
 from mini_llm.hugging_face import gpt_config, hugging_face_config
-from mini_llm.pretrained import SIZES, load_initial, load_model, resolve_init
+from mini_llm.pretrained import SIZES, load_initial, load_model, load_run, resolve_init
 from mini_llm.resume import FORMAT
 from model import ARCHS, GPT, GPTConfig
 from train import Config, World
@@ -105,13 +108,62 @@ def test_resuming_from_nanogpts_checkpoint_is_refused_before_any_text_is_read(tm
         resolve_init(cfg, tmp_path / "ckpt.pt")
 
 
+def nanogpt_logits(weights, n_heads, tokens):
+    """The logits of nanoGPT's model.py, with its GELU, for a state dict with its names."""
+    def linear(x, name):
+        return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights.get(f"{name}.bias"), 1e-5)
+
+    x = weights["transformer.wte.weight"][tokens] + weights["transformer.wpe.weight"][:tokens.shape[1]]  # (B, T, C)
+    for i in range(sum(name.endswith("ln_1.weight") for name in weights)):
+        block = f"transformer.h.{i}"
+        q, k, v = (part.unflatten(2, (n_heads, -1)).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
+                   for part in linear(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn").chunk(3, dim=-1))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        x = x + linear(mixed, f"{block}.attn.c_proj")
+        x = x + linear(F.gelu(linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")), f"{block}.mlp.c_proj")
+    return linear(norm(x, "transformer.ln_f"), "lm_head")
+
+
+@pytest.mark.parametrize("bias, prefix", [(False, "_orig_mod."), (True, "")])
+def test_the_documented_conversion_of_nanogpts_checkpoint_gives_its_logits(tmp_path, monkeypatch, bias, prefix):
+    characters = {character: i for i, character in enumerate("\n !abcdefgh")}
+    args = dict(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=len(characters), bias=bias, dropout=0.0)
+    sizes = dict(wte=(len(characters), 32), wpe=(16, 32), ln_f=(32,))
+    for i in range(2):
+        sizes |= {f"h.{i}.{name}": size for name, size in {
+            "ln_1": (32,), "ln_2": (32,), "attn.c_attn": (96, 32), "attn.c_proj": (32, 32), "mlp.c_fc": (128, 32),
+            "mlp.c_proj": (32, 128)}.items()}
+    torch.manual_seed(0)
+    weights = {f"transformer.{name}.weight": torch.randn(size) * 0.2 for name, size in sizes.items()}
+    if bias:
+        weights |= {f"transformer.{name}.bias": torch.randn(size[0]) * 0.2 for name, size in sizes.items()
+                    if name not in ("wte", "wpe")}
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    monkeypatch.chdir(tmp_path)
+    for folder in "out", "data/shakespeare_char":
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "data" / "shakespeare_char" / "meta.pkl").write_bytes(pickle.dumps(dict(stoi=characters)))
+    torch.save(dict(model={prefix + name: weight for name, weight in weights.items()}, model_args=args, iter_num=5,
+                    best_val_loss=torch.tensor(1.0), config=dict(init_from="scratch")), "out/ckpt.pt")
+    exec(*re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "coming-from.md").read_text(), re.DOTALL), {})
+    model, tokenizer, _, _ = load_run(tmp_path / "export" / "nano")
+    ids = tokenizer.encode("ab had\na bad egg!").ids[:16]
+    assert ids == [characters[character] for character in "ab had\na bad egg"] and tokenizer.decode(ids)[5:8] == "d\na"
+    with torch.no_grad():
+        theirs, ours = nanogpt_logits(weights, 4, torch.tensor([ids])), model(torch.tensor([ids]))
+    assert theirs.std() > 0.2 and torch.allclose(ours, theirs, atol=2e-3), (ours - theirs).abs().max()
+
+
 def test_a_file_of_another_program_is_answered_with_what_to_do(tmp_path):
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     for file in (theirs / "ckpt.pt", theirs / "model.bin"):
         torch.save({"model": {}, "model_args": {}}, file)
     for file in theirs.iterdir():
-        with pytest.raises(UserError, match=r"not a checkpoint of mini-llm .*; docs/coming-from\.md converts nanoGPT's"):
+        with pytest.raises(UserError, match=r"not a checkpoint of .*; docs/coming-from\.md converts nanoGPT's"):
             load_model(file)
     (theirs / "config.json").write_text("{}")
     (theirs / "model.safetensors").write_bytes(bytes(100))
