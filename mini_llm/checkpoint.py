@@ -138,6 +138,9 @@ def plan(cfg, locks=True):
         raise UserError(f"--resume: no checkpoint at {path}; leave --resume out to start, or use --resume auto")
     if cfg.resume in ("auto", "latest"):
         return newest
+    if os.path.isdir(cfg.resume):  # the Trainer's way
+        raise UserError(f"--resume {cfg.resume}: is a folder; give a checkpoint in it or, if it is a Hugging Face "
+                        f"folder, --init-from, which starts a run from its weights")
     if not os.path.isfile(cfg.resume):
         advice = f"--resume alone takes {newest}" if newest else "name a checkpoint, or leave --resume out to start"
         raise UserError(f"--resume {cfg.resume}: no such file; {advice}")

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from mini_llm import resume
-from mini_llm.archive import DamagedCheckpoint, load, peek
+from mini_llm.archive import DamagedCheckpoint, load
 from mini_llm.checkpoint import State
 from mini_llm.config import arg, flag, part_of
 from mini_llm.errors import UserError, first_line
@@ -287,8 +287,10 @@ def _folder(source):
     if not whole(folder):
         why = (f"no such folder, not whole in the local cache (HF_HOME), and {problem}" if problem else
                "no config.json with *.safetensors there")
-        raise UserError(f"--init-from {source}: {why}; give a folder that transformers' save_pretrained has written, "
-                        f"or a checkpoint")
+        inside = sorted(file.parent for file in Path(folder).glob("checkpoint-*/config.json"))  # as the Trainer saves
+        such_as = f", such as {inside[-1]}" if inside else ""
+        raise UserError(f"--init-from {source}: {why}; give a folder that transformers' save_pretrained has written"
+                        f"{such_as}, or a checkpoint")
     _require_own_files(folder, source)
     return folder
 
@@ -399,7 +401,7 @@ def _checkpoint(path, named_by, mapped=True):
         advice = f"beside it: {', '.join(others[:5])}" if others else "python train.py makes one"
         if os.path.isfile(path) and (Path(path).parent / "config.json").is_file():
             advice = f"give its folder, {Path(path).parent}"
-        elif (found := peek(path)) and not resume.is_of_a_run(found):
+        elif resume.is_of_another_program(path):
             advice = "docs/coming-from.md converts nanoGPT's, and says how to bring others"
         raise UserError(f"{named_by}: {error}; {advice}") from None
     if not resume.is_of_a_run(saved):

@@ -18,7 +18,7 @@ from pathlib import Path
 from torch.utils._pytree import tree_map
 
 from mini_llm import hardware
-from mini_llm.archive import DamagedCheckpoint, link, load, peek
+from mini_llm.archive import DamagedCheckpoint, link, load, peek, read_digest
 from mini_llm.checkpoint import State, step_of
 from mini_llm.config import flag, flatten, is_launch_flag
 from mini_llm.errors import UserError
@@ -155,6 +155,9 @@ def load_latest(path, cfg):
                 log.warning("%s; falling back to %s", damage[0], file)
             return payload, file
         except DamagedCheckpoint as error:
+            if is_of_another_program(file):
+                raise UserError(f"--resume: {error}; docs/coming-from.md says how to start from the weights of "
+                                f"nanoGPT's and others") from None
             damage.append(str(error))
     raise UserError(f"--resume: {'; '.join(damage)}; {_way_back(cfg)}")
 
@@ -173,6 +176,15 @@ def is_of_a_run(payload):
     return (isinstance(payload, dict) and payload.get("format") == FORMAT
             and all(isinstance(payload.get(part), dict) for part in ("model", "state", "identity", "config"))
             and isinstance(payload["state"].get("step"), int))
+
+
+def is_of_another_program(file):
+    """Whether a checkpoint has neither the parts that ours have nor their SHA-256: damage alone does not take both."""
+    found = peek(file)
+    if not found or is_of_a_run(found):
+        return False
+    with open(file, "rb") as opened:
+        return read_digest(opened) is None
 
 
 def peek_run(file):

@@ -469,6 +469,13 @@ def test_a_checkpoint_of_another_program_is_not_called_damaged(tmp_path):
     torch.save({"model": {}, "config": {"init_from": "scratch"}}, tmp_path / "ckpt.pt")  # as nanoGPT's
     with pytest.raises(DamagedCheckpoint, match="is not a checkpoint of mini-llm"):
         load(tmp_path / "ckpt.pt")
+    assert resume.is_of_another_program(tmp_path / "ckpt.pt")
+    save(tmp_path / "other.pt", {"model": {}})  # what damage may leave of ours: its SHA-256, or its parts
+    save(tmp_path / "c.pt", whole(1))
+    own = (tmp_path / "c.pt").read_bytes()
+    (tmp_path / "c.pt").write_bytes(own[:-70] + b"!" + own[-69:])
+    for damaged in "other.pt", "c.pt", "missing.pt":
+        assert not resume.is_of_another_program(tmp_path / damaged)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ESTALE, "Stale file handle"), PermissionError(errno.EACCES, "denied"),

@@ -12,6 +12,7 @@ from conftest import ROOT, TUNED
 from data import DataConfig, prepare
 from mini_llm import pretrained
 from mini_llm.archive import save
+from mini_llm.checkpoint import plan
 from mini_llm.config import parse
 from mini_llm.errors import UserError
 from mini_llm.hugging_face import gpt_config, hugging_face_config
@@ -104,8 +105,17 @@ def test_what_does_not_go_with_the_weights_is_refused_by_name(argv, case):
 def test_resuming_from_nanogpts_checkpoint_is_refused_before_any_text_is_read(tmp_path):
     torch.save({"model": {}, "config": {"init_from": "scratch", "dataset": "openwebtext"}}, tmp_path / "ckpt.pt")
     cfg = parse(Config, ["--resume", str(tmp_path / "ckpt.pt"), "--checkpoint-path", str(tmp_path / "new.pt")])
-    with pytest.raises(UserError, match="is not a checkpoint of mini-llm"):
+    with pytest.raises(UserError, match=r"is not a checkpoint of mini-llm .*; docs/coming-from\.md says how"):
         resolve_init(cfg, tmp_path / "ckpt.pt")
+
+
+def test_what_the_trainer_has_saved_is_told_from_a_checkpoint(tmp_path):
+    (tmp_path / "out" / "checkpoint-500").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoint-500" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="is a folder; give a checkpoint in it or, .* --init-from"):
+        plan(parse(Config, ["--resume", f"{tmp_path}/out", "--checkpoint-path", f"{tmp_path}/c.pt"]).checkpoint)
+    with pytest.raises(UserError, match=f"save_pretrained has written, such as {tmp_path}/out/checkpoint-500, or"):
+        resolve_init(parse(Config, ["--init-from", f"{tmp_path}/out"]), None)
 
 
 def nanogpt_logits(weights, n_heads, tokens):
