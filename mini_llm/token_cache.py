@@ -154,12 +154,15 @@ def _locked_draft(folder, keeps=True):
         yield None
         return
     try:
+        # NFS may answer from what this node knew half a minute ago, as if a draft that another one has renamed were
+        # still there: what is removed below would be the complete tokens. Opening the folder above makes it ask.
+        os.scandir(folder.parent).close()
         # The process that held the lock may have renamed the draft, and another have begun one since.
         if not same_file(fd, draft / ".lock"):
             yield None
             return
         if folder.exists():
-            shutil.rmtree(draft)
+            shutil.rmtree(draft, ignore_errors=True)  # on NFS, the open .lock keeps a name in it
             yield None
             return
         kept = {".lock", PROGRESS, "train.bin", "val.bin"} if (draft / PROGRESS).exists() else {".lock"}
@@ -188,6 +191,7 @@ def _locked_draft(folder, keeps=True):
 def _lock(draft):
     """Creates the draft and waits for its lock → the descriptor of the locked file; None if the draft has just been
     renamed. Raises UserError."""
+    fd = None
     try:
         make_folder(draft)
         if draft.is_symlink():  # its target is not ours to empty
@@ -196,7 +200,11 @@ def _lock(draft):
         fd = os.open(draft / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         _wait(lambda: not try_lock(fd), draft)
     except OSError as error:
-        if isinstance(error, FileNotFoundError) and draft.parent.exists():
+        # NFS knows no file that another node has removed, as the lock file is once the draft has its name.
+        removed = fd is not None and not same_file(fd, draft / ".lock")
+        if fd is not None:
+            os.close(fd)
+        if removed or isinstance(error, FileNotFoundError) and draft.parent.exists():
             return None
         unlocked = error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
         advice = "on a file system with locks, such as a local disk" if unlocked else "that can be written"

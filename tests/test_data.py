@@ -1013,6 +1013,49 @@ def test_tokens_that_another_process_completes_meanwhile_are_not_made_again(tmp_
     assert key.exists() and not draft.exists()
 
 
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.ENOLCK])
+def test_a_lock_file_that_another_node_has_removed_meanwhile_locks_nothing(tmp_path, monkeypatch, code):
+    """NFS does not know it any more; version 3 says that there are no locks."""
+    key = tmp_path / "key"
+
+    def completed_meanwhile(blocked, draft):
+        draft.rename(key)
+        (key / ".lock").unlink()
+        raise OSError(code, "of a network")
+
+    monkeypatch.setattr(token_cache, "_wait", completed_meanwhile)
+    descriptors = len(os.listdir("/dev/fd"))
+    with token_cache._locked_draft(key) as draft:
+        assert draft is None
+    assert len(os.listdir("/dev/fd")) == descriptors
+
+
+def test_tokens_that_another_node_has_completed_are_not_emptied_though_this_one_sees_their_draft(tmp_path, monkeypatch):
+    """NFS shows what another node has renamed when the folder above is opened, or else half a minute later."""
+    key, draft = tmp_path / "key", tmp_path / "key.draft"
+    draft.mkdir()
+    (draft / "meta.json").touch()
+
+    def opened(path, real=os.scandir):
+        if path == tmp_path:
+            draft.rename(key)
+            (key / ".lock").unlink()
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", opened)
+    with token_cache._locked_draft(key) as found:
+        assert found is None
+    assert (key / "meta.json").exists()
+
+
+def test_an_open_file_that_keeps_a_name_on_nfs_fails_no_preparation(tmp_path, monkeypatch):
+    (key := tmp_path / "key").mkdir()  # another process has completed it
+    monkeypatch.setattr(os, "unlink", lambda name, dir_fd: os.rename(name, ".nfs01", src_dir_fd=dir_fd,
+                                                                     dst_dir_fd=dir_fd))
+    with token_cache._locked_draft(key) as draft:
+        assert draft is None
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_text_of_one_sequence_will_do_and_one_token_less_will_not(tmp_path, text, split):
     for characters in (32, 31):  # a byte is a token, and the end-of-text token is one more: targets are one on
