@@ -110,7 +110,7 @@ class Shard:
             if error.errno == errno.EMFILE:
                 advice = "allow more: ulimit -n"
             raise UserError(f"{path}: {error.strerror}; {advice}") from None
-        header = os.pread(self.fd, HEADER.size, 0)
+        header = self._bytes(HEADER.size, 0)
         if len(header) < HEADER.size or header[:8] != MAGIC:
             raise UserError(f"{path}: not a token shard of mini-llm; prepare it again from the text")
         _, version, itemsize, self.count, self.vocab_size, eos, self.tokenizer_hash = HEADER.unpack(header)
@@ -135,11 +135,17 @@ class Shard:
     def read(self, first, n):
         """Tokens first to first + n - 1, (n,). Raises UserError if any are missing or outside the vocabulary."""
         at, size = HEADER.size + (self.start + first) * self.dtype.itemsize, n * self.dtype.itemsize
-        block = os.pread(self.fd, size, at)
+        block = self._bytes(size, at)
         ids = np.frombuffer(block, self.dtype) if len(block) == size else ()
         if len(ids) != n or n and ids.max() >= self.vocab_size:  # else an obscure error on the GPU
             raise UserError(f"{self.path} is damaged at token {first}; remove its folder and prepare it again")
         return ids
+
+    def _bytes(self, size, at):
+        try:
+            return os.pread(self.fd, size, at)
+        except OSError as error:  # of a disk or a network; what is there may be intact
+            raise UserError(f"{self.path} cannot be read now ({error.strerror}); try again when it can be") from None
 
     def expect(self, first, n):
         """Tell the operating system that these tokens are read soon: from a slow disk they then come meanwhile."""
@@ -156,7 +162,7 @@ class Shard:
         if intact and size <= 1 << 30:
             digest = hashlib.blake2b(digest_size=16)
             for at in range(0, size, 1 << 22):
-                digest.update(os.pread(self.fd, min(1 << 22, size - at), HEADER.size + at))
+                digest.update(self._bytes(min(1 << 22, size - at), HEADER.size + at))
             intact = digest.hexdigest() == meta["fingerprint"][split]
         if not intact:
             raise UserError(f"{self.path} is damaged: its tokens are not those of the meta.json beside it; remove its "

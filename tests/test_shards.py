@@ -1,5 +1,6 @@
 """Token files of llm.c and nanoGPT are trained on as if the text had been given."""
 
+import errno
 import os
 import pickle
 import shutil
@@ -173,3 +174,19 @@ def test_a_shard_in_another_process_reads_its_own_file(tmp_path):
     assert parts[0].fd is parts[1].fd
     for shard in whole, parts[0]:
         os.close(shard.fd)
+
+
+def test_tokens_that_a_network_does_not_give_now_are_not_called_damaged(tmp_path, monkeypatch):
+    writer = ShardWriter(tmp_path / "train.bin", 100, None, bytes(32))
+    writer.write(range(100))
+    writer.close()
+    shard = Shard(tmp_path / "train.bin")
+
+    def stale(*_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(os, "pread", stale)
+    for read in lambda: Shard(tmp_path / "train.bin"), lambda: shard.read(0, 3):
+        with pytest.raises(UserError, match="train.bin cannot be read now .Stale file handle.; try again"):
+            read()
+    os.close(shard.fd)
