@@ -277,7 +277,7 @@ def main():
                         f"lower it")
     if cfg.stride > seq_len:
         raise UserError(f"--stride {cfg.stride} is above --seq-len {seq_len}: windows would leave tokens out")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # on NFS, open files keep a name in it
         try:
             shards, bytes_per_token = open_data(cfg.data or [own_validation_set(saved)], cfg.text_column, seq_len,
                                                 tokenizer, eos, saved, folder)

@@ -139,6 +139,19 @@ def test_want_of_memory_or_space_is_one_line(run_folder, monkeypatch, capsys):
     assert "No space left on device; make room there, or set TMPDIR" in refused(main, flags, monkeypatch, capsys)
 
 
+def test_an_open_file_that_keeps_a_name_on_nfs_costs_no_figure(run_folder, tmp_path, monkeypatch):
+    """TMPDIR is there on some clusters."""
+    def unlink(name, dir_fd=None, real=os.unlink):
+        if str(name).endswith(".bin"):
+            return os.rename(name, f".nfs-{name}", src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+        return real(name, dir_fd=dir_fd)
+
+    monkeypatch.setattr(evaluate_module.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(os, "unlink", unlink)
+    assert evaluate(run_folder, "--data", "a.txt")["loss"] > 0
+    assert [*tmp_path.rglob(".nfs-*")]
+
+
 def encoded(folder, name):
     """The ids of a text as training has them: its documents, each with an end-of-text token after it."""
     _, tokenizer, eos, _ = load_run(folder / "c.pt")
