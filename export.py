@@ -3,6 +3,7 @@
 The folder loads with `transformers.AutoModelForCausalLM.from_pretrained(DIR)`, without any of our code.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -93,7 +94,8 @@ def export(path, output, dtype="float32"):
                 theta = config["rope_parameters"]["rope_theta"]
                 (draft / "config.json").write_text(json.dumps(config | dict(rope_theta=theta), indent=2))
             for file in draft.glob("*.safetensors"):  # which the library lets only its owner read
-                file.chmod((draft / "config.json").stat().st_mode & 0o777)
+                with contextlib.suppress(OSError):  # a file system without rights, such as Windows' under WSL
+                    file.chmod((draft / "config.json").stat().st_mode & 0o777)
             _write_tokenizer(tokenizer_folder(path), tokenizer, model.cfg.max_position_embeddings, draft)
             (draft / "README.md").write_text(model_card(path, model, saved, n_tokens, dtype), "utf-8")
             written = {file.name for file in draft.iterdir()}

@@ -1,3 +1,4 @@
+import errno
 import json
 import re
 import shutil
@@ -218,6 +219,15 @@ def test_a_full_disk_leaves_the_folder_as_it_was(tuned, tmp_path):
     run = subprocess.run([*limited, "--overwrite"], cwd=tmp_path, capture_output=True, text=True, env=environment())
     assert run.returncode == 2 and [path.name for path in tmp_path.rglob("*")] == ["out", "config.json"]
     assert (tmp_path / "out" / "config.json").read_text() == "another's"
+
+
+def test_a_file_system_without_rights_is_exported_to(tuned, tmp_path, monkeypatch):
+    def chmod(path, mode):
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+
+    monkeypatch.setattr(export.Path, "chmod", chmod)
+    export.export(tuned["gpt2"][1].checkpoint, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_an_export_is_on_the_disk_before_it_replaces_another(tuned, tmp_path, monkeypatch):
