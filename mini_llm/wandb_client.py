@@ -45,6 +45,8 @@ def import_wandb():
     tempfile.tempdir = scratch().name
     if sys.platform == "linux":  # elsewhere the path may be too long for a socket
         os.environ["TMPDIR"] = tempfile.tempdir  # wandb-core leaves its socket's folder behind when it is killed
+    if os.path.expanduser("~") == "~":  # in a container, for a user without a name, too: the SDK would fail
+        os.environ["HOME"] = tempfile.tempdir
     if not os.access(os.path.expanduser("~"), os.W_OK):  # where the SDK stages tables and artifacts
         for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
             os.environ.setdefault(name, tempfile.tempdir)

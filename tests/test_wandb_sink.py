@@ -237,6 +237,16 @@ def test_what_a_killed_wandb_core_leaves_behind_lies_in_the_folder_that_is_remov
     assert os.environ["TMPDIR"] == ("removed" if sys.platform == "linux" else str(tmp_path))
 
 
+def test_without_a_home_the_sdk_has_one_that_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=None))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(wandb_client, "scratch", lambda: SimpleNamespace(name=str(tmp_path)))
+    monkeypatch.setenv("HOME", "~")  # what expanduser gives where neither HOME nor the user's number says more
+    import_wandb()
+    assert os.environ["HOME"] == str(tmp_path)
+
+
 def links(folder):
     return sorted(path.name for path in folder.glob("*upload-*"))
 
