@@ -425,6 +425,7 @@ def main():
     parser.add_argument("--smooth", metavar="N", type=positive, default=0,
                         help="reports that the bold curves average; 1: none (default: a 25th of the run, at most 100)")
     parser.add_argument("--terminal", action="store_true", help="print text plots, and write nothing")
+    advice = ""
     try:
         args = parser.parse_args()
         runs = load(args.runs)
@@ -434,13 +435,14 @@ def main():
             return
         first = Path(args.runs[0])
         folder = Path(args.output or (first / "report" if first.is_dir() else beside_run(first, ".report")))
+        advice = "; name a folder of your own: --output DIR"
         with needed_packages(", or look with --terminal"):
             images = write_page(runs, folder, args.x, args.smooth)
         print(f"wrote {folder / 'index.html'}, and beside it {', '.join(images)}")
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise UserError(f"{error.filename or 'the report cannot be written'}: {error.strerror}") from None
+        raise UserError(f"{error.filename or 'the report cannot be written'}: {error.strerror}{advice}") from None
 
 
 if __name__ == "__main__":

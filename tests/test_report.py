@@ -159,6 +159,13 @@ def test_the_terminal_needs_no_matplotlib(tmp_path):
     assert len(refused.stderr.splitlines()) == 1
 
 
+def test_where_no_page_can_be_written_another_folder_is_asked_for(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "c.metrics.jsonl")
+    (tmp_path / "c.report").touch()
+    code, _, err = in_process(monkeypatch, capsys, tmp_path / "c.pt")
+    assert code == 2 and err.endswith("name a folder of your own: --output DIR\n") and err.count("\n") == 1, err
+
+
 def test_in_a_terminal_more_than_four_runs_have_a_row_each(tmp_path, monkeypatch, capsys):
     for i in range(4):
         write_run(tmp_path / f"{i}.metrics.jsonl")
