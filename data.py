@@ -168,7 +168,8 @@ class Corpus:
             if files:
                 sync_path(folder)
         except OSError as error:
-            raise UserError(f"{error.filename or folder}: {error.strerror}; the tokenizer cannot be copied") from None
+            raise UserError(f"{error.filename or folder}: {error.strerror}; the tokenizer cannot be copied: make room "
+                            f"there, or give another --checkpoint-path") from None
         with contextlib.suppress(UserError):  # shards may come without their tokenizer, and be trained on without any
             if not files and tokenizer_hash(open_tokenizer(folder)).hex() != self.meta["tokenizer_hash"]:
                 shutil.rmtree(folder)

@@ -8,6 +8,7 @@ train.py calls `plan_together` (which file to resume from) first, then what resu
 `claim` (lock, disk space).
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -190,10 +191,19 @@ def require_space(cfg, n_bytes, n_steps, uploads=0):
     wanted += min(saves, n_steps // cfg.keep_every + 1) if cfg.keep_every else 0
     metrics = cfg.beside(".metrics.jsonl")
     needed = wanted * n_bytes + (metrics.stat().st_size if metrics.exists() else 0)
-    missing = needed - sum(ours.values()) - shutil.disk_usage(_nearest_folder(cfg.checkpoint_path)).free
+    missing = needed - sum(ours.values()) - _free_bytes(_nearest_folder(cfg.checkpoint_path))
     if missing > 0:
         raise UserError(f"--checkpoint-path {cfg.checkpoint_path}: {wanted} checkpoints of {n_bytes / 1e9:.2g} GB need "
                         f"{missing / 1e9:.2g} GB more than is free; make room, or name a path on another disk")
+
+
+def _free_bytes(folder):
+    """Infinity where it is not known: some FUSE file systems do not say, or say that they have no room at all."""
+    with contextlib.suppress(OSError):
+        disk = shutil.disk_usage(folder)
+        if disk.total:
+            return disk.free
+    return math.inf
 
 
 def _in_use(cfg):

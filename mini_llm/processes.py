@@ -82,7 +82,9 @@ def lock_until_exit(path, patience=1):
     """Acquire that lock and hold it until this process ends, however it ends → whether it is held. Raises OSError."""
     path = os.path.realpath(path)
     if path not in HELD:
-        file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)  # a bare descriptor: nothing closes it
+        # To append, as to a log: an object store that cannot says so before a run's files are replaced. A bare
+        # descriptor: nothing closes it.
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         if _locked(file, patience):
             HELD.add(path)
         else:

@@ -123,7 +123,11 @@ class Tracker:
         if world.is_main or self.plan:
             facts = facts | distributed_info(world) | dict(
                 wandb_run_id=state.wandb_run_id, device=device_name(world.device), command=shlex.join(sys.orig_argv))
-            self._open(cfg, state.step, settings, facts, "" if world.is_main else f".rank{world.rank}")
+            try:
+                self._open(cfg, state.step, settings, facts, "" if world.is_main else f".rank{world.rank}")
+            except OSError as error:
+                raise UserError(f"{error.filename or cfg.checkpoint.checkpoint_path}: {error.strerror}; make room "
+                                f"there, or give a --checkpoint-path whose files can be appended to") from None
         self.bar = ProgressBar(total=self.num_steps, initial=state.step, unit="step", leave=False, dynamic_ncols=True,
                                disable=None if world.is_main else True)
 

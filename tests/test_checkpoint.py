@@ -755,6 +755,18 @@ def test_a_checkpoint_that_came_while_this_run_tokenized_is_not_written_over(tmp
         checkpoint.claim(Config(checkpoint=config(tmp_path / "file")), None, 1, 0)
 
 
+def test_a_store_that_does_not_append_is_refused_before_anything_is_replaced(tmp_path, monkeypatch):
+    """As metrics and log are written; object stores mounted as a folder take whole files only."""
+    def opened(path, flags, *mode, real=os.open):
+        if flags & os.O_APPEND:
+            raise OSError(errno.ENOTSUP, "Operation not supported")
+        return real(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", opened)
+    with pytest.raises(UserError, match="c.pt: Operation not supported; give another path"):
+        checkpoint.claim(Config(checkpoint=config(tmp_path)), None, 1, 0)
+
+
 def test_a_flag_that_says_the_default_is_no_difference():
     def identity(*flags):
         return resume.identity_of_flags(parse(Config, ["--arch", "qwen3", *flags]), 8)

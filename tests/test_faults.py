@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -130,7 +131,7 @@ def test_a_save_is_overdue_so_many_minutes_of_training_after_the_last_one(tmp_pa
 
 def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path, monkeypatch):
     cfg = CheckpointConfig(checkpoint_path=str(tmp_path / "new" / "c.pt"), keep_last=2)
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: SimpleNamespace(free=3_900))
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: SimpleNamespace(free=3_900, total=9_000))
     with pytest.raises(UserError, match="4 checkpoints of 1e-06 GB need 1e-07 GB more"):
         checkpoint.require_space(cfg, 1_000, n_steps=1_000)
     (tmp_path / "new").mkdir()
@@ -153,6 +154,17 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path, monkeypatc
         checkpoint.require_space(milestones, 1_000, n_steps=250)
     with pytest.raises(UserError, match="5 checkpoints"):  # those that wait for their upload
         checkpoint.require_space(every, 1_000, n_steps=250, uploads=2)
+
+
+@pytest.mark.parametrize("says", [SimpleNamespace(free=0, total=0), OSError(errno.ENOSYS, "Function not implemented")])
+def test_a_file_system_that_does_not_say_what_is_free_is_not_full(tmp_path, monkeypatch, says):
+    def disk_usage(folder):
+        if isinstance(says, OSError):
+            raise says
+        return says
+
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", disk_usage)
+    checkpoint.require_space(CheckpointConfig(checkpoint_path=str(tmp_path / "c.pt")), 1_000, n_steps=1_000)
 
 
 @contextlib.contextmanager
@@ -428,9 +440,21 @@ def test_a_tokenizer_that_cannot_be_written_replaces_no_run(trainer):
         "data.write_whole = full\n"
         "train.main()\n")
     run = trainer("--num-steps", 5, "--overwrite", script=script)
-    said = ".json: No space left on device; the tokenizer cannot be copied\n"
+    said = ".json: No space left on device; the tokenizer cannot be copied: make room there, or give another "
+    said += "--checkpoint-path\n"
     assert run.code == 2 and run.err.endswith(said), run.err
     assert before == {path.name: path.read_bytes() for path in trainer.folder.glob("c.*") if path.is_file()}
+
+
+def test_a_log_that_cannot_be_written_is_a_line_and_costs_no_checkpoint(trainer):
+    assert trainer("--num-steps", 5).code == 0
+    (trainer.folder / "c.log").unlink()
+    (trainer.folder / "c.log").mkdir()
+    run = trainer("--num-steps", 10, "--resume")
+    assert run.code == 2 and "c.log: " in run.err and "give a --checkpoint-path" in run.err, run.err
+    assert run.err.count("\n") == 1, run.err
+    (trainer.folder / "c.log").rmdir()
+    assert trainer("--num-steps", 10, "--resume").code == 0
 
 
 def test_sigusr1_before_the_first_step_saves_and_goes_on(trainer):
