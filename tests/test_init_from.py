@@ -76,6 +76,9 @@ WRONG = {
     "no weights": (["--init-from", "{empty}"], ["{empty}", "no config.json with *.safetensors"]),
     "unknown name offline": (["--init-from", "no/such"], ["no/such", "cannot be reached"]),
     "other model": (["--init-from", "{other}"], ["{other}", "model_type mistral"]),
+    "no moments": (["--keep-optimizer"], ["--keep-optimizer", "no optimizer state that this version can take"]),
+    "moments of before --optimizer": (["--init-from", "{early}", "--keep-optimizer", "--seq-len", "8"],
+                                      ["--keep-optimizer", "no optimizer state that this version can take"]),
     "no checkpoint": (["--init-from", "{file}"], ["--init-from", "{file}", "not a checkpoint of mini-llm"]),
 }
 
@@ -83,12 +86,16 @@ WRONG = {
 @pytest.fixture
 def argv(tuned, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    names = {name: str(tmp_path / name) for name in ("empty", "other", "file")}
+    names = {name: str(tmp_path / name) for name in ("empty", "other", "file", "early")}
     (tmp_path / "empty").mkdir()
     shutil.copytree(tuned["gpt2"][0], names["other"])
     (tmp_path / "other" / "config.json").write_text('{"model_type": "mistral"}')
     (tmp_path / "file").write_bytes(b"no checkpoint")
     (tmp_path / "file.pt").write_bytes(b"of a run before")
+    gpt = GPTConfig(n_layers=1, n_heads=2, d_model=16, vocab_size=257, max_position_embeddings=8)
+    save(tmp_path / "early", dict(format=FORMAT, model=GPT(gpt).state_dict(), state=dict(step=1),
+                                  identity={"--vocab-size": 257},
+                                  config=dataclasses.asdict(gpt) | dict(seq_len=8, tokenizer_name="byte")))
     base = ["--init-from", str(tuned["gpt2"][0]), "--tokenizer-name", "byte", "--seq-len", "32"]
     return lambda *flags: [*base, *(flag.format(**names) for flag in flags)], names
 
