@@ -18,10 +18,10 @@ from mini_llm.facts import log_facts
 from mini_llm.hardware import SpeedConfig
 from mini_llm.meter import Meter
 from mini_llm.pretrained import InitConfig, load_initial, resolve_init, resolve_vocab_size
-from mini_llm.processes import StopSignal, refuse_torchrun, stop_when_orphaned
+from mini_llm.processes import StopSignal, refuse_torchrun, source_digest, stop_when_orphaned
 from mini_llm.saver import Saver, raise_nonfinite
 from mini_llm.tracking import ReportConfig, Tracker, TrackingConfig, make_profiler, setup_logging
-from mini_llm.wandb_runs import WandbConfig, sweep_trial, sync_command
+from mini_llm.wandb_runs import WandbConfig, provenance, sweep_trial, sync_command
 from mini_llm.watchdog import Watchdog
 from model import GPT, GPTConfig
 from optim import OptimConfig, StepGuard, lr_at, make_optimizer, set_lr, state_sizes
@@ -54,6 +54,7 @@ def train(cfg, world):
     if cfg.ranks.shard_ranks and world.shards == 1:
         raise UserError(f"--shard-ranks {cfg.ranks.shard_ranks}: only train_fsdp.py shards a model, over several "
                         f"ranks; take that, or --shard-ranks 0")
+    world.require_same({"the code": source_digest()}, "versions", "bring every node to the same git commit")
     world.require_same({flag(name): value for name, value in flatten(cfg).items()}, "flags")
     resume_from = checkpoint.plan_together(cfg.checkpoint, world, dry_run)
     cfg.model, cfg.init, cfg.data = world.from_main(lambda: resolve_init(cfg, resume_from))
@@ -78,6 +79,7 @@ def train(cfg, world):
     world.require_same(identity, "data")
     world.require_same({"precision": precision.name, "device": device}, "devices",
                        "give an --amp-dtype that all have, or --no-amp, and under Muon devices that are the same")
+    versions = world.from_main(provenance)  # of code and packages
     saved = resume_from and world.from_main(
         lambda: resume.load_for_resume(resume_from, cfg.checkpoint, identity, config, mends=not dry_run))
 
@@ -94,6 +96,7 @@ def train(cfg, world):
     guard = StepGuard(cfg.optim, optimizer, scaler, world.device)
     parts = dict(model=raw, optimizer=optimizer, scaler=scaler, guard=guard, meter=meter)
     if saved:
+        resume.log_versions(saved, versions)
         state = resume.restore(saved, parts, cfg.checkpoint.continues(resume_from), world)
     del saved  # else its tensors stay in memory for the whole run
     corpus.first_sample = state.first_sample
@@ -143,7 +146,7 @@ def train(cfg, world):
         world.require_replicas(raw, optimizer)
         return world.full_state({name: part.state_dict() for name, part in parts.items()}) | dict(
             format=resume.FORMAT, state=asdict(state), identity=identity, config=config, start=corpus.start,
-            tokens=os.path.abspath(corpus.folder), torch=str(torch.__version__))
+            tokens=os.path.abspath(corpus.folder), versions=versions)
 
     def halt():
         """Saves the weights and raises NonFinite, naming the samples of the last step. Collective."""
@@ -190,8 +193,8 @@ def train(cfg, world):
         world.from_main(lambda: resume.remove_stale_files(cfg.checkpoint, resume_from, state.step))
         state.best_val = world.from_main(lambda: resume.loss_to_beat(cfg.checkpoint, state, cfg.report.eval_tokens))
 
-    facts = config | corpus.facts | dict(n_params=raw.num_params(), accum_steps=accum,
-                                          flops_per_token=flops_per_token)
+    facts = config | corpus.facts | versions | dict(n_params=raw.num_params(), accum_steps=accum,
+                                                    flops_per_token=flops_per_token)
     with (Tracker(cfg, world, state, epochs, precision.name, facts) as track,
           make_profiler(cfg.tracking.use_profiler and world.is_main, cfg.checkpoint.beside(".trace.json"),
                         num_steps - state.step) as profiler,

@@ -1,10 +1,13 @@
-"""Signals to stop or save, processes orphaned by their launcher, lock files, and the limit of open files."""
+"""Which code a process runs, signals to stop or save, processes orphaned by their launcher, lock files, and the limit
+of open files."""
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import resource
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -22,6 +25,14 @@ def refuse_torchrun():
         if os.environ["RANK"] != "0":
             time.sleep(10)  # the first one says it, and torchrun ends the others
         raise UserError("torchrun: train.py trains on one device; start train_ddp.py or train_fsdp.py instead")
+
+
+def source_digest():
+    """A hash of our source files that this process has loaded: ranks that run different versions must not train."""
+    folder = Path(__file__).parent
+    loaded = {Path(vars(module).get("__file__") or "") for module in list(sys.modules.values()) if module}
+    ours = sorted(file for file in loaded if file.parent in (folder, folder.parent))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in ours)).hexdigest()[:12]
 
 
 def parent_of(pid):

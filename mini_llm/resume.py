@@ -1,8 +1,8 @@
 """Whether a checkpoint is of this run, and what the run takes over from it.
 
 train.py calls, in this order: `require_same_flags` (is the checkpoint this run's, by its flags?), `earlier_shards`,
-`run_identity` and `load_for_resume` (and by its data?), `restore`; and, before the first step, `remove_stale_files` (of
-a run that is replaced) and `loss_to_beat`.
+`run_identity` and `load_for_resume` (and by its data?), `log_versions`, `restore`; and, before the first step,
+`remove_stale_files` (of a run that is replaced) and `loss_to_beat`.
 """
 
 import contextlib
@@ -125,7 +125,9 @@ def _require_same_run(source, payload, identity, config):
         return
     samples = changed.get("sequences in a step")
     hint = f" (--batch-size x --grad-accum-steps x ranks has to be {samples[0]})" if samples else ""
-    own, flags_file = (shlex.quote(str(path)) for path in (source, beside_run(source, ".config.toml")))
+    own = shlex.quote(str(source))
+    config_file = beside_run(source, ".config.toml")
+    start = f" (--config {shlex.quote(str(config_file))})" if config_file.exists() else ""
     anew = f"train its weights in a new run: --init-from {own}"
     # Weights fit their own tokenizer only, which replaces a learned one but not that of token shards, and GPT-2's
     # have no more positions than they were trained on.
@@ -141,7 +143,7 @@ def _require_same_run(source, payload, identity, config):
     said = [f"{name} is another" if name in HASHED else f"{name} was {before}, is {now}"
             for name, (before, now) in changed.items()]
     raise UserError(f"--resume: {source} is of another run: {'; '.join(said)}{hint}; give the flags and data "
-                    f"that it was started with (--config {flags_file}), or {anew} with another --checkpoint-path")
+                    f"that it was started with{start}, or {anew} with another --checkpoint-path")
 
 
 def load_latest(path, cfg):
@@ -202,6 +204,18 @@ def _surely_peeked(file):
     return found
 
 
+def log_versions(payload, versions):
+    """Log what of `versions` (wandb_runs.provenance) has changed since the checkpoint: another version of this code or
+    of PyTorch may give other losses."""
+    was = payload.get("versions", {})
+    changed = [f"{name} was {was[name]}, is {value}" for name, value in versions.items()
+               if was.get(name, value) != value]
+    if not was:
+        changed = ["the checkpoint does not say which ones wrote it"]
+    if changed:
+        log.info("resumed with other versions, which may give other losses: %s", "; ".join(changed))
+
+
 def restore(payload, parts, continues, world):
     """Load a restored payload into a run's parts (name → object with state_dict and load_state_dict) → its State.
     Raises UserError. Collective."""
@@ -217,9 +231,11 @@ def restore(payload, parts, continues, world):
     except Exception as error:  # torch raises many types
         if hardware.out_of_memory(error):
             raise
+        commit = payload.get("versions", {}).get("git_commit", "not noted")
         raise UserError(f"--resume: parts of the checkpoint are not those of this run ({type(error).__name__}: "
-                        f"{' '.join(str(error).split())[:300]}); name another with --resume FILE, or start anew "
-                        f"with another --checkpoint-path") from None
+                        f"{' '.join(str(error).split())[:300]}); if another version of mini-llm wrote it (git commit "
+                        f"{commit}), go on with that one; else name another with --resume FILE, or start anew with "
+                        f"another --checkpoint-path") from None
     return state if continues else dataclasses.replace(state, wandb_run_id="")  # a branch is a separate run
 
 

@@ -25,7 +25,7 @@ from mini_llm.plots import sparkline
 from mini_llm.progress import ProgressBar
 from mini_llm.saver import NonFinite
 from mini_llm.sinks import JsonlSink, TensorboardSink
-from mini_llm.wandb_runs import distributed_info, plan_run, provenance, resolve_run
+from mini_llm.wandb_runs import distributed_info, plan_run, resolve_run
 
 # What a finished run draws on the console: title → metric.
 DRAWN = {"train loss": "train/loss", "val loss": "val/loss", "grad norm": "train/grad_norm", "lr": "lr",
@@ -167,7 +167,6 @@ class Tracker:
         if self.plan:
             from mini_llm.wandb_sink import WandbSink
 
-            facts |= provenance()
             self.wandb = WandbSink(settings, self.plan, self.beside, tag, facts, rows.place(), console, toml)
             self.sinks.append(self.wandb)
         self._record(step, event="config", config=facts)

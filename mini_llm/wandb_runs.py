@@ -274,12 +274,13 @@ def remember_sent(job):
 
 def git(*words):
     """The output of a git command on this source tree; "" if it fails (not a repository, git is not installed) or is
-    not wanted (WANDB_DISABLE_GIT)."""
+    not wanted (WANDB_DISABLE_GIT). Without the lock in which `git status` may refresh the index: a `git pull` at that
+    moment would fail."""
     if switched_on("WANDB_DISABLE_GIT"):
         return ""
     try:
-        return subprocess.run(["git", "-C", str(SOURCE), *words], capture_output=True, text=True, timeout=10,
-                              check=True, errors="replace").stdout.rstrip("\n")
+        return subprocess.run(["git", "--no-optional-locks", "-C", str(SOURCE), *words], capture_output=True,
+                              text=True, timeout=10, check=True, errors="replace").stdout.rstrip("\n")
     except (OSError, subprocess.SubprocessError):
         return ""
 
@@ -296,7 +297,7 @@ def provenance():
     from importlib import metadata
 
     commit = os.environ.get("WANDB_GIT_COMMIT") or git("rev-parse", "HEAD")
-    facts = dict(git_commit=commit, git_dirty=bool(git("status", "--porcelain"))) if commit else {}
+    facts = dict(git_commit=commit, git_dirty=bool(git("status", "--porcelain", "--", "."))) if commit else {}
     for package in ("torch", "numpy", "transformers", "tokenizers", "datasets", "wandb"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             facts[f"version/{package}"] = metadata.version(package)

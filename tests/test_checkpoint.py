@@ -386,6 +386,28 @@ def test_a_checkpoint_that_is_older_than_a_flag_goes_on(tmp_path):
         resume.load_for_resume(tmp_path / "c.pt", config(tmp_path), identity | {"--rope-theta": "5e5"}, {})
 
 
+@pytest.mark.parametrize("was, said", [
+    ({}, "the checkpoint does not say which ones wrote it"),  # from before versions were noted
+    ({"versions": {"git_commit": "a", "version/torch": "2"}}, "git_commit was a, is b"),
+    ({"versions": {"git_commit": "b", "version/torch": "2", "version/wandb": "1"}}, None)], ids=str)
+def test_a_resume_with_another_version_is_said(caplog, was, said):
+    with caplog.at_level("INFO"):
+        resume.log_versions(was, {"git_commit": "b", "version/torch": "2"})
+    expected = [f"resumed with other versions, which may give other losses: {said}"] if said else []
+    assert caplog.messages == expected
+
+
+@pytest.mark.parametrize("start", [True, False])
+def test_a_run_of_other_flags_is_told_of_a_file_of_its_flags_only_if_there_is_one(tmp_path, start):
+    """A checkpoint that was copied alone, or by a version that wrote none, has no such file."""
+    save(tmp_path / "c.pt", whole(1) | {"identity": {"--arch": "llama"}})
+    if start:
+        (tmp_path / "c.config.toml").touch()
+    with pytest.raises(UserError) as error:
+        resume.load_for_resume(tmp_path / "c.pt", config(tmp_path), {"--arch": "gpt2"}, {})
+    assert ("(--config " in str(error.value)) == start, error.value
+
+
 def test_other_data_may_be_trained_on_with_the_weights_and_the_optimizers_state(tmp_path):
     was, now = ({"--arch": "llama", "the training data": data} for data in "ab")
     save(tmp_path / "c.pt", whole(1) | {"identity": was})

@@ -16,6 +16,23 @@ from mini_llm.processes import StopSignal, child_processes, parent_of
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="processes are looked up in /proc")
 
 
+def test_the_code_of_a_process_is_that_of_our_files_which_it_has_loaded(tmp_path):
+    (tmp_path / "mini_llm").mkdir()
+    for file in ("__init__", "errors", "processes"):
+        (tmp_path / "mini_llm" / f"{file}.py").write_bytes((ROOT / "mini_llm" / f"{file}.py").read_bytes())
+
+    def digest():
+        command = [sys.executable, "-c", "import mini_llm.processes; print(mini_llm.processes.source_digest())"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    before = digest()
+    (tmp_path / "scratch.py").touch()  # lies on this machine only
+    assert digest() == before
+    with open(tmp_path / "mini_llm" / "errors.py", "a") as file:
+        file.write("# pulled\n")
+    assert digest() != before
+
+
 def test_the_second_ctrl_c_ends_a_run_at_once_and_the_first_does_not(monkeypatch, capfd):
     clock = Clock(monkeypatch, processes)
     stop = StopSignal(SimpleNamespace(is_main=True))

@@ -202,10 +202,10 @@ def free_port():
         return free.getsockname()[1]
 
 
-def start_node(node, port, folder, flags, env=None, ranks=1, **streams):
+def start_node(node, port, folder, flags, env=None, ranks=1, script=ROOT / "train_ddp.py", **streams):
     """torchrun with so many ranks on one of two nodes of this machine, in `folder`."""
     args = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--nproc-per-node={ranks}",
-            f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}", ROOT / "train_ddp.py", *TINY,
+            f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}", script, *TINY,
             *flags]
     return zygote.Popen(list(map(str, args)), cwd=folder, env=environment(**(env or {})), text=True, **streams)
 
@@ -246,6 +246,24 @@ def test_a_rank_that_cannot_connect_says_which_variable_names_the_network(first_
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none9")
     with pytest.raises(ranks.RankFault, match="rank 0 on .* cannot connect to the others: .*none9.*set GLOO_"):
         ranks.join("gloo", timeout=20)
+
+
+@pytest.mark.timeout(100)
+def test_nodes_with_other_versions_of_the_code_do_not_train_together(tmp_path, text):
+    """Their flags may be the same, and the gradients or the order of the samples others."""
+    (other := tmp_path / "train_ddp.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\nfrom train_ddp import DDPWorld\n"
+        f"train.source_digest = lambda: 'pulled'\ntrain.main(DDPWorld)\n".replace("from train_ddp", "from ddp"))
+    (tmp_path / "ddp.py").symlink_to(ROOT / "train_ddp.py")
+    port, nodes = free_port(), []
+    for node, script in enumerate((ROOT / "train_ddp.py", other)):
+        nodes.append(start_node(node, port, tmp_path, ["--train-data", text], script=script,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
+    errors = [node.communicate(timeout=200)[1] for node in nodes]
+    lines = [line for line in "".join(errors).splitlines() if line.startswith("error: ")]
+    assert all(node.returncode for node in nodes) and len(lines) == 1, errors
+    assert "different versions: rank 1 has the code pulled instead of " in lines[0], lines
+    assert lines[0].endswith("; bring every node to the same git commit") and not (tmp_path / "checkpoints").exists()
 
 
 @pytest.mark.timeout(150)
