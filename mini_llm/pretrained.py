@@ -109,7 +109,7 @@ def _resolve_source(cfg, stated, prepared):
         n_kv_heads=theirs.kv_heads, d_ff=theirs.ff_size, head_dim=theirs.head_size, tie_embeddings=theirs.tied)
     if cfg.init.keep_optimizer and own.get("optimizer") != cfg.optim.optimizer:
         state = (f"that of --optimizer {own['optimizer']}; give this, too" if "optimizer" in own else
-                 "no optimizer state that this version can take; give a checkpoint")
+                 f"no optimizer state{' that this version can take' if own else ''}; give a checkpoint")
         raise UserError(f"--keep-optimizer: {source} has {state}, or leave --keep-optimizer out")
     for name, value in stated.items():
         if value not in (sizes[name], own.get(name)):

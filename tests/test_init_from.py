@@ -76,7 +76,7 @@ WRONG = {
     "no weights": (["--init-from", "{empty}"], ["{empty}", "no config.json with *.safetensors"]),
     "unknown name offline": (["--init-from", "no/such"], ["no/such", "cannot be reached"]),
     "other model": (["--init-from", "{other}"], ["{other}", "model_type mistral"]),
-    "no moments": (["--keep-optimizer"], ["--keep-optimizer", "no optimizer state that this version can take"]),
+    "no moments": (["--keep-optimizer"], ["--keep-optimizer", "no optimizer state; give a checkpoint"]),
     "moments of before --optimizer": (["--init-from", "{early}", "--keep-optimizer", "--seq-len", "8"],
                                       ["--keep-optimizer", "no optimizer state that this version can take"]),
     "no checkpoint": (["--init-from", "{file}"], ["--init-from", "{file}", "not a checkpoint of mini-llm"]),
