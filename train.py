@@ -18,7 +18,7 @@ from mini_llm.facts import log_facts
 from mini_llm.hardware import SpeedConfig
 from mini_llm.meter import Meter
 from mini_llm.pretrained import InitConfig, load_initial, resolve_init, resolve_vocab_size
-from mini_llm.processes import StopSignal, refuse_torchrun, source_digest, stop_when_orphaned
+from mini_llm.processes import StopSignal, refuse_torchrun, stop_when_orphaned
 from mini_llm.saver import Saver, raise_nonfinite
 from mini_llm.tracking import ReportConfig, Tracker, TrackingConfig, make_profiler, setup_logging
 from mini_llm.wandb_runs import WandbConfig, provenance, sweep_trial, sync_command
@@ -54,7 +54,6 @@ def train(cfg, world):
     if cfg.ranks.shard_ranks and world.shards == 1:
         raise UserError(f"--shard-ranks {cfg.ranks.shard_ranks}: only train_fsdp.py shards a model, over several "
                         f"ranks; take that, or --shard-ranks 0")
-    world.require_same({"the code": source_digest()}, "versions", "bring every node to the same git commit")
     world.require_same({flag(name): value for name, value in flatten(cfg).items()}, "flags")
     resume_from = checkpoint.plan_together(cfg.checkpoint, world, dry_run)
     cfg.model, cfg.init, cfg.data = world.from_main(lambda: resolve_init(cfg, resume_from))

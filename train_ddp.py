@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 from mini_llm import ranks
 from mini_llm.errors import UserError
 from mini_llm.hardware import usable_cores
+from mini_llm.processes import source_digest
 from mini_llm.shared_memory import share
 from train import main
 from world import World
@@ -39,9 +40,11 @@ class DDPWorld(World):
             torch.set_num_threads(max(1, usable_cores() // self.local_size))  # torchrun's default, 1, leaves cores idle
         if cfg.checkpoint.resume != "auto" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
             raise UserError("torchrun --max-restarts starts this command again as it is: give it --resume auto")
+        code = source_digest()  # now: a pull may change the files while this rank waits for the others
         # On GPUs gradients use NCCL; scalars and flags stay on the CPU and use gloo, so they never wait for a GPU.
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         DDPWorld.heartbeat = ranks.join(backend, cfg.ranks.timeout)
+        self.require_same({"the code": code}, "versions", "bring every node to the same git commit and start again")
 
     def wrap(self, model):
         self.memory = share(self)

@@ -51,7 +51,7 @@ ALLOWED = {  # besides errors.py, which every file may import
               "pretrained", "processes", "resume", "saver", "tracking", "wandb_runs", "watchdog", "world"},
     "world": {"config", "hardware", "optim"},
     "shared_memory": {"ranks"},
-    "train_ddp": {"hardware", "ranks", "shared_memory", "train", "world"},
+    "train_ddp": {"hardware", "processes", "ranks", "shared_memory", "train", "world"},
     "train_fsdp": {"hardware", "model", "train", "train_ddp"},
     "hugging_face": {"model"},
     "pretrained": {"archive", "checkpoint", "config", "files", "hugging_face", "model", "resume", "tokenizer"},
