@@ -66,9 +66,10 @@ def plain(name):
 def nearest(word, known):
     """"; did you mean …?" with the one of `known` that `word` may have meant; "" if there is none."""
     names = {plain(name): name for name in known}
-    meant = _meaning(word)
-    # Typing errors score above 0.8, words of another meaning below.
-    close = [meant] if meant in names else difflib.get_close_matches(_last_part(word), names, n=1, cutoff=0.8)
+    whole = plain(word).replace(".", "_")  # --eval.steps is --eval-steps, not --num-steps
+    close = [name for name in (whole, _meaning(word)) if name in names]
+    for part in _last_part(word), whole:  # typing errors score above 0.8, words of another meaning below
+        close += difflib.get_close_matches(part, names, n=1, cutoff=0.8)
     return f"; did you mean {names[close[0]]}?" if close else ""
 
 

@@ -299,7 +299,8 @@ def test_a_package_that_is_missing_is_named_with_what_installs_it(capsys):
     ("name run-name wandb-name", "did you mean --wandb-run-name?"), ("wandb-resume", "did you mean --resume?"),
     ("z-loss ema", "docs/extending.md has it as a diff"),
     ("adam-eps momentum num-workers val-frequency hidden-dim", "(see --help)"), ("final-lr-frac", "--min-lr?"),
-    ("optimizer.lr train.learning-rate", "did you mean --lr?"), ("train.max_tokens", "did you mean --num-tokens?"),
+    ("optimizer.lr train.learning-rate", "did you mean --lr?"), ("eval.steps eval.step", "--eval-steps?"),
+    ("train.max_tokens", "did you mean --num-tokens?"),
     ("train.max_steps training.steps", "did you mean --num-steps?"), ("validation.steps", "--eval-tokens?"),
     ("max-new-tokens", "it is python generate.py's"), ("train.global_batch_size", "counts it in tokens"),
     ("warmup", "--warmup-steps?"), ("wamup-steps", "--warmup-steps?"), ("trian_data", "--train-data?")])
