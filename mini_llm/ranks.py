@@ -70,19 +70,24 @@ def limit_of(timeout):
 def join(backend, timeout):
     """Join the process group that torchrun's environment variables describe. Returns this rank's Heartbeat."""
     limit = limit_of(timeout)
+    start = min(limit, datetime.timedelta(seconds=START))
+    rank, size, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    host = os.environ["MASTER_ADDR"]
     # torchrun's store is up before its ranks start: if it does not answer, it has died together with torchrun.
     has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    connect = datetime.timedelta(seconds=CONNECT) if has_store else limit
+    connect = datetime.timedelta(seconds=CONNECT) if has_store else start
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=connect))
-    except dist.DistError:
-        raise RankFault(f"rank {os.environ['RANK']} cannot reach torchrun's store at {os.environ['MASTER_ADDR']}:"
-                        f"{os.environ['MASTER_PORT']}: start again, with --resume auto") from None
-    store.set_timeout(limit)
-    if os.environ["WORLD_SIZE"] == os.environ["LOCAL_WORLD_SIZE"]:  # on several nodes, the counts may differ
-        # torchrun restarts ranks on the same store, which still holds the addresses of the previous ranks.
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    _await_all(store, rank, size, min(limit, datetime.timedelta(seconds=START)))
+        # Not dist.rendezvous, in which rank 0, if it holds the store, waits for the others and cannot say for which.
+        store = dist.TCPStore(host, port, size, not has_store and rank == 0, connect, wait_for_workers=False)
+        store.set_timeout(limit)
+        if os.environ["WORLD_SIZE"] == os.environ["LOCAL_WORLD_SIZE"]:  # on several nodes, the counts may differ
+            # torchrun restarts ranks on the same store, which still holds the addresses of the previous ranks.
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        _await_all(store, rank, size, start)
+    except dist.DistError as error:
+        whose = "torchrun's" if has_store else "rank 0's"
+        raise RankFault(f"rank {rank} cannot reach {whose} store at {host}:{port} ({first_line(error)}): start again, "
+                        f"with --resume auto") from None
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     except RuntimeError as error:
@@ -102,10 +107,10 @@ def _await_all(store, rank, size, limit):
     store.set(here[rank], "")
     try:
         store.wait(here, limit)
-    except dist.DistError:
-        missing = [number for number, key in enumerate(here) if not store.check([key])]
-        raise RankFault(f"{len(missing)} of {size} ranks have not joined within {limit.total_seconds():.0f} s, the "
-                        f"first is rank {missing[0]}: what its node has printed may say why; start again") from None
+    except dist.DistStoreError:
+        if missing := [number for number, key in enumerate(here) if not store.check([key])]:
+            raise RankFault(f"{len(missing)} of {size} ranks have not joined within {limit.total_seconds():.0f} s, the "
+                            f"first is rank {missing[0]}: what its node has printed may say why; start again") from None
 
 
 class NoHeartbeat:
