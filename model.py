@@ -268,7 +268,7 @@ class GPT(nn.Module):
 
     def forward(self, tokens, targets=None, reduction="mean"):
         """tokens (B, T) int64, targets (B, T) with IGNORE at positions excluded from the loss → mean cross-entropy in
-        nats per token (with `reduction="none"`: one value per target, (B * T,)). Without targets → logits (B, T, V)."""
+        nats per token (`reduction="sum"`: the sum; "none": each, (B * T,)). Without targets → logits (B, T, V)."""
         x = self.hidden(tokens)
         if targets is None:
             return self.logits(x)
