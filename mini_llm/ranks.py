@@ -80,10 +80,9 @@ def join(backend, timeout):
         # Not dist.rendezvous, in which rank 0, if it holds the store, waits for the others and cannot say for which.
         store = dist.TCPStore(host, port, size, not has_store and rank == 0, connect, wait_for_workers=False)
         store.set_timeout(limit)
-        if os.environ["WORLD_SIZE"] == os.environ["LOCAL_WORLD_SIZE"]:  # on several nodes, the counts may differ
-            # torchrun restarts ranks on the same store, which still holds the addresses of the previous ranks.
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        _await_all(store, rank, size, start)
+        # A prefix of this start's own, since torchrun restarts ranks on the same store, which still holds the addresses
+        # and heartbeats of those before. Not torchrun's count of restarts, which may differ between nodes.
+        store = dist.PrefixStore(_agreed_start(store, rank, size, start), store)
     except dist.DistError as error:
         whose = "torchrun's" if has_store else "rank 0's"
         raise RankFault(f"rank {rank} cannot reach {whose} store at {host}:{port} ({first_line(error)}): start again, "
@@ -94,23 +93,42 @@ def join(backend, timeout):
         raise RankFault(f"rank {rank} on {socket.gethostname()} cannot connect to the others: {first_line(error)}; if "
                         f"its name leads to another network, set GLOO_SOCKET_IFNAME to the interface, such as eth0, "
                         f"that leads to them") from None
-    # A prefix of this start's own: the store may still hold heartbeats of previous ranks. The clone is a connection of
-    # its own: on the same one, a heartbeat would wait for what the main thread does.
-    prefix = [f"heartbeat {os.getpid()} {time.time()}"]
-    dist.broadcast_object_list(prefix)
-    return Heartbeat(dist.PrefixStore(prefix[0], store.clone()), rank, size, timeout)
+    # The clone is a connection of its own: on the same one, a heartbeat would wait for what the main thread does.
+    return Heartbeat(dist.PrefixStore("heartbeat", store.clone()), rank, size, timeout)
 
 
-def _await_all(store, rank, size, limit):
-    """Raises RankFault if a rank is missing: torchrun ends the others of its own node only."""
-    here = [f"here {number}" for number in range(size)]  # of an earlier start on this store, some may be there already
-    store.set(here[rank], "")
+def _agreed_start(store, rank, size, limit):
+    """A name that the ranks of this start share, and none of an earlier one on the same store: rank 0's. It answers
+    every rank whose name it finds there with its own, until that rank says that it is here; those that are gone do not.
+    Raises RankFault if a rank is missing: torchrun ends the others of its own node only."""
+    mine = f"{socket.gethostname()} {os.getpid()} {time.time_ns()}"
+    start = mine if rank == 0 else ""
+    end = time.monotonic() + limit.total_seconds()
+
+    def absent():
+        return [other for other in range(1, size) if not store.check([f"{start} rank {other}"])]
+
+    store.set(f"rank {rank}", mine)
     try:
-        store.wait(here, limit)
+        if rank:
+            store.wait([f"answer to {mine}"], limit)
+            start = store.get(f"answer to {mine}").decode()
+            store.set(f"{start} rank {rank}", "")
+            store.wait([f"{start} all"], limit)
+        else:
+            while missing := absent():
+                if time.monotonic() > end:
+                    raise dist.DistStoreError
+                for other in missing:
+                    if store.check([f"rank {other}"]):
+                        store.set(f"answer to {store.get(f'rank {other}').decode()}", start)
+                time.sleep(0.05)
+            store.set(f"{start} all", "")
     except dist.DistStoreError:
-        if missing := [number for number, key in enumerate(here) if not store.check([key])]:
-            raise RankFault(f"{len(missing)} of {size} ranks have not joined within {limit.total_seconds():.0f} s, the "
-                            f"first is rank {missing[0]}: what its node has printed may say why; start again") from None
+        missing = start and absent() or [0]
+        raise RankFault(f"{len(missing)} of {size} ranks have not joined within {limit.total_seconds():.0f} s, the "
+                        f"first is rank {missing[0]}: what its node has printed may say why; start again") from None
+    return start
 
 
 class NoHeartbeat:

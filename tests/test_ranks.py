@@ -1,6 +1,7 @@
 """Ranks that misbehave, under the real torchrun: all leave, soon, and one line says which it was and why."""
 
 import contextlib
+import datetime
 import json
 import os
 import re
@@ -251,8 +252,32 @@ def test_a_node_whose_ranks_fail_before_they_join_is_not_waited_for(first_of_two
         ranks.join("gloo", timeout=20)
 
 
+def come(store, rank, names):
+    """A thread of rank `rank` of two, which appends the start that it has joined to `names`."""
+    limit = datetime.timedelta(seconds=20)
+    thread = threading.Thread(target=lambda: names.append(ranks._agreed_start(store.clone(), rank, 2, limit)))
+    thread.start()
+    return thread
+
+
+def test_ranks_that_are_started_again_do_not_take_those_before_for_each_other(first_of_two):
+    """torchrun starts each node's ranks again when it can, on the same store."""
+    starts = []
+    for first, second in ((0, 1), (0, 1), (1, 0)):
+        names = []
+        threads = [come(first_of_two, first, names)]
+        time.sleep(0.5)
+        assert not names, "the other rank, of this start, is not there"
+        threads.append(come(first_of_two, second, names))
+        for thread in threads:
+            thread.join()
+        assert len(set(names)) == 1 and len(names) == 2
+        starts += set(names)
+    assert len(set(starts)) == 3
+
+
 def test_a_rank_that_cannot_connect_says_which_variable_names_the_network(first_of_two, monkeypatch):
-    first_of_two.set("here 1", "")
+    come(first_of_two, 1, [])
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none9")
     with pytest.raises(ranks.RankFault, match="rank 0 on .* cannot connect to the others: .*none9.*set GLOO_"):
         ranks.join("gloo", timeout=20)
