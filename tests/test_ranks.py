@@ -172,6 +172,34 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_ends_as_if_it_had_not_been(
     assert same(Run(subprocess.CompletedProcess([], code, out, err), trainer.folder, "c.pt"), whole)
 
 
+@pytest.mark.full
+@pytest.mark.timeout(300)
+def test_torchrun_restarts_the_ranks_of_two_nodes(trainer):
+    """At the first try, though each node's ranks come when they can, and the store has the addresses of those before."""
+    flags = ["--num-steps", 40, "--log-steps", 5, "--save-steps", 10, "--dropout", 0.1, "--resume", "auto"]
+    (script := trainer.folder / "faulty.py").write_text(FAULTY)
+    whole = trainer(*flags, ranks=4, checkpoint="whole.pt", script=script, env=dict(FAULT="none 0 0", GLOO="1"))
+    mark, port = trainer.folder.name, free_port()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", "--max-restarts=1",
+                "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    nodes = []
+    try:
+        for node in range(2):
+            nodes.append(zygote.Popen(
+                [*torchrun, f"--rdzv-conf=is_host={1 - node}", str(script),
+                 *trainer.arguments(flags)[2:]],
+                cwd=trainer.folder, env=environment(FAULT="kill 2 25", FAULTED=mark), text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        outs, errs = zip(*(node.communicate(timeout=200) for node in nodes), strict=True)
+    finally:
+        for pid in processes_with(f"FAULTED={mark}"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    out = "".join(outs)
+    assert [node.returncode for node in nodes] == [0, 0] and "Resumed at step 20" in out, out + "".join(errs)
+    assert same(Run(subprocess.CompletedProcess([], 0, out, ""), trainer.folder, "c.pt"), whole)
+
+
 def test_torchrun_restarts_no_run_that_was_stopped_as_asked(faulted):
     code, out, err, _ = faulted("limit all 25", *LONG, "--resume", "auto", torchrun=["--max-restarts=2"])
     assert code == 0 and out.count("stopped by --time-limit") == out.count("Using device") == 1, out + err
