@@ -98,8 +98,8 @@ def join(backend, timeout):
 
 
 def _agreed_start(store, rank, size, limit):
-    """A name that the ranks of this start share, and none of an earlier one on the same store: rank 0's. It answers
-    every rank whose name it finds there with its own, until that rank says that it is here; those that are gone do not.
+    """A name that the ranks of this start share, and none of an earlier one on the same store: rank 0's. It answers all
+    names that it finds there with its own until each rank has said that it is here, as those that are gone do not.
     Raises RankFault if a rank is missing: torchrun ends the others of its own node only."""
     mine = f"{socket.gethostname()} {os.getpid()} {time.time_ns()}"
     start = mine if rank == 0 else ""
@@ -126,8 +126,8 @@ def _agreed_start(store, rank, size, limit):
             store.set(f"{start} all", "")
     except dist.DistStoreError:
         missing = start and absent() or [0]
-        raise RankFault(f"{len(missing)} of {size} ranks have not joined within {limit.total_seconds():.0f} s, the "
-                        f"first is rank {missing[0]}: what its node has printed may say why; start again") from None
+        raise RankFault(f"{len(missing)} of {size} ranks have not joined within {limit.seconds} s, the first is rank "
+                        f"{missing[0]}: what its node has printed may say why; start again") from None
     return start
 
 
@@ -278,6 +278,11 @@ class Heartbeat(NoHeartbeat):
         that cannot exit by itself; on this node, it is killed. Does not return."""
         with self.leaving:  # the main thread or the heartbeat's, whichever comes first
             try:
+                if code == 2 and self.rank:  # a wrong flag, which rank 0 finds, too, or a file that this node lacks
+                    try:
+                        self.store.wait(["reason"], datetime.timedelta(seconds=5))
+                    except dist.DistStoreError:
+                        reason = f"{self.me['name']}: {reason}"
                 first = self.store.compare_set("reason", "", f"{code} {reason}").decode()
                 code, reason = first.split(" ", 1)
                 for _ in range(30 if self.rank else 0):  # rank 0 comes first: its stderr is the one that people look at
@@ -336,11 +341,10 @@ def _say(what, kind="error"):
 
 def pid_exists(pid):
     """Whether a process of ours is there on this host (or has ended, and its parent has not asked how)."""
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # another user's has got its number
         os.kill(pid, 0)
-    except (ProcessLookupError, PermissionError):  # another user's has got its number
-        return False
-    return True
+        return True
+    return False
 
 
 def portable(error):

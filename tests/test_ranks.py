@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -175,7 +176,7 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_ends_as_if_it_had_not_been(
 @pytest.mark.full
 @pytest.mark.timeout(300)
 def test_torchrun_restarts_the_ranks_of_two_nodes(trainer):
-    """At the first try, though each node's ranks come when they can, and the store has the addresses of those before."""
+    """At the first try, though each node's ranks come when they can, and the store still has earlier addresses."""
     flags = ["--num-steps", 40, "--log-steps", 5, "--save-steps", 10, "--dropout", 0.1, "--resume", "auto"]
     (script := trainer.folder / "faulty.py").write_text(FAULTY)
     whole = trainer(*flags, ranks=4, checkpoint="whole.pt", script=script, env=dict(FAULT="none 0 0", GLOO="1"))
@@ -309,6 +310,20 @@ def test_a_rank_that_cannot_connect_says_which_variable_names_the_network(first_
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none9")
     with pytest.raises(ranks.RankFault, match="rank 0 on .* cannot connect to the others: .*none9.*set GLOO_"):
         ranks.join("gloo", timeout=20)
+
+
+@pytest.mark.timeout(100)
+def test_a_file_that_one_node_lacks_is_an_error_with_that_nodes_rank(tmp_path, text):
+    port, nodes = free_port(), []
+    for node in range(2):
+        (folder := tmp_path / str(node)).mkdir()
+        if node == 0:
+            shutil.copy(text, folder / "t.txt")
+        nodes.append(start_node(node, port, folder, ["--train-data", "t.txt"], stdout=subprocess.DEVNULL,
+                                stderr=subprocess.PIPE))
+    errors = [node.communicate(timeout=200)[1] for node in nodes]
+    (line,) = [line for line in "".join(errors).splitlines() if line.startswith("error: ")]
+    assert re.match(r"error: rank 1 \(\S+, pid \d+\): --train-data t\.txt: no such file or folder", line), line
 
 
 @pytest.mark.timeout(100)
