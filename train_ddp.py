@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
-from mini_llm import ranks
+from mini_llm import ranks, rendezvous
 from mini_llm.errors import UserError
 from mini_llm.hardware import usable_cores
 from mini_llm.processes import source_digest
@@ -31,7 +31,7 @@ class DDPWorld(World):
     SENT_LATER = 2**16  # elements from which on `from_main` sends only a tensor's shape, and `distribute` its values
 
     def __init__(self, cfg):
-        self.rank, self.size, self.local_rank, self.local_size, self.node_rank = ranks.launched(self.script)
+        self.rank, self.size, self.local_rank, self.local_size, self.node_rank = rendezvous.launched(self.script)
         self.is_main = self.rank == 0
         # By default each rank has a process per core for torch.compile's kernels. Read when the compiler is imported.
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, min(32, usable_cores() // self.local_size))))
@@ -43,7 +43,7 @@ class DDPWorld(World):
         code = source_digest()  # now: a pull may change the files while this rank waits for the others
         # On GPUs gradients use NCCL; scalars and flags stay on the CPU and use gloo, so they never wait for a GPU.
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-        DDPWorld.heartbeat = ranks.join(backend, cfg.ranks.timeout)
+        DDPWorld.heartbeat = rendezvous.join(backend, cfg.ranks.timeout)
         self.require_same({"the code": code}, "versions", "bring every node to the same git commit and start again")
 
     def wrap(self, model):

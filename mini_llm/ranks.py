@@ -26,18 +26,13 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_only
 
-from mini_llm.errors import RunFailed, UserError, first_line
+from mini_llm.errors import RunFailed, first_line
 from mini_llm.hardware import explained
 from optim import local
 
-CONNECT = 60  # seconds to connect to torchrun's store
-START = 600  # seconds to wait for ranks that import torch, perhaps from a slow disk, or have failed before they joined
 MAX_MISSED = 120  # seconds without a heartbeat, which continues during any work, before a rank counts as stopped
 LAST_SAVE = 20  # seconds that a save in progress gets to finish; torchrun kills after 30
 RESUME = "--resume auto goes on from the last checkpoint"
-# What torchrun tells each process, and where srun says the same if it starts them itself.
-SLURM = dict(RANK="SLURM_PROCID", WORLD_SIZE="SLURM_NTASKS", LOCAL_RANK="SLURM_LOCALID",
-             LOCAL_WORLD_SIZE="SLURM_NTASKS_PER_NODE", GROUP_RANK="SLURM_NODEID")
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
 
 
@@ -49,86 +44,9 @@ class RankEnded(RuntimeError):
     """A rank has ended that this one was waiting for in a collective."""
 
 
-def launched(script):
-    """(rank, number of ranks, local rank, number of local ranks, node), as torchrun or srun has said. Raises UserError
-    if neither has started this process."""
-    for name, slurm in SLURM.items():
-        if slurm in os.environ:
-            os.environ.setdefault(name, os.environ[slurm])
-    if missing := [name for name in (*SLURM, "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-        raise UserError(f"{', '.join(missing)} not set: start this by torchrun --nproc-per-node=2 {script} ..., on "
-                        f"Slurm srun --ntasks-per-node=1 torchrun ... or, with --ntasks-per-node=N, srun python "
-                        f"{script} ...; for one process, python train.py")
-    return [int(os.environ[name]) for name in SLURM]
-
-
 def limit_of(timeout):
     """The limit of a collective: the heartbeat reports a fault before that."""
     return datetime.timedelta(seconds=timeout + 60)
-
-
-def join(backend, timeout):
-    """Join the process group that torchrun's environment variables describe. Returns this rank's Heartbeat."""
-    limit = limit_of(timeout)
-    start = min(limit, datetime.timedelta(seconds=START))
-    rank, size, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
-    host = os.environ["MASTER_ADDR"]
-    # torchrun's store is up before its ranks start: if it does not answer, it has died together with torchrun.
-    has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    connect = datetime.timedelta(seconds=CONNECT) if has_store else start
-    try:
-        # Not dist.rendezvous, in which rank 0, if it holds the store, waits for the others and cannot say for which.
-        store = dist.TCPStore(host, port, size, not has_store and rank == 0, connect, wait_for_workers=False)
-        store.set_timeout(limit)
-        # A prefix of this start's own, since torchrun restarts ranks on the same store, which still holds the addresses
-        # and heartbeats of those before. Not torchrun's count of restarts, which may differ between nodes.
-        store = dist.PrefixStore(_agreed_start(store, rank, size, start), store)
-    except dist.DistError as error:
-        whose = "torchrun's" if has_store else "rank 0's"
-        raise RankFault(f"rank {rank} cannot reach {whose} store at {host}:{port} ({first_line(error)}): start again, "
-                        f"with --resume auto") from None
-    try:
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
-    except RuntimeError as error:
-        raise RankFault(f"rank {rank} on {socket.gethostname()} cannot connect to the others: {first_line(error)}; if "
-                        f"its name leads to another network, set GLOO_SOCKET_IFNAME to the interface, such as eth0, "
-                        f"that leads to them") from None
-    # The clone is a connection of its own: on the same one, a heartbeat would wait for what the main thread does.
-    return Heartbeat(dist.PrefixStore("heartbeat", store.clone()), rank, size, timeout)
-
-
-def _agreed_start(store, rank, size, limit):
-    """A name that the ranks of this start share, and none of an earlier one on the same store: rank 0's. It answers all
-    names that it finds there with its own until each rank has said that it is here, as those that are gone do not.
-    Raises RankFault if a rank is missing: torchrun ends the others of its own node only."""
-    mine = f"{socket.gethostname()} {os.getpid()} {time.time_ns()}"
-    start = mine if rank == 0 else ""
-    end = time.monotonic() + limit.total_seconds()
-
-    def absent():
-        return [other for other in range(1, size) if not store.check([f"{start} rank {other}"])]
-
-    store.set(f"rank {rank}", mine)
-    try:
-        if rank:
-            store.wait([f"answer to {mine}"], limit)
-            start = store.get(f"answer to {mine}").decode()
-            store.set(f"{start} rank {rank}", "")
-            store.wait([f"{start} all"], limit)
-        else:
-            while missing := absent():
-                if time.monotonic() > end:
-                    raise dist.DistStoreError
-                for other in missing:
-                    if store.check([f"rank {other}"]):
-                        store.set(f"answer to {store.get(f'rank {other}').decode()}", start)
-                time.sleep(0.05)
-            store.set(f"{start} all", "")
-    except dist.DistStoreError:
-        missing = start and absent() or [0]
-        raise RankFault(f"{len(missing)} of {size} ranks have not joined within {limit.seconds} s, the first is rank "
-                        f"{missing[0]}: what its node has printed may say why; start again") from None
-    return start
 
 
 class NoHeartbeat:

@@ -21,7 +21,7 @@ import zygote
 from conftest import ROOT, TINY, Run, environment, eventually, processes_with
 from test_train import same
 
-from mini_llm import ranks
+from mini_llm import ranks, rendezvous
 from mini_llm.config import parse
 from mini_llm.errors import UserError
 from mini_llm.ranks import Heartbeat, differences, digest
@@ -259,9 +259,9 @@ def test_a_rank_that_srun_has_not_started_is_named_by_rank_0_too(monkeypatch):
     for name, value in dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), RANK=0, WORLD_SIZE=2,
                             LOCAL_WORLD_SIZE=1).items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(ranks, "START", 1)
+    monkeypatch.setattr(rendezvous, "START", 1)
     with pytest.raises(ranks.RankFault, match="1 of 2 ranks have not joined within 1 s, the first is rank 1: "):
-        ranks.join("gloo", timeout=20)
+        rendezvous.join("gloo", timeout=20)
 
 
 @pytest.fixture
@@ -271,20 +271,20 @@ def first_of_two(monkeypatch):
     for name, value in dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=store.port, RANK=0, WORLD_SIZE=2, LOCAL_WORLD_SIZE=1,
                             TORCHELASTIC_USE_AGENT_STORE=True).items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(ranks, "START", 1)
+    monkeypatch.setattr(rendezvous, "START", 1)
     return store
 
 
 def test_a_node_whose_ranks_fail_before_they_join_is_not_waited_for(first_of_two):
     """As on a node that lacks the file of --config: torchrun ends the ranks of that node only."""
     with pytest.raises(ranks.RankFault, match="1 of 2 ranks have not joined within 1 s, the first is rank 1: "):
-        ranks.join("gloo", timeout=20)
+        rendezvous.join("gloo", timeout=20)
 
 
-def come(store, rank, names):
-    """A thread of rank `rank` of two, which appends the start that it has joined to `names`."""
+def come(store, rank, names, size=2):
+    """A thread of that rank, which appends the name of the start that it has joined to `names`."""
     limit = datetime.timedelta(seconds=20)
-    thread = threading.Thread(target=lambda: names.append(ranks._agreed_start(store.clone(), rank, 2, limit)))
+    thread = threading.Thread(target=lambda: names.append(rendezvous._roll_call(store.clone(), rank, size, limit)))
     thread.start()
     return thread
 
@@ -305,11 +305,27 @@ def test_ranks_that_are_started_again_do_not_take_those_before_for_each_other(fi
     assert len(set(starts)) == 3
 
 
+def test_a_rank_that_ends_while_others_are_waited_for_is_waited_for_again(first_of_two):
+    """As all ranks of a node do when torchrun restarts them there because one has failed."""
+    names = []
+    threads = [come(first_of_two, 0, names, size=3)]
+    first_of_two.set("rank 1", "gone")
+    call = first_of_two.get("call of gone").decode()
+    first_of_two.set(f"{call}: gone is here", "")
+    threads.append(come(first_of_two, 2, names, size=3))
+    time.sleep(1)
+    assert not names
+    threads.append(come(first_of_two, 1, names, size=3))
+    for thread in threads:
+        thread.join()
+    assert len(names) == 3 and len(set(names)) == 1
+
+
 def test_a_rank_that_cannot_connect_says_which_variable_names_the_network(first_of_two, monkeypatch):
     come(first_of_two, 1, [])
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none9")
     with pytest.raises(ranks.RankFault, match="rank 0 on .* cannot connect to the others: .*none9.*set GLOO_"):
-        ranks.join("gloo", timeout=20)
+        rendezvous.join("gloo", timeout=20)
 
 
 @pytest.mark.timeout(100)
@@ -560,7 +576,7 @@ def test_a_rank_whose_torchrun_was_killed_before_it_came_leaves(trainer):
     """It would knock at the store that has gone with it for as long as ranks wait for each other."""
     script = trainer.folder / "late.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport train_ddp\n"
-                      "train_ddp.ranks.CONNECT = 2\n"
+                      "train_ddp.rendezvous.CONNECT = 2\n"
                       "train_ddp.main(train_ddp.DDPWorld)\n")
     port = str(free_port())
     late = environment(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="2", GROUP_RANK="0",

@@ -42,6 +42,7 @@ ALLOWED = {  # besides errors.py, which every file may import
     "wandb_tools": {"config", "files", "processes", "wandb_client", "wandb_errors", "wandb_runs"},
     "sweep": {"config", "wandb_client", "wandb_runs", "wandb_tools", "train"},
     "ranks": {"optim", "hardware"},
+    "rendezvous": {"ranks"},
     "meter": {"hardware"},
     "watchdog": {"files"},
     "facts": {"config", "hardware", "kernels", "wandb_runs"},
@@ -51,7 +52,7 @@ ALLOWED = {  # besides errors.py, which every file may import
               "pretrained", "processes", "resume", "saver", "tracking", "wandb_runs", "watchdog", "world"},
     "world": {"config", "hardware", "optim"},
     "shared_memory": {"ranks"},
-    "train_ddp": {"hardware", "processes", "ranks", "shared_memory", "train", "world"},
+    "train_ddp": {"hardware", "processes", "ranks", "rendezvous", "shared_memory", "train", "world"},
     "train_fsdp": {"hardware", "model", "train", "train_ddp"},
     "hugging_face": {"model"},
     "pretrained": {"archive", "checkpoint", "config", "files", "hugging_face", "model", "resume", "tokenizer"},
@@ -86,7 +87,7 @@ def test_only_the_modes_know_of_processes():
         source = ast.parse(path.read_text())
         knows = any(name.startswith("torch.distributed") for name in imports(path)) or any(
             isinstance(node, ast.Attribute) and node.attr == "distributed" for node in ast.walk(source))
-        assert not knows or path.stem == "ranks" or path.stem.startswith("train_"), path.name
+        assert not knows or path.stem in ("ranks", "rendezvous") or path.stem.startswith("train_"), path.name
 
 
 def test_every_file_can_be_read_in_one_go():

@@ -1,0 +1,96 @@
+"""How the ranks that torchrun or srun has started find each other: all of one start and no others, or an error."""
+
+import datetime
+import os
+import socket
+import time
+
+import torch.distributed as dist
+
+from mini_llm.errors import UserError, first_line
+from mini_llm.ranks import Heartbeat, RankFault, limit_of
+
+CONNECT = 60  # seconds to connect to torchrun's store
+START = 600  # seconds to wait for ranks that import torch, perhaps from a slow disk, or have failed before they joined
+# What torchrun tells each process, and where srun says the same if it starts them itself.
+SLURM = dict(RANK="SLURM_PROCID", WORLD_SIZE="SLURM_NTASKS", LOCAL_RANK="SLURM_LOCALID",
+             LOCAL_WORLD_SIZE="SLURM_NTASKS_PER_NODE", GROUP_RANK="SLURM_NODEID")
+
+
+def launched(script):
+    """(rank, number of ranks, local rank, number of local ranks, node), as torchrun or srun has said. Raises UserError
+    if neither has started this process."""
+    for name, slurm in SLURM.items():
+        if slurm in os.environ:
+            os.environ.setdefault(name, os.environ[slurm])
+    if missing := [name for name in (*SLURM, "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UserError(f"{', '.join(missing)} not set: start this by torchrun --nproc-per-node=2 {script} ..., on "
+                        f"Slurm srun --ntasks-per-node=1 torchrun ... or, with --ntasks-per-node=N, srun python "
+                        f"{script} ...; for one process, python train.py")
+    return [int(os.environ[name]) for name in SLURM]
+
+
+def join(backend, timeout):
+    """Join the process group that torchrun's environment variables describe. Returns this rank's Heartbeat."""
+    limit = limit_of(timeout)
+    start = min(limit, datetime.timedelta(seconds=START))
+    rank, size, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    host = os.environ["MASTER_ADDR"]
+    # torchrun's store is up before its ranks start: if it does not answer, it has died together with torchrun.
+    has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    connect = datetime.timedelta(seconds=CONNECT) if has_store else start
+    try:
+        # Not dist.rendezvous, in which rank 0, if it holds the store, waits for the others and cannot say for which.
+        store = dist.TCPStore(host, port, size, not has_store and rank == 0, connect, wait_for_workers=False)
+        store.set_timeout(limit)
+        # A prefix of this start's own, since torchrun restarts ranks on the same store, which still holds the addresses
+        # and heartbeats of those before. Not torchrun's count of restarts, which may differ between nodes.
+        store = dist.PrefixStore(_roll_call(store, rank, size, start), store)
+    except dist.DistError as error:
+        whose = "torchrun's" if has_store else "rank 0's"
+        raise RankFault(f"rank {rank} cannot reach {whose} store at {host}:{port} ({first_line(error)}): start again, "
+                        f"with --resume auto") from None
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+    except RuntimeError as error:
+        raise RankFault(f"rank {rank} on {socket.gethostname()} cannot connect to the others: {first_line(error)}; if "
+                        f"its name leads to another network, set GLOO_SOCKET_IFNAME to the interface, such as eth0, "
+                        f"that leads to them") from None
+    # The clone is a connection of its own: on the same one, a heartbeat would wait for what the main thread does.
+    return Heartbeat(dist.PrefixStore("heartbeat", store.clone()), rank, size, timeout)
+
+
+def _roll_call(store, rank, size, limit):
+    """A name of this start that all its ranks know, and none of an earlier start on the same store, whose keys remain.
+    Raises RankFault if a rank is missing: torchrun ends the others of its own node only.
+
+    Rank 0 makes it up and tells it to each rank, under the name that this one has given itself, until all have answered
+    to the same one. What is gone does not answer; and when a rank comes, perhaps in the place of one that has answered,
+    or one does not answer for a while, rank 0 calls all of them anew."""
+    mine = f"{socket.gethostname()} {os.getpid()} {time.time_ns()}"
+    store.set(f"rank {rank}", mine)
+    start, names, missing = "", {}, []
+    called, patience = 0.0, 1  # when rank 0 last called, and after how many seconds it calls again
+    end = time.monotonic() + limit.total_seconds()
+    while time.monotonic() < end:
+        if rank == 0:
+            known = {other: store.get(f"rank {other}").decode() for other in range(1, size)
+                     if store.check([f"rank {other}"])}
+            if known != names or time.monotonic() - called > patience:
+                patience = 1 if known != names else 2 * patience  # many ranks on few cores are slow to answer
+                start, called, names = f"{mine} {time.time_ns()}", time.monotonic(), known
+                for name in names.values():
+                    store.set(f"call of {name}", start)
+            missing = [other for other in range(1, size)
+                       if other not in names or not store.check([f"{start}: {names[other]} is here"])]
+            if not missing:
+                store.set(f"{start}: all are here", "")
+        elif store.check([f"call of {mine}"]):
+            start = store.get(f"call of {mine}").decode()
+            store.set(f"{start}: {mine} is here", "")
+        if start and store.check([f"{start}: all are here"]):
+            return start
+        time.sleep(0.05)
+    who = f"the first is rank {missing[0]}" if missing else "rank 0 says which" if start else "the first is rank 0"
+    raise RankFault(f"{len(missing) or 'some'} of {size} ranks have not joined within {limit.seconds} s, {who}: what "
+                    f"its node has printed may say why; start again")
