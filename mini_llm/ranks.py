@@ -197,9 +197,11 @@ class Heartbeat(NoHeartbeat):
         with self.leaving:  # the main thread or the heartbeat's, whichever comes first
             try:
                 if code == 2 and self.rank:  # a wrong flag, which rank 0 finds, too, or a file that this node lacks
-                    try:
-                        self.store.wait(["reason"], datetime.timedelta(seconds=5))
-                    except dist.DistStoreError:
+                    for _ in range(50):
+                        if self.store.check(["reason"]):
+                            break
+                        time.sleep(0.1)
+                    else:
                         reason = f"{self.me['name']}: {reason}"
                 first = self.store.compare_set("reason", "", f"{code} {reason}").decode()
                 code, reason = first.split(" ", 1)
