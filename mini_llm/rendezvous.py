@@ -65,20 +65,18 @@ def _roll_call(store, rank, size, limit):
     Raises RankFault if a rank is missing: torchrun ends the others of its own node only.
 
     Rank 0 makes it up and tells it to each rank, under the name that this one has given itself, until all have answered
-    to the same one. What is gone does not answer; and when a rank comes, perhaps in the place of one that has answered,
-    or one does not answer for a while, rank 0 calls all of them anew."""
+    to the same one. What is gone does not answer. When a rank comes, rank 0 calls all of them anew: one that had
+    answered may be gone, too, and about to be replaced."""
     mine = f"{socket.gethostname()} {os.getpid()} {time.time_ns()}"
     store.set(f"rank {rank}", mine)
-    start, names, missing = "", {}, []
-    called, patience = 0.0, 1  # when rank 0 last called, and after how many seconds it calls again
+    start, names, missing = "", None, []
     end = time.monotonic() + limit.total_seconds()
     while time.monotonic() < end:
         if rank == 0:
             known = {other: store.get(f"rank {other}").decode() for other in range(1, size)
                      if store.check([f"rank {other}"])}
-            if known != names or time.monotonic() - called > patience:
-                patience = 1 if known != names else 2 * patience  # many ranks on few cores are slow to answer
-                start, called, names = f"{mine} {time.time_ns()}", time.monotonic(), known
+            if known != names:
+                start, names = f"{mine} {time.time_ns()}", known
                 for name in names.values():
                     store.set(f"call of {name}", start)
             missing = [other for other in range(1, size)
