@@ -78,7 +78,7 @@ def world(monkeypatch):
     def make(device="cpu", **variables):
         for name, value in (variables | dict(MASTER_ADDR="localhost", MASTER_PORT=1)).items():
             monkeypatch.setenv(name, str(value))
-        monkeypatch.setattr(train_ddp.ranks, "join", lambda *_: None)
+        monkeypatch.setattr(train_ddp.rendezvous, "join", lambda *_: None)
         monkeypatch.setattr(train_ddp.ranks, "require_same", lambda *_: None)
         return train_ddp.DDPWorld(parse(Config, ["--device", device]))
 
