@@ -47,6 +47,8 @@ def join(backend, timeout):
         # and heartbeats of those before. Not torchrun's count of restarts, which may differ between nodes.
         store = dist.PrefixStore(_roll_call(store, rank, size, start), store)
     except dist.DistError as error:
+        if not has_store and "EADDRINUSE" in str(error):  # such as another job's on this node
+            raise RankFault(f"port {port} of {host} is in use: set MASTER_PORT to one that is not") from None
         whose = "torchrun's" if has_store else "rank 0's"
         raise RankFault(f"rank {rank} cannot reach {whose} store at {host}:{port} ({first_line(error)}): start again, "
                         f"with --resume auto") from None

@@ -275,6 +275,13 @@ def first_of_two(monkeypatch):
     return store
 
 
+def test_a_port_that_another_job_of_this_node_uses_is_named_with_the_way_out(first_of_two, monkeypatch):
+    """Without torchrun, under srun, rank 0 opens it."""
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
+    with pytest.raises(ranks.RankFault, match=f"port {first_of_two.port} of 127.0.0.1 is in use: set MASTER_PORT"):
+        rendezvous.join("gloo", timeout=20)
+
+
 def test_a_node_whose_ranks_fail_before_they_join_is_not_waited_for(first_of_two):
     """As on a node that lacks the file of --config: torchrun ends the ranks of that node only."""
     with pytest.raises(ranks.RankFault, match="1 of 2 ranks have not joined within 1 s, the first is rank 1: "):
