@@ -137,7 +137,8 @@ class Continuation:
     def __init__(self, tokenizer, eos, prompt=(), stops=()):
         self.tokenizer, self.eos, self.stops, self.done = tokenizer, eos, stops, False
         # Decoded with what stands before: some tokenizers emit a space only after another token, others decode bytes
-        # of several tokens only if all of them together are whole characters.
+        # of several tokens only if all of them together are whole characters. A special token decodes to nothing: what
+        # stands before it is still needed.
         self.ids, self.n_before = list(prompt), len(prompt)
         self.shown = len(self._decode())
         self.held = ""  # what may be the beginning of a stop string
@@ -149,7 +150,7 @@ class Continuation:
         text = self._decode()
         whole = text.rstrip("\ufffd")  # how a character decodes until all its bytes are there
         new, self.shown = whole[self.shown:], max(self.shown, len(whole))
-        if whole == text:
+        if whole == text and new:
             self.ids, self.n_before = self.ids[self.n_before:], len(self.ids) - self.n_before
             self.shown = len(self._decode())
         return self._before_stop(new) if self.stops else new

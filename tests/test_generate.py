@@ -190,6 +190,17 @@ def test_bytes_that_are_no_characters_add_up_to_what_the_tokenizer_makes_of_them
         assert "".join([*map(one.add, ids), one.finish()]) == tokenizer.decode(ids)
 
 
+def test_a_word_after_a_special_token_keeps_its_space():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "king": 2}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<unk>"])
+    ids = tokenizer.encode("the old grey king the").ids
+    one = Continuation(tokenizer, None, ids[:1])
+    assert ids == [1, 0, 0, 2, 1] and "".join(map(one.add, ids[1:])) + one.finish() == " king the"
+
+
 @pytest.mark.parametrize("stops, expected", [(["cd"], "ab"), (["d", "bcd"], "a"), (["ef!"], "abcdef"), (["abcdef"], ""),
                                              (["é"], "abcdef")])
 def test_a_stop_text_ends_the_text_wherever_its_tokens_part(stops, expected):
