@@ -365,7 +365,7 @@ def _load_folder(folder):
                  prefix=_before_texts(tokenizer))
     with contextlib.suppress(ValueError):  # none there, or damaged
         start = read_json(Path(folder, "generation_config.json")).get("bos_token_id")
-        if type(start) is int and 0 <= start < tokenizer.get_vocab_size():
+        if type(start) is int and 0 <= start < id_count(tokenizer):
             saved["start"] = start
     return model.eval(), saved, tokenizer
 

@@ -23,7 +23,7 @@ from export import export
 from generate import Continuation, GenerateConfig, batches, generate, main, prompt_ids, sample, sample_text
 from mini_llm.errors import UserError
 from mini_llm.pretrained import load_run
-from mini_llm.tokenizer import load_tokenizer, open_tokenizer, train_tokenizer
+from mini_llm.tokenizer import END_OF_TEXT, load_tokenizer, open_tokenizer, train_tokenizer
 from model import ARCHS, GPT, GPTConfig
 
 
@@ -385,6 +385,11 @@ def test_a_folders_prompts_begin_as_its_tokenizer_begins_them(tuned, tmp_path, c
     for start in 0, 256, 257, -1:
         (stock / "generation_config.json").write_text(json.dumps({"bos_token_id": start}))
         assert load_run(stock)[3].get("start") == (start if 0 <= start < 257 else None)
+    gappy = json.loads((stock / "tokenizer.json").read_text())  # an id that no token has
+    gappy["model"]["vocab"] = {token: i for token, i in gappy["model"]["vocab"].items() if i != 7} | {END_OF_TEXT: 256}
+    (stock / "tokenizer.json").write_text(json.dumps(gappy))
+    (stock / "generation_config.json").write_text(json.dumps({"bos_token_id": 256}))
+    assert load_run(stock)[3]["start"] == 256
     (tmp_path / "a.txt").write_text("The king sings.")
     open_data([str(tmp_path / "a.txt")], "", 8, ours, eos, saved, tmp_path)
     assert "warning: the tokenizer puts <s> before a text, and here no document has it" in capsys.readouterr().err
