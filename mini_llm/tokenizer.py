@@ -195,6 +195,8 @@ def _pretrained(name):
     """A folder's or the Hub's tokenizer: from the local cache if it is there, else from the Hub if it is reachable."""
     from tokenizers import Tokenizer
 
+    if name.endswith(".json") and os.path.isfile(name):
+        raise UserError(f"--tokenizer-name {name}: a file; give the folder of a tokenizer.json")
     offline = f"offline choices: {', '.join(OWN)}, or a tokenizer's folder"
     if os.path.isdir(name):
         file = os.path.join(name, "tokenizer.json")

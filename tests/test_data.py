@@ -1431,6 +1431,8 @@ def test_a_folder_of_before_tokenizer_json_is_converted_and_a_damaged_tokenizer_
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match=f"--tokenizer-name {tmp_path}: .*tokenizer.json is not a tokenizer: "):
         load_tokenizer(str(tmp_path))
+    with pytest.raises(UserError, match="tokenizer.json: a file; give the folder"):
+        load_tokenizer(str(tmp_path / "tokenizer.json"))
 
 
 # Size
