@@ -26,7 +26,7 @@ from mini_llm.progress import ProgressBar
 from mini_llm.shards import Shard, ShardWriter, foreign_tokens, part_shards, read_meta, read_windows, spread_windows
 from mini_llm.text import find_sources, pieces, require_hub, source_names, take
 from mini_llm.token_cache import BATCH
-from mini_llm.tokenizer import encode_pieces, id_count
+from mini_llm.tokenizer import encode_pieces, gives_back, id_count
 from model import IGNORE
 
 # With fewer documents, the confidence interval clusters by parts of the text: few and long, as neighbors are alike.
@@ -128,13 +128,15 @@ def open_data(paths, text_column, seq_len, tokenizer, eos, saved, folder):
                                  saved["identity"]["the tokenizer"]):
         raise UserError(f"--data {foreign}: a token file of another tokenizer than the checkpoint's; give the text "
                         f"itself")
-    spans, n_bytes, left_out = {}, {}, 0
+    spans, n_bytes, left_out, changed = {}, {}, 0, False
     writer = ShardWriter(file := Path(folder) / "val.bin", id_count(tokenizer), eos, bytes(32))
     by_path = groupby(sources, lambda source: source.argument)
     for name, (_, own) in zip(source_names(paths) or [""], by_path, strict=True):
         n_bytes[name], start = 0, writer.count
         stream = pieces(list(own), "val")
         while batch := take(stream, BATCH):
+            if writer.count == start:  # its first
+                changed |= not gives_back(tokenizer, batch)
             for _, ids, size, lost in encode_pieces(tokenizer, batch, eos):
                 writer.write(ids)
                 n_bytes[name] += size
@@ -149,6 +151,9 @@ def open_data(paths, text_column, seq_len, tokenizer, eos, saved, folder):
               f"here no document has it: the loss is a little too high", file=sys.stderr)
     if left_out:
         print(f"warning: {left_out:,} characters are left out: the tokenizer has no token for them", file=sys.stderr)
+    if changed:
+        print("warning: the tokenizer changes the text: its tokens do not decode to what they were made from, whose "
+              "bytes count in bits per byte", file=sys.stderr)
     if not any(n_bytes.values()):
         raise UserError(f"--data {' '.join(paths)}: the tokenizer knows none of this text; give another")
     per_token = {name: size / shards[name].count for name, size in n_bytes.items() if size}

@@ -36,7 +36,6 @@ from mini_llm.tokenizer import (
     end_of_text,
     gives_back,
     id_count,
-    known_characters,
     load_tokenizer,
     save_tokenizer,
     tokenizer_hash,
@@ -340,9 +339,8 @@ def _tokenize(draft, cfg, tokenizer, eos, sources, val_sources):
         saved = time.perf_counter()
         # With --val-data, validation comes first, and whole.
         while not (writers["train"].full and (cfg.val_data or writers["val"].full)) and (batch := next(unread, None)):
-            if not done.batches and known_characters(tokenizer) is None:  # a few pieces of the first batch
-                texts = [piece.content for piece in batch if isinstance(piece.content, str)]
-                done.gives_back = all(gives_back(tokenizer, text) for text in texts[::max(1, len(texts) // 8)])
+            if not done.batches:
+                done.gives_back = gives_back(tokenizer, batch)
             wanted = [piece for piece in batch if not writers[piece.split].full]
             for piece, ids, n_bytes, lost in encode_pieces(tokenizer, wanted, eos):
                 written = writers[piece.split].write(ids)

@@ -1404,9 +1404,10 @@ def test_what_a_tokenizer_puts_around_a_text_is_no_change_of_it():
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{END_OF_TEXT} $A",
                                                              special_tokens=[(END_OF_TEXT, 0)])
     assert encode(tokenizer, ["a text"]) == [bare], "no marks of its own"
-    assert tokenizer_module.gives_back(tokenizer, f"a text{END_OF_TEXT} of words")
+    assert tokenizer_module.gives_back(tokenizer, [SimpleNamespace(content=f"a text{END_OF_TEXT} of words")])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    assert tokenizer_module.gives_back(tokenizer, "a text of words") and encode(tokenizer, ["a text"]) != [bare]
+    assert tokenizer_module.gives_back(tokenizer, [SimpleNamespace(content="a text of words")])
+    assert encode(tokenizer, ["a text"]) != [bare]
     assert known_characters(Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))) is None, "not one of chars"
 
 

@@ -77,6 +77,18 @@ def test_characters_without_a_token_are_left_out_and_told_of(tmp_path, capsys):
         open_data([str(tmp_path / "none.txt")], "", 32, tokenizer, None, saved, tmp_path)
 
 
+@pytest.mark.parametrize("words, told", [("the king the", False), ("the old king", True)])
+def test_a_tokenizer_that_changes_the_text_is_told_of(tmp_path, capsys, words, told):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "king": 2}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    (tmp_path / "a.txt").write_text(words)
+    saved = dict(config={}, identity={"the tokenizer": ""})
+    open_data([str(tmp_path / "a.txt")], "", 32, tokenizer, None, saved, tmp_path)
+    assert ("changes the text" in capsys.readouterr().err) == told
+
+
 def test_damaged_shards_are_not_evaluated(run_folder, tmp_path):
     _, tokenizer, eos, saved = load_run(run_folder / "c.pt")
     saved["config"]["cache_dir"] = str(run_folder / "cache")
