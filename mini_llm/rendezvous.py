@@ -27,6 +27,13 @@ def launched(script):
         raise UserError(f"{', '.join(missing)} not set: start this by torchrun --nproc-per-node=2 {script} ..., on "
                         f"Slurm srun --ntasks-per-node=1 torchrun ... or, with --ntasks-per-node=N, srun python "
                         f"{script} ...; for one process, python train.py")
+    for name in (*SLURM, "MASTER_PORT"):
+        if not os.environ[name].isdecimal():
+            raise UserError(f"{name} is {os.environ[name]!r}: set it to a number, or start this by torchrun")
+    for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if int(os.environ[rank]) >= int(os.environ[size]):
+            raise UserError(f"{rank} is {os.environ[rank]}, which is not below {size}, {os.environ[size]}: ranks count "
+                            f"from 0")
     return [int(os.environ[name]) for name in SLURM]
 
 
@@ -71,7 +78,7 @@ def _roll_call(store, rank, size, limit):
     answered may be gone, too, and about to be replaced."""
     mine = f"{socket.gethostname()} {os.getpid()} {time.time_ns()}"
     store.set(f"rank {rank}", mine)
-    start, names, missing = "", None, []
+    start, names, missing = "", None, [0]
     end = time.monotonic() + limit.total_seconds()
     while time.monotonic() < end:
         if rank == 0:
@@ -86,11 +93,11 @@ def _roll_call(store, rank, size, limit):
             if not missing:
                 store.set(f"{start}: all are here", "")
         elif store.check([f"call of {mine}"]):
-            start = store.get(f"call of {mine}").decode()
+            start, missing = store.get(f"call of {mine}").decode(), []  # rank 0 is there, and knows of the others
             store.set(f"{start}: {mine} is here", "")
         if start and store.check([f"{start}: all are here"]):
             return start
         time.sleep(0.05)
-    who = f"the first is rank {missing[0]}" if missing else "rank 0 says which" if start else "the first is rank 0"
+    who = f"the first is rank {missing[0]}" if missing else "rank 0 says which"
     raise RankFault(f"{len(missing) or 'some'} of {size} ranks have not joined within {limit.seconds} s, {who}: what "
                     f"its node has printed may say why; start again")

@@ -14,7 +14,7 @@ from test_ranks import free_port, start_node
 from test_train import same
 from wandb_file import run_files
 
-from mini_llm import hardware
+from mini_llm import hardware, rendezvous
 from mini_llm.config import parse
 from mini_llm.errors import RunFailed, UserError
 from mini_llm.processes import parent_of
@@ -101,6 +101,19 @@ def test_the_ranks_that_torchrun_starts_under_srun_are_torchruns(world, monkeypa
     made = world(**TORCHRUN, **slurm)
     assert (made.rank, made.size, made.local_rank, made.local_size, made.node_rank) == (7, 8, 3, 4, 1)
     assert chosen == [(("cpu", 3), dict(alone=False))], "the fourth GPU of its node"
+
+
+@pytest.mark.parametrize("name, value, answer", [
+    ("RANK", 8, "RANK is 8, which is not below WORLD_SIZE, 8: ranks count from 0"),
+    ("LOCAL_RANK", 4, "LOCAL_RANK is 4, which is not below LOCAL_WORLD_SIZE, 4"),
+    ("WORLD_SIZE", "two", "WORLD_SIZE is 'two': set it to a number"),
+    ("MASTER_PORT", "", "MASTER_PORT is '': set it to a number")])
+def test_ranks_set_by_hand_that_cannot_be_are_answered_before_the_others_are_waited_for(monkeypatch, name, value,
+                                                                                       answer):
+    for variable, set_to in (TORCHRUN | dict(MASTER_ADDR="localhost", MASTER_PORT=1) | {name: value}).items():
+        monkeypatch.setenv(variable, str(set_to))
+    with pytest.raises(UserError, match=answer):
+        rendezvous.launched("train_ddp.py")
 
 
 @pytest.mark.parametrize("threads, asked", [("1", [4]), ("3", [])])

@@ -187,8 +187,7 @@ def test_torchrun_restarts_the_ranks_of_two_nodes(trainer):
     try:
         for node in range(2):
             nodes.append(zygote.Popen(
-                [*torchrun, f"--rdzv-conf=is_host={1 - node}", str(script),
-                 *trainer.arguments(flags)[2:]],
+                [*torchrun, f"--rdzv-conf=is_host={1 - node}", str(script), *trainer.arguments(flags)[2:]],
                 cwd=trainer.folder, env=environment(FAULT="kill 2 25", FAULTED=mark), text=True,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE))
         outs, errs = zip(*(node.communicate(timeout=200) for node in nodes), strict=True)
@@ -286,6 +285,19 @@ def test_a_node_whose_ranks_fail_before_they_join_is_not_waited_for(first_of_two
     """As on a node that lacks the file of --config: torchrun ends the ranks of that node only."""
     with pytest.raises(ranks.RankFault, match="1 of 2 ranks have not joined within 1 s, the first is rank 1: "):
         rendezvous.join("gloo", timeout=20)
+
+
+@pytest.mark.parametrize("called, words", [(False, "1 of 2 ranks .* the first is rank 0: "),
+                                           (True, "some of 2 ranks .* rank 0 says which: ")])
+def test_a_rank_that_waits_says_whether_rank_0_is_there(first_of_two, called, words):
+    def call():
+        name = first_of_two.get("rank 1").decode()
+        first_of_two.set(f"call of {name}", "a start")
+
+    if called:
+        threading.Thread(target=call).start()
+    with pytest.raises(ranks.RankFault, match=words):
+        rendezvous._roll_call(first_of_two.clone(), 1, 2, datetime.timedelta(seconds=1))
 
 
 def come(store, rank, names, size=2):
