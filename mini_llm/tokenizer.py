@@ -20,6 +20,7 @@ END_OF_TEXT = "<|endoftext|>"
 OWN = ("bpe", "byte", "char")
 LEARNED = ("bpe", "char")  # from the text
 EOS_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[SEP]")
+CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")  # which may name it; of older folders the second alone
 
 
 def load_tokenizer(name):
@@ -106,18 +107,19 @@ def encode(tokenizer, texts):
 def end_of_text(tokenizer, name):
     """The id of the end-of-text token of the tokenizer of that name or folder: the one that its own config names, else
     the first of EOS_NAMES that it has. None if it has none."""
-    file, names = None, EOS_NAMES
-    if name not in OWN:
-        config = "tokenizer_config.json"
+    names = []
+    for config in CONFIGS if name not in OWN else ():
         file = os.path.join(name, config) if os.path.isdir(name) else _hub_file(name, config, local_files_only=True)
-    if file and os.path.exists(file):
+        if not file or not os.path.exists(file):
+            continue
         try:
             stated = read_json(file).get("eos_token")
         except ValueError as error:
             raise UserError(f"--tokenizer-name {name}: {file} is damaged: {error}") from None
         stated = stated.get("content") if isinstance(stated, dict) else stated
         if isinstance(stated, str):
-            names = stated, *EOS_NAMES
+            names.append(stated)
+    names += EOS_NAMES
     return next((eos for eos in map(tokenizer.token_to_id, names) if eos is not None), None)
 
 

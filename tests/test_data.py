@@ -842,6 +842,16 @@ def test_the_end_of_text_token_of_the_hub_is_what_its_config_says(tmp_path, text
     assert fetched == ["tokenizer_config.json", "tokenizer.json"], "once, the one that others wait for last"
 
 
+@pytest.mark.parametrize("config, name", [({}, "<|done|>"), ({"eos_token": None}, "<|done|>"),
+                                          ({"eos_token": "<|endoftext|>"}, "<|endoftext|>")])
+def test_an_older_folder_names_its_end_of_text_in_special_tokens_map(tmp_path, config, name):
+    tokenizer = load_tokenizer("byte")
+    tokenizer.add_special_tokens(["<|done|>"])
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|done|>"}}))
+    assert tokenizer_module.end_of_text(tokenizer, str(tmp_path)) == tokenizer.token_to_id(name)
+
+
 def test_two_vocabularies_of_one_text_are_two_folders(tmp_path, text):
     sizes = {prepare(config(text, tmp_path, tokenizer_name="bpe"), size): size for size in (280, 300)}
     assert {json.loads((folder / "meta.json").read_text())["vocab_size"] for folder in sizes} == {280, 300}
