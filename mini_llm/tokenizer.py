@@ -1,7 +1,9 @@
 """Tokenizers, all of one type: `tokenizers.Tokenizer`, which underlies every fast Hugging Face tokenizer."""
 
+import contextlib
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import threading
@@ -220,6 +222,8 @@ def _pretrained(name):
             tokenizer = Tokenizer.from_file(file)
         except Exception as error:  # tokenizers raises bare Exception
             raise UserError(f"--tokenizer-name {name}: {file} is not a tokenizer: {error}") from None
+    elif _is_sentencepiece(os.path.join(name, "tokenizer.model")) and not importlib.util.find_spec("sentencepiece"):
+        raise UserError(f"--tokenizer-name {name}: to read its tokenizer.model, pip install sentencepiece")
     elif not (tokenizer := _slow_pretrained(name)):
         raise UserError(f"--tokenizer-name {name}: no tokenizer found there; {offline}")
     return _unbounded(tokenizer)
@@ -230,6 +234,13 @@ def _unbounded(tokenizer):
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _is_sentencepiece(file):
+    """Whether it is SentencePiece's: binary, with a message's first field at the beginning. tiktoken's are text."""
+    with contextlib.suppress(OSError), open(file, "rb") as opened:
+        return opened.read(1) == b"\n"
+    return False
 
 
 def _slow_pretrained(name):

@@ -2,6 +2,7 @@ import dataclasses
 import errno
 import filecmp
 import gzip
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -850,6 +851,14 @@ def test_an_older_folder_names_its_end_of_text_in_special_tokens_map(tmp_path, c
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|done|>"}}))
     assert tokenizer_module.end_of_text(tokenizer, str(tmp_path)) == tokenizer.token_to_id(name)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sentencepiece") is not None, reason="sentencepiece is installed")
+def test_a_sentencepiece_model_alone_is_answered_with_the_package_that_reads_it(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with pytest.raises(UserError, match="to read its tokenizer.model, pip install sentencepiece$"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_two_vocabularies_of_one_text_are_two_folders(tmp_path, text):
