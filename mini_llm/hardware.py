@@ -283,8 +283,9 @@ class Stopwatch:
 
 def out_of_memory(error, advice="lower --batch-size and raise --grad-accum-steps, or --use-activation-checkpoint"):
     """The message for an out-of-memory error; None for any other error."""
-    # The words of the CPU's allocator; of Metal, NCCL and CUDA itself; of cuBLAS.
-    said = isinstance(error, RuntimeError) and re.search("DefaultCPUAllocator|out of memory|_ALLOC_FAILED", str(error))
+    # The words of the CPU's allocator; of Metal, NCCL and CUDA itself; of cuBLAS; of Metal, for one large tensor.
+    words = "DefaultCPUAllocator|out of memory|_ALLOC_FAILED|Invalid buffer size"
+    said = isinstance(error, RuntimeError) and re.search(words, str(error))
     if said or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return f"out of memory: {first_line(error)}; {advice}"
     return None

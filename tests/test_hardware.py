@@ -219,6 +219,7 @@ def test_a_lack_of_memory_becomes_one_line_and_other_errors_stay_as_they_are():
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"), MemoryError(),
                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
                   RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"),
+                  RuntimeError("Invalid buffer size: 9.75 GiB"),  # Metal's, of a tensor that fits in no buffer
                   RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")):
         with (pytest.raises(UserError, match="^out of memory: .*; lower --batch-size, or take --device cpu$"),
               hardware.enough_memory()):
