@@ -98,7 +98,7 @@ def export(path, output, dtype="float32"):
                     file.chmod((draft / "config.json").stat().st_mode & 0o777)
             _write_tokenizer(tokenizer_folder(path), tokenizer, model.cfg.max_position_embeddings, draft)
             (draft / "README.md").write_text(model_card(path, model, saved, n_tokens, dtype), "utf-8")
-            written = {file.name for file in draft.iterdir()}
+            written = {file.name for file in draft.glob("[!.]*")}  # a ._NAME of macOS moves with its file
             for name in written:
                 sync_path(draft / name)
             make_folder(output)

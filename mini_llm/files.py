@@ -122,15 +122,18 @@ def read_json(path):
 
 
 def tokenizer_files(folder):
-    """The files of a tokenizer's folder, to be copied where its model goes. A device may be endless, and a link lead to
-    what is not to be published: of links, only those to a tokenizer's own files, as in a snapshot of the Hub."""
+    """The files of a tokenizer's folder, to be copied where its model goes, without hidden ones, which macOS leaves. A
+    device may be endless, and a link lead to what is not to be published: of links, only those to a tokenizer's own
+    files, as in a snapshot of the Hub."""
 
     def is_own(file):
         with contextlib.suppress(ValueError):
             return file.name in TOKENIZER_KEYS and TOKENIZER_KEYS[file.name] in read_json(file)
         return False
 
-    return [file for file in sorted(folder.glob("*")) if (is_own(file) if file.is_symlink() else file.is_file())]
+    found = sorted(folder.glob("[!.]*"))
+    return [file for file in found if (is_own(file) if file.is_symlink() else file.is_file())]
+
 
 
 def without_infinity(record):

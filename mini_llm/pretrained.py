@@ -265,7 +265,7 @@ def _folder(source):
     from huggingface_hub import snapshot_download
 
     def whole(folder):
-        weights = list(Path(folder).glob("*.safetensors"))
+        weights = list(Path(folder).glob("[!.]*.safetensors"))
         # Opening a pipe among them would block.
         return weights and all(file.is_file() for file in [Path(folder) / "config.json", *weights])
 
@@ -297,7 +297,7 @@ def _folder(source):
 
 def _require_own_files(folder, source):
     """Raises UserError if an index in the folder names a file outside of it: transformers would open any path."""
-    for index in Path(folder).glob("*.index.json"):
+    for index in Path(folder).glob("[!.]*.index.json"):
         try:
             files = read_json(index)["weight_map"].values()
             outside = next((file for file in files if Path(file).name != file), None)
@@ -397,7 +397,7 @@ def _checkpoint(path, named_by, mapped=True):
     try:
         saved = load(path, mapped)
     except DamagedCheckpoint as error:
-        others = sorted(str(file) for file in Path(path).parent.glob("*.pt") if file != Path(path))
+        others = sorted(str(file) for file in Path(path).parent.glob("[!.]*.pt") if file != Path(path))
         advice = f"beside it: {', '.join(others[:5])}" if others else "python train.py makes one"
         if os.path.isfile(path) and (Path(path).parent / "config.json").is_file():
             advice = f"give its folder, {Path(path).parent}"

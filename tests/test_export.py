@@ -1,5 +1,7 @@
+import contextlib
 import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -236,6 +238,25 @@ def test_an_export_is_on_the_disk_before_it_replaces_another(tuned, tmp_path, mo
     *drafts, last = synced
     assert {path.name for path in drafts} == {path.name for path in folder.iterdir()} and last == folder
     assert folder not in {path.parent for path in drafts}
+
+
+def test_a_disk_on_which_macos_keeps_a_second_file_for_each_is_exported_to(tuned, tmp_path, monkeypatch):
+    """Such as exFAT: ._NAME appears with NAME, and goes where that goes."""
+    def write(*args):
+        write_tokenizer(*args)
+        for file in list(args[-1].iterdir()):
+            file.with_name(f"._{file.name}").touch()
+
+    def replace(file, target):
+        os.replace(file, target)
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(file.with_name(f"._{file.name}"), target.with_name(f"._{target.name}"))
+
+    write_tokenizer = export._write_tokenizer
+    monkeypatch.setattr(export, "_write_tokenizer", write)
+    monkeypatch.setattr(export.Path, "replace", replace)
+    export.export(tuned["gpt2"][1].checkpoint, folder := tmp_path / "out")
+    assert (folder / "model.safetensors").exists() and (folder / "._model.safetensors").exists()
 
 
 def test_an_earlier_export_leaves_nothing_that_would_be_loaded(tuned, tmp_path):

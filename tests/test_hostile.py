@@ -32,6 +32,7 @@ from data import Corpus, DataConfig, prepare
 from mini_llm import archive, resume, token_cache
 from mini_llm.config import parse
 from mini_llm.errors import UserError
+from mini_llm.files import tokenizer_files
 from mini_llm.pretrained import load_initial, resolve_init
 from mini_llm.text import find_sources
 from mini_llm.tokenizer import load_tokenizer, open_tokenizer
@@ -334,6 +335,16 @@ def test_an_index_loads_nothing_outside_of_its_folder(theirs, name):
     for content in ("[]", "", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'):
         (theirs / "model.safetensors.index.json").write_text(content)
         assert "model.safetensors.index.json is damaged" in line_of(start_from, theirs)
+
+
+def test_what_macos_leaves_in_a_folder_is_none_of_its_files(theirs):
+    """Beside each file on a disk of another system, and in archives, what such a disk has no place for: ._NAME."""
+    for name in ("model.safetensors.index.json", "model.safetensors", "tokenizer.json"):
+        (theirs / f"._{name}").write_bytes(b"\x00\x05\x16\x07")
+    (theirs / ".DS_Store").write_bytes(b"names of other files")
+    assert start_from(theirs) and not [file for file in tokenizer_files(theirs) if file.name[0] == "."]
+    (theirs / "model.safetensors").unlink()
+    assert "no config.json with *.safetensors there" in line_of(start_from, theirs)
 
 
 @pytest.mark.parametrize("put", PUT)
