@@ -135,7 +135,6 @@ def tokenizer_files(folder):
     return [file for file in found if (is_own(file) if file.is_symlink() else file.is_file())]
 
 
-
 def without_infinity(record):
     """`record` with None (JSON's null) in place of every infinite or NaN float, at any depth."""
     if isinstance(record, dict):
