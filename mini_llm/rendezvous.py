@@ -30,10 +30,10 @@ def launched(script):
     for name in (*SLURM, "MASTER_PORT"):
         if not os.environ[name].isdecimal():
             raise UserError(f"{name} is {os.environ[name]!r}: set it to a number, or start this by torchrun")
-    for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
-        if int(os.environ[rank]) >= int(os.environ[size]):
-            raise UserError(f"{rank} is {os.environ[rank]}, which is not below {size}, {os.environ[size]}: ranks count "
-                            f"from 0")
+    for rank, size, where in (("RANK", "WORLD_SIZE", "in all"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "on each node")):
+        if int(os.environ[rank]) >= int(os.environ[size]):  # ranks count from 0
+            raise UserError(f"{rank} is {os.environ[rank]} and {size} {os.environ[size]}: set {size} (where srun "
+                            f"starts the ranks, {SLURM[size]}) to the number of ranks {where}")
     return [int(os.environ[name]) for name in SLURM]
 
 

@@ -104,8 +104,8 @@ def test_the_ranks_that_torchrun_starts_under_srun_are_torchruns(world, monkeypa
 
 
 @pytest.mark.parametrize("name, value, answer", [
-    ("RANK", 8, "RANK is 8, which is not below WORLD_SIZE, 8: ranks count from 0"),
-    ("LOCAL_RANK", 4, "LOCAL_RANK is 4, which is not below LOCAL_WORLD_SIZE, 4"),
+    ("RANK", 8, r"^RANK is 8 and WORLD_SIZE 8: set WORLD_SIZE \(.* SLURM_NTASKS\) to the number of ranks in all$"),
+    ("LOCAL_RANK", 4, r"^LOCAL_RANK is 4 and LOCAL_WORLD_SIZE 4: .* SLURM_NTASKS_PER_NODE\) .* on each node$"),
     ("WORLD_SIZE", "two", "WORLD_SIZE is 'two': set it to a number"),
     ("MASTER_PORT", "", "MASTER_PORT is '': set it to a number")])
 def test_ranks_set_by_hand_that_cannot_be_are_answered_before_the_others_are_waited_for(monkeypatch, name, value,
