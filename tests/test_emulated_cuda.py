@@ -11,7 +11,7 @@ from conftest import ROOT, environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("g++"), reason="needs g++"),
               pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch has CUDA itself")]
-QUICK = "(no-compile or fp16 and training_on or activation and resume or padded or digest) and not (shards_train and 1)"
+QUICK = "(no-compile or fp16 and training_on or padded or digest) and not (shards_train and 1)"
 
 
 @pytest.mark.parametrize("which", [["-k", QUICK], pytest.param([], marks=pytest.mark.full)], ids=["quick", "all"])

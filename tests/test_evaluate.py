@@ -223,7 +223,7 @@ def test_of_some_windows_each_text_counts_by_its_own_size(run_folder, tokens):
     assert found["ci95"][0] < mean < found["ci95"][1]
 
 
-@pytest.mark.parametrize("stride", [7, 32])
+@pytest.mark.parametrize("stride", [7, pytest.param(32, marks=pytest.mark.full)])
 def test_stride_equals_a_loop_over_single_tokens(run_folder, stride):
     ids = encoded(run_folder, "b.txt")
     expected = brute_force(run_folder, ids, 32, stride)
