@@ -211,7 +211,8 @@ def _pretrained(name):
     elif not (file := _hub_file(name, "tokenizer.json", local_files_only=True)):
         files = "tokenizer.json", "tokenizer_config.json"
         if problem := hub_problem(*(f"{name}/resolve/main/{wanted}" for wanted in files)):
-            raise UserError(f"--tokenizer-name {name}: not in the local cache (HF_HOME), and {problem}; {offline}")
+            raise UserError(f"--tokenizer-name {name}: no such folder, not in the local cache (HF_HOME), and "
+                            f"{problem}; {offline}")
         # Cached for the end-of-text lookup, and before tokenizer.json, whose presence other ranks check for.
         _hub_file(name, "tokenizer_config.json")
         file = _hub_file(name, "tokenizer.json")
