@@ -239,8 +239,9 @@ def _unbounded(tokenizer):
 
 def _is_sentencepiece(file):
     """Whether it is SentencePiece's: binary, with a message's first field at the beginning. tiktoken's are text."""
-    with contextlib.suppress(OSError), open(file, "rb") as opened:
-        return opened.read(1) == b"\n"
+    if os.path.isfile(file):  # a named pipe would block
+        with contextlib.suppress(OSError), open(file, "rb") as opened:
+            return opened.read(1) == b"\n"
     return False
 
 

@@ -859,6 +859,10 @@ def test_a_sentencepiece_model_alone_is_answered_with_the_package_that_reads_it(
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     with pytest.raises(UserError, match="to read its tokenizer.model, pip install sentencepiece$"):
         load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.model").unlink()
+    os.mkfifo(tmp_path / "tokenizer.model")  # not waited for
+    with pytest.raises(UserError, match="no tokenizer found there"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_two_vocabularies_of_one_text_are_two_folders(tmp_path, text):
