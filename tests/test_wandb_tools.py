@@ -495,7 +495,7 @@ def test_download_brings_all_of_a_run(server, trainer, tool):
     stored = only_run(server)
     stored.sweep, server.sweeps["s"] = "s", ServerSweep("s", "loopback", "mini-llm")
     link = f"{server.url}/loopback/mini-llm/runs/{stored.run_id}"
-    names = ["c.pt", stored.run_id, f"{link}/workspace?nw=x", "mini-llm/sweeps/s"]
+    names = ["c.pt", stored.run_id, f"mini-llm/{stored.run_id}", f"{link}/workspace?nw=x", "mini-llm/sweeps/s"]
     for number, name in enumerate(names):
         code, out, err = tool("download", name, f"to{number}")
         assert (code, err) == (0, ""), (name, err)
