@@ -152,13 +152,14 @@ def trainer(tmp_path, text, cache):
                 *(["--train-data", str(text)] if data and "--train-data" not in flags else []),
                 "--checkpoint-path", checkpoint, *map(str, flags)]
 
-    def run(*flags, ranks=None, checkpoint="c.pt", env=None, tiny=True, data=True, timeout=300, script=None):
+    def run(*flags, ranks=None, checkpoint="c.pt", env=None, tiny=True, data=True, timeout=300, script=None,
+            meanwhile=None):
         args = arguments(flags, ranks, checkpoint, tiny, data, script)
         if any(re.match("OMP_|PYTHON|LC_|LANG", name) for name in env or ()):  # which count at an interpreter's start
             done = subprocess.run(args, cwd=tmp_path, env=environment(**(env or {})), timeout=timeout, text=True,
                                   capture_output=True)
         else:
-            done = zygote.run(args, tmp_path, environment(**(env or {})), timeout=timeout)
+            done = zygote.run(args, tmp_path, environment(**(env or {})), timeout=timeout, meanwhile=meanwhile)
         return Run(done, tmp_path, checkpoint)
 
     run.arguments = arguments

@@ -1,5 +1,6 @@
 """The real SDK, online, against a W&B server of the tests' own: lifecycles, ranks, and every way that it can fail."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -16,7 +16,7 @@ import torch
 import zygote
 from conftest import QUICK, ROOT, TINY, Run, command, environment, eventually, interrupt_after, processes_with
 
-LONG = ["--num-steps", 2000, "--log-steps", 100, "--eval-steps", 1000, "--save-steps", 500]
+LONG = ["--num-steps", 400, "--log-steps", 20, "--eval-steps", 200, "--save-steps", 100]
 full = pytest.mark.full
 
 
@@ -27,6 +27,19 @@ def online(trainer, server):
         return trainer("--use-wandb", *flags, env=server.environment | QUICK | (env or {}), **options)
 
     return online
+
+
+@contextlib.contextmanager
+def paused(process, server, folder, rows=3):
+    """A trainer stands still, once so many rows that it has written are on the server, to the end of the block."""
+    metrics = folder / "c.metrics.jsonl"
+    eventually(lambda: metrics.exists() and metrics.read_text().count("train/loss") >= rows, 60)
+    process.send_signal(signal.SIGSTOP)
+    try:
+        eventually(lambda: any(len(run.history) > rows for run in server.runs.values()), 60)  # that of step 0, too
+        yield
+    finally:
+        process.send_signal(signal.SIGCONT)
 
 
 def only_run(server):
@@ -225,26 +238,20 @@ def untracked(tmp_path_factory, text, cache):
 @pytest.mark.parametrize("fault, moment, said", FAULTS)
 def test_a_failing_wandb_costs_training_nothing_and_sync_recovers_every_row(online, trainer, server, untracked, fault,
                                                                             moment, said):
+    def later(process):
+        with paused(process, server, trainer.folder, {"mid-run": 3, "finish": 18}[moment]):
+            inject(server, fault)
+
     if moment == "start":
         inject(server, fault)
-
-    def later():
-        count = {"mid-run": 3, "finish": 18}[moment]
-        eventually(lambda: any(len(run.history) >= count for run in server.runs.values()), 60)
-        inject(server, fault)
-
-    injector = threading.Thread(target=later) if moment != "start" else None
-    if injector:
-        injector.start()
-    run = online(*LONG, "--wandb-init-timeout", 4, "--wandb-finish-timeout", 4)
+    run = online(*LONG, "--wandb-init-timeout", 4, "--wandb-finish-timeout", 4,
+                 meanwhile=later if moment != "start" else None)
     ended = time.time()
-    if injector:
-        injector.join()
     lines = [line for line in run.out.splitlines() if "wandb: " in line]
     assert run.code == 0, run.out + run.err
     assert re.search(said, "\n".join(lines)), run.out
     assert all(torch.equal(tensor, untracked[name]) for name, tensor in run.weights().items())
-    assert sorted(run.rows) == [0, *range(100, 2001, 100)]
+    assert sorted(run.rows) == [0, *range(20, 401, 20)]
     finished = time.mktime(time.strptime(re.search(r"\[(.{19})\] Training finished", run.out)[1], "%Y-%m-%d %H:%M:%S"))
     assert ended - finished < 4 + 20, "the process leaves within its timeout, and not after the default's 60 s"
     server.heal()
@@ -274,23 +281,20 @@ def test_the_wait_for_wandb_at_the_end_is_told_and_ctrl_c_ends_it(trainer, serve
     eventually(lambda: only_run(server).state == "finished", 60)
 
 
-def test_an_outage_in_the_middle_loses_nothing(online, server):
-    def outage():
-        eventually(lambda: any(len(run.history) >= 3 for run in server.runs.values()), 60)
-        server.stop()
+def test_an_outage_in_the_middle_loses_nothing(online, trainer, server):
+    def outage(process):
+        with paused(process, server, trainer.folder):
+            server.stop()
         time.sleep(3)
         server.start()
 
-    thread = threading.Thread(target=outage)
-    thread.start()
-    run = online(*LONG)
-    thread.join()
+    run = online(*LONG, meanwhile=outage)
     assert run.code == 0 and len(values(only_run(server))) == 20 and only_run(server).state == "finished", run.out
 
 
 def test_an_offline_fallback_is_completed_by_wandb_sync(online, trainer, server):
     server.fail("all", 403)
-    run = online("--num-steps", 1500, "--log-steps", 100, "--wandb-init-timeout", 4)
+    run = online("--num-steps", 60, "--log-steps", 5, "--wandb-init-timeout", 4)
     server.heal()
     folder = re.search(r"Recorded offline in (\S+) meanwhile", run.out)[1]
     subprocess.run([sys.executable, "-m", "wandb", "sync", folder], cwd=trainer.folder, check=True, timeout=200,
@@ -299,13 +303,15 @@ def test_an_offline_fallback_is_completed_by_wandb_sync(online, trainer, server)
     assert values(stored) == {step: row["train/loss"] for step, row in run.rows.items() if "train/loss" in row}
 
 
-def test_stop_on_the_runs_page_saves_and_leaves(online, server):
-    def press():
-        eventually(lambda: any(len(run.history) >= 3 for run in server.runs.values()), 60)
-        only_run(server).stopped = True
+def test_stop_on_the_runs_page_saves_and_leaves(online, trainer, server):
+    def press(process):
+        with paused(process, server, trainer.folder):
+            only_run(server).stopped = True
+            seen = len(server.requests)
+            eventually(lambda: "filestream" in [kind for _, kind, _ in server.requests[seen:]], 60)  # which is told
+            time.sleep(1)
 
-    threading.Thread(target=press, daemon=True).start()
-    run = online("--num-steps", 1000000, "--log-steps", 100, "--eval-steps", 0, "--save-steps", 0)
+    run = online("--num-steps", 1000000, "--log-steps", 100, "--eval-steps", 0, "--save-steps", 0, meanwhile=press)
     assert run.code == 143 and "stopped on the run's page" in run.out and run.checkpoint.exists(), run.out
     assert only_run(server).state == "failed" and max(values(only_run(server))) == max(run.rows)
 
@@ -342,7 +348,7 @@ def test_a_preempted_run_is_known_as_such_though_its_checkpoint_is_not_uploaded_
 
 
 @pytest.mark.parametrize("policy, steps", [
-    ("last", [500, 1000, 1500, 2000]), pytest.param("best", None, marks=full)])
+    ("last", [100, 200, 300, 400]), pytest.param("best", None, marks=full)])
 def test_checkpoints_are_artifacts_in_the_background(online, trainer, server, policy, steps):
     own = trainer.folder / "SDK"
     run = online(*LONG, "--wandb-log-checkpoints", policy, env=dict(WANDB_CACHE_DIR=str(own), WANDB_DATA_DIR=str(own)))
@@ -353,7 +359,7 @@ def test_checkpoints_are_artifacts_in_the_background(online, trainer, server, po
     assert models and models[-1].name == f"model-{only_run(server).run_id}"
     uploaded = [each.metadata["step"] for each in models]
     assert uploaded == sorted(uploaded)
-    assert (set(uploaded) <= set(steps) and uploaded[-1] == 2000) if steps else uploaded
+    assert (set(uploaded) <= set(steps) and uploaded[-1] == 400) if steps else uploaded
     last = models[-1]
     # Under `last` what is only the best is not uploaded, and so nothing is called it.
     best = {"best"} if policy == "best" else set()

@@ -2,6 +2,7 @@
 Otherwise they are processes like others: their own modules, environment, streams, exit code. The ranks that torchrun
 starts are its children, and copies of it."""
 
+import concurrent.futures
 import contextlib
 import ctypes
 import functools
@@ -59,24 +60,43 @@ class Popen(subprocess.Popen):
         return self.returncode
 
 
-def run(command, cwd, env, input=None, timeout=300):
-    """As `subprocess.run(command, capture_output=True, text=True)`; the result has `seconds`, too."""
+def run(command, cwd, env, input=None, timeout=300, meanwhile=None):
+    """As `subprocess.run(command, capture_output=True, text=True)`; the result has `seconds`, too. `meanwhile` is
+    called with the process while it runs, and may raise: that ends it."""
     with contextlib.ExitStack() as stack:
         given, out, err = files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(3)]
         given.write(input or "")
         given.seek(0)
         process = Popen(command, stdin=given, stdout=out, stderr=err, cwd=cwd, env=env)
         process.ended.settimeout(timeout)
+        threads = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
+        beside = threads.submit(accompany, process, meanwhile)
         try:
             process.wait()
+            beside.result()
         except BaseException as error:  # pytest-timeout's, too
-            os.killpg(process.pid, signal.SIGKILL)
+            kill(process)
             raise subprocess.TimeoutExpired(command, timeout) if isinstance(error, TimeoutError) else error from None
         for file in files:
             file.seek(0)
         done = subprocess.CompletedProcess(command, process.returncode, out.read(), err.read())
         done.seconds = process.seconds
         return done
+
+
+def accompany(process, meanwhile):
+    try:
+        if meanwhile:
+            meanwhile(process)
+    except BaseException:
+        kill(process)
+        raise
+
+
+def kill(process):
+    """With all that it has started, unless that is in a session of its own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 @functools.cache
