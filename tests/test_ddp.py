@@ -333,9 +333,9 @@ def test_a_slow_save_is_not_training_time_on_any_rank(trainer):
 
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=full)])
 def test_a_signal_saves_on_agreement_and_the_run_goes_on(trainer, signal_number):
-    flags = ["--num-steps", 300, "--log-steps", 10, "--eval-steps", 0, "--save-steps", 0]
+    flags = ["--num-steps", 150, "--log-steps", 10, "--eval-steps", 0, "--save-steps", 0]
     straight = trainer(*flags, ranks=2, checkpoint="straight.pt")
-    stopped = interrupt_after(trainer.arguments(flags, ranks=2), trainer.folder, r"step 60/300", signal_number)
+    stopped = interrupt_after(trainer.arguments(flags, ranks=2), trainer.folder, r"step 30/150", signal_number)
     assert stopped.returncode != 0
     step = int(re.search(rf"stopped by {signal_number.name} at step (\d+)", stopped.stdout)[1])
     resumed = trainer(*flags, "--resume", ranks=2)

@@ -172,6 +172,7 @@ def encoded(folder, name):
 
 
 @torch.no_grad()
+@torch.no_grad()
 def brute_force(folder, ids, seq_len, stride):
     """(position, nats) of every token but the first, each predicted alone from all that its window has before it."""
     model, losses, end = load_run(folder / "c.pt")[0], {}, 0

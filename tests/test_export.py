@@ -14,6 +14,7 @@ import pytest
 import torch
 import zygote
 from conftest import ROOT, environment
+from test_faults import SMALL_FILES
 
 import export
 import model
@@ -211,16 +212,18 @@ def test_wrong_input_gets_one_line_that_names_it(tuned, tmp_path, monkeypatch, c
 
 
 def test_a_full_disk_leaves_the_folder_as_it_was(tuned, tmp_path):
-    flags = [sys.executable, ROOT / "export.py", "--checkpoint-path", tuned["gpt2"][1].checkpoint, "--output", "out"]
-    limited = ["sh", "-c", 'ulimit -f 40; exec "$@"', "sh", *flags]
-    run = subprocess.run(limited, cwd=tmp_path, capture_output=True, text=True, env=environment())
+    (script := tmp_path / "small_files.py").write_text(SMALL_FILES)
+    (folder := tmp_path / "here").mkdir()
+    limited = [sys.executable, script, ROOT / "export.py", "--checkpoint-path", tuned["gpt2"][1].checkpoint, "--output",
+               "out"]
+    run = zygote.run(limited, folder, environment())
     assert run.returncode == 2 and run.stderr.startswith("error: --output out: ") and run.stderr.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "config.json").write_text("another's")
-    run = subprocess.run([*limited, "--overwrite"], cwd=tmp_path, capture_output=True, text=True, env=environment())
-    assert run.returncode == 2 and [path.name for path in tmp_path.rglob("*")] == ["out", "config.json"]
-    assert (tmp_path / "out" / "config.json").read_text() == "another's"
+    assert list(folder.iterdir()) == []
+    (folder / "out").mkdir()
+    (folder / "out" / "config.json").write_text("another's")
+    run = zygote.run([*limited, "--overwrite"], folder, environment())
+    assert run.returncode == 2 and [path.name for path in folder.rglob("*")] == ["out", "config.json"]
+    assert (folder / "out" / "config.json").read_text() == "another's"
 
 
 def test_a_file_system_without_rights_is_exported_to(tuned, tmp_path, monkeypatch):

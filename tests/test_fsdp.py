@@ -235,9 +235,9 @@ def test_what_shards_cannot_do_is_refused_in_one_line(trainer, flags, words):
 
 
 def test_a_sharded_run_that_is_stopped_goes_on_as_if_it_had_not_been(trainer):
-    flags = ["--num-steps", 80, "--dropout", 0.1, "--log-steps", 10, "--eval-steps", 0, "--save-steps", 0]
+    flags = ["--num-steps", 50, "--dropout", 0.1, "--log-steps", 5, "--eval-steps", 0, "--save-steps", 0]
     straight = trainer(*flags, checkpoint="straight.pt", **SHARDED)
-    stopped = interrupt_after(trainer.arguments(flags, **SHARDED), trainer.folder, "step 20/80")
+    stopped = interrupt_after(trainer.arguments(flags, **SHARDED), trainer.folder, "step 10/50")
     assert stopped.returncode != 0 and "stopped by SIGTERM at step" in stopped.stdout
     resumed = trainer(*flags, "--resume", **SHARDED)
     assert resumed.code == 0 and same(resumed, straight), resumed.err

@@ -164,7 +164,7 @@ for line in sys.stdin:
 """
 
 
-@pytest.mark.parametrize("every", [17, pytest.param(1, marks=pytest.mark.full)])
+@pytest.mark.parametrize("every", [23, pytest.param(1, marks=pytest.mark.full)])
 @pytest.mark.parametrize("fault", ["kill", "power"])
 @pytest.mark.timeout(3000)
 def test_a_kill_or_power_cut_between_any_two_operations_on_files_loses_nothing(tmp_path, text, fault, every):

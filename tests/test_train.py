@@ -167,12 +167,12 @@ def test_resume_repeats_the_run_bit_for_bit(trainer, precision, optimizer):
 
 
 def test_a_run_stopped_by_sigterm_and_resumed_is_the_uninterrupted_run(trainer):
-    flags = ["--num-steps", 400, "--log-steps", 10, "--eval-steps", 50, "--save-steps", 150, "--dropout", 0.1]
+    flags = ["--num-steps", 250, "--log-steps", 10, "--eval-steps", 25, "--save-steps", 60, "--dropout", 0.1]
     straight = trainer(*flags, checkpoint="straight.pt")
-    stopped = interrupt_after(trainer.arguments(flags), trainer.folder, r"step 170/400")
+    stopped = interrupt_after(trainer.arguments(flags), trainer.folder, r"step 80/250")
     assert stopped.returncode == 143, stopped.stderr
     step = int(re.search(r"stopped by SIGTERM at step (\d+), saved; go on with --resume", stopped.stdout)[1])
-    assert 170 <= step < 400 and torch.load(trainer.folder / "c.pt", weights_only=True)["state"]["step"] == step
+    assert 80 <= step < 250 and torch.load(trainer.folder / "c.pt", weights_only=True)["state"]["step"] == step
     resumed = trainer(*flags, "--resume", "auto")
     assert f"Resumed at step {step}" in resumed.out
     assert same(resumed, straight)
