@@ -162,7 +162,7 @@ def test_the_memory_of_activations_is_about_what_autograd_keeps(arch, half, seq_
         def note(tensor):
             storage = tensor.untyped_storage()
             storages[storage.data_ptr()] = storage
-            return tensor
+            return tensor.detach()  # what made it would keep it for good, as its own output
 
         with (torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
               torch.autocast("cpu", torch.bfloat16, enabled=half)):
