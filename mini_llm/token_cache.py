@@ -13,24 +13,13 @@ from dataclasses import asdict, dataclass, field
 from itertools import accumulate, chain, islice
 from pathlib import Path
 
-from mini_llm import toy
+from mini_llm import text, toy
 from mini_llm.errors import UserError
 from mini_llm.files import make_folder, read_json, same_file, sync_path, write_whole
 from mini_llm.holdout import takes_tails
 from mini_llm.processes import try_lock
 from mini_llm.progress import ProgressBar
 from mini_llm.shards import FORMAT, ShardWriter, read_meta, require_own_tokenizer, require_val_data, require_whole
-from mini_llm.text import (
-    PIECE,
-    HubFailed,
-    Piece,
-    builtin_sources,
-    find_sources,
-    pieces,
-    require_hub,
-    source_names,
-    take,
-)
 from mini_llm.tokenizer import (
     encode_pieces,
     end_of_text,
@@ -88,8 +77,8 @@ def prepare(cfg, vocab_size=0, writes=True, scratch=None, earlier=None):
     if not writes:
         _wait(lambda: not os.path.exists(folder), folder.with_name(folder.name + ".draft"))
     elif not os.path.exists(folder):  # before the draft of a killed writer is opened, which an error would remove
-        require_hub(sources)
-        require_hub(val_sources, "--val-data")
+        text.require_hub(sources)
+        text.require_hub(val_sources, "--val-data")
     while not os.path.exists(folder):
         with _locked_draft(folder, keeps=not scratch) as draft:
             if draft is not None:
@@ -115,8 +104,8 @@ def _sources(cfg):
     """The text to train on and, apart from it, to validate on: two lists of Source."""
     if cfg.use_toy_data:
         return [], []
-    sources = find_sources(cfg.train_data, column=cfg.text_column) if cfg.train_data else builtin_sources()
-    val_sources = find_sources(cfg.val_data, "--val-data", cfg.text_column)
+    sources = text.find_sources(cfg.train_data, column=cfg.text_column) if cfg.train_data else text.builtin_sources()
+    val_sources = text.find_sources(cfg.val_data, "--val-data", cfg.text_column)
     if both := sorted({source.real_path for source in sources} & {source.real_path for source in val_sources}):
         log.warning("%s (%d in all) is in --train-data and in --val-data, and so validates text that is trained on",
                     both[0], len(both))
@@ -133,9 +122,9 @@ def _key(cfg, vocab_size, tokenizer, sources, val_sources):
     settings += [cfg.tokenizer_name if tokenizer is None else tokenizer.to_str(),
                  vocab_size if cfg.tokenizer_name == "bpe" else 0,
                  tokenizer and end_of_text(tokenizer, cfg.tokenizer_name),
-                 *source_names(cfg.val_data), *(source.argument for source in val_sources if source.argument)]
+                 *text.source_names(cfg.val_data), *(source.argument for source in val_sources if source.argument)]
     if cfg.train_weights:
-        settings += [source_names(cfg.train_data), [source.argument for source in sources], "in both splits"]
+        settings += [text.source_names(cfg.train_data), [source.argument for source in sources], "in both splits"]
     whole = sum(source.size for source in [*sources, *val_sources]) <= 1 << 30
     parts = [json.dumps(settings).encode(), *(source.digest(whole) for source in sources), b"|",
              *(source.digest(whole) for source in val_sources)]
@@ -144,52 +133,40 @@ def _key(cfg, vocab_size, tokenizer, sources, val_sources):
 
 @contextlib.contextmanager
 def _locked_draft(folder, keeps=True):
-    """Yields a folder that this process alone writes, to be renamed to `folder` when complete; None if another process
-    has just created `folder`. It is empty, or has the Progress of a killed writer and its tokens: if `keeps`, it stays
-    after a signal, a full disk or a lost connection, too. The lock is in the draft itself, so a killed writer leaves an
-    unlocked draft."""
+    """Yields a folder that only this process writes to, to be renamed to `folder` when complete; None if another
+    process has just completed it. It is empty, or holds the Progress and tokens of a killed writer. With `keeps`, it
+    also survives a signal, a full disk and a lost connection. The lock is a file in the draft: it ends with its holder,
+    and the draft is then free."""
     draft = folder.with_name(folder.name + ".draft")
-    if (fd := _lock(draft)) is None:
+    if (fd := _lock(draft, folder)) is None:
         yield None
         return
+    kept = {".lock", PROGRESS, "train.bin", "val.bin"} if (draft / PROGRESS).exists() else {".lock"}
     try:
-        # NFS may answer from what this node knew half a minute ago, as if a draft that another one has renamed were
-        # still there: what is removed below would be the complete tokens. Opening the folder above makes it ask.
-        os.scandir(folder.parent).close()
-        # The process that held the lock may have renamed the draft, and another have begun one since.
-        if not same_file(fd, draft / ".lock"):
-            yield None
-            return
-        if folder.exists():
-            shutil.rmtree(draft, ignore_errors=True)  # on NFS, the open .lock keeps a name in it
-            yield None
-            return
-        kept = {".lock", PROGRESS, "train.bin", "val.bin"} if (draft / PROGRESS).exists() else {".lock"}
         for leftover in draft.iterdir():
             if leftover.name not in kept:
                 shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
-        try:
-            yield draft
-        except BaseException as error:
-            passing = isinstance(error, (KeyboardInterrupt, SystemExit, OSError, HubFailed))
-            if keeps and passing and (draft / PROGRESS).exists():
-                log.warning("the tokens up to the last %d s are kept in %s: start again to go on, or remove it",
-                            SAVE_SECONDS, draft)
-            else:
-                shutil.rmtree(draft, ignore_errors=True)
-                with contextlib.suppress(OSError):
-                    folder.parent.rmdir()
-            if isinstance(error, OSError):  # a full disk, or a text file that has vanished
-                raise UserError(f"{error.filename or f'--cache-dir {folder.parent}'}: {error.strerror or error}; make "
-                                f"room, or give another --cache-dir") from None
-            raise
+        yield draft
+    except BaseException as error:
+        passing = isinstance(error, (KeyboardInterrupt, SystemExit, OSError, text.HubFailed))
+        if keeps and passing and (draft / PROGRESS).exists():
+            log.warning("the tokens up to the last %d s are kept in %s: start again to go on, or remove it",
+                        SAVE_SECONDS, draft)
+        else:
+            shutil.rmtree(draft, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                folder.parent.rmdir()
+        if isinstance(error, OSError):  # a full disk, or a text file that has vanished
+            raise UserError(f"{error.filename or f'--cache-dir {folder.parent}'}: {error.strerror or error}; make "
+                            f"room, or give another --cache-dir") from None
+        raise
     finally:
         os.close(fd)
 
 
-def _lock(draft):
-    """Creates the draft and waits for its lock → the descriptor of the locked file; None if the draft has just been
-    renamed. Raises UserError."""
+def _lock(draft, folder):
+    """Creates the draft and waits for its lock → the descriptor of the locked file; None if another process has
+    completed `folder` meanwhile, or begun another draft. Raises UserError."""
     fd = None
     try:
         make_folder(draft)
@@ -198,8 +175,17 @@ def _lock(draft):
         # Opened for writing, because network file systems grant no exclusive lock otherwise.
         fd = os.open(draft / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         _wait(lambda: not try_lock(fd), draft)
+        # For half a minute NFS may still show a draft that another node has renamed, and emptying that would remove
+        # the complete tokens. Opening the folder above makes it ask the server.
+        os.scandir(folder.parent).close()
+        if same_file(fd, draft / ".lock"):  # else its holder has renamed the draft, and another may have begun one
+            if not folder.exists():
+                return fd
+            shutil.rmtree(draft, ignore_errors=True)  # on NFS, the open .lock keeps a name in it
+        os.close(fd)
+        return None
     except OSError as error:
-        # NFS knows no file that another node has removed, as the lock file is once the draft has its name.
+        # On NFS, a lock file that another node has removed, as it does after the rename, is an error.
         removed = fd is not None and not same_file(fd, draft / ".lock")
         if fd is not None:
             os.close(fd)
@@ -208,7 +194,6 @@ def _lock(draft):
         unlocked = error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
         advice = "on a file system with locks, such as a local disk" if unlocked else "that can be written"
         raise UserError(f"--cache-dir {draft.parent}: {error.strerror}; give a folder {advice}") from None
-    return fd
 
 
 def _wait(blocked, draft):
@@ -302,7 +287,7 @@ def _trained_tokenizer(name, stream, vocab_size):
     """bpe: trained on up to BPE_SAMPLE characters of the training text; char: on all text, including validation."""
     began = time.perf_counter()
     if name == "bpe":
-        stream = take((piece for piece in stream if piece.split == "train"), BPE_SAMPLE)
+        stream = text.take((piece for piece in stream if piece.split == "train"), BPE_SAMPLE)
     tokenizer = train_tokenizer(name, (piece.content for piece in stream), vocab_size or 4096)
     log.info("trained a %s tokenizer of %s tokens in %.1f s", name, f"{tokenizer.get_vocab_size():,}",
              time.perf_counter() - began)
@@ -312,9 +297,9 @@ def _trained_tokenizer(name, stream, vocab_size):
 def _stream(cfg, sources, val_sources):
     """The Pieces of all text: first that of --val-data, which is read in full."""
     if cfg.use_toy_data:
-        return iter([Piece(text, split, False) for split, text in toy.text(cfg.data_seed)])
+        return iter([text.Piece(content, split, False) for split, content in toy.text(cfg.data_seed)])
     val_ratio = 0.0 if cfg.val_data else cfg.val_ratio
-    return chain(pieces(val_sources, "val"), pieces(sources, "train", val_ratio, builtin=not cfg.train_data))
+    return chain(text.pieces(val_sources, "val"), text.pieces(sources, "train", val_ratio, builtin=not cfg.train_data))
 
 
 def _tokenize(draft, cfg, tokenizer, eos, sources, val_sources):
@@ -324,7 +309,7 @@ def _tokenize(draft, cfg, tokenizer, eos, sources, val_sources):
     vocab_size = id_count(tokenizer)
     digest = tokenizer_hash(tokenizer)
     n_paths = max(1, len(cfg.train_data), len(cfg.val_data))
-    identity = [digest.hex(), BATCH, PIECE, n_paths, [source.argument for source in every]]
+    identity = [digest.hex(), BATCH, text.PIECE, n_paths, [source.argument for source in every]]
     done = Progress.of_draft(draft, Progress(identity, dict(train=[0] * n_paths, val=[0] * n_paths)))
     limits = dict(train=cfg.max_tokens, val=0)
     if cfg.max_tokens and not cfg.val_data:
@@ -360,7 +345,7 @@ def _tokenize(draft, cfg, tokenizer, eos, sources, val_sources):
 
 def _batches(stream, bar):
     """The stream's pieces, about BATCH characters or ids at a time; the bar moves on when the next are asked for."""
-    while batch := take(stream, BATCH):
+    while batch := text.take(stream, BATCH):
         yield batch
         bar.update(sum(getattr(piece.content, "nbytes", len(piece.content)) for piece in batch))  # bytes or characters
 
@@ -368,7 +353,7 @@ def _batches(stream, bar):
 def _spans(paths, counts):
     """name → [first token, number of tokens] of each path, where there are several."""
     starts = accumulate(counts, initial=0)
-    return {name: [start, count] for name, start, count in zip(source_names(paths), starts, counts, strict=False)}
+    return {name: [start, count] for name, start, count in zip(text.source_names(paths), starts, counts, strict=False)}
 
 
 def require_sequences(cfg, meta):

@@ -516,7 +516,7 @@ def test_max_tokens_reads_no_further(tmp_path, text, monkeypatch, has_val_data):
     big = tmp_path / "big.txt"
     big.write_text(text.read_text() * 100)
     read = []
-    monkeypatch.setattr(token_cache, "pieces",
+    monkeypatch.setattr(text_module, "pieces",
                         lambda *args, **flags: (read.append(piece) or piece for piece in pieces(*args, **flags)))
     corpus = Corpus(config(big, tmp_path / "cache", max_tokens=1000, val_data=[str(text)] * has_val_data))
     assert corpus.train.count == 1000
