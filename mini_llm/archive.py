@@ -35,10 +35,9 @@ def load(path, mapped=False):
             raise DamagedCheckpoint(f"{path} is not a file")
         with open(path, "rb") as file:  # once: a run that still trains may replace it meanwhile
             stated, actual = read_digest(file), file_digest(file)
-            if stated is None and zipfile.is_zipfile(file):
-                raise DamagedCheckpoint(f"{path} is not a checkpoint of mini-llm (it has no SHA-256 of its content)")
             if stated is None:
-                raise DamagedCheckpoint(f"{path} is cut short, or not a checkpoint of mini-llm")
+                what = "not" if zipfile.is_zipfile(file) else "cut short, or not"
+                raise DamagedCheckpoint(f"{path} is {what} a checkpoint of mini-llm (it has no SHA-256 of its content)")
             if stated != actual:
                 raise DamagedCheckpoint(f"{path} is damaged (its SHA-256 is not the one it was written with)")
             file.seek(0)

@@ -63,7 +63,9 @@ def resolve_init(cfg, resume_from):
     prepared = cfg.data.is_shards or cfg.data.use_toy_data  # both come with their tokenizer
     given = {name: getattr(model, name) for name in SIZES if name in cfg.given}
     stated = {name: value for name, value in given.items() if value or value is False}  # None and 0 mean not stated
-    saved = _saved_config(resume_from, cfg.checkpoint) if resume_from else {}
+    saved = resume.first_readable(resume_from, cfg.checkpoint)[1].get("config", {})
+    if resume_from and not saved:
+        resume.load_latest(resume_from, cfg.checkpoint)  # raises if damaged: now, not after tokenizing a large text
     if saved and (init.init_from or saved.get("init_from")):
         if init.init_from:
             log.info("--init-from %s is not read: the weights are those of %s", init.init_from, resume_from)
@@ -85,8 +87,8 @@ def resolve_init(cfg, resume_from):
         advice = longest if init.init_from else "raise the latter or lower the former"
         raise UserError(f"--seq-len {seq_len} is above --max-position-embeddings "
                         f"{model.max_position_embeddings}{init.init_from and ' of --init-from'}; {advice}")
-    if model.vocab_size and tokenizer_name not in LEARNED and not prepared:  # before a text is tokenized
-        resolve_vocab_size(model, init, id_count(load_tokenizer(tokenizer_name)), tokenizer_name)
+    if model.vocab_size and not prepared and (tokenizer := load_tokenizer(tokenizer_name)):  # before tokenizing a text
+        resolve_vocab_size(model, init, id_count(tokenizer), tokenizer_name)
     return model, init, dataclasses.replace(cfg.data, seq_len=seq_len, tokenizer_name=tokenizer_name)
 
 
@@ -195,14 +197,6 @@ def load_initial(raw, optimizer, init, identity, world):
     return State(first_sample=first_sample)
 
 
-def _saved_config(path, cfg):
-    """All flags of the run whose checkpoint is at `path`, without reading its tensors; {} if it is not of a run, which
-    `resume.load_for_resume` reports. Raises UserError if it is damaged, and the one before, too."""
-    for file in (path, cfg.beside(".prev.pt")):
-        if config := resume.peek_run(file)["config"]:
-            return config
-    resume.load_latest(path, cfg)  # raises: now, and not once a large text is tokenized
-    return {}
 
 
 def _source_config(source):

@@ -61,7 +61,7 @@ def run_identity(cfg, corpus, vocab_size, global_batch_size):
 
 def require_same_flags(path, cfg, global_batch_size):
     """Raises UserError if the run at `path` is another by its flags: before a text is tokenized. `cfg`: all flags."""
-    file, found = _first_readable(path, cfg)
+    file, found = first_readable(path, cfg.checkpoint)
     if found:
         _require_same_run(file, found, identity_of_flags(cfg, global_batch_size), flatten(cfg))
 
@@ -69,7 +69,7 @@ def require_same_flags(path, cfg, global_batch_size):
 def earlier_shards(path, cfg):
     """The folder of token shards that the run at `path` had, if its flags for the data are those of `cfg`, all flags,
     and it is still there; else None."""
-    _, found = _first_readable(path, cfg)
+    _, found = first_readable(path, cfg.checkpoint)
     config = flatten(cfg)
     if not found or any(found["config"].get(name) != config[name] for name in DATA_FLAGS):
         return None
@@ -78,9 +78,9 @@ def earlier_shards(path, cfg):
     return next(filter(os.path.isdir, (folder, here)), None)
 
 
-def _first_readable(path, cfg):
-    """(file, what it says of its run): the checkpoint at `path` or, if damaged, the one before; else (None, {})."""
-    for file in (path, cfg.checkpoint.beside(".prev.pt")) if path else ():
+def first_readable(path, cfg):
+    """(path, plain values) of the checkpoint at `path` or, if that is damaged, of the one before; else (None, {})."""
+    for file in (path, cfg.beside(".prev.pt")) if path else ():
         if is_of_a_run(found := peek(file)):
             return file, found
     return None, {}
