@@ -1,8 +1,7 @@
 """Fault detection: when one rank dies, hangs, fails or diverges, all exit, and one line says which and why.
 
 Each rank has a `Heartbeat`, a thread: once a second it publishes the rank's progress in torchrun's key-value store and
-checks the next rank's. It does not touch the training step: it runs no collectives and waits for no device. (That of
---heartbeat-file is another, for who supervises the run: watchdog.py.)
+checks the next rank's. It runs no collectives and waits for no device. (For --heartbeat-file, see watchdog.py.)
 """
 
 import collections
@@ -54,7 +53,7 @@ class NoHeartbeat:
 
     def fail(self, reason, code):
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(5)  # the main rank reports the same and its exit ends the others; otherwise they report it
+            time.sleep(5)  # if rank 0 fails likewise, it reports the error, and its exit ends this rank meanwhile
         _say(reason)
         self.leave(code)
 
@@ -62,8 +61,8 @@ class NoHeartbeat:
         """Nothing to add to the traceback."""
 
     def leave(self, code):
-        # Skip interpreter shutdown: it destroys the process group, which waits for ranks that are gone, and has aborted
-        # a finished run while gloo's threads were still at work.
+        # Skip interpreter shutdown, which waits for ranks that are gone and has aborted finished runs whose threads of
+        # gloo were still at work.
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
                 stream.flush()
@@ -78,14 +77,14 @@ class Heartbeat(NoHeartbeat):
         self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
         self.counters = []  # functions that return how many collectives this rank has begun
         self._count(dist.group.WORLD)
-        # What is published. A rank with less progress than the others is one that they wait for in a collective.
+        # What is published. The others wait in a collective for a rank with less progress.
         self.me = dict(name=f"rank {rank} ({socket.gethostname()}, pid {os.getpid()})", pid=os.getpid(),
                        node=os.environ["GROUP_RANK"], beat=0, progress=0, step=0, left=False)
-        # Time is counted in own beats: a machine that was suspended or slow must not take the others' beats as missed.
-        self.peer, self.missed = {}, 0  # what the next rank has last published, and for how long it has been the same
+        # Time is counted in this rank's beats, so that a machine that was suspended does not miss the others'.
+        self.peer, self.missed = {}, 0  # the next rank's latest record, and the beats since it changed
         self.max_missed = min(timeout, MAX_MISSED)
-        self.last_progress, self.stalled = -1, 0  # this rank's at its last beat, and for how long it has been the same
-        self.answers = 0  # how often the store has answered
+        self.last_progress, self.stalled = -1, 0  # this rank's at its last beat, and the beats since it changed
+        self.answers = 0  # from the store
         self.leaving = threading.Lock()  # held by the thread that ends this process
         self.saving = threading.Lock()  # held while a checkpoint is written
         self.publishing = threading.RLock()  # held while `me` is published; twice if _on_sigterm interrupts that
@@ -95,8 +94,8 @@ class Heartbeat(NoHeartbeat):
         threading.Thread(target=self._watch_store, args=(os.getppid(),), daemon=True, name="store").start()
 
     def mesh(self, device_type, shards):
-        """Collective. A DeviceMesh (dp_replicate, dp_shard) of all ranks, `shards` consecutive ones to a replica; of a
-        single replica (dp_shard,) alone."""
+        """Collective. A DeviceMesh (dp_replicate, dp_shard) of all ranks, `shards` consecutive ones to a replica; only
+        (dp_shard,) if there is a single replica."""
         names = ("dp_replicate", "dp_shard")
         if shards == self.size:
             return init_device_mesh(device_type, (shards,), mesh_dim_names=names[1:])
@@ -109,17 +108,17 @@ class Heartbeat(NoHeartbeat):
         return DeviceMesh.from_group(groups, device_type, mesh, mesh_dim_names=names)
 
     def _count(self, group):
-        """Its collectives count as progress from now on."""
-        with contextlib.suppress(AttributeError):  # private functions of torch's: steps alone tell less exactly
+        """Counts the group's collectives as progress from now on."""
+        with contextlib.suppress(AttributeError):  # private functions of torch; without them, steps alone count
             self.counters += [group._get_backend(device)._get_sequence_number_for_group
                               for device in group._device_types]
 
     def _where(self):
-        # This rank's own step, also of a fault in another: that one's is the same or one off.
+        # This rank's step; that of another, faulty rank is the same or one off.
         return f"at step {self.me['step']}" if self.me["step"] else "before the first step"
 
     def _publish(self):
-        with self.publishing:  # else the thread's last beat may come after, and undo, that this rank has left
+        with self.publishing:  # else a beat of the thread might overwrite that this rank has left
             self.me["progress"] = self.me["step"] + sum(count() for count in self.counters)
             self.store.set(str(self.rank), json.dumps(self.me))
 
@@ -127,28 +126,25 @@ class Heartbeat(NoHeartbeat):
         return json.loads(self.store.get(str(rank)))
 
     def _run(self):
-        next_rank = (self.rank + 1) % self.size  # a ring: the cost does not grow with the number of ranks
         while True:
             time.sleep(1)
             self.me["beat"] += 1
             try:
                 self._publish()
-                is_gone = self._peer_is_gone()  # before it is read: a rank that leaves says so before it is gone
-                peer = self._read(next_rank)
                 if self.store.check(["reason"]):
                     self.fail()
-                self._check_peer(peer, is_gone)
+                self._check_peer()
                 self._check_progress()
                 self.answers += 1
-            except Exception:  # a lost connection; or torchrun, which holds the store, is gone: see stop_when_orphaned
+            except Exception:  # the connection is lost, or torchrun, which holds the store, is gone: stop_when_orphaned
                 with contextlib.suppress(Exception):
                     self.store = self.store.clone()
 
-    def _peer_is_gone(self):
-        return self.peer and self.peer["node"] == self.me["node"] and not pid_exists(self.peer["pid"])
-
-    def _check_peer(self, peer, is_gone):
-        """Ends all ranks if the next one, which has now published `peer`, is gone or frozen."""
+    def _check_peer(self):
+        """Ends all ranks if the next one in the ring is gone or frozen: the cost does not grow with their number."""
+        # Asked before its record is read: a rank that leaves says so there before it is gone.
+        is_gone = self.peer and self.peer["node"] == self.me["node"] and not pid_exists(self.peer["pid"])
+        peer = self._read((self.rank + 1) % self.size)
         self.missed = 0 if peer["left"] or peer["beat"] != self.peer.get("beat") else self.missed + 1
         self.peer = peer
         if is_gone and not peer["left"]:
@@ -158,13 +154,13 @@ class Heartbeat(NoHeartbeat):
             self.fail(self._stopped([peer], self.missed), frozen=peer)
 
     def _check_progress(self):
-        """After every --timeout seconds in which this rank waits: ends all ranks if it waits for some of them."""
+        """Ends all ranks if this one has waited --timeout seconds for some of them."""
         self.stalled = 0 if self.me["progress"] != self.last_progress else self.stalled + 1
         self.last_progress = self.me["progress"]
         if not self.stalled or self.stalled % self.timeout:
             return
         everyone = [self._read(rank) for rank in range(self.size)]
-        least = min(who["progress"] for who in everyone)  # ranks in between may wait for those, in another group
+        least = min(who["progress"] for who in everyone)  # ranks in between may themselves wait in another group
         slow = [who for who in everyone if who["progress"] == least < self.me["progress"]]
         if slow and not any(who["left"] for who in everyone):
             self.fail(self._stopped(slow, self.stalled))
@@ -174,8 +170,8 @@ class Heartbeat(NoHeartbeat):
                  f"evaluated, a GPU or the network hangs (see dmesg)", "warning")
 
     def _watch_store(self, launcher):
-        """Ends this rank if the store is lost while torchrun is there: with the store's node, on several. An operation
-        on it may then never return, whatever its timeout, so that the heartbeat's own thread cannot tell."""
+        """Ends this rank if the store is lost while its own torchrun lives: on several nodes, if the store's node is
+        gone. A thread apart, because operations on the store may then never return, whatever their timeout."""
         waited = seen = 0  # seconds without an answer, and the answers before
         while waited < self.max_missed + 2 or os.getppid() != launcher:  # an orphan saves first: see stop_when_orphaned
             time.sleep(1)
@@ -192,11 +188,11 @@ class Heartbeat(NoHeartbeat):
         return f"{names} {have} stopped {self._where()}: nothing from {them} for {seconds} s{limit}; {RESUME}"
 
     def fail(self, reason="", code=1, frozen=None):
-        """Exit, and make all ranks exit, with the first reason that any of them stored. `frozen`: what a rank published
-        that cannot exit by itself; on this node, it is killed. Does not return."""
+        """Exit, and make all ranks exit, with the first reason that any of them stored. `frozen`: the record of a rank
+        that cannot exit by itself: it is killed if it is on this node. Does not return."""
         with self.leaving:  # the main thread or the heartbeat's, whichever comes first
             try:
-                if code == 2 and self.rank:  # a wrong flag, which rank 0 finds, too, or a file that this node lacks
+                if code == 2 and self.rank:  # a wrong flag, which rank 0 reports, or a file that only this node lacks
                     for _ in range(50):
                         if self.store.check(["reason"]):
                             break
@@ -205,14 +201,14 @@ class Heartbeat(NoHeartbeat):
                         reason = f"{self.me['name']}: {reason}"
                 first = self.store.compare_set("reason", "", f"{code} {reason}").decode()
                 code, reason = first.split(" ", 1)
-                for _ in range(30 if self.rank else 0):  # rank 0 comes first: its stderr is the one that people look at
+                for _ in range(30 if self.rank else 0):  # rank 0 comes first: people look at its stderr
                     if self.store.check(["printed"]):
                         break
                     time.sleep(0.1)
                 if self.store.add("printing", 1) == 1:
                     _say(reason)
                     self.store.set("printed", "")
-                    time.sleep(0.5)  # this exit may end the store: the others see before that it has been printed
+                    time.sleep(0.5)  # the others see this before the store, which may end with this process, is gone
             except Exception:  # the store is gone
                 _say(reason)
             if frozen and frozen["node"] == self.me["node"]:
@@ -228,12 +224,13 @@ class Heartbeat(NoHeartbeat):
         super().leave(code)
 
     def _take_leave(self):
-        self.me["left"] = True  # a normal exit: the others must not report this rank as gone
+        self.me["left"] = True  # so that the others do not report this rank as gone
         with contextlib.suppress(Exception):
             self._publish()
 
     def _on_sigterm(self, number, frame):
-        """Outside the loop (inside, StopSignal saves). torchrun sends it when a rank died: allow time to say which."""
+        """For SIGTERM outside the loop (inside, StopSignal handles it). torchrun sends it when a rank has died: this
+        one waits, so that the rank that notices can say which."""
         if not self.leaving.locked():
             self._take_leave()
             time.sleep(10)
@@ -245,8 +242,8 @@ class Heartbeat(NoHeartbeat):
         advice = explained(error)
         if (isinstance(error, (dist.DistError, RankEnded))
                 or isinstance(error, RuntimeError) and re.search(r"\bgloo\b", str(error))):
-            self.max_missed = min(self.max_missed, 5)  # of another node's rank, only missed beats show that it is gone
-            time.sleep(15)  # whoever detects it ends this process meanwhile
+            self.max_missed = min(self.max_missed, 5)  # only by missed beats is a rank of another node seen to be gone
+            time.sleep(15)  # the rank that detects it ends this process meanwhile
         elif not advice:
             with contextlib.suppress(OSError):
                 traceback.print_exception(error)
@@ -260,8 +257,8 @@ def _say(what, kind="error"):
 
 
 def pid_exists(pid):
-    """Whether a process of ours is there on this host (or has ended, and its parent has not asked how)."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # another user's has got its number
+    """Whether a process of this user exists on this host (a zombie does, too)."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # another user's process has that pid now
         os.kill(pid, 0)
         return True
     return False
@@ -277,8 +274,8 @@ def portable(error):
 
 
 def from_main(make, is_main):
-    """Collective. What `make()` returns on the main rank, the only one that calls it; on the others with meta tensors.
-    Raises its exception on every rank."""
+    """Collective. Calls `make()` on the main rank only and returns its result, on the others with meta tensors. Raises
+    its exception on every rank."""
     result = shapes = error = None
     if is_main:
         try:
@@ -303,8 +300,7 @@ def gather(values):
 
 
 def shared_out(compute, batch, group):
-    """Collective in `group`; None: all ranks. (n, …) → `compute(batch)`, of that shape: each rank computes a share
-    of it, for all."""
+    """Collective in `group` (None: all ranks). `compute(batch)`, (n, …) → (n, …): each rank computes a share of it."""
     if not len(batch):
         return compute(batch)
     size, rank = dist.get_world_size(group), dist.get_rank(group)
@@ -352,7 +348,7 @@ def digest(tensor, block=1 << 18):
     """A digest of a tensor's bits, of any dtype and device, as 16 hexadecimal digits: the sum of its 32-bit words, each
     multiplied by an odd number that depends on its position, modulo 2^64. Computed on the device. A change of one word
     is always detected, one of several is missed with a probability of about 2^-32; NaNs and the sign of zero count. One
-    CPU core takes 0.5 s for the weights and moments of 124M parameters, 0.3 s for 10M (best of five, busy machine)."""
+    CPU core takes 0.5 s for the weights and moments of 124M parameters."""
     octets = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     if rest := len(octets) % 4:
         octets = F.pad(octets, (0, 4 - rest))
