@@ -15,10 +15,10 @@ from pathlib import Path
 OTHER_CHECKPOINT = r"\.(best(-of-\d+)?|prev|nonfinite|(step|kept)-\d+)"
 # How a record of metrics.jsonl begins, for readers that do not parse it all: histograms take megabytes.
 RECORD_HEAD = re.compile(rb'\{"step": (?P<step>\d+), "time": (?P<time>[^,]+), ("event": "(?P<event>\w+)")?')
-# What file systems without syncing answer, most of them for folders: network file systems, FUSE. A disk says EIO.
+# Errors of file systems that cannot sync, or not folders: network file systems, FUSE. A failing disk gives EIO.
 NO_SYNC = (errno.EACCES, errno.EBADF, errno.EINVAL, errno.EISDIR, errno.ENOSYS, errno.ENOTSUP, errno.ENOTTY,
            errno.EPERM)
-# A tokenizer's own files → a key that each of them has, and other JSON files have not.
+# A tokenizer's own files → a key that tells each of them from other JSON files.
 TOKENIZER_KEYS = {"tokenizer.json": "added_tokens", "tokenizer_config.json": "tokenizer_class"}
 # The fields that a record of metrics.jsonl must have if it is an event, by kind of event.
 EVENTS = dict(config=dict(config=dict), sample=dict(text=str), alert=dict(title=str, text=str), exit=dict(code=int))
@@ -33,8 +33,8 @@ def command(script, *arguments):
 
 
 def exists(path):
-    """Whether there is such a file or folder. Raises OSError where that cannot be known, unlike Path.exists from Python
-    3.14 on: a network file system that does not answer must not be taken for one that is empty."""
+    """Whether there is such a file or folder. Unlike Path.exists from Python 3.14 on, raises OSError if that cannot be
+    known: a network file system that does not answer must not be taken for an empty one."""
     try:
         os.stat(path)
     except OSError as error:
@@ -45,7 +45,7 @@ def exists(path):
 
 
 def same_file(a, b):
-    """Whether both paths are names, such as hard links, of one file. No: one is missing, or only another node's."""
+    """Whether both paths name one file, such as hard links do. False if either is missing."""
     with contextlib.suppress(OSError):
         return os.path.samefile(a, b)
     return False
@@ -53,8 +53,8 @@ def same_file(a, b):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yields the path of a draft that takes the place of `path` at the end: a kill at any moment leaves either the old
-    file or the new one, an error the old one and no draft."""
+    """Yields the path of a draft that replaces `path` at the end: a kill at any moment leaves either the old file or
+    the new one, an error the old one and no draft."""
     draft = path.with_name(path.name + ".tmp")
     draft.unlink(missing_ok=True)  # left by a kill, it may be a checkpoint's second name: not to be written into
     try:
@@ -65,16 +65,16 @@ def replacing(path):
 
 
 def sync(fd):
-    """To the disk itself, for a power cut: on macOS, fsync leaves what was written in the disk's own cache. Raises
-    OSError if it failed; what was written is then lost, though a second call would not say so."""
-    with contextlib.suppress(AttributeError), _where_supported():  # not macOS, or a file system without it
+    """Flush an open file to the disk, to survive a power cut. Raises OSError on failure: what was written is then lost,
+    though a second call would succeed."""
+    with contextlib.suppress(AttributeError), _where_supported():  # on macOS, where fsync stops at the disk's own cache
         fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
         return
     os.fsync(fd)
 
 
 def sync_path(path):
-    """The same for a file, or for the names in a folder, where that is possible."""
+    """Flush a file, or the names in a folder, where the file system can."""
     with _where_supported():
         fd = os.open(path, os.O_RDONLY)
         try:
@@ -93,7 +93,7 @@ def _where_supported():
 
 
 def make_folder(path):
-    """A folder, with those above it, that is there after a power cut, too."""
+    """Create a folder, with those above it, that survives a power cut."""
     if not exists(path):
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
@@ -101,7 +101,7 @@ def make_folder(path):
 
 
 def write_whole(path, content):
-    """On the disk before it has its name: else a power cut may leave an empty file in the old one's place."""
+    """Replace a file's content, flushed before the rename: else a power cut may leave an empty file."""
     with replacing(path) as draft, open(draft, "wb") as file:
         file.write(content)
         file.flush()
@@ -122,9 +122,9 @@ def read_json(path):
 
 
 def tokenizer_files(folder):
-    """The files of a tokenizer's folder, to be copied where its model goes, without hidden ones, which macOS leaves. A
-    device may be endless, and a link lead to what is not to be published: of links, only those to a tokenizer's own
-    files, as in a snapshot of the Hub."""
+    """The files of a tokenizer's folder to copy along with its model: none that are hidden, which macOS leaves, nor
+    devices, which may be endless. A link may lead to what is not to be published: only those to a tokenizer's own files
+    are taken, as in a snapshot of the Hub."""
 
     def is_own(file):
         with contextlib.suppress(ValueError):
@@ -146,7 +146,7 @@ def without_infinity(record):
 
 def beside_run(path, suffix):
     """checkpoints/minigpt.best.pt, `.tokenizer` → checkpoints/minigpt.tokenizer, which all checkpoints of a run share.
-    `path`: any of those checkpoints, or the run's metrics.jsonl."""
+    `path`: one of those checkpoints, or the run's metrics.jsonl."""
     path = Path(path)
     stem = path.name.removesuffix(".metrics.jsonl") if path.name.endswith(".metrics.jsonl") else path.stem
     return path.with_name(re.sub(rf"{OTHER_CHECKPOINT}$", "", stem) + suffix)
@@ -159,8 +159,8 @@ def matching_files(prefix, pattern):
 
 
 def read_records(path):
-    """The records of a metrics.jsonl, in order. Skipped are torn lines, left by a killed run or one still writing, and
-    lines that no run writes."""
+    """The records of a metrics.jsonl, in order. Skips lines that no run writes, and torn ones, left by a killed run or
+    one that is still writing."""
     if not os.path.isfile(path):  # a named pipe would block
         raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
     with open(path, errors="replace") as file:

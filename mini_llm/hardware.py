@@ -29,8 +29,8 @@ PEAK_FLOPS = {r"H100( SXM5)? \d+GB HBM3": 989e12, r"H100 PCIe": 756e12, r"H100 N
               r"GeForce RTX 5090": 209.5e12, r"GeForce RTX 4090": 165e12, r"GeForce RTX 3090": 71e12,
               r"AMD Instinct MI250X": 191.5e12, r"AMD Instinct MI300X": 1307e12}  # an MI250X shows as two devices
 
-CPU_LIMIT = "/sys/fs/cgroup/cpu.max"  # of a container (docker --cpus, Kubernetes' limits.cpu): microseconds, of so many
-NVIDIA = "/dev/nvidia[0-9]*"  # its GPUs, whether PyTorch can use them or not
+CPU_LIMIT = "/sys/fs/cgroup/cpu.max"  # a container's (docker --cpus, Kubernetes' limits.cpu): quota and period in µs
+NVIDIA = "/dev/nvidia[0-9]*"  # GPUs, whether PyTorch can use them or not
 
 
 @dataclass
@@ -75,8 +75,8 @@ class Precision:
 
 
 def choose_device(name, local_rank=0, alone=True):
-    """auto|cuda|cpu|mps → torch.device, of a process that is `alone` or one of several ranks; for a CPU, limits
-    PyTorch's threads to the cores that this process may use. Raises UserError if the device is not available."""
+    """auto|cuda|cpu|mps → torch.device. `alone`: this process is not one of several ranks. On a CPU, limits PyTorch's
+    threads to the cores that this process may use. Raises UserError if the device is not available."""
     has_mps = torch.backends.mps.is_available()
     if name == "auto":  # Metal has no collectives
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps and alone else "cpu"
@@ -98,7 +98,7 @@ def choose_device(name, local_rank=0, alone=True):
     if name == "mps" and not alone:
         raise UserError("--device mps: PyTorch has no collectives on Metal; use --device cpu, or python train.py")
     if name == "cpu" and "OMP_NUM_THREADS" not in os.environ and usable_cores() < torch.get_num_threads():
-        # A container's limit is not in the affinity that PyTorch counts: waiting threads would use up its time.
+        # PyTorch counts the affinity, not a container's limit, and threads that wait would use that up.
         torch.set_num_threads(usable_cores())
     return torch.device(name)
 
@@ -127,14 +127,10 @@ def choose_precision(cfg, device):
         if torch.cuda.get_device_capability(device) >= (8, 0):
             return Precision(device, torch.bfloat16, "this GPU multiplies bf16 in its tensor cores")
         return Precision(device, torch.float16, "this GPU has no fast bf16; gradients are scaled")
-    if device.type == "cpu" and _cpu_multiplies_bf16():
+    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # private functions
+    if device.type == "cpu" and any(getattr(torch.cpu, probe, bool)() for probe in probes):
         return Precision(device, torch.bfloat16, "this CPU multiplies bf16 (AMX or AVX512-BF16)")
     return Precision(device, None, f"this {device.type} has no fast bf16: fp32")
-
-
-def _cpu_multiplies_bf16():
-    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(getattr(torch.cpu, probe, bool)() for probe in probes)  # private functions
 
 
 def configure(cfg, device, dropout=0.0, recomputes=False):
@@ -145,20 +141,20 @@ def configure(cfg, device, dropout=0.0, recomputes=False):
     if dropout * 16 % 1:
         torch.backends.cuda.enable_cudnn_sdp(False)  # some of its kernels round dropout to sixteenths (pytorch #174245)
     if dropout and should_compile(cfg, device):
-        # Else the compiler gives attention in a checkpointed block a generator of its own, which no seed reaches: the
-        # same masks on all ranks, and others after a resume.
+        # Else the compiler gives attention in a checkpointed block a generator of its own, which `seed_step` does not
+        # reach: masks are the same on all ranks, and differ after a resume.
         from torch._functorch import config as functorch
 
         functorch.graphsafe_rng_functionalization = False
-    # A CPU's kernels are deterministic, except for the compiler's embedding gradient: its threads add to shared rows in
-    # any order. The deterministic one is at least as fast.
+    # On a CPU, only the compiled embedding gradient is not deterministic: its threads add to shared rows in any order.
+    # The deterministic one is at least as fast.
     if cfg.deterministic or device.type == "cpu" and should_compile(cfg, device):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid: nothing here reads such memory
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # TF32 where autocast leaves fp32. Not on a CPU: some with AMX would do it in all products of --no-amp.
+        # TF32 where autocast leaves fp32. Not on CPUs: some with AMX would use it for all products under --no-amp.
         torch.set_float32_matmul_precision("high")
     else:
         keep_freed_memory()
@@ -180,7 +176,7 @@ def allow_nondeterministic():
     """Allow nondeterministic kernels despite --deterministic, for sampling, which does not affect training. Disables
     cuDNN attention, which builds a new plan for every sequence length."""
     strict, cudnn = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled()
-    if strict:  # else not called: it would import torch's compiler, which takes two seconds
+    if strict:  # the call imports torch's compiler, which takes two seconds
         torch.use_deterministic_algorithms(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
@@ -192,8 +188,8 @@ def allow_nondeterministic():
 
 
 def keep_freed_memory(up_to=1 << 30):
-    """Make glibc keep the large blocks that each step frees and reallocates, instead of returning them to the kernel,
-    which zeroes every page again: blocks up to so many bytes. No effect with other C libraries."""
+    """Make glibc keep blocks of up to this many bytes, which each step frees and reallocates, instead of returning them
+    to the kernel, which zeroes every page again. No effect with other C libraries."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, up_to) or mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: mmap above; old glibc has at most 32 MB
@@ -283,7 +279,7 @@ class Stopwatch:
 
 def out_of_memory(error, advice="lower --batch-size and raise --grad-accum-steps, or --use-activation-checkpoint"):
     """The message for an out-of-memory error; None for any other error."""
-    # The words of the CPU's allocator; of Metal, NCCL and CUDA itself; of cuBLAS; of Metal, for one large tensor.
+    # In this order: the CPU's allocator; Metal, NCCL and CUDA; cuBLAS; Metal, for one large tensor.
     words = "DefaultCPUAllocator|out of memory|_ALLOC_FAILED|Invalid buffer size"
     said = isinstance(error, RuntimeError) and re.search(words, str(error))
     if said or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
@@ -317,10 +313,9 @@ def explained(error):
 
 @contextlib.contextmanager
 def reserved(sizes, device):
-    """Holds blocks of the device's memory, of so many bytes each, so that what needs them later fits: tensors of these
-    sizes then find them in the CUDA allocator's cache as they are."""
-    # Ones, because on a CPU memory that is not written to is not held.
-    held = [torch.ones(n, dtype=torch.uint8, device=device) for n in sizes]
+    """Holds blocks of the device's memory, of these `sizes` in bytes, for tensors that are made later: the CUDA
+    allocator then has them in its cache."""
+    held = [torch.ones(n, dtype=torch.uint8, device=device) for n in sizes]  # not empty: a CPU holds only written pages
     yield
     del held
 

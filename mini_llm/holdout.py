@@ -1,5 +1,5 @@
-"""Which text is held out for validation, if there is no --val-data: whole documents, chosen by what is in them, so that
-each stays on its side of the split whatever is added, in whatever order and with whatever seed."""
+"""Which text is held out for validation without --val-data: whole documents, chosen by their content, so that each
+stays on its side of the split whatever is added, in any order and with any seed."""
 
 import hashlib
 import os
@@ -8,26 +8,26 @@ from mini_llm.tokenizer import END_OF_TEXT
 
 
 def place(text):
-    """A document's place in [0, 1), a hash of its first piece without the blanks around it, which depend on the kind of
-    file: it validates if that is below --val-ratio, as does every copy of it."""
+    """A document's place in [0, 1), the same for every copy of it: a hash of its first piece, without the blanks around
+    it, which depend on the kind of file. Places below --val-ratio are held out."""
     return int.from_bytes(hashlib.blake2b(text.strip().encode(), digest_size=6, person=b"validation").digest()) / 2**48
 
 
 def spread(index):
-    """The same for a file of the built-in corpus, to which nobody adds: multiples of the golden ratio are spread evenly
-    enough to split even a few hundred files in the right proportion."""
+    """The same for the file number `index` of the built-in corpus, which never grows: multiples of the golden ratio
+    are spread evenly enough to split even a few hundred files in the right proportion."""
     return (index + 1337) * 0.6180339887498949 % 1.0
 
 
 def takes_tails(sources, ratio):
-    """Whether the tail of each source is held out, because they are text files, and too few to hold out whole ones: of
-    50 files, their hashes would hold out none at all once in two hundred times."""
+    """Whether the tail of each source is held out instead: they are text files, and too few to choose whole ones. Of 50
+    files, hashes would hold out none at all once in two hundred times."""
     return len(sources) * ratio < 5 and all(source.kind == "text" for source in sources)
 
 
 def tail_start(file, ratio):
     """The byte where the last `ratio` of a text file begins, moved on to the next end of a document (unless that leaves
-    less than half of it), else of a line. Marks and blanks at the end of the file count as none of its text; a file of
+    less than half of it), else of a line. Marks and blanks at the end of the file do not count as text; a file of
     nothing else has no tail."""
     mark = END_OF_TEXT.encode()
     with open(file, "rb") as stream:

@@ -27,11 +27,8 @@ LLM_C_DTYPES = {(20240520, 1): np.uint16, (20240801, 7): np.uint32}  # GPT-2's t
 
 class ShardWriter:
     """Writes a header (magic, version, bytes per id, count, vocabulary size, end-of-text id, tokenizer hash), then the
-    ids, as uint16 if the vocabulary fits, else as uint32. Every id is checked against the vocabulary.
-
-    With a `count`, goes on behind the first `count` ids of a file that was not completed. Raises UserError if it has
-    fewer.
-    """
+    ids, as uint16 if the vocabulary fits, else as uint32. Every id is checked against the vocabulary. With a `count`,
+    continues after the first `count` ids of an incomplete file; raises UserError if it has fewer."""
 
     def __init__(self, path, vocab_size, eos, tokenizer_hash, limit=0, count=0):
         self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
@@ -70,7 +67,7 @@ class ShardWriter:
         return len(ids)
 
     def flush(self):
-        """To the disk: after a power cut, too, the file has what was written."""
+        """To the disk: what was written so far survives a power cut."""
         self.file.flush()
         sync(self.file.fileno())
 
@@ -83,8 +80,8 @@ class ShardWriter:
 
 
 class Descriptor(int):
-    """That of a file open for reading. Pickled, as for worker processes, it becomes one of the process that loads it:
-    with this process's number, that one would read another of its own files."""
+    """The descriptor of a file open for reading. Unpickled in another process, such as a DataLoader's worker, where the
+    number would mean another file, it opens its file again."""
 
     def __new__(cls, path):
         opened = super().__new__(cls, os.open(path, os.O_RDONLY))
@@ -96,8 +93,8 @@ class Descriptor(int):
 
 
 class Shard:
-    """A token file, or a part of it, read window by window. `pread` instead of a memory map: the file's pages never
-    count as this process's memory, and only the window is copied."""
+    """A token file, or a part of it, read window by window. By `pread` instead of a memory map, so that the file's
+    pages never count as this process's memory."""
 
     def __init__(self, path):
         self.path, self.start = path, 0
@@ -121,7 +118,7 @@ class Shard:
         self.dtype = np.dtype(DTYPES[itemsize])
 
     def part(self, start, count):
-        """`count` tokens of it, from `start` on. Open only once: a corpus may have a thousand parts."""
+        """`count` tokens of it, from `start` on. All parts share one descriptor: a corpus may have a thousand."""
         if start + count > self.count:
             raise UserError(f"{self.path}: holds fewer tokens than the meta.json beside it says; prepare it again")
         part = copy.copy(self)
@@ -148,7 +145,7 @@ class Shard:
             raise UserError(f"{self.path} cannot be read now ({error.strerror}); try again when it can be") from None
 
     def expect(self, first, n):
-        """Tell the operating system that these tokens are read soon: from a slow disk they then come meanwhile."""
+        """Tell the operating system to read these tokens ahead, from a disk that may be slow."""
         with contextlib.suppress(AttributeError, OSError):  # not on macOS, nor on every file system
             at = HEADER.size + (self.start + first) * self.dtype.itemsize
             os.posix_fadvise(self.fd, at, n * self.dtype.itemsize, os.POSIX_FADV_WILLNEED)
@@ -238,8 +235,7 @@ def require_whole(path):
 
 
 def require_own_tokenizer(sources, tokenizer_name, tokenizer_hash=None):
-    """Raises UserError if there are token files without the tokenizer that made them. `tokenizer_hash`: in hexadecimal,
-    once that tokenizer is loaded; "" if it is yet to be trained."""
+    """Raises UserError if another tokenizer made any of the token files. `tokenizer_hash`: as in `foreign_tokens`."""
     if foreign := foreign_tokens(sources, tokenizer_name, tokenizer_hash):
         if is_by_character(foreign):
             raise UserError(f"--tokenizer-name {tokenizer_name}: the tokens of {foreign} are characters (meta.pkl); "
@@ -252,18 +248,18 @@ def require_own_tokenizer(sources, tokenizer_name, tokenizer_hash=None):
 def require_val_data(sources, val_sources):
     """Raises UserError if token files are to be trained on, and there is no --val-data."""
     if not val_sources and (files := [source.path for source in sources if source.kind == "tokens"]):
-        # The ends of documents, where a split may be, are not known.
+        # Where documents end, and so where to split, is not known.
         both = "the folders as --val-data" if Path(files[0]).with_name("meta.json").exists() else "--val-data"
         raise UserError(f"--train-data {files[0]}: a token file is trained on as a whole; give {both}, too")
 
 
 def foreign_tokens(sources, tokenizer_name, tokenizer_hash=None):
     """The first token file among the sources that the tokenizer of that name cannot have made, or None. Our own files
-    state their tokenizer's hash, which must begin with `tokenizer_hash`, in hexadecimal, if that is given; "" is the
-    hash of a tokenizer that is yet to be trained, and fits none."""
+    state their tokenizer's hash. `tokenizer_hash`, hexadecimal: what that must begin with; None if the tokenizer is not
+    loaded yet, "" if it is yet to be trained and so fits none."""
     made_by = {source.path: token_file_format(source.path)[2] for source in sources if source.kind == "tokens"}
-    # The tokenizer beside shards is the one that made them, even where this version of `tokenizers` writes it in other
-    # words, and so with another hash.
+    # The tokenizer beside shards made them, even if this version of `tokenizers` serializes it differently, and so with
+    # another hash.
     named = os.path.realpath(tokenizer_name)
     fitting = {made for path, made in made_by.items() if os.path.realpath(Path(path).with_name("tokenizer")) == named}
     for path, made in made_by.items():

@@ -36,12 +36,12 @@ IN_FOLDERS = {".txt", ".text", ".md", ".jsonl", ".ndjson", ".parquet"}  # taken 
 
 
 class HubFailed(UserError):
-    """A dataset of the Hub cannot be read, or not any further: maybe it can an hour later."""
+    """A dataset of the Hub cannot be read (further) now; perhaps it can be later."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """`kind`: text, json, parquet or tokens, and `path` is a file; or hub, and `path` is NAME[:CONFIG][@SPLIT]."""
+    """`kind`: text, json, parquet or tokens, of which `path` is a file; or hub, where it is NAME[:CONFIG][@SPLIT]."""
 
     kind: str
     path: str
@@ -55,13 +55,13 @@ class Source:
 
     @property
     def real_path(self):
-        """The file's path without links, nor the suffix of its compression; a Hub dataset's name."""
+        """The file's path, without links and the suffix of compressed JSON; a Hub dataset's name."""
         path = self.path if self.kind == "hub" else os.path.realpath(self.path)
         return os.path.splitext(path)[0] if _packed(path) else path
 
     def digest(self, whole):
-        """A digest of the text: of the file's bytes (`whole`) or, for a corpus too large for that, of its size, its
-        modification time and 16 samples; of a Hub dataset, its name."""
+        """A digest of the file's bytes (`whole`) or, for a large corpus, of its size, its modification time and 16
+        samples; a Hub dataset's name."""
         if self.kind == "hub":
             return self.path.encode()
         digest = hashlib.blake2b(self.kind.encode(), digest_size=16)
@@ -82,7 +82,7 @@ def find_sources(paths, label="--train-data", column="text"):
     for argument, path in enumerate(paths):
         try:
             files = _files(path, label)
-        except OSError as error:  # the text in a folder that may not be looked into would be missing
+        except OSError as error:  # such as of a folder that may not be listed, whose text would be missing
             raise UserError(f"{label} {error.filename}: {error.strerror}; make it readable, or name others") from None
         found = [Source(KINDS.get(_suffix(file), "text"), file, argument, column) for file in files]
         for source in found or [Source("hub", path.removesuffix("@train"), argument, column)]:
@@ -146,8 +146,8 @@ def _open(file):
 
 
 def _is_empty(file):
-    if 0 < os.path.getsize(file) < 1024 and _packed(file):  # compressed, an empty file has a few bytes
-        with contextlib.suppress(OSError), _open(file) as stream:  # what is damaged is reported later
+    if 0 < os.path.getsize(file) < 1024 and _packed(file):  # an empty file has a few bytes if compressed
+        with contextlib.suppress(OSError), _open(file) as stream:  # a damaged file is reported later
             return not stream.read(1)
     return not os.path.getsize(file)
 
@@ -160,10 +160,10 @@ def _is_hub_name(path):
 
 
 def _texts_and_tables(folder):
-    """Text and table files in a folder, recursively, but no hidden files, nor those of runs, W&B and exported models
-    (checkpoints and token caches have no such files)."""
+    """Text and table files in a folder, recursively, without hidden files and those of runs, W&B and exported models
+    (checkpoints and token caches contain none)."""
     found = []
-    for root, folders, names in os.walk(folder, onerror=_raise):  # unlike Path.rglob, which passes over errors
+    for root, folders, names in os.walk(folder, onerror=_raise):  # Path.rglob would ignore errors
         folders[:] = [name for name in folders if name[0] != "." and name != "lost+found"]  # a disk's own, of root
         found += [Path(root, name) for name in names if name[0] != "."]
     found.sort()
@@ -180,7 +180,7 @@ def _raise(error):
 
 
 def _existing(found, path):
-    """The files among what was found; those that are gone, as may be behind a link, are told of."""
+    """The files among what was found, with a warning of links that lead nowhere."""
     if gone := [file for file in found if not os.path.exists(file)]:
         log.warning("%s: links that lead to no readable file are left out (%d in all), such as %s", path, len(gone),
                     gone[0])
@@ -192,7 +192,7 @@ def is_pattern(path):
 
 
 def expand(pattern):
-    """The files and folders that match. `**` does not follow links to folders, which may form cycles."""
+    """The files and folders that match. `**` follows no links to folders, which may form cycles."""
     parts = Path(pattern).parts
     if "**" not in parts:
         return glob.glob(pattern)
@@ -207,9 +207,9 @@ def expand(pattern):
 
 
 def source_names(paths):
-    """Names for two or more of the paths that `find_sources` takes, unique and usable in metric names: a file's stem,
-    the last part of a folder or dataset name, a pattern's last part without its wildcards or, if nothing is left, its
-    folder. A single path needs none: []."""
+    """Unique names, usable in those of metrics, for two or more of the paths that `find_sources` takes; [] for one.
+    They are a file's stem, the last part of a folder's or dataset's name, or that of a pattern without its wildcards
+    (its folder's, if nothing is left)."""
     names, taken = {}, Counter()  # an ordered set; name → how many of its numbers are taken
     for path in paths if len(paths) > 1 else []:
         whole = Path(os.path.abspath(path))
@@ -275,19 +275,17 @@ class Piece:
     content: str | np.ndarray  # text, or the ids of a token file
     split: str  # train or val
     ends_document: bool
-    argument: int = 0  # that of its source
+    argument: int = 0  # its source's
 
 
 def pieces(sources, split, val_ratio=0.0, builtin=False) -> Iterator[Piece]:
-    """The documents of the sources in order, in pieces of about PIECE characters; token files in blocks of ids.
-
-    With a `val_ratio`, part of them is held out for validation, as holdout.py says. `builtin`: they are
-    `builtin_sources()`.
-    """
+    """The documents of the sources in order, in pieces of about PIECE characters; token files in blocks of ids. With a
+    `val_ratio`, part of them is held out for validation, by the rules of holdout.py; `builtin`: by those for
+    `builtin_sources()`."""
     tails = val_ratio and takes_tails(sources, val_ratio)
     index = 0  # of the document
     for source in sources:
-        if source.kind == "tokens":  # with their documents' ends
+        if source.kind == "tokens":  # their end-of-text tokens are among the ids
             yield from (Piece(ids, split, False, source.argument) for ids in read_token_file(source.path))
         elif tails:
             cut = tail_start(source.path, val_ratio)
@@ -297,7 +295,7 @@ def pieces(sources, split, val_ratio=0.0, builtin=False) -> Iterator[Piece]:
         else:
             part = None
             for text, ends in text_pieces(source.path) if source.kind == "text" else table_pieces(source):
-                if part is None:  # the first piece of a document, which decides for all of it
+                if part is None:  # the first piece decides for the whole document
                     part = "val" if (spread(index) if builtin else place(text)) < val_ratio else split
                 yield Piece(text, part, ends, source.argument)
                 if ends:
@@ -341,10 +339,10 @@ def document_pieces(document):
 
 
 def cut_text(text, unsure=0):
-    """Split a text into pieces of about PIECE characters where GPT-2's pre-tokenizer splits it anyway: before a newline
-    or space followed by a word. So the pieces have the tokens of the whole text; those of a tokenizer that puts a space
-    before each text (Llama's) may have one more. Returns at least one piece. The pieces do not depend on the last
-    `unsure` characters, which may be the beginning of a mark, and so none of the text."""
+    """Split a text into one or more pieces of about PIECE characters where GPT-2's pre-tokenizer splits it anyway:
+    before a newline or space that precedes a word. So the pieces have the tokens of the whole text (with a tokenizer
+    that puts a space before each text, as Llama's does, each may have one more). The last `unsure` characters, which
+    may be the beginning of a mark, do not decide where to split."""
     found, start = [], 0
     while len(text) - start > 2 * PIECE + unsure:
         end = start + PIECE
@@ -383,8 +381,8 @@ def table_pieces(source):
 
 
 def _texts(source, rows):
-    """The text of each row: its column `source.column` or, if the rows have none of that name, their only one with
-    strings. "" if there is none in a row."""
+    """The text of each row, "" if it has none: the column `source.column` or, if there is none of that name, the only
+    one with strings."""
     column, left_out = None, 0
     for number, row in enumerate(rows, 1):
         if source.column in row:
@@ -410,13 +408,13 @@ def _texts(source, rows):
 
 @functools.cache
 def _warn(message):
-    """Logs a warning once, however often a file is read: a bpe tokenizer is trained on it first."""
+    """Logs a warning once, though a file may be read twice: a bpe tokenizer is trained on it first."""
     log.warning(message)
 
 
 def _json_rows(source):
-    """The objects of a file with one per line, or of an array. Not by `datasets`, which infers all columns' types from
-    the beginning of a file and fails at a later row that has other columns, or an invalid date."""
+    """The objects in a file: one per line, or an array. Not by `datasets`, which infers the columns' types from the
+    beginning of a file, and fails at a later row that has other columns or an invalid date."""
     with io.TextIOWrapper(_open(source.path), encoding="utf-8-sig", errors="replace") as file:
         lines = filter(str.strip, file)
         first = next(lines, "{}")
@@ -430,8 +428,8 @@ def _json_rows(source):
 def _parquet_rows(source):
     from pyarrow.parquet import ParquetFile
 
-    # Opened here, because pyarrow takes no names that are not UTF-8, and read page by page: by default it reads ahead,
-    # in the end the whole file, and all of a row group at once.
+    # Opened here, because pyarrow takes only names in UTF-8, and read page by page: by default it reads whole row
+    # groups, and ahead until it has the whole file.
     with (open(source.path, "rb") as stream,
           ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20) as file):
         columns = [source.column] if source.column in file.schema_arrow.names else None

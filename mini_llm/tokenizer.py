@@ -22,7 +22,7 @@ END_OF_TEXT = "<|endoftext|>"
 OWN = ("bpe", "byte", "char")
 LEARNED = ("bpe", "char")  # from the text
 EOS_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[SEP]")
-CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")  # which may name it; of older folders the second alone
+CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")  # may name it; in older folders only the second does
 
 
 def load_tokenizer(name):
@@ -92,13 +92,13 @@ def tokenizer_hash(tokenizer):
 
 
 def id_count(tokenizer):
-    """The vocabulary size that the tokenizer's ids need: the highest + 1, which is more than it has tokens if ids are
-    left out."""
+    """The vocabulary size that the tokenizer needs: its highest id + 1, more than it has tokens if ids are left out."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 def encode(tokenizer, texts):
-    """The ids of each text. Raises UserError if a part of it has no token, and the tokenizer none for the unknown."""
+    """The ids of each text. Raises UserError if a text cannot be encoded: the tokenizer lacks a token for a part of it,
+    and one for the unknown."""
     try:
         return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     except Exception as error:  # tokenizers raises bare Exception
@@ -107,8 +107,8 @@ def encode(tokenizer, texts):
 
 
 def end_of_text(tokenizer, name):
-    """The id of the end-of-text token of the tokenizer of that name or folder: the one that its own config names, else
-    the first of EOS_NAMES that it has. None if it has none."""
+    """The id of the end-of-text token: the one that the config of the tokenizer's folder or Hub `name` states, else the
+    first of EOS_NAMES that it has; None if it has none."""
     names = []
     for config in CONFIGS if name not in OWN else ():
         file = os.path.join(name, config) if os.path.isdir(name) else _hub_file(name, config, local_files_only=True)
@@ -126,8 +126,8 @@ def end_of_text(tokenizer, name):
 
 
 def gives_back(tokenizer, pieces):
-    """Whether the tokens of a few of the pieces decode to their text, apart from white space at either end. BERT's,
-    say, decode to one without capitals and line ends. True of a char tokenizer: what it leaves out is counted."""
+    """Whether the tokens of a few of the pieces decode to their text, apart from white space at either end. BERT's, for
+    one, lose capitals and line ends. Always True of a char tokenizer, of which `encode_pieces` counts the losses."""
     texts = [piece.content for piece in pieces if isinstance(piece.content, str)]
     texts = texts[::max(1, len(texts) // 8)]
     return known_characters(tokenizer) is not None or all(
@@ -145,8 +145,8 @@ def known_characters(tokenizer):
 
 
 def encode_pieces(tokenizer, pieces, eos):
-    """Pieces of text or of token files → for each (piece, its ids, bytes of its text, characters for which there is no
-    token). Those characters' bytes are not counted, and a document's ids end in `eos` unless that is None."""
+    """Pieces of text or of token files → for each (piece, its ids, bytes of its text without the characters that have
+    no token, the number of those). A document's ids end in `eos` unless that is None."""
     texts = [piece.content for piece in pieces if isinstance(piece.content, str)]
     blocks = [piece.content for piece in pieces if not isinstance(piece.content, str)]
     encoded = iter(encode(tokenizer, texts))
@@ -164,8 +164,8 @@ def encode_pieces(tokenizer, pieces, eos):
 
 
 def count_bytes(tokenizer, blocks):
-    """Bytes of the text that each array of ids stands for, without special tokens; up to 3 too many where ids have to
-    be decoded and begin or end within a character."""
+    """Bytes of the text of each array of ids, without special tokens; up to 3 too many if ids must be decoded and begin
+    or end within a character."""
     if blocks and (table := _bytes_of_tokens(tokenizer)) is not None:  # ids outside of it are refused when written
         return [int(np.take(table, ids, mode="clip").sum()) for ids in blocks]
     return [len(text.encode("utf-8", "replace")) for text in tokenizer.decode_batch([ids.tolist() for ids in blocks])]
@@ -173,8 +173,8 @@ def count_bytes(tokenizer, blocks):
 
 @functools.lru_cache(maxsize=1)
 def _bytes_of_tokens(tokenizer):
-    """Bytes of each id's text, (vocabulary,), for a byte-level tokenizer; None for others. Adding them up takes a
-    tenth of the time of decoding."""
+    """Bytes of each id's text, (vocabulary,), for a byte-level tokenizer, else None. Summing them takes a tenth of the
+    time of decoding."""
     from tokenizers import decoders
 
     if not isinstance(tokenizer.decoder, decoders.ByteLevel) or getattr(tokenizer.model, "end_of_word_suffix", None):
@@ -238,7 +238,7 @@ def _unbounded(tokenizer):
 
 
 def _is_sentencepiece(file):
-    """Whether it is SentencePiece's: binary, with a message's first field at the beginning. tiktoken's are text."""
+    """Whether a tokenizer.model is SentencePiece's, a protobuf message; tiktoken's is text."""
     if os.path.isfile(file):  # a named pipe would block
         with contextlib.suppress(OSError), open(file, "rb") as opened:
             return opened.read(1) == b"\n"
@@ -268,8 +268,8 @@ def _hub_file(name, file, local_files_only=False):
 
 
 def hub_problem(*pages, seconds=3.0):
-    """Why the Hugging Face Hub will not serve these pages, which a download begins with; "" if it answers, if only that
-    there are none. Takes that many seconds for each at most: the Hub's own clients try for minutes."""
+    """Why the Hugging Face Hub will not serve these pages, with which a download begins; "" if it answers, even that
+    there are none. Takes at most `seconds` for each: the Hub's own clients try for minutes."""
     if switched_on("HF_HUB_OFFLINE"):
         return "the hub cannot be reached (HF_HUB_OFFLINE is set)"
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
@@ -279,7 +279,7 @@ def hub_problem(*pages, seconds=3.0):
         try:
             urllib.request.urlopen(f"{hub}/{urllib.parse.quote(page)}", timeout=seconds).close()
             found.append("")
-        except urllib.request.HTTPError as error:  # others, such as 404, are answers: the clients report them better
+        except urllib.request.HTTPError as error:  # a 404, for one, is an answer, which the clients report better
             failed = error.code >= 500 or error.code in (407, 429)
             found.append(f"the hub answered {error.code}" if failed else "")
         except (OSError, ValueError, HTTPException):  # ValueError if HF_ENDPOINT is not a URL
