@@ -255,8 +255,7 @@ class Stopwatch:
 
     def __exit__(self, *_):
         self.pending.append((self.began, self._now()))
-        while self.pending and (not self.on_gpu or self.pending[0][1].query()):  # the rest at the report
-            self._add()
+        self._add_ended()
 
     def _now(self):
         if not self.on_gpu:
@@ -265,14 +264,14 @@ class Stopwatch:
         event.record()
         return event
 
-    def _add(self):
-        began, ended = self.pending.popleft()
-        self.seconds += began.elapsed_time(ended) / 1e3 if self.on_gpu else ended - began
+    def _add_ended(self):
+        while self.pending and (not self.on_gpu or self.pending[0][1].query()):
+            began, ended = self.pending.popleft()
+            self.seconds += began.elapsed_time(ended) / 1e3 if self.on_gpu else ended - began
 
     def read(self):
         """The seconds accumulated since the last read. The device must be synchronized."""
-        while self.pending:
-            self._add()
+        self._add_ended()
         seconds, self.seconds = self.seconds, 0.0
         return seconds
 

@@ -31,30 +31,29 @@ class NotSaved(RunFailed):
 def save_run(cfg, payload, step, newest, best, kept=False):
     """Save at the checkpoint path (`newest`), as `.best.pt` (`best`), or both with one write. Returns the file's path.
 
-    The previous checkpoint stays as `.prev.pt`; the new one also gets a name with its step in it: `.step-N.pt` under
-    --keep-last, `.kept-N.pt` if `kept`. One that was saved while steps were not finite may be of no use, and is neither
-    kept nor named. These are hard links, which cost no writing and ensure that an intact checkpoint has some name at
-    every moment. The best is named before the newest: a run killed in between goes on from the one before, and finds
-    the best again.
+    The previous checkpoint stays as `.prev.pt`; the new one also gets a name with its step: `.step-N.pt` under
+    --keep-last, `.kept-N.pt` if `kept`. One saved while steps were not finite may be of no use, and is neither kept nor
+    named. The names are hard links: nothing is written twice, and at every moment an intact checkpoint has one. The
+    best is named before the newest: a run killed in between goes on from the one before, and finds the best again.
     """
     try:
         sync_path(metrics := cfg.beside(".metrics.jsonl"))  # a resume from this checkpoint does not write them again
-    except OSError as error:  # worth less than the checkpoint
+    except OSError as error:  # the checkpoint matters more
         log.warning("a power cut may take rows from %s: %s", metrics, error.strerror)
-    path, best_path, step_path = Path(cfg.checkpoint_path), cfg.beside(".best.pt"), cfg.beside(f".step-{step:08d}.pt")
+    path, best_path = Path(cfg.checkpoint_path), cfg.beside(".best.pt")
     if not newest:
         save(best_path, payload)
         return best_path
     named = cfg.keep_last > 0 and _is_sound(payload)
     names = [best_path] if best else []
     if named:
-        names.append(step_path)
+        names.append(cfg.beside(f".step-{step:08d}.pt"))
     if kept:
         names.append(cfg.beside(f".kept-{step:08d}.pt"))
     save(path, payload, cfg.beside(".prev.pt") if _is_sound(peek_run(path)) else None, names)
     if named:
-        ours = sorted(cfg.matching(r"\.step-\d+\.pt"), key=step_of)  # by number: the names of some have nine digits
-        # Not those of later steps, left from before the run fell back: they would outlive the new ones.
+        ours = sorted(cfg.matching(r"\.step-\d+\.pt"), key=step_of)  # by number: some have nine digits
+        # Later steps, from before the run fell back, do not count: they would outlive the new ones.
         for old in [file for file in ours if step_of(file) <= step][:-cfg.keep_last]:
             old.unlink(missing_ok=True)
     return path
@@ -77,7 +76,7 @@ class Saver:
         self.copies = []  # the tensors on the CPU that --async-save writes from
         self.future = None  # on the main rank: what `_write` will return
         self.under_way = None  # on every rank: (step, best_val before) of the save in progress
-        self.since = time.monotonic()  # when training went on after the newest checkpoint, or began
+        self.since = time.monotonic()  # the newest checkpoint, or the beginning
 
     def is_overdue(self):
         """Whether --save-minutes have passed since the newest checkpoint, by the main rank's clock."""
@@ -85,9 +84,9 @@ class Saver:
         return self.world.is_main and 0 < limit <= time.monotonic() - self.since
 
     def save(self, payload, newest, best, last):
-        """Save what `payload()` returns as the `newest` checkpoint, as the `best` (its validation loss is the lowest so
-        far), or as both. A failed save is logged, and the next save tries again; if the `last` one fails, NotSaved is
-        raised."""
+        """Save what `payload()` returns as the `newest` checkpoint, as the `best` (with the lowest validation loss so
+        far), or as both. A failure is logged, and the next save tries again; if the `last` save fails, raises NotSaved.
+        """
         self.conclude()
         before = self.state.best_val
         if best:
@@ -136,8 +135,8 @@ class Saver:
             return save_run(self.cfg, payload, state.step, newest, best, kept), state, best
 
     def _opens_interval(self):
-        """Whether this is the first checkpoint of its interval of --keep-every steps; from step 0 on, none is kept."""
-        if not (every := self.cfg.keep_every):  # the folder need not be read, which may have many files
+        """Whether this is the first checkpoint of its interval of --keep-every steps, except for the interval at 0."""
+        if not (every := self.cfg.keep_every):  # do not read the folder, which may have many files
             return False
         kept = self.cfg.matching(r"\.kept-\d+\.pt")
         return self.state.step // every > max((step_of(file) // every for file in kept), default=0)
@@ -155,21 +154,18 @@ class Saver:
 
 
 def _buffers(tensors, block_bytes=2**30):
-    """Uninitialized tensors like these on the CPU, in blocks of up to a GiB: pinned memory is rounded up to a power of
-    two bytes, for each tensor or for all at once to almost twice what is needed."""
-    blocks, used = [], 0
-    for tensor in tensors:
-        size = -(-tensor.nbytes // 16) * 16
-        if not blocks or used + size > block_bytes:
-            blocks.append([])
-            used = 0
-        blocks[-1].append(size)
-        used += size
+    """Uninitialized tensors like these on the CPU, cut from blocks of up to a GiB: an allocation of pinned memory is
+    rounded up to a power of two bytes, so one for each tensor, or for all, might take almost twice what is needed."""
+    sizes = [-(-tensor.nbytes // 16) * 16 for tensor in tensors]  # aligned for any dtype
+    left, block, parts = sum(sizes), torch.empty(0, dtype=torch.uint8), []
     pinned = any(tensor.is_cuda for tensor in tensors)
-    parts = [part for sizes in blocks
-             for part in torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pinned).split(sizes)]
-    return [part[:tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            for part, tensor in zip(parts, tensors, strict=True)]
+    for tensor, size in zip(tensors, sizes, strict=True):
+        if size > len(block):
+            block = torch.empty(max(size, min(left, block_bytes)), dtype=torch.uint8, pin_memory=pinned)
+        part, block = block[:tensor.nbytes], block[size:]
+        left -= size
+        parts.append(part.view(tensor.dtype).view(tensor.shape))
+    return parts
 
 
 def raise_nonfinite(cfg, payload, saving, samples):
@@ -187,7 +183,7 @@ def raise_nonfinite(cfg, payload, saving, samples):
 
 
 def _way_on(cfg, payload, step):
-    """Advice for a run whose weights, those of `step`, give no finite loss."""
+    """Advice for a run whose weights at `step` give no finite loss."""
     rate = "a lower --lr and --muon-lr" if payload["config"]["optimizer"] == "muon" else "a lower --lr"
     files = cfg.candidates()
     for file in files:
