@@ -27,7 +27,7 @@ from mini_llm.errors import UserError
 from mini_llm.processes import allow_many_files
 from mini_llm.suggestions import ELSEWHERE, advice, nearest, plain
 
-# How a process is launched and where it writes, not what it trains; so are W&B's flags, wandb_…
+# How a process is launched and where it writes, not what it trains; W&B's flags, wandb_…, are such flags, too.
 LAUNCH_FLAGS = {"resume", "overwrite", "dry_run", "checkpoint_path", "cache_dir", "heartbeat_file"}
 RUN_CONFIG = ".config.toml"  # a run keeps its flags under its checkpoint's name with this suffix
 BOUNDS = {"gt": (operator.gt, "greater than"), "ge": (operator.ge, "at least"),
@@ -77,7 +77,7 @@ def parse(cls, argv=None):
     given, values = vars(given), {}
     for path in given.pop("config"):
         found = _read_toml(path, cls, fields)
-        if path.endswith(RUN_CONFIG) and "checkpoint_path" in fields:  # of that run, wherever it has been moved
+        if path.endswith(RUN_CONFIG) and "checkpoint_path" in fields:  # the run's, wherever that has been moved
             found.setdefault("checkpoint_path", path.removesuffix(RUN_CONFIG) + ".pt")
         override(values, found, cls, f"--config {path}: ")
     override(values, {name: coerce(flag(name), fields[name], value) for name, value in given.items()}, cls)
@@ -92,8 +92,8 @@ def parse(cls, argv=None):
 
 
 def override(values, later, cls, where=""):
-    """Puts the values of a later source into `values`. Of a group's ALTERNATIVES, which say the same thing in different
-    units, the one that the later source gives replaces the others. Raises UserError if it gives several."""
+    """Updates `values` with those of a later source. Of a group's ALTERNATIVES, which set the same thing in different
+    units, the one that it gives replaces the others. Raises UserError if it gives several."""
     for group in dataclasses.fields(cls):
         names = getattr(group.type, "ALTERNATIVES", ())
         chosen = [name for name in names if later.get(name)]
@@ -110,6 +110,18 @@ class Declared(typing.NamedTuple):
     group: str
     field: dataclasses.Field
     kind: type
+
+    @property
+    def default(self):
+        return self.field.default if self.field.default is not dataclasses.MISSING else self.field.default_factory()
+
+    @property
+    def base(self):
+        """int | None → int; list[str] → str."""
+        kind = self.kind
+        if isinstance(kind, types.UnionType):
+            kind = next(option for option in typing.get_args(kind) if option is not type(None))
+        return typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
 
 
 def flag_fields(cls):
@@ -141,14 +153,13 @@ def part_of(cls, flat):
 
 def to_toml(config, without=()):
     """A filled dataclass of dataclasses as TOML for `--config`, omitting unset values and the names in `without`."""
-    lines = []
+    lines, fields = [], flag_fields(type(config))
     for group in dataclasses.fields(config):
-        values = dataclasses.asdict(getattr(config, group.name))
-        defaults = {field.name: _default(field) for field in dataclasses.fields(getattr(config, group.name))}
+        values = {name: value for name, value in vars(getattr(config, group.name)).items()
+                  if name not in without and value is not None and not value == fields[name].default == ""}
         # JSON strings, numbers, booleans and lists are valid TOML, except for one character that TOML requires escaped.
         lines += [f"[{group.name}]", *(f"{name} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f")
-                                       for name, value in values.items() if name not in without
-                                       and value is not None and (value != "" or defaults[name])), ""]
+                                       for name, value in values.items()), ""]
     return "\n".join(lines)
 
 
@@ -170,8 +181,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, formatter_class=argparse.RawDescriptionHelpFormatter, **options):
         super().__init__(formatter_class=formatter_class, **options)
-        # Spares the end of every command half a second, in which the last collection would go through all of torch; the
-        # price: objects in cycles are not finalized.
+        # Saves half a second at the end of every command: the last collection would go through all of torch. The price:
+        # objects in cycles are not finalized.
         atexit.register(gc.freeze)
         for name in ("stdout", "stderr"):
             if getattr(sys, name) is None:
@@ -182,44 +193,33 @@ class Parser(argparse.ArgumentParser):
 
 
 def _add_flag(section, declared):
-    _, field, kind = declared
-    name, meta, default = field.name, field.metadata, _default(field)
+    name, meta, default, base = declared.field.name, declared.field.metadata, declared.default, declared.base
     shown = "" if default in (None, "", [], False) else f" (default: {default})"
     options = dict(dest=name, default=argparse.SUPPRESS, help=(meta["help"] + shown).replace("%", "%%"))
-    base = _base_type(kind)
     if base is bool:
         section.add_argument(flag(name), action=argparse.BooleanOptionalAction, **options)
         return
     options["metavar"] = meta["metavar"] or ("|".join(meta["choices"]) if meta["choices"] else
                                              {int: "N", float: "X"}.get(base, "TEXT"))
-    if typing.get_origin(kind) is list:
+    if typing.get_origin(declared.kind) is list:
         options |= dict(nargs="+", action="extend")
     elif meta["const"] is not None:
         options |= dict(nargs="?", const=meta["const"])
     section.add_argument(flag(name), **options)
 
 
-def _default(field):
-    return field.default if field.default is not dataclasses.MISSING else field.default_factory()
-
-
-def _base_type(kind):
-    """int | None → int; list[str] → str."""
-    if isinstance(kind, types.UnionType):
-        kind = next(option for option in typing.get_args(kind) if option is not type(None))
-    return typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
 
 
 def _is_switch(name, fields):
     """Whether `name` is that of a flag without a value, which --no- turns off."""
-    return name in fields and _base_type(fields[name].kind) is bool
+    return name in fields and fields[name].base is bool
 
 
 def coerce(label, declared, value):
     """Convert a command-line string or a TOML value to the type that the field declares, checking its bounds."""
-    _, field, kind = declared
-    base, meta = _base_type(kind), field.metadata
-    if typing.get_origin(kind) is list:
+    example = "" if declared.default in (None, "", []) else f", such as the default, {declared.default}"
+    base, meta = declared.base, declared.field.metadata
+    if typing.get_origin(declared.kind) is list:
         single = declared._replace(kind=base)
         return [coerce(label, single, item) for item in (value if isinstance(value, list) else [value])]
     if base in (int, float) and not isinstance(value, bool) and isinstance(value, (str, int, float)):
@@ -230,14 +230,14 @@ def coerce(label, declared, value):
             usable = False
         if not usable or (base is int and isinstance(value, float)):
             kinds = {int: "a whole number", float: "a finite number"}
-            raise UserError(f"{label} {value}: expected {kinds[base]}{_example(field)}")
+            raise UserError(f"{label} {value}: expected {kinds[base]}{example}")
         for bound, limit in meta["bounds"].items():
             holds, words = BOUNDS[bound]
             if not holds(number, limit):
-                raise UserError(f"{label} {value}: must be {words} {limit}{_example(field)}")
+                raise UserError(f"{label} {value}: must be {words} {limit}{example}")
         return number
     if not isinstance(value, base) or (isinstance(value, bool) and base is not bool):
-        raise UserError(f"{label} {value!r}: expected {base.__name__}{_example(field)}")
+        raise UserError(f"{label} {value!r}: expected {base.__name__}{example}")
     if base is str and ("\0" in value or any("\ud800" <= char <= "\udfff" for char in value)):
         # Neither a file's content nor its name: it would fail when first written.
         raise UserError(f"{label} {value!r}: not UTF-8 text, or it contains a NUL")
@@ -248,9 +248,6 @@ def coerce(label, declared, value):
     return value
 
 
-def _example(field):
-    default = _default(field)
-    return "" if default in (None, "", []) else f", such as the default, {default}"
 
 
 def _read_toml(path, cls, fields):
