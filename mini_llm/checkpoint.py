@@ -2,10 +2,7 @@
 
 `--checkpoint-path checkpoints/minigpt.pt` names the newest. Beside it, with the same stem, are `.prev.pt` (the one
 before), `.best.pt` (lowest validation loss), `.step-N.pt` and `.kept-N.pt` (with `--keep-last`, `--keep-every`), and
-the run's log and metrics.
-
-train.py calls `plan_together` (which file to resume from) first, then what resume.py has, and before the first step
-`claim` (lock, disk space).
+the run's log and metrics. train.py calls `plan_together`, the functions of resume.py, and then `claim`.
 """
 
 import contextlib
@@ -25,7 +22,7 @@ from mini_llm.processes import lock_until_exit
 
 SUFFIXES = (".prev.pt", ".best.pt", ".nonfinite.pt", ".log", ".metrics.jsonl", ".config.toml", ".tokenizer",
             ".tensorboard", ".trace.json", ".wandb.json")
-PATIENCE = 180  # seconds --resume waits for the previous run's lock: it may still be saving, or its node may be gone
+PATIENCE = 180  # seconds that --resume waits for the lock of a run that may still be saving, or whose node is gone
 
 log = logging.getLogger("mini_llm")
 
@@ -88,8 +85,8 @@ class CheckpointConfig:
         return [self.beside(".pt"), self.beside(".prev.pt"), *reversed(self.numbered()), self.beside(".best.pt")]
 
     def continues(self, resume_from):
-        """Whether resuming from that file continues the run at the checkpoint path (the file is one of that run's)
-        rather than branching off from it."""
+        """Whether that file is one of the run's at the checkpoint path: a resume then continues that run, otherwise it
+        branches off."""
         file, path = map(Path, map(os.path.realpath, (resume_from, self.checkpoint_path)))
         return file == path or same_file(file, path) or file.suffix == ".pt" and beside_run(file, ".pt") == path
 
@@ -103,13 +100,13 @@ class State:
     best_val: float = math.inf
     val_loss: float | None = None  # the latest
     wandb_run_id: str = ""
-    first_sample: int = 0  # at which the run began in the data; --init-from's run has read those before it
+    first_sample: int = 0  # of this run; with --keep-optimizer, the earlier run has read those before it
 
 
 def plan(cfg, locks=True):
     """The file this run resumes from, or None to start from scratch. Writes nothing. With `locks`, takes the lock of an
-    earlier run at that path and keeps it; with --resume, waits for that run to end. Raises UserError if the flags do
-    not match the existing files, the folder is not writable, or another run writes there."""
+    earlier run at that path, for which --resume waits. Raises UserError if the flags do not match the existing files,
+    the folder is not writable, or another run writes there."""
     path = Path(cfg.checkpoint_path)
     folder = path.parent
     try:
@@ -127,7 +124,7 @@ def plan(cfg, locks=True):
     except OSError as error:
         raise UserError(f"--checkpoint-path {path}: {folder} cannot be written ({error.strerror}); give a path in a "
                         f"folder of your own") from None
-    # With a .prev.pt, `path` even if it is missing: load_latest falls back, and says so. Else the first that there is:
+    # With a .prev.pt, `path` even if it is missing: load_latest falls back, with a warning. Else the first that exists:
     # a run killed before its first --save-steps may have left only its best checkpoint.
     newest = path if cfg.beside(".prev.pt") in known else next(iter(known), None)
     if not cfg.resume:
@@ -153,9 +150,9 @@ def plan(cfg, locks=True):
 
 
 def plan_together(cfg, world, dry_run=False):
-    """Collective: the main rank's plan, for every rank; a dry run locks nothing, and resumes only if asked to. Raises
-    UserError if only other ranks have a checkpoint there, as on nodes with disks of their own whose order has changed:
-    the run would silently start again."""
+    """Collective. The main rank's `plan`, on every rank; a dry run locks nothing, and resumes only if asked to. Raises
+    UserError if only other ranks have a checkpoint there, as on nodes with their own disks, in another order than
+    before: the run would silently start again."""
     resume_from = None if dry_run and not cfg.resume else world.from_main(lambda: plan(cfg, locks=not dry_run))
     elsewhere = world.max([cfg.resume == "auto" and os.path.exists(cfg.checkpoint_path)])[0]
     if elsewhere and resume_from is None:
@@ -180,13 +177,13 @@ def claim(cfg, resume_from, n_bytes, step):
 
 def require_space(cfg, n_bytes, n_steps, uploads=0):
     """Raises UserError if the disk cannot hold the checkpoints of `n_steps` steps, about `n_bytes` each: the newest and
-    the one before (which count toward --keep-last), the best, the one being written, and those kept for uploads and
-    for good; and a copy of the metrics, from which a resume removes what came after the checkpoint."""
+    the one before (which count toward --keep-last), the best, the one being written, and those kept for uploads or
+    for good; and a copy of the metrics, which a resume rewrites."""
     files = [file for file in map(Path, cfg.files()) if file.suffix == ".pt" and ".kept-" not in file.name]
     files += cfg.drafts()
     ours = {file.stat().st_ino: file.stat().st_size for file in files}  # by inode: several names of a file count once
     saves = math.ceil(n_steps / cfg.save_steps) if cfg.save_steps else 1
-    saves += cfg.save_minutes > 0  # one at least, if the run takes longer than that
+    saves += cfg.save_minutes > 0  # at least one, if the run takes that long
     wanted = 1 + cfg.save_best + uploads + min(max(2, cfg.keep_last), saves + len(ours))
     wanted += min(saves, n_steps // cfg.keep_every + 1) if cfg.keep_every else 0
     metrics = cfg.beside(".metrics.jsonl")
@@ -198,7 +195,7 @@ def require_space(cfg, n_bytes, n_steps, uploads=0):
 
 
 def _free_bytes(folder):
-    """Infinity where it is not known: some FUSE file systems do not say, or say that they have no room at all."""
+    """Infinity if unknown: some FUSE file systems do not tell, or report a size of 0."""
     with contextlib.suppress(OSError):
         disk = shutil.disk_usage(folder)
         if disk.total:

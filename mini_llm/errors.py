@@ -23,8 +23,8 @@ class RunFailed(Exception):
 
 
 def visible(text):
-    """`text` with what would act on a terminal escaped: control characters, but for newlines and tabs, overrides of the
-    direction of writing, and halves of surrogate pairs."""
+    """`text` with the characters escaped that act on a terminal: control characters other than newlines and tabs,
+    overrides of the writing direction, and halves of surrogate pairs."""
     unseen = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
     return re.sub(unseen, lambda found: ascii(found[0])[1:-1], text)
 
@@ -53,7 +53,7 @@ def one_line_errors():
             yield
             sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as `| head`, has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's own flush at exit complains
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's flush at exit fails again
         sys.exit(1)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -70,10 +70,10 @@ def one_line_errors():
 
 def print_any_character():
     """Make stdout replace the characters that its terminal cannot encode, instead of raising an error."""
-    with contextlib.suppress(AttributeError):  # a notebook's takes all, and is no file
+    with contextlib.suppress(AttributeError):  # a notebook's stdout, which is no file, takes any
         sys.stdout.reconfigure(errors="replace")
 
 
 def leave_on_sigterm():
-    """Make SIGTERM an exit like any other, which removes temporary files and drafts."""
+    """Make SIGTERM a normal exit, which removes temporary files and drafts."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -1,4 +1,4 @@
-"""What is about to be trained, in the log's first lines: data, model, memory, steps."""
+"""The first lines of a run's log: data, model, memory, steps."""
 
 import logging
 from dataclasses import replace
@@ -14,7 +14,6 @@ log = logging.getLogger("mini_llm")
 
 
 def log_facts(cfg, world, corpus, raw, optimizer_bytes, precision, accum, state, resume_from):
-    """Log what is about to be trained, and on which device and data."""
     tokens, n_params = corpus.meta["tokens"], raw.num_params()
     micro = cfg.batch.batch_size * corpus.seq_len
     step_tokens, epoch_tokens = micro * accum * world.size, corpus.n_windows * corpus.seq_len
@@ -76,7 +75,7 @@ def activation_bytes(model, batch_size, seq_len, half, compiled):
     if model.head_weight.device.type == "cpu":  # the attention weights, of which the fused kernel keeps none
         explicit = half and seq_len <= MAX_EXPLICIT_CONTEXT
         weight = 2 if explicit else 0
-        if cfg.dropout:  # and their masks; what stands in for the fused kernel, which has no dropout there, keeps fp32
+        if cfg.dropout:  # and their masks; the fused kernel has no dropout there, and what replaces it keeps fp32
             weight = 4 if explicit else 12 if half else 6
         layer += weight * cfg.n_heads * seq_len
     layers = layer + 2 * cfg.d_model * cfg.n_layers if cfg.use_activation_checkpoint else layer * cfg.n_layers
@@ -88,7 +87,7 @@ def state_bytes(model, optimizer_bytes, world, accum):
     """About what each rank keeps of weights and gradients, in fp32, and of the optimizer's `optimizer_bytes`."""
     n_params, n_trained = model.num_params(), sum(p.numel() for p in model.parameters() if p.requires_grad)
     whole = 4 * (n_params + n_trained) + optimizer_bytes
-    if world.shards > 1:  # and what is gathered: all that is not in a block, and two blocks
+    if world.shards > 1:  # plus what is gathered at a time: all outside the blocks, and two blocks
         n_blocks = sum(p.numel() for p in model.blocks.parameters())
         return whole // world.shards + 8 * (n_params - n_blocks + 2 * n_blocks // model.cfg.n_layers)
     # DDP's buckets are the gradients only in the last micro-batch.

@@ -57,8 +57,7 @@ class InitConfig:
 
 def resolve_init(cfg, resume_from):
     """The (model, init, data) configs that the flags resolve to, on the main rank. Sizes, sequence length and tokenizer
-    come from --init-from's weights or, when resuming a run that started from some, from its checkpoint: --init-from is
-    not read again. Raises UserError."""
+    come from --init-from's weights or, on a resume of a run that began with some, its checkpoint. Raises UserError."""
     model, init, seq_len, tokenizer_name = cfg.model, cfg.init, cfg.data.seq_len, cfg.data.tokenizer_name
     prepared = cfg.data.is_shards or cfg.data.use_toy_data  # both come with their tokenizer
     given = {name: getattr(model, name) for name in SIZES if name in cfg.given}
@@ -71,7 +70,7 @@ def resolve_init(cfg, resume_from):
             log.info("--init-from %s is not read: the weights are those of %s", init.init_from, resume_from)
         sizes = {name: saved[name] for name in SIZES if name in saved}
         if saved.get("init_from") and stated.get("max_position_embeddings", 0) > sizes["max_position_embeddings"]:
-            # That of the source's own run is accepted at the start, which drops the positions that were not trained on.
+            # The source run's own value is accepted at the start, which drops positions that were not trained on.
             log.info("--max-position-embeddings %d does not count: the weights of %s have %d",
                      stated.pop("max_position_embeddings"), resume_from, sizes["max_position_embeddings"])
         model = dataclasses.replace(model, **sizes | stated)
@@ -99,13 +98,12 @@ def _resolve_source(cfg, stated, prepared):
     if cfg.checkpoint.overwrite and cfg.checkpoint.continues(source):
         raise UserError(f"--init-from {source}: --overwrite would remove it; name another --checkpoint-path")
     theirs = _source_config(source)
-    # The flags that a checkpoint's own run was started with fit it, too, though positions that were not trained on are
-    # dropped (model_parts).
+    # A checkpoint also fits its own run's flags, though positions that were not trained on are dropped (model_parts).
     own = resume.peek_run(source)["config"]  # {} of a folder
     if "seq_len" not in cfg.given:
         seq_len = own.get("seq_len", min(1024, theirs.max_position_embeddings))
     if theirs.parts.rope_theta:
-        # No weights belong to a position: it may be trained on longer sequences than before.
+        # No weights belong to positions: sequences may be longer than before.
         theirs.max_position_embeddings = max(theirs.max_position_embeddings, seq_len)
     sizes = {name: getattr(theirs, name) for name in SIZES} | dict(
         n_kv_heads=theirs.kv_heads, d_ff=theirs.ff_size, head_dim=theirs.head_size, tie_embeddings=theirs.tied)
@@ -123,8 +121,8 @@ def _resolve_source(cfg, stated, prepared):
 
 
 def _source_tokenizer(cfg, own):
-    """The --tokenizer-name or, unless it is given, the tokenizer that lies with the weights of --init-from. `own`: what
-    the flags of their run say; it names the same one. Raises UserError."""
+    """The --tokenizer-name or, unless it is given, the tokenizer beside the weights of --init-from. `own`: the name in
+    the flags of their run, which means the same one. Raises UserError."""
     name, source = cfg.data.tokenizer_name, cfg.init.init_from
     if name not in LEARNED:
         return name
@@ -139,8 +137,8 @@ def _source_tokenizer(cfg, own):
 
 
 def _resumed_tokenizer(cfg, saved, resume_from):
-    """The --tokenizer-name of a run that began with --init-from: unless given, the `saved` one; and if that cannot be
-    read, as it is gone or its path is from another folder, the run's copy."""
+    """The --tokenizer-name of a run that began with --init-from: unless given, the `saved` one; if that cannot be read,
+    such as a relative path from another folder, the run's copy."""
     name = cfg.data.tokenizer_name if "tokenizer_name" in cfg.given else saved
     copy = beside_run(resume_from, ".tokenizer")
     return str(copy) if copy.is_dir() and not _is_tokenizer(name) else name
@@ -154,8 +152,7 @@ def _is_tokenizer(name):
 
 
 def resolve_vocab_size(model, init, size, tokenizer_name):
-    """The ids that the model needs: the `size` of the tokenizer, or more (--vocab-size). Raises UserError if the model
-    has fewer."""
+    """How many ids the model has: the `size` of the tokenizer, or --vocab-size. Raises UserError if that is less."""
     if 0 < model.vocab_size < size:
         whose, advice = f"--vocab-size {model.vocab_size}", "leave it out"
         if init.init_from:
@@ -185,7 +182,7 @@ def load_initial(raw, optimizer, init, identity, world):
     weights = resume.of_this_rank(weights, raw, world)
     try:
         raw.load_state_dict(weights)
-    except RuntimeError as error:  # the sizes are the source's: the code of the model must have changed since
+    except RuntimeError as error:  # the sizes are the source's, so the model's code must have changed since
         raise UserError(f"--init-from {init.init_from}: its weights do not fit this code's model "
                         f"({' '.join(str(error).split())[:300]}); use the version that wrote them") from None
     if moments:
@@ -220,14 +217,14 @@ def _source_weights(source, cfg):
 
 
 def _source_weights_and_moments(source, identity):
-    """Of --init-from's checkpoint: the weights, the optimizer state, and the number of the sample that its run would
-    have read next, if `identity` has its data, in its order; else 0."""
-    saved = _checkpoint(source, "--init-from", mapped=False)  # a run on a CPU goes on in the optimizer's own tensors
+    """The weights and the optimizer state of --init-from's checkpoint and, if `identity` has its data in its order, the
+    number of the sample that its run would have read next; else 0."""
+    saved = _checkpoint(source, "--init-from", mapped=False)  # a run on a CPU keeps using the optimizer's tensors
     _, weights = model_parts(saved)
     moments, state, was = saved["optimizer"], saved["state"], saved["identity"]
     for group in moments["param_groups"]:
         for index, name in zip(group["params"], group.get("param_names", ()), strict=False):
-            if name == "pos_emb.weight":  # the positions that model_parts has kept; else all would be saved with them
+            if name == "pos_emb.weight":  # only the positions that model_parts has kept, cloned to save no others
                 kept = moments["state"].get(index, {})
                 kept.update({key: value[:len(weights[name])].clone() for key, value in kept.items() if value.ndim})
     if any(was.get(name) != identity[name] for name in resume.ORDER):
@@ -255,13 +252,12 @@ def _hugging_face(auto, source, **options):
 
 def _folder(source):
     """The folder with the configuration and the weights of `source`: itself, or its copy in the local cache, downloaded
-    if incomplete and the Hub is reachable. Raises UserError within seconds if there is none."""
+    if incomplete. Raises UserError, within seconds if the Hub is not reachable."""
     from huggingface_hub import snapshot_download
 
     def whole(folder):
         weights = list(Path(folder).glob("[!.]*.safetensors"))
-        # Opening a pipe among them would block.
-        return weights and all(file.is_file() for file in [Path(folder) / "config.json", *weights])
+        return weights and all(map(Path.is_file, [Path(folder) / "config.json", *weights]))  # opening a pipe blocks
 
     def snapshot(**options):
         wanted = ["config.json", "*.safetensors", "*.safetensors.index.json"]
@@ -290,7 +286,7 @@ def _folder(source):
 
 
 def _require_own_files(folder, source):
-    """Raises UserError if an index in the folder names a file outside of it: transformers would open any path."""
+    """Raises UserError if an index names a file outside of the folder: transformers would open any path."""
     for index in Path(folder).glob("[!.]*.index.json"):
         try:
             files = read_json(index)["weight_map"].values()
@@ -306,7 +302,7 @@ def load_model(path):
     saved = _checkpoint(path, "--checkpoint-path")
     try:
         cfg, weights = model_parts(saved)
-        # fp32 even if saved again in 16 bits; copies, as a shared file system may not keep a file that is replaced.
+        # fp32 even if saved again in 16 bits; copied, because a network file system may not keep a file being replaced.
         model = GPT.of(cfg, {name: weight.to(torch.float32, copy=True) for name, weight in weights.items()})
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, UserError) as error:
         raise UserError(f"--checkpoint-path {path}: its weights do not fit its own configuration "
@@ -323,8 +319,8 @@ def tokenizer_folder(path):
 
 
 def load_run(path):
-    """A checkpoint's model in evaluation mode, its tokenizer, the id of the end-of-text token or None, and the
-    checkpoint; for a Hugging Face folder, what a checkpoint of it would say. Raises UserError."""
+    """The model of a checkpoint or Hugging Face folder, in evaluation mode, its tokenizer, the id of the end-of-text
+    token or None, and the checkpoint or what one of the folder would say. Raises UserError."""
     if os.path.isdir(path):
         folder = str(path)
         model, saved, tokenizer = _load_folder(folder)
@@ -337,7 +333,7 @@ def load_run(path):
                         f"{model.cfg.vocab_size}; copy the one that it was trained with")
     known = tokenizer_hash(tokenizer).hex()[:16]
     if saved["identity"].setdefault("the tokenizer", known) != known:  # a Hugging Face folder states none
-        # Not refused: another version of `tokenizers` may write the same one in other words.
+        # Only a warning: another version of `tokenizers` may serialize the same one differently.
         print(f"warning: {folder} is not the tokenizer that {path} was trained with, or not as it was then",
               file=sys.stderr)
     return model, tokenizer, end_of_text(tokenizer, folder), saved
@@ -348,7 +344,7 @@ def _load_folder(folder):
     try:
         cfg = _source_config(folder)
         model = GPT.of(cfg, _source_weights(folder, cfg))
-    except UserError as error:  # names the flag that training has for it
+    except UserError as error:  # names training's flag
         raise UserError(str(error).replace("--init-from", "--checkpoint-path")) from None
     try:
         tokenizer = load_tokenizer(folder)
@@ -365,8 +361,8 @@ def _load_folder(folder):
 
 
 def _before_texts(tokenizer):
-    """The ids that the tokenizer puts before a text, and so the weights expect there, such as Llama's <s>; often []."""
-    with contextlib.suppress(Exception):  # tokenizers raises bare Exception, where it has no token for this text
+    """The ids that the tokenizer puts before a text, such as Llama's <s>, which the weights then expect; often []."""
+    with contextlib.suppress(Exception):  # tokenizers raises bare Exception if it has no token for this text
         found = tokenizer.encode("a")
         n_special = [*found.special_tokens_mask, 0].index(0)  # at its beginning
         return found.ids[:n_special]
@@ -374,8 +370,8 @@ def _before_texts(tokenizer):
 
 
 def model_parts(saved):
-    """The GPTConfig of a checkpoint's model, and its weights. Positions beyond --seq-len, which were never trained on,
-    are dropped, unless the run started from --init-from's weights, which have none untrained."""
+    """The GPTConfig of a checkpoint's model, and its weights, without the positions beyond --seq-len, which were not
+    trained on (except in weights of --init-from)."""
     cfg = part_of(GPTConfig, saved["config"] | {"vocab_size": saved["identity"]["--vocab-size"]})
     weights = saved["model"]
     if saved["config"].get("init_from"):

@@ -12,14 +12,14 @@ from mini_llm.ranks import Heartbeat, RankFault, limit_of
 
 CONNECT = 60  # seconds to connect to torchrun's store
 START = 600  # seconds to wait for ranks that import torch, perhaps from a slow disk, or have failed before they joined
-# What torchrun tells each process, and where srun says the same if it starts them itself.
+# The variables that torchrun sets for each process → those of srun, if that starts the ranks itself.
 SLURM = dict(RANK="SLURM_PROCID", WORLD_SIZE="SLURM_NTASKS", LOCAL_RANK="SLURM_LOCALID",
              LOCAL_WORLD_SIZE="SLURM_NTASKS_PER_NODE", GROUP_RANK="SLURM_NODEID")
 
 
 def launched(script):
-    """(rank, number of ranks, local rank, number of local ranks, node), as torchrun or srun has said. Raises UserError
-    if neither has started this process."""
+    """[rank, number of ranks, local rank, number of local ranks, node], from torchrun's or srun's variables. Raises
+    UserError if they are missing or wrong."""
     for name, slurm in SLURM.items():
         if slurm in os.environ:
             os.environ.setdefault(name, os.environ[slurm])
@@ -47,11 +47,11 @@ def join(backend, timeout):
     has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     connect = datetime.timedelta(seconds=CONNECT) if has_store else start
     try:
-        # Not dist.rendezvous, in which rank 0, if it holds the store, waits for the others and cannot say for which.
+        # Not dist.rendezvous: in it, a rank 0 that holds the store waits for the others and cannot say for which.
         store = dist.TCPStore(host, port, size, not has_store and rank == 0, connect, wait_for_workers=False)
         store.set_timeout(limit)
-        # A prefix of this start's own, since torchrun restarts ranks on the same store, which still holds the addresses
-        # and heartbeats of those before. Not torchrun's count of restarts, which may differ between nodes.
+        # With a prefix for each start: torchrun restarts ranks on the same store, which still holds the addresses and
+        # heartbeats of the ranks before. Its count of restarts would not do, as it may differ between nodes.
         store = dist.PrefixStore(_roll_call(store, rank, size, start), store)
     except dist.DistError as error:
         if not has_store and "EADDRINUSE" in str(error):  # such as another job's on this node
@@ -65,16 +65,16 @@ def join(backend, timeout):
         raise RankFault(f"rank {rank} on {socket.gethostname()} cannot connect to the others: {first_line(error)}; if "
                         f"its name leads to another network, set GLOO_SOCKET_IFNAME to the interface, such as eth0, "
                         f"that leads to them") from None
-    # The clone is a connection of its own: on the same one, a heartbeat would wait for what the main thread does.
+    # Cloned for a connection of its own: on a shared one, heartbeats would wait for the main thread's operations.
     return Heartbeat(dist.PrefixStore("heartbeat", store.clone()), rank, size, timeout)
 
 
 def _roll_call(store, rank, size, limit):
-    """A name of this start that all its ranks know, and none of an earlier start on the same store, whose keys remain.
-    Raises RankFault if a rank is missing: torchrun ends the others of its own node only.
+    """A name for this start that its ranks agree on, and none of an earlier start on the same store, whose keys remain.
+    Raises RankFault if a rank is missing: torchrun ends only the others of that rank's node.
 
-    Rank 0 makes it up and tells it to each rank, under the name that this one has given itself, until all have answered
-    to the same one. What is gone does not answer. When a rank comes, rank 0 calls all of them anew: one that had
+    Each rank publishes a name of its own. Rank 0 makes up the start's, and stores it under each of these until all have
+    answered: what is gone does not answer. When a rank comes, it makes up another one for all, because a rank that has
     answered may be gone, too, and about to be replaced."""
     mine = f"{socket.gethostname()} {os.getpid()} {time.time_ns()}"
     store.set(f"rank {rank}", mine)

@@ -1,8 +1,7 @@
 """Whether a checkpoint is of this run, and what the run takes over from it.
 
-train.py calls, in this order: `require_same_flags` (is the checkpoint this run's, by its flags?), `earlier_shards`,
-`run_identity` and `load_for_resume` (and by its data?), `log_versions`, `restore`; and, before the first step,
-`remove_stale_files` (of a run that is replaced) and `loss_to_beat`.
+train.py calls, in this order: `require_same_flags`, `earlier_shards`, `run_identity`, `load_for_resume`,
+`log_versions`, `restore`; and, before the first step, `remove_stale_files` and `loss_to_beat`.
 """
 
 import contextlib
@@ -27,19 +26,19 @@ from mini_llm.files import beside_run, exists, same_file, sync_path
 FORMAT = 1
 DATA_FLAGS = ("tokenizer_name", "train_data", "val_data", "val_ratio", "max_tokens", "text_column", "use_toy_data",
               "train_weights", "data_seed", "vocab_size")  # those that decide what the tokens are
-# The parts of a run's identity that are long or hashes: an error does not print them, but names the flags behind them.
+# The parts of a run's identity that are long or hashes: instead of printing them, an error names the flags behind them.
 HASHED = ("the mixture", "the tokenizer", "the training data", "the validation data")
-# Those that do not describe its model: another run may train its weights with other values.
+# Those that do not describe its model: a new run may train its weights with other values.
 NOT_THE_MODEL = {*map(flag, DATA_FLAGS), *HASHED, "--seq-len", "--optimizer", "sequences in a step"}
 # Those that decide which samples a run reads, and in which order.
 ORDER = ("--seq-len", "--data-seed", "--train-weights", "the mixture", "the tokenizer", "the training data")
-OTHER_BEST = r"\.best-of-\d+\.pt"  # the best by losses over another number of --eval-tokens
+OTHER_BEST = r"\.best-of-\d+\.pt"  # the best by losses under another --eval-tokens
 
 log = logging.getLogger("mini_llm")
 
 
 def identity_of_flags(cfg, global_batch_size):
-    """What of `run_identity` is known before the data is read."""
+    """The part of `run_identity` that is known before the data is read."""
     model = dataclasses.asdict(cfg.model)
     if cfg.model.rope_theta == cfg.model.parts.rope_theta:  # as is 0
         model["rope_theta"] = 0.0
@@ -60,15 +59,15 @@ def run_identity(cfg, corpus, vocab_size, global_batch_size):
 
 
 def require_same_flags(path, cfg, global_batch_size):
-    """Raises UserError if the run at `path` is another by its flags: before a text is tokenized. `cfg`: all flags."""
+    """Raises UserError, before a text is tokenized, if the flags `cfg` are of another run than that at `path`."""
     file, found = first_readable(path, cfg.checkpoint)
     if found:
         _require_same_run(file, found, identity_of_flags(cfg, global_batch_size), flatten(cfg))
 
 
 def earlier_shards(path, cfg):
-    """The folder of token shards that the run at `path` had, if its flags for the data are those of `cfg`, all flags,
-    and it is still there; else None."""
+    """The folder of token shards that the run at `path` had, if it is still there and the run's flags for the data are
+    those of `cfg`, all flags; else None."""
     _, found = first_readable(path, cfg.checkpoint)
     config = flatten(cfg)
     if not found or any(found["config"].get(name) != config[name] for name in DATA_FLAGS):
@@ -87,11 +86,9 @@ def first_readable(path, cfg):
 
 
 def load_for_resume(path, cfg, identity, config, mends=True):
-    """The checkpoint at `path`, verified, and checked to be from this run: same model, tokenizer, data and batch. If it
-    is damaged, the one before, which with `mends` then takes its place.
-
-    `identity` must be equal; `config` is all flags, whose differences are only logged. Raises UserError.
-    """
+    """The verified checkpoint at `path` or, if that is damaged, the one before, which with `mends` takes its place.
+    Raises UserError if it is not of this run, that is, of this `identity`. Other differences to `config`, all flags,
+    are only logged."""
     payload, source = load_latest(path, cfg)
     if not is_of_a_run(payload):
         raise UserError(f"--resume: {source} is not a checkpoint of this version of mini-llm; use the one that "
@@ -104,7 +101,7 @@ def load_for_resume(path, cfg, identity, config, mends=True):
         if compared and flags.get(name, value) != value:
             log.info("resumed with another %s: was %s, is %s", flag(name), flags[name], value)
     if source != path and mends:
-        # The damaged file's other names: the best would be the one to beat, one that is kept would take its turn.
+        # Its other names: a damaged best would still be the one to beat, a damaged kept one would count as kept.
         for file in [cfg.beside(".best.pt"), *cfg.matching(OTHER_BEST), *cfg.numbered()]:
             if same_file(file, path):
                 file.unlink()
@@ -181,7 +178,7 @@ def is_of_a_run(payload):
 
 
 def is_of_another_program(file):
-    """Whether a checkpoint has neither the parts that ours have nor their SHA-256: damage alone does not take both."""
+    """Whether a checkpoint lacks both the parts and the SHA-256 that ours have: mere damage does not remove both."""
     found = peek(file)
     if not found or is_of_a_run(found):
         return False
@@ -190,13 +187,13 @@ def is_of_another_program(file):
 
 
 def peek_run(file):
-    """What a checkpoint says of its run: its config, state and identity; each {} if it cannot be read."""
+    """What a checkpoint says of its run, such as its config, state and identity: each {} if it cannot be read."""
     found = peek(file)
     return found if is_of_a_run(found) else {"config": {}, "state": {}, "identity": {}}
 
 
 def _surely_peeked(file):
-    """As `peek_run`, to decide on removing the file: raises UserError if it is there and cannot be read now."""
+    """As `peek_run`, to decide whether to remove the file: raises UserError if it exists and cannot be read now."""
     found = peek_run(file)
     if not found["state"] and exists(file):
         with contextlib.suppress(DamagedCheckpoint):
@@ -205,8 +202,7 @@ def _surely_peeked(file):
 
 
 def log_versions(payload, versions):
-    """Log what of `versions` (wandb_runs.provenance) has changed since the checkpoint: another version of this code or
-    of PyTorch may give other losses."""
+    """Log which of `versions` (wandb_runs.provenance) have changed since the checkpoint."""
     was = payload.get("versions", {})
     changed = [f"{name} was {was[name]}, is {value}" for name, value in versions.items()
                if was.get(name, value) != value]
@@ -224,7 +220,7 @@ def restore(payload, parts, continues, world):
         for name, part in parts.items():
             found = payload[name]
             if name != "optimizer":  # whose tensors are distributed already
-                found = of_this_rank(found, part, world)  # not into the payload: it outlives this function
+                found = of_this_rank(found, part, world)  # not kept in the payload, which outlives this function
             if found:  # a scaler's state is empty except in fp16
                 part.load_state_dict(found)
         state = State(**payload["state"])
@@ -240,13 +236,13 @@ def restore(payload, parts, continues, world):
 
 
 def of_this_rank(saved, part, world):
-    """What this rank is to load of `saved`, a state dict of `part` that `world.from_main` returned. Collective."""
+    """The part that this rank loads of `saved`, a state dict of `part` that `world.from_main` returned. Collective."""
     here = part.state_dict()
     return {name: tree_map(partial(world.distribute, like=here.get(name)), value) for name, value in saved.items()}
 
 
 def distribute_moments(saved, optimizer, world):
-    """Makes the optimizer state of a checkpoint, `saved`, one for `optimizer` to load: this rank's part of each tensor,
+    """Turns `saved`, a checkpoint's optimizer state, into what `optimizer` of this rank loads: its part of each tensor,
     with the weight decay and betas of the flags. Raises ValueError if it is of other parameters. Collective."""
 
     def names(groups):
@@ -254,7 +250,7 @@ def distribute_moments(saved, optimizer, world):
 
     groups = optimizer.state_dict()["param_groups"]
     was = names(saved["param_groups"])
-    if was and was != names(groups):  # its state is saved by place: a parameter would get the moments of another
+    if was and was != names(groups):  # state is saved by position: a parameter would get the moments of another
         raise ValueError("the optimizer has other parameters, or in another order")
     saved["param_groups"] = groups
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -264,7 +260,7 @@ def distribute_moments(saved, optimizer, world):
 
 def remove_stale_files(cfg, resume_from, step):
     """Before the first step, removes the drafts of killed saves and what a replaced run left: its log and metrics
-    unless this run continues it, with --overwrite its checkpoints. A rollback, to `step`, makes `resume_from` the
+    unless this run continues it, and under --overwrite its checkpoints. A rollback to `step` makes `resume_from` the
     newest at once."""
     path, bests = Path(cfg.checkpoint_path), [cfg.beside(".best.pt"), *cfg.matching(OTHER_BEST)]
     goes_on = resume_from is not None and cfg.continues(resume_from)
@@ -273,13 +269,13 @@ def remove_stale_files(cfg, resume_from, step):
         stale += [file for file in cfg.numbered() if step_of(file) > step]
         stale += [file for file in bests if _surely_peeked(file)["state"].get("step", 0) > step]
         link(Path(resume_from), path)
-    elif not goes_on:  # any such files belong to another run, even if that one never saved a checkpoint
+    elif not goes_on:  # such files are another run's, even if that never saved a checkpoint
         shutil.rmtree(cfg.beside(".tensorboard"), ignore_errors=True)
         stale += [cfg.beside(".metrics.jsonl"), cfg.beside(".log")]
         stale += cfg.matching(r"(\.rank\d+)?\.upload-\d+(\.best)?\.pt")
         if resume_from is not None or cfg.resume != "auto":  # auto continues the W&B run of a start that saved nothing
             stale += cfg.matching(r"\.wandb\.json|\.rank\d+\.(wandb\.json|metrics\.jsonl)")
-        if cfg.overwrite:  # a branch's path gets its own first checkpoint: that of `resume_from` names another W&B run
+        if cfg.overwrite:  # a branch makes its own first checkpoint: `resume_from` names another W&B run
             stale += [path, *bests, *cfg.numbered()]
     for file in stale:
         file.unlink(missing_ok=True)
@@ -287,9 +283,9 @@ def remove_stale_files(cfg, resume_from, step):
 
 
 def loss_to_beat(cfg, state, eval_tokens):
-    """The loss of `.best.pt`, which may be newer than the checkpoint resumed from; infinity if there is none. One that
-    was measured with another `eval_tokens` is not comparable: it is kept under a name with that number, and the best
-    of before with this number, if there was one, is the best again."""
+    """The loss of `.best.pt`, which may be newer than the checkpoint resumed from; infinity if there is none. One
+    measured over another number of `eval_tokens` is not comparable: it is kept under a name with that number, and an
+    earlier best over this number, if there is one, becomes the best again."""
     found = _surely_peeked(best := cfg.beside(".best.pt"))
     best_eval_tokens = found["config"].get("eval_tokens", eval_tokens)
     if best_eval_tokens != eval_tokens:

@@ -24,10 +24,9 @@ log = logging.getLogger("mini_llm")
 class Watchdog:
     """A thread that reads what the training loop is doing from its Meter, at no cost to the loop.
 
-    While the run advances, the main rank's thread rewrites the `--heartbeat-file`, if given: a stale file tells a
-    supervisor that the run hangs or has died. If an activity takes far longer than usual, the stacks of all threads are
-    appended to FILE.stacks.txt beside the checkpoint, once. Each rank writes its own; the ranks that wait show which
-    one is missing.
+    While the run advances, the main rank's rewrites the `--heartbeat-file`, if given: a stale one tells a supervisor
+    that the run hangs or has died. If an activity takes far longer than usual, each rank appends the stacks of its
+    threads to FILE.stacks.txt beside the checkpoint, once; those of the ranks that wait show which one is missing.
     """
 
     def __init__(self, meter, state, cfg, rank):
@@ -68,8 +67,8 @@ class Watchdog:
 
     def _beat(self, what):
         beat = dict(step=self.state.step, doing=what, time=time.time(), pid=os.getpid())
-        with contextlib.suppress(OSError), replacing(Path(self.heartbeat_file)) as draft:  # else it goes stale
-            draft.write_text(json.dumps(beat) + "\n")  # not synced to the disk: after a power cut it has no use
+        with contextlib.suppress(OSError), replacing(Path(self.heartbeat_file)) as draft:  # after an error it is stale
+            draft.write_text(json.dumps(beat) + "\n")  # not synced: of no use after a power cut
 
     def _dump(self, what, seconds):
         self.stacks.parent.mkdir(parents=True, exist_ok=True)
