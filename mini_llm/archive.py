@@ -27,9 +27,7 @@ class DamagedCheckpoint(Exception):
 def load(path, mapped=False):
     """A verified checkpoint with its tensors on the CPU. Raises DamagedCheckpoint, naming file and problem, or
     UserError if it may be intact but cannot be read now, so that the caller does not fall back to an older one.
-
-    `mapped`: memory is taken only by tensors that are used; the file has to stay as long as they are (Linux only).
-    """
+    `mapped`: only tensors that are used take memory, and the file has to stay until then (Linux only)."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):  # a pipe would block, a device may be endless
             raise DamagedCheckpoint(f"{path} is not a file")
@@ -66,8 +64,8 @@ def peek(path):
 
 def save(path, payload, keep=None, names=()):
     """Write `payload`, tensors and plain values, to a temporary file, fsync it, then rename it to `path`. A kill at any
-    moment leaves either the old file or the new one. Once the new one is complete, it also gets the other `names`, and
-    the old one is kept as `keep`."""
+    moment leaves either the old file or the new one. Once complete, the new one also gets the other `names`, and the
+    old one is kept as `keep`."""
     path = Path(path)
     payload = tree_map_only(torch.Tensor, torch.Tensor.cpu, payload)  # so any machine can read it
     make_folder(path.parent)
@@ -87,7 +85,7 @@ def save(path, payload, keep=None, names=()):
         for name in names:
             try:
                 link(draft, name)
-            except OSError as error:  # no room for a copy, where there are no links: `path` itself needs none
+            except OSError as error:  # no room for a copy, on a disk without links: `path` itself can still be written
                 link_error = error
         if keep and path.exists():
             link(path, keep)

@@ -35,11 +35,8 @@ BOUNDS = {"gt": (operator.gt, "greater than"), "ge": (operator.ge, "at least"),
 
 
 def arg(default, help, *, choices=(), const=None, metavar=None, empty=True, **bounds):
-    """A dataclass field that is also a flag.
-
-    `bounds`: any of gt, ge, lt, le. `const`: the value if the flag is given without one (`--resume`). `empty=False`:
-    reject an empty string, such as an unset shell variable yields.
-    """
+    """A dataclass field that is also a flag. `bounds`: any of gt, ge, lt, le. `const`: the value of a flag given alone
+    (`--resume`). `empty=False`: reject an empty string, which an unset shell variable gives."""
     assert bounds.keys() <= BOUNDS.keys(), bounds
     metadata = dict(help=help, choices=choices, const=const, metavar=metavar, empty=empty, bounds=bounds)
     if isinstance(default, list):
@@ -52,10 +49,8 @@ def flag(name):
 
 
 def parse(cls, argv=None):
-    """Fill `cls`, a dataclass of dataclasses, from `argv` (default: sys.argv) and the TOML files that it may name.
-
-    Raises UserError for anything unknown, of the wrong type, out of bounds, or rejected by a `validate()`.
-    """
+    """Fill `cls`, a dataclass of dataclasses, from `argv` (default: sys.argv) and the TOML files that it names. Raises
+    UserError for anything unknown, of the wrong type, out of bounds, or rejected by a `validate()`."""
     allow_many_files()
     fields = flag_fields(cls)
     parser = Parser(prog=Path(sys.argv[0]).name, usage="%(prog)s [--config FILE.toml] [flags]",  # not all of them twice
@@ -239,7 +234,7 @@ def coerce(label, declared, value):
     if not isinstance(value, base) or (isinstance(value, bool) and base is not bool):
         raise UserError(f"{label} {value!r}: expected {base.__name__}{example}")
     if base is str and ("\0" in value or any("\ud800" <= char <= "\udfff" for char in value)):
-        # Neither a file's content nor its name: it would fail when first written.
+        # Neither a file nor its name can contain this: the first write would fail.
         raise UserError(f"{label} {value!r}: not UTF-8 text, or it contains a NUL")
     if value == "" and not meta["empty"]:
         raise UserError(f"{label} '': is empty; name a file, or leave it out")

@@ -20,7 +20,7 @@ NO_SYNC = (errno.EACCES, errno.EBADF, errno.EINVAL, errno.EISDIR, errno.ENOSYS, 
            errno.EPERM)
 # A tokenizer's own files → a key that tells each of them from other JSON files.
 TOKENIZER_KEYS = {"tokenizer.json": "added_tokens", "tokenizer_config.json": "tokenizer_class"}
-# The fields that a record of metrics.jsonl must have if it is an event, by kind of event.
+# Kind of event in metrics.jsonl → the fields that its record must have, with their types.
 EVENTS = dict(config=dict(config=dict), sample=dict(text=str), alert=dict(title=str, text=str), exit=dict(code=int))
 
 

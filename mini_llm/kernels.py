@@ -1,5 +1,4 @@
-"""Linear layers, attention and the loss on a CPU, with custom backward passes. Linear and Embedding have no initial
-weights of their own: GPT.init_weight draws them.
+"""Linear layers, attention and the loss on a CPU, with custom backward passes.
 
 PyTorch's own versions make several more passes over the largest tensors of a step: the output of a linear layer with a
 bias, the (T, T) attention weights of every head, the logits of every token (bench/step.py, LOG.md). GPUs use PyTorch's
@@ -16,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 CHUNK = 2**20  # logits converted to probabilities at a time: few enough to stay in cache
-# A private function of torch's: without it, nn.Linear's own products.
+# Private to torch: where it is missing, Linear is the same as nn.Linear.
 ONEDNN = torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)()
 # Measured (LOG.md): the longest context at which explicit attention in bf16 beats the fused kernel, and the smallest
 # vocabulary at which computing the loss in chunks of logits beats one pass.
@@ -25,8 +24,8 @@ MIN_FUSED_OUTPUT = 2**20  # output elements from which on fusing the bias saves 
 
 
 def once_differentiable(backward):
-    """For the backward pass of a Function. torch's own decorator of this name leaves out what depends on the gradients,
-    silently, where a second derivative (create_graph=True) does not need the gradients of the Function's outputs."""
+    """For the backward pass of a Function. torch's decorator of this name silently omits terms of a second derivative
+    (create_graph=True) that does not need the gradients of the Function's outputs."""
 
     @functools.wraps(backward)
     def once(ctx, *gradients):
@@ -43,7 +42,7 @@ class Linear(nn.Linear):
     """nn.Linear, except that in training on a CPU, large bf16 outputs with a bias are computed by LinearFunction."""
 
     def reset_parameters(self):
-        """Nothing: torch's weights would be drawn in vain."""
+        """Does nothing: GPT.init_weight draws the weights."""
 
     def forward(self, x):
         if (ONEDNN and x.dtype == torch.bfloat16 and x.device.type == "cpu" and self.bias is not None
@@ -55,7 +54,7 @@ class Linear(nn.Linear):
 
 class Embedding(nn.Embedding):
     def reset_parameters(self):
-        """Nothing, as in Linear."""
+        """Does nothing, as in Linear."""
 
 
 class LinearFunction(torch.autograd.Function):

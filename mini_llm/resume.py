@@ -126,8 +126,8 @@ def _require_same_run(source, payload, identity, config):
     config_file = beside_run(source, ".config.toml")
     start = f" (--config {shlex.quote(str(config_file))})" if config_file.exists() else ""
     anew = f"train its weights in a new run: --init-from {own}"
-    # Weights fit their own tokenizer only, which replaces a learned one but not that of token shards, and GPT-2's
-    # have no more positions than they were trained on.
+    # Weights fit only their own tokenizer, which --init-from takes except with token shards, and GPT-2's have no more
+    # positions than they were trained on.
     unfit = any(flags.get(name) != config.get(name) for name in ("tokenizer_name", "vocab_size", "use_toy_data"))
     shards = any(os.path.exists(os.path.join(path, "meta.json")) for path in config.get("train_data", ()))
     unfit |= "the tokenizer" in changed and shards

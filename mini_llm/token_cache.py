@@ -34,7 +34,7 @@ from mini_llm.tokenizer import (
 CODE_VERSION = 3  # bump it when the same text would give other tokens: old caches are then not used
 BATCH = 1 << 21  # characters, or ids of token files, that are tokenized in parallel: bounds the memory that this takes
 PROGRESS = "progress.json"  # in a draft: how far it has come
-SAVE_SECONDS = 30  # between two of its versions: what a kill costs at most
+SAVE_SECONDS = 30  # between two writes of it: the most that a kill costs
 BPE_SAMPLE = 1 << 25  # maximum number of characters that a bpe tokenizer is trained on
 PREPARE_PATIENCE = 900  # seconds without progress after which a process stops waiting for another to tokenize
 
@@ -43,13 +43,11 @@ log = logging.getLogger("mini_llm")
 
 def prepare(cfg, vocab_size=0, writes=True, scratch=None, earlier=None):
     """The folder of token shards that `cfg` describes, created if it does not exist. Safe against concurrent processes
-    and against being killed: one process writes, under a lock that is released when it dies, into a draft folder that
-    is renamed only when complete; the next one goes on from its last `Progress`. Without `writes`, waits for another
-    process to write it. With `scratch`, a folder provided by the caller, shards that are not in the cache are created
-    there. `earlier`: the folder that a resumed run had with these flags; if the text has changed since, it keeps it.
-
-    Raises UserError for unusable text, and then leaves nothing behind.
-    """
+    and kills: one process writes, under a lock that ends with it, into a draft folder that is renamed when complete; if
+    it dies, the next one goes on from its last `Progress`. Without `writes`, waits for another process to write.
+    `scratch`: a folder in which to create shards that are not in the cache. `earlier`: the folder that a resumed run
+    had with these flags, which it keeps if the text has changed. Raises UserError for unusable text, and then leaves
+    nothing behind."""
     if cfg.is_shards:
         theirs = read_meta(Path(cfg.train_data[0]))["tokenizer"]
         if cfg.val_data or cfg.max_tokens or cfg.tokenizer_name not in ("bpe", theirs):
@@ -72,7 +70,7 @@ def prepare(cfg, vocab_size=0, writes=True, scratch=None, earlier=None):
         return _tokens_begun_with(earlier, error)
     if earlier and folder.name != Path(earlier).name:
         return _tokens_begun_with(earlier, "the text has changed, or what splits it or makes tokens of it")
-    if scratch and not os.path.exists(folder):  # unlike Path.exists, not an error where access is denied
+    if scratch and not os.path.exists(folder):  # unlike Path.exists, no error if access is denied
         folder, writes = Path(scratch) / folder.name, True
     if not writes:
         _wait(lambda: not os.path.exists(folder), folder.with_name(folder.name + ".draft"))
@@ -91,7 +89,7 @@ def prepare(cfg, vocab_size=0, writes=True, scratch=None, earlier=None):
 
 
 def _tokens_begun_with(earlier, change):
-    """The folder of a resumed run's tokens, which are not those that its flags give now. Raises UserError."""
+    """The folder of the tokens that a resumed run began with, after a `change`. Raises UserError if it is gone."""
     if not os.path.isdir(earlier):
         raise UserError(f"{change}, and the tokens that this run began with, {earlier}, are not on this machine; copy "
                         f"them there")
@@ -101,7 +99,7 @@ def _tokens_begun_with(earlier, change):
 
 
 def _sources(cfg):
-    """The text to train on and, apart from it, to validate on: two lists of Source."""
+    """The Sources to train on, and those of --val-data."""
     if cfg.use_toy_data:
         return [], []
     sources = text.find_sources(cfg.train_data, column=cfg.text_column) if cfg.train_data else text.builtin_sources()
@@ -248,7 +246,7 @@ class Progress:
 def _write_shards(draft, cfg, vocab_size, tokenizer, sources, val_sources):
     """Write train.bin, val.bin, the folder of their tokenizer and meta.json into `draft`. Raises UserError."""
     for source in [*sources, *val_sources]:
-        if source.kind == "tokens":  # a copy of damaged tokens would count as whole
+        if source.kind == "tokens":  # else a copy of damaged tokens would pass for whole
             require_whole(Path(source.path))
     if cfg.use_toy_data:
         tokenizer = train_tokenizer("char", [toy.ALPHABET], 0)
@@ -357,8 +355,8 @@ def _spans(paths, counts):
 
 
 def require_sequences(cfg, meta):
-    """Raises UserError if there is less than one sequence to train on, to validate on, or in a source that has samples
-    or a loss of its own."""
+    """Raises UserError if there is less than one sequence to train on, to validate on, or in any source with a share of
+    the samples or a loss of its own."""
     held_out = not (cfg.val_data or cfg.is_shards)  # validation is a part of --train-data
     val_flag = "--val-data" if cfg.val_data else "--train-data"
     for split, flag, given, apart in (("train", "--train-data", cfg.train_data, cfg.train_weights),

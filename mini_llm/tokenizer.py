@@ -26,10 +26,8 @@ CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")  # may name it; i
 
 
 def load_tokenizer(name):
-    """The tokenizer with that name or in that folder; None for one that is trained on the text (bpe, char).
-
-    Raises UserError within seconds if the Hub is needed but unreachable.
-    """
+    """The tokenizer with that name or in that folder; None for one that is trained on the text (bpe, char). Raises
+    UserError, within seconds if the Hub is needed but unreachable."""
     if name in LEARNED:
         return None
     return _byte_tokenizer() if name == "byte" else _pretrained(name)
