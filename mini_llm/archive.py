@@ -63,9 +63,8 @@ def peek(path):
 
 
 def save(path, payload, keep=None, names=()):
-    """Write `payload`, tensors and plain values, to a temporary file, fsync it, then rename it to `path`. A kill at any
-    moment leaves either the old file or the new one. Once complete, the new one also gets the other `names`, and the
-    old one is kept as `keep`."""
+    """Write `payload`, tensors and plain values, to a temporary file, sync it, and rename it to `path`: a kill leaves
+    the old file or the new one. Once complete, the new one also gets the other `names`, and the old one that `keep`."""
     path = Path(path)
     payload = tree_map_only(torch.Tensor, torch.Tensor.cpu, payload)  # so any machine can read it
     make_folder(path.parent)

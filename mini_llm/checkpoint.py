@@ -85,8 +85,7 @@ class CheckpointConfig:
         return [self.beside(".pt"), self.beside(".prev.pt"), *reversed(self.numbered()), self.beside(".best.pt")]
 
     def continues(self, resume_from):
-        """Whether that file is one of the run's at the checkpoint path: a resume then continues that run, otherwise it
-        branches off."""
+        """Whether a resume from that file continues the run at the checkpoint path, rather than branching off."""
         file, path = map(Path, map(os.path.realpath, (resume_from, self.checkpoint_path)))
         return file == path or same_file(file, path) or file.suffix == ".pt" and beside_run(file, ".pt") == path
 
@@ -151,8 +150,7 @@ def plan(cfg, locks=True):
 
 def plan_together(cfg, world, dry_run=False):
     """Collective. The main rank's `plan`, on every rank; a dry run locks nothing, and resumes only if asked to. Raises
-    UserError if only other ranks have a checkpoint there, as on nodes with their own disks, in another order than
-    before: the run would silently start again."""
+    UserError if only other nodes have a checkpoint there, on disks of their own: the run would silently start again."""
     resume_from = None if dry_run and not cfg.resume else world.from_main(lambda: plan(cfg, locks=not dry_run))
     elsewhere = world.max([cfg.resume == "auto" and os.path.exists(cfg.checkpoint_path)])[0]
     if elsewhere and resume_from is None:

@@ -171,13 +171,11 @@ def positive(text):
 
 
 class Parser(argparse.ArgumentParser):
-    """The parser of every command: errors are one line, and output to a closed stdout or stderr is dropped. By default
-    its description is shown as it is written."""
+    """The parser of every command: errors are one line, and output to a closed stdout or stderr is dropped."""
 
     def __init__(self, formatter_class=argparse.RawDescriptionHelpFormatter, **options):
         super().__init__(formatter_class=formatter_class, **options)
-        # Saves half a second at the end of every command: the last collection would go through all of torch. The price:
-        # objects in cycles are not finalized.
+        # Saves the last collection, of half a second with torch. The price: objects in cycles are not finalized.
         atexit.register(gc.freeze)
         for name in ("stdout", "stderr"):
             if getattr(sys, name) is None:

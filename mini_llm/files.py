@@ -65,8 +65,7 @@ def replacing(path):
 
 
 def sync(fd):
-    """Flush an open file to the disk, to survive a power cut. Raises OSError on failure: what was written is then lost,
-    though a second call would succeed."""
+    """Flush an open file to the disk, to survive a power cut. After an OSError a second call may wrongly succeed."""
     with contextlib.suppress(AttributeError), _where_supported():  # on macOS, where fsync stops at the disk's own cache
         fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
         return
@@ -159,8 +158,7 @@ def matching_files(prefix, pattern):
 
 
 def read_records(path):
-    """The records of a metrics.jsonl, in order. Skips lines that no run writes, and torn ones, left by a killed run or
-    one that is still writing."""
+    """The records of a metrics.jsonl, in order, without torn lines and those that no run writes."""
     if not os.path.isfile(path):  # a named pipe would block
         raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
     with open(path, errors="replace") as file:

@@ -146,8 +146,7 @@ def configure(cfg, device, dropout=0.0, recomputes=False):
         from torch._functorch import config as functorch
 
         functorch.graphsafe_rng_functionalization = False
-    # On a CPU, only the compiled embedding gradient is not deterministic: its threads add to shared rows in any order.
-    # The deterministic one is at least as fast.
+    # On a CPU, only the compiled embedding gradient is not deterministic; the deterministic one is at least as fast.
     if cfg.deterministic or device.type == "cpu" and should_compile(cfg, device):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -312,8 +311,7 @@ def explained(error):
 
 @contextlib.contextmanager
 def reserved(sizes, device):
-    """Holds blocks of the device's memory, of these `sizes` in bytes, for tensors that are made later: the CUDA
-    allocator then has them in its cache."""
+    """Holds memory in blocks of these `sizes`, in bytes, for later tensors, which CUDA's allocator then has cached."""
     held = [torch.ones(n, dtype=torch.uint8, device=device) for n in sizes]  # not empty: a CPU holds only written pages
     yield
     del held

@@ -115,8 +115,7 @@ def head_cross_entropy(x, head, targets, ignore):
 
 
 class HeadCrossEntropy(torch.autograd.Function):
-    """Overwrites the logits with their gradient, one chunk at a time: no second tensor of their size is needed, in fp32
-    or any other dtype."""
+    """Overwrites the logits with their gradient, one chunk at a time: no second tensor of their size is needed."""
 
     @staticmethod
     def forward(ctx, x, head, targets, ignore, needs_grad):

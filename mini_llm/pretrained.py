@@ -1,7 +1,5 @@
-"""Trained weights from any source: our checkpoints, and Hugging Face folders of GPT-2, Llama, Qwen3 and NanoChat.
-
-`--init-from` starts a run from them: `resolve_init` adopts their sizes, `load_initial` loads the weights.
-"""
+"""Trained weights from our checkpoints and from Hugging Face folders of GPT-2, Llama, Qwen3 and NanoChat. For a run
+that starts from them (--init-from), `resolve_init` adopts their sizes and `load_initial` loads them."""
 
 import contextlib
 import dataclasses
@@ -163,9 +161,8 @@ def resolve_vocab_size(model, init, size, tokenizer_name):
 
 
 def load_initial(raw, optimizer, init, identity, world):
-    """Load the weights that --init-from names into `raw` and, with --keep-optimizer, the state into `optimizer`: the
-    main rank reads and broadcasts them. Returns the State in which a run of this `identity` begins. Raises UserError.
-    Collective."""
+    """Collective. Loads --init-from's weights into `raw` and, under --keep-optimizer, the state into `optimizer`; the
+    main rank reads them for all. Returns the State in which a run of this `identity` begins. Raises UserError."""
     if not init.init_from:
         return State()
 

@@ -61,8 +61,7 @@ class NoHeartbeat:
         """Nothing to add to the traceback."""
 
     def leave(self, code):
-        # Skip interpreter shutdown, which waits for ranks that are gone and has aborted finished runs whose threads of
-        # gloo were still at work.
+        # Skip interpreter shutdown: it waits for ranks that are gone, and aborts if gloo's threads are still at work.
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
                 stream.flush()
@@ -192,19 +191,12 @@ class Heartbeat(NoHeartbeat):
         that cannot exit by itself: it is killed if it is on this node. Does not return."""
         with self.leaving:  # the main thread or the heartbeat's, whichever comes first
             try:
-                if code == 2 and self.rank:  # a wrong flag, which rank 0 reports, or a file that only this node lacks
-                    for _ in range(50):
-                        if self.store.check(["reason"]):
-                            break
-                        time.sleep(0.1)
-                    else:
-                        reason = f"{self.me['name']}: {reason}"
+                if code == 2 and self.rank and not self._appears("reason", 5):  # else rank 0 has found the wrong flag
+                    reason = f"{self.me['name']}: {reason}"
                 first = self.store.compare_set("reason", "", f"{code} {reason}").decode()
                 code, reason = first.split(" ", 1)
-                for _ in range(30 if self.rank else 0):  # rank 0 comes first: people look at its stderr
-                    if self.store.check(["printed"]):
-                        break
-                    time.sleep(0.1)
+                if self.rank:
+                    self._appears("printed", 3)  # rank 0 comes first: people look at its stderr
                 if self.store.add("printing", 1) == 1:
                     _say(reason)
                     self.store.set("printed", "")
@@ -216,6 +208,14 @@ class Heartbeat(NoHeartbeat):
                     os.kill(frozen["pid"], signal.SIGKILL)
             self.saving.acquire(timeout=LAST_SAVE)
             os._exit(int(code))
+
+    def _appears(self, key, seconds):
+        """Whether the store has the key within so many seconds."""
+        for _ in range(10 * seconds):
+            if self.store.check([key]):
+                return True
+            time.sleep(0.1)
+        return False
 
     def leave(self, code):
         self._take_leave()
@@ -274,8 +274,7 @@ def portable(error):
 
 
 def from_main(make, is_main):
-    """Collective. Calls `make()` on the main rank only and returns its result, on the others with meta tensors. Raises
-    its exception on every rank."""
+    """Collective. The result of `make()` on the main rank, with meta tensors on the others. Raises its error on all."""
     result = shapes = error = None
     if is_main:
         try:

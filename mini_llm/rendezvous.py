@@ -18,8 +18,7 @@ SLURM = dict(RANK="SLURM_PROCID", WORLD_SIZE="SLURM_NTASKS", LOCAL_RANK="SLURM_L
 
 
 def launched(script):
-    """[rank, number of ranks, local rank, number of local ranks, node], from torchrun's or srun's variables. Raises
-    UserError if they are missing or wrong."""
+    """[rank, number of ranks, local rank, number of local ranks, node], of torchrun or srun. Raises UserError."""
     for name, slurm in SLURM.items():
         if slurm in os.environ:
             os.environ.setdefault(name, os.environ[slurm])

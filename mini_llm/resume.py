@@ -66,8 +66,7 @@ def require_same_flags(path, cfg, global_batch_size):
 
 
 def earlier_shards(path, cfg):
-    """The folder of token shards that the run at `path` had, if it is still there and the run's flags for the data are
-    those of `cfg`, all flags; else None."""
+    """The folder of token shards of the run at `path`, or None: it is gone, or the flags `cfg` are for other data."""
     _, found = first_readable(path, cfg.checkpoint)
     config = flatten(cfg)
     if not found or any(found["config"].get(name) != config[name] for name in DATA_FLAGS):
@@ -87,8 +86,7 @@ def first_readable(path, cfg):
 
 def load_for_resume(path, cfg, identity, config, mends=True):
     """The verified checkpoint at `path` or, if that is damaged, the one before, which with `mends` takes its place.
-    Raises UserError if it is not of this run, that is, of this `identity`. Other differences to `config`, all flags,
-    are only logged."""
+    Raises UserError if its run has another `identity`; other differences to `config`, all flags, are only logged."""
     payload, source = load_latest(path, cfg)
     if not is_of_a_run(payload):
         raise UserError(f"--resume: {source} is not a checkpoint of this version of mini-llm; use the one that "
@@ -213,8 +211,8 @@ def log_versions(payload, versions):
 
 
 def restore(payload, parts, continues, world):
-    """Load a restored payload into a run's parts (name → object with state_dict and load_state_dict) → its State.
-    Raises UserError. Collective."""
+    """Collective. Loads a checkpoint into a run's `parts`, {name: object with load_state_dict}, and returns its State.
+    Raises UserError."""
     try:
         distribute_moments(payload["optimizer"], parts["optimizer"], world)
         for name, part in parts.items():

@@ -84,9 +84,8 @@ class Saver:
         return self.world.is_main and 0 < limit <= time.monotonic() - self.since
 
     def save(self, payload, newest, best, last):
-        """Save what `payload()` returns as the `newest` checkpoint, as the `best` (with the lowest validation loss so
-        far), or as both. A failure is logged, and the next save tries again; if the `last` save fails, raises NotSaved.
-        """
+        """Save what `payload()` returns as the `newest` checkpoint, as the `best` (the lowest validation loss), or as
+        both. A failure is logged, and the next save tries again; if the `last` one fails, raises NotSaved."""
         self.conclude()
         before = self.state.best_val
         if best:
@@ -169,8 +168,7 @@ def _buffers(tensors, block_bytes=2**30):
 
 
 def raise_nonfinite(cfg, payload, saving, samples):
-    """Save what a run halts with, and raise NonFinite with the first tokens of the last step's `samples` and how to
-    continue. `saving`: World.saving."""
+    """Save what a run halts with, and raise NonFinite, naming the last step's `samples` and how to continue."""
     path, step, in_row = cfg.beside(".nonfinite.pt"), payload["state"]["step"], payload["meter"]["skipped"][1]
     try:
         with saving:

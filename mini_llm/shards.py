@@ -93,8 +93,7 @@ class Descriptor(int):
 
 
 class Shard:
-    """A token file, or a part of it, read window by window. By `pread` instead of a memory map, so that the file's
-    pages never count as this process's memory."""
+    """A token file, or a part of it, read by `pread`: a memory map's pages would count as this process's memory."""
 
     def __init__(self, path):
         self.path, self.start = path, 0
@@ -184,8 +183,7 @@ def spread_windows(shards, seq_len, max_tokens):
 
 
 def read_windows(shard, firsts, seq_len):
-    """The windows whose inputs begin at the tokens `firsts` → (inputs, targets), (B, T) int64 each: targets are inputs
-    shifted by one."""
+    """The windows that begin at the tokens `firsts` → inputs and targets, shifted by one: (B, T) int64 each."""
     windows = np.stack([shard.read(int(first), seq_len + 1) for first in firsts])  # (B, T + 1)
     # Two separate arrays, so that masking a target does not change an input.
     return windows[:, :-1].astype(np.int64), windows[:, 1:].astype(np.int64)
@@ -258,8 +256,7 @@ def foreign_tokens(sources, tokenizer_name, tokenizer_hash=None):
     state their tokenizer's hash. `tokenizer_hash`, hexadecimal: what that must begin with; None if the tokenizer is not
     loaded yet, "" if it is yet to be trained and so fits none."""
     made_by = {source.path: token_file_format(source.path)[2] for source in sources if source.kind == "tokens"}
-    # The tokenizer beside shards made them, even if this version of `tokenizers` serializes it differently, and so with
-    # another hash.
+    # The tokenizer beside shards made them, even if this version of `tokenizers` gives it another hash.
     named = os.path.realpath(tokenizer_name)
     fitting = {made for path, made in made_by.items() if os.path.realpath(Path(path).with_name("tokenizer")) == named}
     for path, made in made_by.items():

@@ -381,8 +381,7 @@ def table_pieces(source):
 
 
 def _texts(source, rows):
-    """The text of each row, "" if it has none: the column `source.column` or, if there is none of that name, the only
-    one with strings."""
+    """The text of each row, or "": the column `source.column` or, if no row has that, the only one with strings."""
     column, left_out = None, 0
     for number, row in enumerate(rows, 1):
         if source.column in row:

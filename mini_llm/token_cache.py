@@ -1,5 +1,4 @@
-"""Text → token shards, once: `train.bin` and `val.bin` in a folder named by a hash of everything that determines their
-content, under --cache-dir."""
+"""Text → token shards, once: `train.bin` and `val.bin` in --cache-dir/HASH, a hash of all that determines them."""
 
 import contextlib
 import errno
@@ -133,8 +132,7 @@ def _key(cfg, vocab_size, tokenizer, sources, val_sources):
 def _locked_draft(folder, keeps=True):
     """Yields a folder that only this process writes to, to be renamed to `folder` when complete; None if another
     process has just completed it. It is empty, or holds the Progress and tokens of a killed writer. With `keeps`, it
-    also survives a signal, a full disk and a lost connection. The lock is a file in the draft: it ends with its holder,
-    and the draft is then free."""
+    also survives a signal, a full disk and a lost connection. The lock, on a file in it, ends with the process."""
     draft = folder.with_name(folder.name + ".draft")
     if (fd := _lock(draft, folder)) is None:
         yield None

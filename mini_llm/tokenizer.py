@@ -34,8 +34,7 @@ def load_tokenizer(name):
 
 
 def train_tokenizer(name, texts, vocab_size):
-    """`bpe`: GPT-2's byte-level BPE with `vocab_size` tokens in total (Sennrich et al. 2016). `char`: one token for
-    every character in the texts."""
+    """`bpe`: byte-level BPE as GPT-2's (Sennrich et al. 2016) of `vocab_size` tokens. `char`: one for each character."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if name == "char":
@@ -95,8 +94,7 @@ def id_count(tokenizer):
 
 
 def encode(tokenizer, texts):
-    """The ids of each text. Raises UserError if a text cannot be encoded: the tokenizer lacks a token for a part of it,
-    and one for the unknown."""
+    """The ids of each text. Raises UserError for a part without a token, if the tokenizer has none for the unknown."""
     try:
         return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     except Exception as error:  # tokenizers raises bare Exception
@@ -171,8 +169,7 @@ def count_bytes(tokenizer, blocks):
 
 @functools.lru_cache(maxsize=1)
 def _bytes_of_tokens(tokenizer):
-    """Bytes of each id's text, (vocabulary,), for a byte-level tokenizer, else None. Summing them takes a tenth of the
-    time of decoding."""
+    """Bytes of each id's text, (vocabulary,), of a byte-level tokenizer, else None: ten times as fast as decoding."""
     from tokenizers import decoders
 
     if not isinstance(tokenizer.decoder, decoders.ByteLevel) or getattr(tokenizer.model, "end_of_word_suffix", None):

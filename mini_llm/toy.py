@@ -1,8 +1,5 @@
-"""A text source of known entropy: a Markov chain over characters.
-
-Its entropy rate, −Σᵢ πᵢ Σⱼ Pᵢⱼ ln Pᵢⱼ, is the lowest loss that any model can reach on it: a run on toy data shows
-whether training works, not just that the loss falls.
-"""
+"""A text source of known entropy: a Markov chain over characters. Its entropy rate, −Σᵢ πᵢ Σⱼ Pᵢⱼ ln Pᵢⱼ, is the lowest
+loss that any model can reach on it: a run on toy data shows whether training works, not just that the loss falls."""
 
 import string
 
