@@ -34,7 +34,7 @@ def load_tokenizer(name):
 
 
 def train_tokenizer(name, texts, vocab_size):
-    """`bpe`: byte-level BPE as GPT-2's (Sennrich et al. 2016) of `vocab_size` tokens. `char`: one for each character."""
+    """`bpe`: GPT-2's byte-level BPE (Sennrich et al. 2016) of `vocab_size` tokens. `char`: one per character."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if name == "char":
