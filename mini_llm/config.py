@@ -1,8 +1,7 @@
 """Dataclass fields that are command-line flags, help texts and TOML keys at once.
 
 A module declares its settings in a dataclass of `arg(...)` fields. A program composes such dataclasses into one, and
-`parse` fills it: defaults, then each `--config FILE.toml`, then flags. Nothing is declared twice, and an undeclared
-name is rejected with a similar declared one as a suggestion.
+`parse` fills it: defaults, then each `--config FILE.toml`, then flags. An unknown name is refused, with a suggestion.
 """
 
 import argparse

@@ -33,8 +33,8 @@ def command(script, *arguments):
 
 
 def exists(path):
-    """Whether there is such a file or folder. Unlike Path.exists from Python 3.14 on, raises OSError if that cannot be
-    known: a network file system that does not answer must not be taken for an empty one."""
+    """Whether there is such a file or folder. Raises OSError if that cannot be known, as on a network file system that
+    does not answer; Path.exists does not, from Python 3.14 on."""
     try:
         os.stat(path)
     except OSError as error:

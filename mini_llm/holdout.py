@@ -27,8 +27,7 @@ def takes_tails(sources, ratio):
 
 def tail_start(file, ratio):
     """The byte where the last `ratio` of a text file begins, moved on to the next end of a document (unless that leaves
-    less than half of it), else of a line. Marks and blanks at the end of the file do not count as text; a file of
-    nothing else has no tail."""
+    less than half of it), else of a line. Marks and blanks at the end of the file do not count."""
     mark = END_OF_TEXT.encode()
     with open(file, "rb") as stream:
         if not (size := _text_size(stream, mark)):

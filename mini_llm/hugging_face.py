@@ -41,20 +41,16 @@ def gpt_config(theirs, source):
     """transformers' configuration → GPTConfig. Raises UserError, naming the field, for what GPT does not support."""
     if theirs.model_type not in NAMES:
         raise UserError(f"--init-from {source}: model_type {theirs.model_type} is none of {', '.join(NAMES)}")
-
-    def first(*names, default=None):
-        return next((value for name in names if (value := getattr(theirs, name, None)) is not None), default)
-
-    width, heads = theirs.hidden_size, theirs.num_attention_heads
-    cfg = GPTConfig(arch=theirs.model_type, n_layers=theirs.num_hidden_layers, n_heads=heads, d_model=width,
-                    n_kv_heads=first("num_key_value_heads", default=heads),
-                    d_ff=first("intermediate_size", "n_inner", default=4 * width),
-                    head_dim=first("head_dim", default=width // heads), vocab_size=theirs.vocab_size,
-                    rope_theta=float(first("rope_parameters", default={}).get("rope_theta", 0)),
+    stated, heads = _flat(theirs.to_dict()), theirs.num_attention_heads
+    cfg = GPTConfig(arch=theirs.model_type, n_layers=theirs.num_hidden_layers, n_heads=heads,
+                    d_model=theirs.hidden_size, n_kv_heads=stated.get("num_key_value_heads") or heads,
+                    d_ff=stated.get("intermediate_size") or stated.get("n_inner") or 4 * theirs.hidden_size,
+                    head_dim=stated.get("head_dim") or theirs.hidden_size // heads, vocab_size=theirs.vocab_size,
+                    rope_theta=float(stated.get("rope_parameters.rope_theta", 0)),
                     max_position_embeddings=theirs.max_position_embeddings, tie_embeddings=theirs.tie_word_embeddings)
     cfg.validate_sizes()
     # Fields in both configurations must agree. Fields missing from ours are allowed, except in rope_parameters.
-    stated, ours = _flat(theirs.to_dict()), _flat(hugging_face_config(cfg).to_dict())
+    ours = _flat(hugging_face_config(cfg).to_dict())
     for name, value in stated.items():
         missing = None if name.startswith("rope_parameters.") else value
         if not NO_MATTER.fullmatch(name) and value != ours.get(name, missing):

@@ -90,8 +90,7 @@ def resolve_init(cfg, resume_from):
 
 
 def _resolve_source(cfg, stated, prepared):
-    """The GPTConfig, --seq-len and --tokenizer-name of a run that starts from --init-from's weights. Raises UserError
-    for flags that do not go with them."""
+    """The GPTConfig, --seq-len and --tokenizer-name for --init-from's weights. Raises UserError if flags do not fit."""
     source, seq_len, tokenizer_name = cfg.init.init_from, cfg.data.seq_len, cfg.data.tokenizer_name
     if cfg.checkpoint.overwrite and cfg.checkpoint.continues(source):
         raise UserError(f"--init-from {source}: --overwrite would remove it; name another --checkpoint-path")

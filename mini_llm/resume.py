@@ -211,8 +211,7 @@ def log_versions(payload, versions):
 
 
 def restore(payload, parts, continues, world):
-    """Collective. Loads a checkpoint into a run's `parts`, {name: object with load_state_dict}, and returns its State.
-    Raises UserError."""
+    """Collective. Loads a checkpoint into a run's `parts`, by their names, and returns its State. Raises UserError."""
     try:
         distribute_moments(payload["optimizer"], parts["optimizer"], world)
         for name, part in parts.items():

@@ -1,7 +1,5 @@
-"""Token shards: files of token ids with a header, and a meta.json beside them, checked when read.
-
-Also reads the token files of llm.c, which modded-nanogpt uses, too, and of nanoGPT.
-"""
+"""Token shards: files of token ids with a header, and a meta.json beside them, checked when read. The token files of
+llm.c (and modded-nanogpt) and of nanoGPT are read, too."""
 
 import contextlib
 import copy
@@ -51,8 +49,7 @@ class ShardWriter:
         return bool(self.limit) and self.count >= self.limit
 
     def write(self, ids):
-        """Returns how many ids were written: fewer than given once the limit is reached. Raises UserError for an id
-        outside the vocabulary."""
+        """Returns how many ids were written, up to the limit. Raises UserError for an id outside the vocabulary."""
         ids = np.asarray(ids, dtype=np.int64)
         ids = ids[:self.limit - self.count] if self.limit else ids
         if not len(ids):

@@ -45,8 +45,7 @@ def prepare(cfg, vocab_size=0, writes=True, scratch=None, earlier=None):
     and kills: one process writes, under a lock that ends with it, into a draft folder that is renamed when complete; if
     it dies, the next one goes on from its last `Progress`. Without `writes`, waits for another process to write.
     `scratch`: a folder in which to create shards that are not in the cache. `earlier`: the folder that a resumed run
-    had with these flags, which it keeps if the text has changed. Raises UserError for unusable text, and then leaves
-    nothing behind."""
+    had with these flags, kept if the text has changed. Raises UserError for unusable text, leaving nothing behind."""
     if cfg.is_shards:
         theirs = read_meta(Path(cfg.train_data[0]))["tokenizer"]
         if cfg.val_data or cfg.max_tokens or cfg.tokenizer_name not in ("bpe", theirs):
