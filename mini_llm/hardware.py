@@ -65,9 +65,7 @@ class Precision:
         return {torch.bfloat16: "bf16", torch.float16: "fp16", None: "off"}[self.dtype]
 
     def autocast(self):
-        if self.dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def scaler(self):
         """fp16 gradients underflow unscaled (Micikevicius et al. 2018); bf16 has the range of fp32."""

@@ -22,12 +22,10 @@ log = logging.getLogger("mini_llm")
 
 
 class Watchdog:
-    """A thread that reads what the training loop is doing from its Meter, at no cost to the loop.
-
-    While the run advances, the main rank's rewrites the `--heartbeat-file`, if given: a stale one tells a supervisor
-    that the run hangs or has died. If an activity takes far longer than usual, each rank appends the stacks of its
-    threads to FILE.stacks.txt beside the checkpoint, once; those of the ranks that wait show which one is missing.
-    """
+    """A thread that reads what the training loop is doing from its Meter, at no cost to the loop. On the main rank it
+    rewrites the --heartbeat-file as the run advances: a stale one tells a supervisor that the run hangs or has died. If
+    an activity takes far longer than usual, it appends the stacks of all threads to FILE.stacks.txt beside the
+    checkpoint, once: on several ranks, those of the waiting ones show which one is missing."""
 
     def __init__(self, meter, state, cfg, rank):
         """`cfg` is the whole configuration."""
