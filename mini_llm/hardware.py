@@ -18,8 +18,7 @@ import torch
 from mini_llm.config import arg
 from mini_llm.errors import UserError, first_line
 
-# Dense bf16 peak in FLOP/s, from the vendors' data sheets (without sparsity), keyed by the full device name: NVL, PCIe,
-# Ti and Laptop variants are different devices.
+# Dense bf16 FLOP/s (without sparsity) of the data sheets, by full device name: NVL, PCIe, Ti and Laptop ones differ.
 PEAK_FLOPS = {r"H100( SXM5)? \d+GB HBM3": 989e12, r"H100 PCIe": 756e12, r"H100 NVL": 835e12, r"H200": 989e12,
               r"H200 NVL": 835e12, r"H800": 989e12, r"H20": 148e12,
               r"GH200 \d+GB?( HBM3e)?": 989e12, r"B200": 2250e12, r"GB200": 2500e12,

@@ -1,8 +1,6 @@
-"""Whether a checkpoint is of this run, and what the run takes over from it.
-
-train.py calls, in this order: `require_same_flags`, `earlier_shards`, `run_identity`, `load_for_resume`,
-`log_versions`, `restore`; and, before the first step, `remove_stale_files` and `loss_to_beat`.
-"""
+"""Whether a checkpoint is of this run, and what the run takes over from it. train.py calls, in this order:
+`require_same_flags`, `earlier_shards`, `run_identity`, `load_for_resume`, `log_versions`, `restore`; and, before the
+first step, `remove_stale_files` and `loss_to_beat`."""
 
 import contextlib
 import dataclasses
