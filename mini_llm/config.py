@@ -150,7 +150,7 @@ def to_toml(config, without=()):
     lines, fields = [], flag_fields(type(config))
     for group in dataclasses.fields(config):
         values = {name: value for name, value in vars(getattr(config, group.name)).items()
-                  if name not in without and value is not None and not value == fields[name].default == ""}
+                  if name not in without and value is not None and (value != "" or fields[name].default)}
         # JSON strings, numbers, booleans and lists are valid TOML, except for one character that TOML requires escaped.
         lines += [f"[{group.name}]", *(f"{name} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f")
                                        for name, value in values.items()), ""]
