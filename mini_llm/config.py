@@ -200,8 +200,6 @@ def _add_flag(section, declared):
     section.add_argument(flag(name), **options)
 
 
-
-
 def _is_switch(name, fields):
     """Whether `name` is that of a flag without a value, which --no- turns off."""
     return name in fields and fields[name].base is bool
@@ -238,8 +236,6 @@ def coerce(label, declared, value):
     if meta["choices"] and value not in meta["choices"]:
         raise UserError(f"{label} {value}: not one of {', '.join(meta['choices'])}{nearest(value, meta['choices'])}")
     return value
-
-
 
 
 def _read_toml(path, cls, fields):

@@ -190,8 +190,6 @@ def load_initial(raw, optimizer, init, identity, world):
     return State(first_sample=first_sample)
 
 
-
-
 def _source_config(source):
     """The GPTConfig of --init-from's weights."""
     if os.path.isfile(source):
