@@ -6,13 +6,12 @@ Both read the same file of documents (one a line here, blank lines dropped), mak
 after each document, and write them to disk as uint16. Whole processes are timed, in turn, with caches of their own.
 """
 
-import argparse
 import json
 import sys
 import tempfile
 from pathlib import Path
 
-from peers import ROOT, machine, run, spread
+from peers import ROOT, benchmark_parser, machine, run, spread
 
 MAP = '''
 import sys, json, numpy as np, tiktoken, os
@@ -50,11 +49,10 @@ def one_step(source, tokenizer, cache, checkpoint):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__, device=False, rounds=3)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--tokenizer", default="gpt2")
     parser.add_argument("--megabytes", type=float, default=30, help="of text, repeated or cut to this")
-    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
 
     text = options.text.read_text()

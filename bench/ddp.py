@@ -6,21 +6,17 @@ On a CPU each of N ranks has its share of the cores that the one process has. Sp
 flags, such as --compile, go to both.
 """
 
-import argparse
 import tempfile
 from pathlib import Path
 
-from peers import ROOT, SIZES, Bench, machine, spread, timed
+from peers import ROOT, SIZES, Bench, benchmark_parser, machine, spread, timed
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="A")
+    parser = benchmark_parser(__doc__, size="A", rounds=3)
     parser.add_argument("--text", type=Path, help="the text, by characters; none: Python's standard library, by BPE")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--mode", choices=("ddp", "fsdp"), default="ddp")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--rounds", type=int, default=3)
     options, flags = parser.parse_known_args()
     size = SIZES[options.size]
     if size.batch % options.ranks:

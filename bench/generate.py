@@ -7,27 +7,24 @@ neither stops before --max-new-tokens; texts are not decoded. Each round times e
 not count, and ratios are taken within a round.
 """
 
-import argparse
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from peers import ROOT, machine, run, spread
+from peers import ROOT, benchmark_parser, machine, run, spread
 
 MODES = {"greedy": dict(temperature=0), "sampled": dict(temperature=0.8, top_k=50),
          "sampled, top-p 0.9": dict(temperature=0.8, top_k=0, top_p=0.9)}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__, rounds=5)
     parser.add_argument("--checkpoint-path", required=True)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     import transformers
 

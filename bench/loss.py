@@ -7,10 +7,10 @@ On the CPU nanoGPT trains as its README says: 2000 steps of size A, by character
 prints. Ours may have another tokenizer: losses are in nats per byte, which in ASCII text is a character. On a GPU
 nanoGPT trains 124M for so many --seconds on the source files of torch and transformers, 100 MB that every machine has,
 and its loss is the least that it prints, at the time of that. Ours is that of the recipe's --eval-tokens, and the time
-that of the first report at or below nanoGPT's; on a GPU, where both find their tokens prepared, it ends there.
+that of the first report at or below nanoGPT's; on a GPU, where both find their tokens prepared, it ends there. In each
+round ours has another seed.
 """
 
-import argparse
 import dataclasses
 import importlib.util
 import math
@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from peers import ROOT, SIZES, Bench, machine, rows_with, run, spread
+from peers import ROOT, SIZES, Bench, benchmark_parser, machine, rows_with, run, spread
 
 from mini_llm.errors import UserError, one_line_errors
 
@@ -70,13 +70,11 @@ def ours(bench, options, target, seed):
 
 @one_line_errors()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__, rounds=3)
     parser.add_argument("--nanogpt", type=Path, required=True, help="a checkout of karpathy/nanoGPT")
     parser.add_argument("--text", type=Path, help="the text, for the CPU")
     parser.add_argument("--recipe", default="configs/speedrun-cpu.toml")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--seconds", type=int, default=300, help="that nanoGPT trains on a GPU, from its start")
-    parser.add_argument("--rounds", type=int, default=3, help="of both; ours with another seed in each")
     options = parser.parse_args()
     if options.device == "cpu" and not (options.text and options.text.is_file()):
         raise UserError("--text FILE: for the CPU, name a text that is there")

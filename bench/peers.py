@@ -1,6 +1,7 @@
 """The programs that the benchmarks compare, on the same tokens: ours, nanoGPT's own unmodified train.py, and the
 Hugging Face Trainer (hf_trainer.py)."""
 
+import argparse
 import contextlib
 import math
 import os
@@ -47,6 +48,18 @@ SIZES = {
     "350m": Size(24, 16, 1024, 1024, 32, 20, 120, vocab=50304),
     "1.5b": Size(48, 25, 1600, 1024, 16, 10, 40, vocab=50304),  # for step.py: two checkpoints of 19 GB
 }
+
+
+def benchmark_parser(doc, device=True, size=None, rounds=None):
+    """The parser of a benchmark with the flags that several have; `size` and `rounds` are their defaults."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if device:
+        parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    if size:
+        parser.add_argument("--size", choices=SIZES, nargs="+" if isinstance(size, list) else None, default=size)
+    if rounds:
+        parser.add_argument("--rounds", type=int, default=rounds)
+    return parser
 
 
 class Bench:

@@ -6,12 +6,11 @@ Of one run each: the time that the loop stands still for a save, from its own re
 time of all steps, saves included, against the same run that saves only at its end.
 """
 
-import argparse
 import statistics
 import tempfile
 from pathlib import Path
 
-from peers import SIZES, Bench, machine, rows_with, run, spread
+from peers import SIZES, Bench, benchmark_parser, machine, rows_with, run, spread
 
 SAVES = 10
 KINDS = {"never": ["--save-steps", 0], "waiting": [], "--async-save": ["--async-save"]}
@@ -28,10 +27,7 @@ def measure(bench, steps, every, flags):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, nargs="+", default=["A", "B"])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", default="cpu")
+    parser = benchmark_parser(__doc__, size=["A", "B"], rounds=3)
     options = parser.parse_args()
     print(f"{machine(options.device)}; {options.rounds} rounds\n")
     print("| model | save | a save holds up the loop | of a step | all steps ÷ those without saves |")

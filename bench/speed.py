@@ -8,7 +8,6 @@ Our own reports must agree with it. Each round runs every program once, and rati
 the compiled Trainer run in bf16 where the device does it fast, and in fp32 where it does not.
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from peers import SIZES, Bench, machine, rows_with, spread, timed
+from peers import SIZES, Bench, benchmark_parser, machine, rows_with, spread, timed
 
 
 def programs(bench, options, fast):
@@ -63,14 +62,11 @@ def matmul_peak(device, dtype):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="A")
+    parser = benchmark_parser(__doc__, size="A", rounds=3)
     parser.add_argument("--text", type=Path, help="the text, by characters; none: Python's standard library, by BPE")
     parser.add_argument("--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT")
     parser.add_argument("--only", nargs="*", help="only programs whose names contain one of these")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--batch", type=int, help="sequences in a step, in place of the size's own")
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--limit", type=float, help="seconds; no run is begun that would end later, if it took as long "
                                                     "as the longest so far")
     options = parser.parse_args()

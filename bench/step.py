@@ -7,13 +7,12 @@ torch.profiler gives to each kind of operation is scaled to the step's own time 
 where operations are small.
 """
 
-import argparse
 import statistics
 import time
 from collections import Counter
 
 import torch
-from peers import SIZES, machine
+from peers import SIZES, benchmark_parser, machine
 from speed import matmul_peak
 from torch.profiler import ProfilerActivity, profile
 
@@ -87,9 +86,7 @@ def measure(name, options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, nargs="+", default=["A", "B"])
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser = benchmark_parser(__doc__, size=["A", "B"])
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
     print(machine(options.device))

@@ -7,7 +7,6 @@ between counts. The start (W&B's import and its first requests, on a core that t
 what one report costs the training thread.
 """
 
-import argparse
 import dataclasses
 import os
 import statistics
@@ -16,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from peers import ROOT, SIZES, Bench, Size, machine, rows_with, run, spread
+from peers import ROOT, SIZES, Bench, Size, benchmark_parser, machine, rows_with, run, spread
 
 sys.path.append(str(ROOT / "tests"))
 MODELS = {"A": dataclasses.replace(SIZES["A"], last=900), "default": Size(4, 4, 256, 256, 8, first=0, last=150)}
@@ -66,8 +65,7 @@ def report_cost(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = benchmark_parser(__doc__, device=False, rounds=5)
     parser.add_argument("--model", choices=MODELS, nargs="+", default=list(MODELS))
     options = parser.parse_args()
     from wandb_server import WandbServer
