@@ -208,11 +208,8 @@ class Corpus:
         return np.minimum(starts, shard.count - 1 - self.seq_len)
 
     def batch(self, step, batch_size, micro=0, accum=1, rank=0, size=1):
-        """Inputs and targets of one micro-batch of one rank, (B, T) int64 each.
-
-        The step's samples are assigned in the order micro-batch, rank, row, so that two micro-batches on one rank are
-        the same step as one on each of two ranks.
-        """
+        """Inputs and targets of one micro-batch of one rank, (B, T) int64 each. The step's samples are assigned in the
+        order micro-batch, rank, row: two micro-batches on one rank are the same step as one on each of two ranks."""
         first = ((step * accum + micro) * size + rank) * batch_size  # number of the micro-batch's first sample
         known = self.next_batch == (first, batch_size)
         positions = self.next_positions if known else self.samples(first, batch_size)

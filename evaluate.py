@@ -195,9 +195,8 @@ def window_batches(shards, seq_len, stride, max_tokens, batch_size):
 
 
 def interval(nats, tokens):
-    """Sums of losses and of tokens per cluster, (n,) each → the 95 % confidence interval of the loss, None with fewer
-    than two clusters: ± 1.96 times the standard error of a ratio of sums over independent clusters (Cochran 1977,
-    section 6.4)."""
+    """The 95 % confidence interval of the loss, from the sums of losses and of tokens per cluster, (n,) each: ± 1.96
+    standard errors of a ratio of sums over independent clusters (Cochran 1977, section 6.4). None if there is one."""
     if len(nats) < 2:
         return None
     loss = nats.sum() / tokens.sum()

@@ -63,8 +63,7 @@ class Config:
 
 
 def export(path, output, dtype="float32"):
-    """Write the checkpoint at `path` as a Hugging Face folder: configuration, safetensors, tokenizer, sampling defaults
-    and model card. Raises UserError."""
+    """Write the checkpoint at `path` as a Hugging Face folder, with tokenizer and model card. Raises UserError."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()

@@ -77,10 +77,9 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     """Continue `prompts`, B lists of at least one id each. Each step yields a list of B ids, with None for a row whose
     prompt is still being read or that already has its `max_new_tokens`. Ids are below `vocab_size`, if given.
 
-    All rows are at the same position in every step, so nothing is padded or masked: the ends of longer prompts are fed
-    in token by token. Row i samples with `seeds[i]` (anything numpy's default_rng takes), so it does not depend on the
-    other rows. A context that outgrows the model's positions, or `context` tokens, is cut to its last half.
-    """
+    All rows are at the same position, so nothing is padded or masked: the rest of a longer prompt is fed in token by
+    token. Row i samples with `seeds[i]` (as for numpy's default_rng), whatever the other rows are. A context that
+    outgrows the model's positions, or `context` tokens, is cut to its last half."""
     device, training = next(model.parameters()).device, model.training
     limit = min(context, model.cfg.max_position_embeddings)
     prompts = [prompt[-limit:] for prompt in prompts]
@@ -111,11 +110,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
 
 
 def sample(logits, noise, temperature=1.0, top_k=0, top_p=1.0):
-    """(B, V) logits and (B, 1) uniform numbers in [0, 1) → (B, 1) token ids, by inverse transform sampling.
-
-    top_k keeps the k most likely tokens (0: all), top_p the smallest set of tokens whose total probability reaches p
-    (Holtzman et al. 2019).
-    """
+    """(B, V) logits and (B, 1) uniform numbers in [0, 1) → (B, 1) token ids, by inverse transform sampling. top_k keeps
+    the k most likely tokens (0: all), top_p the fewest whose probability reaches p (Holtzman et al. 2019)."""
     if temperature < COLD:
         return logits.argmax(dim=-1, keepdim=True)
     order = None
@@ -136,9 +132,8 @@ class Continuation:
 
     def __init__(self, tokenizer, eos, prompt=(), stops=()):
         self.tokenizer, self.eos, self.stops, self.done = tokenizer, eos, stops, False
-        # Decoded with what stands before: some tokenizers emit a space only after another token, others decode bytes
-        # of several tokens only if all of them together are whole characters. A special token decodes to nothing: what
-        # stands before it is still needed.
+        # Decoded with what stands before: some tokenizers emit a space only after another token, others decode the
+        # bytes of a character only together. A special token decodes to nothing: what stands before it is still needed.
         self.ids, self.n_before = list(prompt), len(prompt)
         self.shown = len(self._decode())
         self.held = ""  # what may be the beginning of a stop string
@@ -206,8 +201,7 @@ def warn_once(text):
 
 
 def write_texts(model, tokenizer, eos, saved, cfg):
-    """Generate what `cfg` asks for and print it: a single text is streamed, several are each printed once complete, in
-    order. Returns the number of generated tokens."""
+    """Print what `cfg` asks for: a single text as it grows, several in order → the number of generated tokens."""
     prompts = cfg.prompts()
     texts = [text for text in prompts for _ in range(cfg.num_samples)]
     start, prefix = saved.get("start", eos or 0), saved.get("prefix", [])
@@ -259,8 +253,7 @@ def sample_text(model, tokenizer_folder, corpus, prompt=""):
     tokenizer = open_tokenizer(tokenizer_folder)
     ids = prompt_ids(tokenizer, corpus.start, prompt, given="--sample-prompt")
     steps = generate(model, [ids], SAMPLE_TOKENS, TEMPERATURE, TOP_K, seeds=[1337],
-                     # The model may have more ids than its tokenizer (--vocab-size) and more positions than it is
-                     # trained on: the surplus means nothing.
+                     # Beyond the tokenizer's ids (--vocab-size) and the length trained on, the model is untrained.
                      vocab_size=id_count(tokenizer), context=corpus.seq_len)
     with hardware.allow_nondeterministic():  # a GPU has no deterministic cumulative sum
         new = takewhile(lambda token: token != corpus.eos, (token for token, in steps))

@@ -75,8 +75,7 @@ class OptimConfig:
 
 
 def state_sizes(optimizer):
-    """Bytes of each tensor of optimizer state after the first step: AdamW keeps two fp32 moments per parameter, Muon
-    one."""
+    """Bytes of each tensor of optimizer state: AdamW keeps two fp32 moments per parameter, Muon one."""
     return [4 * p.numel() for group in optimizer.param_groups for p in group["params"]
             for _ in range(1 if group.get("rule") == "muon" else 2)]
 
@@ -129,9 +128,8 @@ class StepGuard:
     far above recent ones. The loss spikes one step after the gradient norm, so the norm is tested (as in OLMo 2).
 
     The decision stays on the device: the fused kernels and Muon read a flag, `found_inf`, as every optimizer with a
-    fused group must, and the host does not wait for it (in fp16 it does, for the scale). The norm is that of the
-    all-reduced gradient, so all ranks decide alike.
-    """
+    fused group must, and the host waits only in fp16, for the scale. The norm is that of the all-reduced gradient, so
+    all ranks decide alike."""
 
     WINDOW, MIN_NORMS = 128, 32  # norms in the window; how many it must hold before steps can be skipped as spikes
 
@@ -177,10 +175,8 @@ class StepGuard:
 
 class MuonAdamW(Optimizer):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the parameter groups whose `rule` is muon, each
-    with matrices of a single shape; AdamW, by torch's functional `adamw`, for those whose `rule` is adamw.
-
-    Each matrix is updated by its orthogonalized Nesterov momentum times max(1, rows / columns)**0.5 (Jordan's scale).
-    """
+    with matrices of a single shape; AdamW, by torch's functional `adamw`, for those whose `rule` is adamw. Muon adds a
+    matrix's orthogonalized Nesterov momentum times max(1, rows / columns)**0.5 (Jordan's scale)."""
 
     found_inf = None  # a scalar tensor on the device: 1.0 skips the step
 

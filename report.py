@@ -68,8 +68,7 @@ class Run:
             row["elapsed"] = elapsed
 
     def series(self, metric, x="step"):
-        """(xs, ys) of the metric's finite values; `x`: step, tokens (seen so far), flops (spent on them; not 0, as its
-        axis is logarithmic), or time (in seconds)."""
+        """(xs, ys) of the metric's finite values over `x`, of X_METRICS; none at 0 FLOPs: that axis is logarithmic."""
         where = X_METRICS[x]
         pairs = [(row[where], row[metric]) for row in self.rows
                  if _is_number(row.get(metric)) and where in row and (row[where] or x != "flops")]
@@ -194,8 +193,7 @@ def _known(folder):
 
 
 def load(words):
-    """Load the runs, each only once, under distinct names, the best first and those never evaluated last. Those without
-    a report so far are left out."""
+    """Load the runs that have a report, each once, under distinct names, best first and those never evaluated last."""
     found = [Run(path) for path in {path.resolve(): path for word in words for path in find(word)}.values()]
     runs = [run for run in found if run.rows]
     errors = [UserError(f"{run.path}: no report in it yet; a run writes its first after the evaluation at step 0")

@@ -64,8 +64,7 @@ def read_sweep(path):
 
 
 def require_flags(path, sweep):
-    """Raises UserError for a parameter or value that our programs would refuse as a flag, in each trial, and for a
-    metric that they do not log."""
+    """Raises UserError for parameters or values that our programs refuse as flags, or a metric that they never log."""
     from train import Config
 
     if sweep["program"] not in COMMANDS or "${args}" not in sweep["command"]:

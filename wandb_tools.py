@@ -252,8 +252,7 @@ def _checkpoints_sent(run, folders):
 
 
 def offline_folders(init, path):
-    """Where a run was recorded offline, oldest first: below its --wandb-dir or, if that could not be written, beside
-    the checkpoint. Without those that `wandb sync` has sent."""
+    """A run's offline recordings that were not synced, oldest first: below --wandb-dir or beside the checkpoint."""
     roots = {init.get("dir") or os.environ.get("WANDB_DIR") or ".", str(path.parent)}
     found = {str(folder): folder.name for root in roots
              for folder in Path(local_folder(root)).glob(f"offline-run-????????_??????-{glob.escape(init['id'])}")
@@ -341,8 +340,7 @@ def fetch(runs, where):
 
 
 def add_report(reports, row):
-    """Adds the numbers of a row of W&B's to `reports`: step → record of a metrics.jsonl, in which NaN and infinity are
-    null."""
+    """Adds a row of W&B's to `reports`: step → record of a metrics.jsonl, in which NaN and infinity are null."""
     if isinstance(step := row.get("step"), int) and isinstance(when := row.get("_timestamp"), int | float):
         numbers = {name: value for name, value in row.items() if name[0] != "_" and isinstance(value, int | float)}
         numbers |= {name: None for name, value in row.items() if value in ("NaN", "Infinity", "-Infinity")}

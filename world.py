@@ -75,8 +75,7 @@ class World:
         return value
 
     def full_model(self, model):
-        """Collective. A model with all parameters, for the main rank to sample from; under sharding None on the others.
-        """
+        """Collective. A model with all parameters for the main rank to sample from; under sharding None on others."""
         return model
 
     def gather(self, values):

@@ -119,9 +119,8 @@ class Bench:
 
 
 def run(where, command, on_line=None, seconds=None):
-    """Run one command → wall seconds, peak resident MB as of its last line, its output. `on_line(line, seconds so far)`
-    is called on every line; where it returns "end", or after `seconds`, the command is ended. Raises RuntimeError where
-    it fails."""
+    """Run one command → wall seconds, peak resident MB, its output. `on_line(line, seconds so far)` is called on every
+    line; if it returns "end", or after `seconds`, the command is ended. Raises RuntimeError if it fails."""
     began = time.perf_counter()
     lines, ended, peak = [], False, math.nan
     process = subprocess.Popen(list(map(str, command)), cwd=where, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -152,11 +151,10 @@ PROGRESS = re.compile(r"step \d+/\d+ \| lr|^iter \d+: loss|^\{'loss'")
 
 
 def timed(make, size):
-    """One run → tokens/s between the lines of two steps, and peak resident MB. The last line is left out: ours has
-    evaluated before it."""
+    """One run → tokens/s between the lines of two steps, and peak resident MB."""
     seen = []
     _, peak, _ = run(*make(size.last + 10), lambda line, seconds: PROGRESS.search(line) and seen.append(seconds))
-    seen = seen[size.first // 10 - 1:-1]
+    seen = seen[size.first // 10 - 1:-1]  # ours evaluates before its last line
     return (len(seen) - 1) * 10 * size.tokens / (seen[-1] - seen[0]), peak
 
 

@@ -17,12 +17,9 @@ SMOOTHED = {"loss": "train/loss", "tokens_per_sec": "global_tokens_per_sec", "mf
 
 
 class Meter:
-    """Accumulates what is measured between two reports. `add` reads nothing back from the device; a report
-    synchronizes with it and reduces over the ranks.
-
-    The training clock is paused in `excluded(...)` and starts after the first step: until then kernels are
-    compiled and memory is allocated.
-    """
+    """Accumulates what is measured between two reports. `add` reads nothing back from the device; a report synchronizes
+    with it and reduces over the ranks. The training clock is paused in `excluded(...)`, and starts after the first
+    step: until then kernels are compiled and memory is allocated."""
 
     def __init__(self, world, flops_per_token, peak_flops, watch="none", batch_size=1, log_steps=1):
         """`batch_size`: sequences per micro-batch; `log_steps`: steps in an interval."""
@@ -98,11 +95,8 @@ class Meter:
         return [now + before for now, before in zip(self.world.sum(mine), self.restored, strict=True)]
 
     def report(self, ends_interval=True):
-        """The metrics since the last report, on every rank. Collective.
-
-        A run's last report may come in the middle of an interval, and then does not end it: a run resumed from there,
-        with a larger --num-steps, reports the loss of the whole interval, as if it had never stopped.
-        """
+        """The metrics since the last report, on every rank. Collective. A run's last report may not end an interval: a
+        run resumed from there, with a larger --num-steps, reports the loss of the whole interval."""
         loss_sum, count = self.totals()
         synchronize(self.world.device)
         speed = self._speed()  # first: what follows is no training
@@ -131,8 +125,7 @@ class Meter:
         return metrics
 
     def _speed(self):
-        """Throughput of all ranks and of this one, rank/…, since the clock was started; {} without a step since then.
-        Collective."""
+        """Collective. Throughput of all ranks and of this one (rank/…) since the clock started; {} without a step."""
         seconds, steps, forward = self._clock(), self.steps, self.forward.read()
         if not steps:
             return {}

@@ -55,8 +55,7 @@ PANELS = [
 
 
 def sparkline(values, width=40):
-    """Finite numbers, at least one → up to `width` characters: a row of bars from their minimum to their maximum, each
-    the mean of its share of them."""
+    """Finite numbers, at least one → at most `width` bars, each the mean of its share, from minimum to maximum."""
     n = min(width, len(values))
     means = [statistics.fmean(values[i * len(values) // n:(i + 1) * len(values) // n]) for i in range(n)]
     low, high = min(means), max(means)

@@ -93,8 +93,7 @@ def lock_until_exit(path, patience=1):
     """Acquire that lock and hold it until this process ends, however it ends → whether it is held. Raises OSError."""
     path = os.path.realpath(path)
     if path not in HELD:
-        # To append, as to a log: an object store that cannot says so before a run's files are replaced. A bare
-        # descriptor: nothing closes it.
+        # To append: an object store that cannot fails now, before files are replaced. Nothing closes a bare descriptor.
         file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         if _locked(file, patience):
             HELD.add(path)
@@ -132,9 +131,8 @@ def allow_many_files():
 
 
 class StopSignal:
-    """Signals as requests that the training loop reads between steps: SIGTERM, SIGINT, SIGHUP and the end of
-    --time-limit (SIGALRM) to save and exit, SIGUSR1 to save and continue. A second Ctrl-C, more than two seconds later,
-    interrupts immediately."""
+    """Signals as requests that the training loop reads between steps: SIGTERM, SIGINT, SIGHUP and --time-limit's
+    SIGALRM to save and exit, SIGUSR1 to save and continue. A second Ctrl-C after two seconds interrupts at once."""
 
     STOPS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM
 

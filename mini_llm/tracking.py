@@ -82,8 +82,7 @@ def setup_logging(is_main):
 
 
 class _Formatter(logging.Formatter):
-    """Warnings and errors say that they are: a long log is searched for them. Names and values that a message quotes,
-    as of others' files, do not act on the terminal."""
+    """Labels warnings and errors, for whoever searches a long log, and escapes what would act on the terminal."""
 
     def format(self, record):
         label = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
@@ -108,8 +107,7 @@ class Tracker:
 
     def __init__(self, cfg, world, state, epochs, amp, facts):
         """`cfg`: the whole configuration; `facts`: what to record with the run. `state` is read at each record, and
-        gets the id of the W&B run; `epochs(state)`: how often the data has been read. Collective with --use-wandb.
-        """
+        gets the id of the W&B run; `epochs(state)`: how often the data has been read. Collective with --use-wandb."""
         self.state, self.epochs, self.amp = state, epochs, amp
         self.flops_per_token, self.num_steps = facts["flops_per_token"], cfg.optim.num_steps
         self.beside, self.is_main = cfg.checkpoint.beside, world.is_main
@@ -284,8 +282,7 @@ def console_line(step, num_steps, m, seconds_per_step, amp):
 
 
 def make_profiler(enabled, path, steps_left):
-    """A torch.profiler that skips three steps and traces the next three of the `steps_left`, or a null object with the
-    same `step()`."""
+    """A torch.profiler of the fourth to sixth of `steps_left` steps, or a null object with the same `step()`."""
     if enabled and steps_left < 4:
         log.warning("--use-profiler: no trace, which begins with the fourth step of a start: there are %d to come; "
                     "raise --num-steps", steps_left)

@@ -31,8 +31,7 @@ def scratch():
 
 
 def leave(code=0):
-    """End this process without the SDK's exit handler, which waits for its service process: forever, if that is frozen
-    or has found no server."""
+    """End this process without the SDK's exit handler, which may wait forever for its service process."""
     threading.excepthook = lambda *_: None  # the SDK's threads may fail once their service process is gone
     kill(child_processes(os.getpid()))  # also a frozen wandb-core, which would never exit
     with contextlib.suppress(OSError):

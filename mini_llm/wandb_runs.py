@@ -273,9 +273,8 @@ def remember_sent(job):
 
 
 def git(*words):
-    """The output of a git command on this source tree; "" if it fails (not a repository, git is not installed) or is
-    not wanted (WANDB_DISABLE_GIT). Without the lock in which `git status` may refresh the index: a `git pull` at that
-    moment would fail."""
+    """The output of a git command on this source tree; "" if it fails or is not wanted (WANDB_DISABLE_GIT). Without the
+    lock in which `git status` may refresh the index: a `git pull` at that moment would fail."""
     if switched_on("WANDB_DISABLE_GIT"):
         return ""
     try:
@@ -286,8 +285,7 @@ def git(*words):
 
 
 def uncommitted():
-    """The uncommitted changes of this source tree, as a patch; "" if there are none or they are not wanted
-    (WANDB_DISABLE_CODE, as W&B has it)."""
+    """The uncommitted changes as a patch; "" if there are none, or W&B's WANDB_DISABLE_CODE says to leave them out."""
     diff = "" if switched_on("WANDB_DISABLE_CODE") else git("diff", "HEAD", "--", ".")[:DIFF_CHARACTERS]
     return diff and diff + "\n"
 

@@ -32,8 +32,7 @@ log.setLevel(logging.INFO)  # even on ranks whose other messages are suppressed
 
 
 class WandbSink:
-    """The trainer's side: starts the follower process at the first report, tells it when to finish, and then waits for
-    it, up to a timeout. Only `close` ever waits for W&B."""
+    """Starts the follower process at the first report and, at the end, waits for it: only `close` waits for W&B."""
 
     def __init__(self, cfg, plan, beside, tag, config, rows, console, toml):
         """`cfg`: WandbConfig with the environment applied. `plan`: this process's RunPlan. `beside(suffix)` names the
