@@ -98,9 +98,8 @@ class Corpus:
     """Token shards with disjoint training and validation documents, and the order in which training reads them."""
 
     def __init__(self, cfg, vocab_size=0, writes=True, scratch=False, earlier=None, check=None):
-        """`scratch`: leave nothing behind. Shards that are not in the cache are created in a temporary folder, which is
-        deleted once they are open. `earlier`: the folder of shards that a resumed run had with these flags. `check`: is
-        called with the folder of their tokenizer while that is there, and may raise UserError."""
+        """`scratch`: shards that are not in the cache are made in a temporary folder, deleted once they are open.
+        `earlier`: the folder of a resumed run's shards. `check(folder of the tokenizer)` may raise UserError."""
         with (tempfile.TemporaryDirectory(prefix="mini-llm-", ignore_cleanup_errors=True) if scratch else
               contextlib.nullcontext()) as folder:
             # Checked once per node: a failure ends all ranks.
@@ -121,9 +120,7 @@ class Corpus:
         self.vocab_size, self.eos, self.fingerprint = self.train.vocab_size, self.train.eos, self.meta["fingerprint"]
         self.start = self._start()
         self.first_sample = 0  # where in the order of the samples the run begins (State.first_sample)
-        # The micro-batch that `batch` expects to be asked for next, (number of its first sample, its size), and the
-        # positions of its windows.
-        self.next_batch, self.next_positions = None, None
+        self.next_batch, self.next_positions = None, None  # what `batch` prefetches: (first sample, size) and windows
         require_sequences(cfg, self.meta)
         self.val_sources = part_shards(self.val.path, self.meta["val_sources"], self.seq_len)
         spans = self.meta["train_sources"]
@@ -179,9 +176,8 @@ class Corpus:
         return self.meta["bytes"]["val"] / self.meta["tokens"]["val"]
 
     def samples(self, first, n):
-        """Token positions, (n,), at which the windows of samples `first` to `first + n - 1` of the run begin (counted
-        from 0). Sources take turns; each is read without replacement within an epoch of it. Each epoch has an order of
-        its own and, after the first, other cuts between its windows."""
+        """Token positions, (n,), of the windows of the run's samples from `first` (from 0) on. Sources take turns; each
+        epoch of one reads it without replacement, in another order and, after the first, with other cuts."""
         in_order = self.first_sample + first + np.arange(n)
         cycle, slot = np.divmod(in_order, len(self.turns))  # the sources' turns repeat each cycle
         positions = np.empty(n, dtype=np.int64)
@@ -222,10 +218,9 @@ class Corpus:
         return windows
 
     def val_batches(self, max_tokens, batch_size, rank=0, size=1):
-        """Yields this rank's share of the validation windows as (source, inputs, targets, number of real rows), with
-        (B, T) int64 inputs and targets. `max_tokens` > 0 takes windows spread evenly over the set, at least one per
-        source. Batches are padded by repeating a row, to keep their shape. Every rank yields the same number of
-        batches, because a sharded model's forward pass needs all ranks."""
+        """Yields this rank's share of the validation windows: source, inputs and targets, (B, T) int64 each, and the
+        number of real rows. `max_tokens` > 0 spreads the windows evenly over the set, at least one per source. Batches
+        keep their shape, by repeating a row, and ranks yield equally many: a sharded forward pass needs all ranks."""
         first = rank  # of a source's windows, this rank's first
         for name, indices in spread_windows(self.val_sources, self.seq_len, max_tokens).items():
             chosen = indices[first::size]

@@ -291,9 +291,8 @@ def main():
             if shard.count < (2 if cfg.stride else seq_len + 1):
                 where = f"--data {' '.join(cfg.data)}" if cfg.data else "the run's own validation set"
                 where += f" ({name})" if name else ""
-                raise UserError(f"{where}: {shard.count} tokens are fewer than one "
-                                f"window of --seq-len {seq_len} + 1; give more text, or --stride {seq_len}, which "
-                                f"takes shorter ones, too")
+                raise UserError(f"{where}: {shard.count} tokens are fewer than one window of --seq-len {seq_len} + 1; "
+                                f"give more text, or --stride {seq_len}, which takes shorter ones, too")
         precision = hardware.choose_precision(speed, device)
         with hardware.enough_memory():
             found = evaluate_text(model.to(device), shards, bytes_per_token, cfg, seq_len, precision)

@@ -245,9 +245,9 @@ def settings(runs):
 
 
 def sweep(runs):
-    """The plot of the best loss against the one setting in which the runs differ or, if there are several and models of
-    several sizes (the largest at least twice the smallest), against their parameters; at least three values, all
-    numbers: a list of one or none. A run that was resumed with another value is left out: its loss is of neither."""
+    """A list of one plot or none: the best loss against the one setting in which the runs differ or, if there are
+    several, against the number of parameters, if it varies twofold. Takes at least three values, all numbers. A run
+    resumed with another value is left out: its loss is of neither."""
     flags, metric = list(settings(runs)), comparable(runs)
     name = flags[0] if len(flags) == 1 else "n_params"
     values = [run.config.get(name) for run in runs]
@@ -308,8 +308,12 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 def page(runs, images):
     """The complete HTML page. `images`: (title, PNG file) of each plot."""
     title = ", ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
-    parts = [f"<h1>{escape(title)}</h1>", *map(_heading, runs), "<h2>Comparison</h2>" if len(runs) > 1 else
-             "<h2>Figures</h2>", _comparison(runs), "<h2>Curves</h2>", '<div class="plots">']
+    parts = [f"<h1>{escape(title)}</h1>"]
+    for run in runs:
+        parts.append(f'<div class="faint">{escape(run.story())}</div>')
+        parts += [f'<div class="alert">{escape(alert)}</div>' for alert in run.alerts]
+    parts += [f"<h2>{'Comparison' if len(runs) > 1 else 'Figures'}</h2>", _comparison(runs), "<h2>Curves</h2>",
+              '<div class="plots">']
     parts += [f'<img alt="{escape(name)}" src="data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}">'
               for name, file in images]
     parts += ["</div>", "<h2>Samples</h2>" if any(run.samples for run in runs) else ""]
@@ -329,11 +333,6 @@ def page(runs, images):
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
             f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>\n<body>\n'
             + "\n".join(parts) + "\n</body></html>\n")
-
-
-def _heading(run):
-    return (f'<div class="faint">{escape(run.story())}</div>'
-            + "".join(f'<div class="alert">{escape(alert)}</div>' for alert in run.alerts))
 
 
 def _comparison(runs):

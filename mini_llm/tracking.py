@@ -197,9 +197,8 @@ class Tracker:
             sink.log(step, record)
 
     def report(self, metrics):
-        """Log `metrics`, named as in docs/metrics.md: one console line, and one row in every sink. A metric is a
-        number, a tensor of one element, or a histogram (counts and edges). Those under `rank/` are this rank's own, and
-        logged only where ranks write to W&B separately."""
+        """Log `metrics` (docs/metrics.md): numbers, one-element tensors, histograms. One console line, and a row in every
+        sink. Those under `rank/` are this rank's own, logged only where ranks write to W&B separately."""
         metrics = {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
         step = self.state.step
         metrics |= {"train/tokens": self.state.tokens, "train/epoch": self.epochs(self.state),

@@ -10,7 +10,6 @@ import os
 import platform
 import re
 import secrets
-import string
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -200,14 +199,10 @@ def sweep_trial(environ=os.environ):
     return environ.get("WANDB_RUN_ID", "") if environ.get("WANDB_SWEEP_ID") else ""
 
 
-def new_run_id():
-    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
-
-
 def resolve_run(cfg, memory, resumes, run_id, info):
-    """→ `cfg` with its unset fields filled in, and the id that all run ids of this training derive from. `memory`: the
-    path at which `remember` has kept the W&B run that a start which `resumes` goes on with; `run_id`: the checkpoint's,
-    or ""; `info`: the main process's distributed_info. Raises UserError."""
+    """→ `cfg` with its unset fields filled in, and the id that all run ids of this training derive from. A start that
+    `resumes` goes on with the run that `remember` has kept in `memory`. `run_id`: the checkpoint's, or ""; `info`: the
+    main process's distributed_info. Raises UserError."""
     before = recalled(memory) if resumes else {}
     if resumes and memory.exists() and not before:
         log.warning("%s cannot be read: the W&B project is that of flags and environment", memory)
@@ -215,7 +210,7 @@ def resolve_run(cfg, memory, resumes, run_id, info):
     if run_id not in ("", before.get("base"), before.get("was")):  # the file is of another run
         before = {}
     cfg = with_environment(cfg, before=before.get("init"))
-    run_id = sweep_trial() or cfg.wandb_run_id or before.get("base") or run_id or new_run_id()
+    run_id = sweep_trial() or cfg.wandb_run_id or before.get("base") or run_id or secrets.token_hex(5)
     plan = plan_run(cfg.wandb_run_mode, cfg.wandb_rank_scope, run_id, info)
     if (cfg.wandb_mode == "online" and plan.run_id == before.get("init", {}).get("id")
             and plan.shared != before.get("shared", plan.shared)):
