@@ -170,8 +170,7 @@ def _open_shards(folder, seq_len, saved):
 
 
 def sliding_windows(n_targets, seq_len, stride):
-    """Yields (first input token, how many of its last targets count) of windows that together count each target once.
-    With a small stride, a list of them would take more memory than the text."""
+    """Yields (first input token, how many of its last targets count) of windows that count each target once."""
     done = min(seq_len, n_targets)
     yield 0, done
     while done < n_targets:

@@ -124,8 +124,7 @@ def train(cfg, world):
         return loss.detach()
 
     def train_step():
-        """One optimizer step of all ranks → (losses of this rank's micro-batches, gradient norm, whether the step was
-        taken), all on the device."""
+        """One step of all ranks → (losses of this rank's micro-batches, gradient norm, whether taken) on the device."""
         world.begin_step(state.step + 1)
         hardware.seed_step(cfg.optim.seed, state.step, world.rank, world.device)
         set_lr(optimizer, lr_at(state.step, cfg.optim))

@@ -290,8 +290,7 @@ def located(name):
 
 
 def download(args):
-    """Download config, summary, history, files and artifacts of a run, of those of all ranks of the run at a checkpoint
-    path, or of a sweep's runs, to a folder per run, and beside it what report.py reads."""
+    """Download a run, those of all ranks of a checkpoint path, or a sweep's: a folder each and what report.py reads."""
     api, path = located(args.run)
     if args.run.endswith(".pt"):
         targets = [run_path(facts["init"], api) for _, facts in memories(Path(args.run))]

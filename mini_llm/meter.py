@@ -152,8 +152,7 @@ class Meter:
 
     def load_state_dict(self, state):
         self.smoothed = dict(state["smoothed"])
-        # A resumed run may split the batch into micro-batches of another size: rescale the restored totals to it. If
-        # its intervals have another length, they belong to none of them.
+        # Rescaled to this run's micro-batches; not restored if its intervals have another length.
         share = state["batch_size"] / self.batch_size
         if state.get("log_steps", self.log_steps) == self.log_steps:
             self.restored = [state["loss_sum"] * share, state["micro_batches"] * share]

@@ -184,8 +184,7 @@ class StopSignal:
         return "--time-limit" if number == signal.SIGALRM else signal.Signals(number).name
 
     def agreed(self, overdue):
-        """Collective. → (signal to stop for, or 0; whether to save now; whether a save is overdue), each if it is so on
-        any rank. `overdue`: whether one is on this rank."""
+        """Collective. → (signal to stop for, or 0; whether to save now; whether a save is `overdue`), of any rank."""
         asked, self.save = self.save, False
         number, asked, overdue = self.world.max([self.received, asked, overdue])
         return number, bool(asked), bool(overdue)

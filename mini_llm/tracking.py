@@ -102,8 +102,7 @@ class _LogFile(logging.FileHandler):
 
 
 class Tracker:
-    """Sends each report to the console and to every sink. Ranks other than the main one have no console output, and
-    have sinks only if --wandb-run-mode makes them write to W&B."""
+    """Sends each report to the sinks and, on the main rank, the console; others have sinks only to write to W&B."""
 
     def __init__(self, cfg, world, state, epochs, amp, facts):
         """`cfg`: the whole configuration; `facts`: what to record with the run. `state` is read at each record, and
@@ -197,8 +196,8 @@ class Tracker:
             sink.log(step, record)
 
     def report(self, metrics):
-        """Log `metrics` (docs/metrics.md): numbers, one-element tensors, histograms. One console line, and a row in every
-        sink. Those under `rank/` are this rank's own, logged only where ranks write to W&B separately."""
+        """Log `metrics` (docs/metrics.md): numbers, one-element tensors, histograms. One console line, and a row in
+        each sink. Those under `rank/` are this rank's own, logged only where ranks write to W&B separately."""
         metrics = {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
         step = self.state.step
         metrics |= {"train/tokens": self.state.tokens, "train/epoch": self.epochs(self.state),
