@@ -126,8 +126,7 @@ def open_data(paths, text_column, seq_len, tokenizer, eos, saved, folder):
     require_hub(sources, "--data")
     if foreign := foreign_tokens(sources, saved["config"].get("tokenizer_name", ""),
                                  saved["identity"]["the tokenizer"]):
-        raise UserError(f"--data {foreign}: a token file of another tokenizer than the checkpoint's; give the text "
-                        f"itself")
+        raise UserError(f"--data {foreign}: a token file of another tokenizer; give the text itself")
     spans, n_bytes, left_out, changed = {}, {}, 0, False
     writer = ShardWriter(file := Path(folder) / "val.bin", id_count(tokenizer), eos, bytes(32))
     by_path = groupby(sources, lambda source: source.argument)

@@ -108,8 +108,7 @@ def export(path, output, dtype="float32"):
                     file.unlink(missing_ok=True)
             sync_path(output)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"--output {output}: {getattr(error, 'strerror', None) or error}; name a folder that can be "
-                        f"written") from None
+        raise UserError(f"--output {output}: {getattr(error, 'strerror', None) or error}; name another") from None
 
 
 def _require_same_model(model, twin, length, eos):

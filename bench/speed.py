@@ -29,13 +29,13 @@ def programs(bench, options, fast):
             found["nanoGPT, eager fp32"] = lambda steps: bench.nano(steps, False)
         found["nanoGPT, compile " + ("fp32" if cpu else "bf16")] = lambda steps: bench.nano(steps, True)
     if cpu:
-        found["HF Trainer, fp32"] = lambda steps: bench.trainer(steps)
+        found["HF Trainer, fp32"] = bench.trainer
     found[f"HF Trainer, {fast} + compile"] = lambda steps: bench.trainer(steps, *bf16, "--compile")
     if cpu and bf16:
         found["mini-llm, --no-amp"] = lambda steps: bench.ours(steps, "--no-amp")
     if cpu:
         found["mini-llm, --compile"] = lambda steps: bench.ours(steps, "--compile")
-    found["mini-llm, default"] = lambda steps: bench.ours(steps)
+    found["mini-llm, default"] = bench.ours
     return {name: make for name, make in found.items() if not options.only or any(o in name for o in options.only)}
 
 

@@ -86,8 +86,7 @@ class WandbConfig:
         if not re.fullmatch(r"[\w.-]{0,64}", final.wandb_run_id, re.ASCII):
             raise UserError(f"--wandb-run-id {final.wandb_run_id}: letters, digits, _ . and -, 64 at most")
         if final.wandb_project in ("runs", "sweeps"):
-            raise UserError(f"--wandb-project {final.wandb_project}: W&B reserves this word in its links; take another "
-                            f"name")
+            raise UserError(f"--wandb-project {final.wandb_project}: W&B reserves this word; take another")
         if not re.fullmatch(r"[^/\\#?%:]{1,128}", final.wandb_project):
             raise UserError(f"--wandb-project {final.wandb_project}: 128 characters at most, and none of / \\ # ? % :")
         for name, most in dict(wandb_run_name=128, wandb_group=128, wandb_job_type=64).items():  # the server's limits
