@@ -39,6 +39,12 @@ class Size:
     def tokens(self):
         return self.batch * self.context  # in one step
 
+    def model(self, vocab):
+        from model import GPT, GPTConfig
+
+        return GPT(GPTConfig(n_layers=self.layers, n_heads=self.heads, d_model=self.width, vocab_size=vocab,
+                             max_position_embeddings=self.context))
+
 
 SIZES = {
     "A": Size(4, 4, 128, 64, 12, 60, 1260),

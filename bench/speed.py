@@ -8,6 +8,7 @@ Our own reports must agree with it. Each round runs every program once, and rati
 the compiled Trainer run in bf16 where the device does it fast, and in fp32 where it does not.
 """
 
+import math
 import statistics
 import sys
 import tempfile
@@ -61,60 +62,67 @@ def matmul_peak(device, dtype):
     return best
 
 
+def measure(makers, options, size, folder, peaks, end):
+    """Run every program once a round, until about `end` → by name {round: tokens/s} and [peak MB], and our reports ÷
+    the first. Each round adds to `peaks`, dtype → FLOP/s of matrix products."""
+    speed, memory, agreement = {}, {}, []
+    longest = 0
+    for number, (name, make) in product(range(1, options.rounds + 1), makers.items()):
+        if name == next(iter(makers)):
+            for dtype, found in peaks.items():
+                found.append(matmul_peak(options.device, dtype))
+        start = time.perf_counter()
+        if start + longest > end:
+            print(f"{options.limit:g} s do not hold another run")
+            break
+        try:
+            rate, resident = timed(make, size)
+        except RuntimeError as error:  # the others' figures are worth having
+            print(f"round {number}, {name}: {error}", flush=True)
+            continue
+        longest = max(longest, time.perf_counter() - start)
+        print(f"round {number}, {name}: {rate:,.0f} tokens/s", flush=True)
+        speed.setdefault(name, {})[number] = rate
+        memory.setdefault(name, []).append(resident)
+        if name == "mini-llm, default":
+            agreement.append(reported(Path(folder), size) / rate)
+    return speed, memory, agreement
+
+
+def ratios(a, b):
+    """a ÷ b, of the rounds in which both have run to the end."""
+    both = [a[number] / b[number] for number in a.keys() & b.keys()]
+    return spread(both, ".2f") if both else ""
+
+
 def main():
     parser = benchmark_parser(__doc__, size="A", rounds=3)
     parser.add_argument("--text", type=Path, help="the text, by characters; none: Python's standard library, by BPE")
     parser.add_argument("--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT")
     parser.add_argument("--only", nargs="*", help="only programs whose names contain one of these")
     parser.add_argument("--batch", type=int, help="sequences in a step, in place of the size's own")
-    parser.add_argument("--limit", type=float, help="seconds; no run is begun that would end later, if it took as long "
-                                                    "as the longest so far")
+    parser.add_argument("--limit", type=float, default=math.inf,
+                        help="seconds; no run is begun that would end later, if it took as long as the longest so far")
     options = parser.parse_args()
-    began = time.perf_counter()
+    end = time.perf_counter() + options.limit
     size = SIZES[options.size]
     size.batch = options.batch or size.batch
 
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(folder, size, options.text, options.nanogpt, options.device)
         from mini_llm.hardware import SpeedConfig, choose_precision, peak_flops
-        from model import GPT, GPTConfig
 
         with torch.device("meta"):
-            flops = GPT(GPTConfig(n_layers=size.layers, n_heads=size.heads, d_model=size.width, vocab_size=bench.vocab,
-                                  max_position_embeddings=size.context)).flops_per_token(size.context)
+            flops = size.model(bench.vocab).flops_per_token(size.context)
         fast = choose_precision(SpeedConfig(), torch.device(options.device)).dtype or torch.float32
         makers = programs(bench, options, "bf16" if fast == torch.bfloat16 else "fp32")
-        speed, memory, agreement, peaks = {}, {}, [], {torch.float32: [], fast: []}
-        longest = 0
-        for number, (name, make) in product(range(1, options.rounds + 1), makers.items()):
-            if name == next(iter(makers)):
-                for dtype, found in peaks.items():
-                    found.append(matmul_peak(options.device, dtype))
-            start = time.perf_counter()
-            if options.limit and start - began + longest > options.limit:
-                print(f"{options.limit:g} s do not hold another run")
-                break
-            try:
-                rate, resident = timed(make, size)
-            except RuntimeError as error:  # the others' figures are worth having
-                print(f"round {number}, {name}: {error}", flush=True)
-                continue
-            longest = max(longest, time.perf_counter() - start)
-            print(f"round {number}, {name}: {rate:,.0f} tokens/s", flush=True)
-            speed.setdefault(name, {})[number] = rate
-            memory.setdefault(name, []).append(resident)
-            if name == "mini-llm, default":
-                agreement.append(reported(Path(folder), size) / rate)
+        peaks = {torch.float32: [], fast: []}
+        speed, memory, agreement = measure(makers, options, size, folder, peaks, end)
 
     if not speed:
         sys.exit("no program has run to its end")
     first, *_ = speed
     ours = speed.get("mini-llm, default", {})
-
-    def ratios(a, b):
-        """Of the rounds in which both have run to the end."""
-        both = [a[number] / b[number] for number in a.keys() & b.keys()]
-        return spread(both, ".2f") if both else ""
 
     print(f"size {options.size}: {size.layers} layers, {size.heads} heads, d {size.width}, T {size.context}, batch "
           f"{size.batch}, vocabulary {bench.vocab}; {len(speed[first])} rounds; {machine(options.device)}")

@@ -18,7 +18,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from mini_llm import hardware
 from mini_llm.hardware import SpeedConfig
-from model import GPT, GPTConfig
 from optim import OptimConfig, StepGuard, make_optimizer
 
 KINDS = {  # the first whose word is in the name of an operation, on a GPU of a kernel
@@ -44,8 +43,7 @@ def measure(name, options):
     device = hardware.choose_device(options.device)
     hardware.configure(cfg, device)
     precision = hardware.choose_precision(cfg, device)
-    model = GPT(GPTConfig(n_layers=size.layers, n_heads=size.heads, d_model=size.width, vocab_size=size.vocab or 65,
-                          max_position_embeddings=size.context)).to(device)
+    model = size.model(size.vocab or 65).to(device)
     optimizer = make_optimizer(model, OptimConfig(), device)
     guard = StepGuard(OptimConfig(), optimizer, precision.scaler(), device)
     fast = torch.compile(model) if hardware.should_compile(cfg, device) else model
