@@ -97,18 +97,23 @@ def export(path, output, dtype="float32"):
                     file.chmod((draft / "config.json").stat().st_mode & 0o777)
             _write_tokenizer(tokenizer_folder(path), tokenizer, model.cfg.max_position_embeddings, draft)
             (draft / "README.md").write_text(model_card(path, model, saved, n_tokens, dtype), "utf-8")
-            written = {file.name for file in draft.glob("[!.]*")}  # a ._NAME of macOS moves with its file
-            for name in written:
-                sync_path(draft / name)
-            make_folder(output)
-            for name in written:  # once all of them are complete
-                (draft / name).replace(output / name)
-            for file in output.iterdir():
-                if LOADED.fullmatch(file.name) and file.name not in written and file.is_file():
-                    file.unlink(missing_ok=True)
-            sync_path(output)
+            _move(draft, output)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--output {output}: {getattr(error, 'strerror', None) or error}; name another") from None
+
+
+def _move(draft, output):
+    """Move all files from one folder to another, once they are on the disk, and delete an earlier model's there."""
+    written = {file.name for file in draft.glob("[!.]*")}  # a ._NAME of macOS moves with its file
+    for name in written:
+        sync_path(draft / name)
+    make_folder(output)
+    for name in written:
+        (draft / name).replace(output / name)
+    for file in output.iterdir():
+        if LOADED.fullmatch(file.name) and file.name not in written and file.is_file():
+            file.unlink(missing_ok=True)
+    sync_path(output)
 
 
 def _require_same_model(model, twin, length, eos):

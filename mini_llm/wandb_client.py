@@ -69,8 +69,8 @@ def open_run(job, say, stop=None):
         return wandb.init(settings=wandb.Settings(**settings | other, stop_fn=stop), resume="allow", **init)
 
     try:
-        if job.shared and not job.primary:
-            await_run(job)
+        if job.shared and not job.primary and not awaited(lambda: is_there(job), job.init_timeout):
+            raise TimeoutError(f"the first process has not opened {job.init['project']}/{job.init['id']}")
         run = start()
     except Exception as error:  # the SDK raises its own errors and those of pydantic, protobuf and sockets
         if not job.live or job.shared or job.mode == "offline":
@@ -154,12 +154,6 @@ def is_there(job):
         api = wandb.Api(timeout=math.ceil(min(10, job.init_timeout)))
         return bool(api.run(run_path(job.init, api)))
     return False
-
-
-def await_run(job):
-    """In shared mode, wait until the primary process has opened the run. Raises TimeoutError."""
-    if not awaited(lambda: is_there(job), job.init_timeout):
-        raise TimeoutError(f"the first process has not opened {job.init['project']}/{job.init['id']}")
 
 
 def awaited(look, seconds, arrived=bool):
@@ -302,11 +296,6 @@ def records_before(path, offset):
         while file.tell() < offset and (line := file.readline()):
             if head := RECORD_HEAD.match(line):
                 yield head, line
-
-
-def samples_before(path, offset):
-    """The sample records in the first `offset` bytes of a metrics.jsonl."""
-    return [json.loads(line) for head, line in records_before(path, offset) if head["event"] == b"sample"]
 
 
 def reports_before(path, offset, after, step):

@@ -21,8 +21,8 @@ from mini_llm.wandb_client import (
     leave,
     offline_folder,
     open_run,
+    records_before,
     reports_before,
-    samples_before,
 )
 from mini_llm.wandb_errors import Relay, with_advice
 from mini_llm.wandb_runs import Job
@@ -77,7 +77,8 @@ class Follower:
         with only_one(self.job.lock, self.job.finish_timeout):
             with self._patience():
                 run = open_run(self.job, self.say, stop=lambda: self.stop())  # a lambda: the SDK copies a method's self
-            publisher = Publisher(run, self.job, self.say, samples_before(*self.job.rows))
+            samples = [json.loads(line) for head, line in records_before(*self.job.rows) if head["event"] == b"sample"]
+            publisher = Publisher(run, self.job, self.say, samples)
             publisher.publish(self._unsent(run))
             delivery = Delivery(run, self.job, self.say)
             last = False
