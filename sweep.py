@@ -162,8 +162,7 @@ def wait_for(agents):
 
 
 def shares(agents):
-    """The GPUs of each agent: an equal number, or if there are fewer GPUs than agents, one that several agents share.
-    [] leaves the choice to CUDA: of a single agent, and without GPUs."""
+    """Each agent's GPUs: an equal number, or one that several share; []: CUDA's choice, of one agent or no GPUs."""
     if agents == 1:
         return [[]]
     import torch

@@ -160,8 +160,7 @@ def memory_files(path):
 
 
 def renamed(facts, run_id, project):
-    """The `facts` of a .wandb.json file with another id and project, if they are given. The ids and groups of several
-    ranks' runs begin with the id; `was` is the one that the checkpoint still has."""
+    """The `facts` of a .wandb.json file with a new id and project, if given; `was`: the id that the checkpoint has."""
     if not run_id:
         return facts
     init = facts["init"] | (dict(project=project) if project else {})

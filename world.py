@@ -43,8 +43,7 @@ class World:
         hardware.configure(cfg.speed, self.device, cfg.model.dropout, cfg.model.use_activation_checkpoint)
 
     def place(self, make, draw):
-        """Collective. Calls `make(draw)` for the model and puts it on the device: all of it, or this rank's shard.
-        `draw`: whether it needs initial weights, and is not loaded."""
+        """Collective. Puts the model `make(draw)`, or this rank's shard, on the device; `draw`: with new weights."""
         return make(draw).to(self.device)
 
     def wrap(self, model):

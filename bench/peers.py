@@ -145,8 +145,7 @@ def run(where, command, on_line=None, seconds=None):
 
 
 def peak_resident_mb(pid):
-    """The most memory that a process has had resident so far; None where that cannot be read. Not its ru_maxrss, which
-    begins with what the process that started it has."""
+    """A process's peak so far; None if it cannot be read. Not its ru_maxrss, which begins with its parent's memory."""
     with contextlib.suppress(OSError):  # gone, or not Linux
         found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
         return found and int(found[1]) / 1024

@@ -68,8 +68,7 @@ def comparable(runs):
 
 
 def panels(runs, x="step"):
-    """The panels for which any run has values over `x`. Each validation source has its own; bits per byte are one only
-    if losses per token are not comparable: else it is the same curve."""
+    """The panels that have values over `x`, one per validation source; bits per byte only if losses do not compare."""
     sources = dict.fromkeys(metric.removeprefix("val/loss/") for run in runs for row in run.rows for metric in row
                             if metric.startswith("val/loss/"))
     names = ["val_" + "".join(c if c.isalnum() else "_" for c in source) for source in sources]
@@ -251,8 +250,7 @@ def _label_log(axis, values):
 
 
 def terminal_plot(panel, runs, x, smooth, width, height, color):
-    """The lines of a text plot of `width` characters. Curves are drawn in braille. Points are ● if there is one run,
-    else the run's letter, which also marks the end of its curve."""
+    """The lines of a text plot: curves in braille, points as ● or, of several runs, as each curve's letter."""
     (label, scale), several = axis(runs, x), len(runs) > 1
     curves = list(_curves(panel, runs, x, scale, smooth))
     values = [value for *_, ys in curves for value in ys]

@@ -56,8 +56,7 @@ def kill(pids):
 
 
 def stop_when_orphaned(generations):
-    """Send this process SIGTERM (save and exit) once any of its nearest `generations` ancestors is gone. Otherwise,
-    torchrun's ranks and the trials of a sweep would keep running after their launcher was killed."""
+    """Send this process SIGTERM (save and exit) once one of its nearest `generations` ancestors (launchers) is gone."""
 
     def ancestors():
         found = [os.getppid()]

@@ -71,8 +71,7 @@ class TrackingConfig:
 
 
 def setup_logging(is_main):
-    """Send all modules' messages to stdout, from the main rank only, without disturbing the progress bar. They are also
-    buffered for the log file, which is opened only once it is known that there is something to train."""
+    """Send all messages to stdout, from the main rank only, and buffer them for the log file, which is opened later."""
     print_any_character()  # there may be any in a sample
     console = _ConsoleHandler()
     console.setFormatter(_Formatter())

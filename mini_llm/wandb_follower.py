@@ -109,8 +109,8 @@ class Follower:
             import_wandb().teardown()  # waits for that process, which may still be writing its file
 
     def _unsent(self, run):
-        """Reports of earlier starts that the server lacks: later than its last or, if the clock was set back since, of
-        a later step."""
+        """Reports of earlier starts that did not reach the server: those later than the last that it has, or of a
+        later step, if the clock has been set back since."""
         last, step = run.summary.get("_timestamp", 0), run.summary.get("step", 0)
         # The last row of a shared run may be another rank's.
         if run.offline or self.job.shared or not all(isinstance(value, int | float) for value in (last, step)):

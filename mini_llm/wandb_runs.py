@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import secrets
+import string
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -198,6 +199,10 @@ def sweep_trial(environ=os.environ):
     return environ.get("WANDB_RUN_ID", "") if environ.get("WANDB_SWEEP_ID") else ""
 
 
+def new_run_id():
+    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
+
+
 def resolve_run(cfg, memory, resumes, run_id, info):
     """→ `cfg` with its unset fields filled in, and the id that all run ids of this training derive from. A start that
     `resumes` goes on with the run that `remember` has kept in `memory`. `run_id`: the checkpoint's, or ""; `info`: the
@@ -209,7 +214,7 @@ def resolve_run(cfg, memory, resumes, run_id, info):
     if run_id not in ("", before.get("base"), before.get("was")):  # the file is of another run
         before = {}
     cfg = with_environment(cfg, before=before.get("init"))
-    run_id = sweep_trial() or cfg.wandb_run_id or before.get("base") or run_id or secrets.token_hex(5)
+    run_id = sweep_trial() or cfg.wandb_run_id or before.get("base") or run_id or new_run_id()
     plan = plan_run(cfg.wandb_run_mode, cfg.wandb_rank_scope, run_id, info)
     if (cfg.wandb_mode == "online" and plan.run_id == before.get("init", {}).get("id")
             and plan.shared != before.get("shared", plan.shared)):
@@ -250,8 +255,7 @@ IDENTITY = ("shared", "primary", "label", "sweep", "host", "program")  # of a Jo
 
 
 def remember(path, base, job, sent):
-    """Store this run's identity in `path`, for resuming after a kill and for `wandb_tools.py sync`. `sent`: the
-    arguments of wandb.init that the server last had from it."""
+    """Store this run's identity in `path`, to resume and to sync it. `sent`: the `init` that the server has."""
     before = recalled(path)
     # As long as no checkpoint with the new id has been saved, a resume needs `was` (see `resolve_run`).
     was = dict(was=before["was"]) if before.get("base") == base and "was" in before else {}
