@@ -81,8 +81,7 @@ class EvaluateConfig:
     stride: int = arg(0, "tokens between windows that overlap: after the first window each token is predicted from "
                          "at least --seq-len - --stride before it; 0: windows that do not overlap, as in training",
                       ge=0)
-    eval_tokens: int = arg(0, "evaluate on about N tokens, evenly spread, as a run's --eval-tokens does; 0: all",
-                           ge=0)
+    eval_tokens: int = arg(0, "evaluate on about N tokens, evenly spread, as a run's --eval-tokens does; 0: all", ge=0)
     batch_size: int = arg(8, "windows computed at once", ge=1)
     json: bool = arg(False, "print one JSON object instead")
 

@@ -94,9 +94,8 @@ def lr_at(step, cfg):
 
 
 def make_optimizer(model, cfg, device, matmul_dtype=None, orthogonalizer=None):
-    """Fused AdamW (Loshchilov & Hutter 2019), with weight decay on matrices, not on biases and norms. With `--optimizer
-    muon`, Muon updates the matrices inside the blocks; they are orthogonalized by `orthogonalizer`
-    (World.orthogonalize, which shares the work among the ranks), in bf16 if `matmul_dtype` is bf16."""
+    """Fused AdamW (Loshchilov & Hutter 2019), with weight decay on matrices only. With `--optimizer muon`, Muon updates
+    those in the blocks; `orthogonalizer`, World.orthogonalize, computes in bf16 if that is `matmul_dtype`."""
 
     def is_hidden(name, p):
         return cfg.optimizer == "muon" and name.startswith("blocks.") and p.ndim == 2
@@ -124,11 +123,9 @@ def set_lr(optimizer, lr):
 
 class StepGuard:
     """Takes the optimizer step, or skips it if the gradient is NaN or infinite or, with --skip-loss-spikes, its norm is
-    far above recent ones. The loss spikes one step after the gradient norm, so the norm is tested (as in OLMo 2).
-
-    The decision stays on the device: the fused kernels and Muon read a flag, `found_inf`, as every optimizer with a
-    fused group must, and the host waits only in fp16, for the scale. The norm is that of the all-reduced gradient, so
-    all ranks decide alike."""
+    far above recent ones. The loss spikes one step after the gradient norm, so the norm is tested (as in OLMo 2); all
+    ranks decide alike, as it is that of the all-reduced gradient. The decision stays on the device: the fused kernels
+    and Muon read a flag, `found_inf`, as optimizers with a fused group must. In fp16 the host waits for the scale."""
 
     WINDOW, MIN_NORMS = 128, 32  # norms in the window; how many it must hold before steps can be skipped as spikes
 

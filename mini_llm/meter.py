@@ -18,8 +18,7 @@ SMOOTHED = {"loss": "train/loss", "tokens_per_sec": "global_tokens_per_sec", "mf
 
 class Meter:
     """Accumulates what is measured between two reports. `add` reads nothing back from the device; a report synchronizes
-    with it and reduces over the ranks. The training clock is paused in `excluded(...)`, and starts after the first
-    step: until then kernels are compiled and memory is allocated."""
+    with it and reduces over the ranks. The training clock stops in `excluded` and starts after the first, slow step."""
 
     def __init__(self, world, flops_per_token, peak_flops, watch="none", batch_size=1, log_steps=1):
         """`batch_size`: sequences per micro-batch; `log_steps`: steps in an interval."""

@@ -282,8 +282,7 @@ def terminal_plot(panel, runs, x, smooth, width, height, color):
     label += ", log scale" if panel.log_x else ""
     first, last = ticks((left, right))
     ends = f"{first:<{max(0, columns - len(label)) // 2}}{label}"
-    return [*out, f"{'':{margin - 1}}└{'─' * columns}",
-            f"{'':{margin}}{ends}{last:>{max(0, columns - len(ends))}}"]
+    return [*out, f"{'':{margin - 1}}└{'─' * columns}", f"{'':{margin}}{ends}{last:>{max(0, columns - len(ends))}}"]
 
 
 def _curves(panel, runs, x, scale, smooth):

@@ -35,9 +35,8 @@ class WandbSink:
     """Starts the follower process at the first report and, at the end, waits for it: only `close` waits for W&B."""
 
     def __init__(self, cfg, plan, beside, tag, config, rows, console, toml):
-        """`cfg`: WandbConfig with the environment applied. `plan`: this process's RunPlan. `beside(suffix)` names the
-        run's files; `tag` in a name marks this rank's own. `config`: what is logged as the run's config. `toml`: text
-        of its .config.toml file. `rows`, `console`: (path, byte offset) from which the follower reads."""
+        """`cfg`: WandbConfig with the environment applied. `beside(suffix)` names the run's files, with `tag` in it
+        this rank's. `toml`: text of .config.toml. `rows`, `console`: (path, byte offset) from which to read."""
         base = config["wandb_run_id"]
         ending = plan.run_id[len(base):]
         name = cfg.wandb_run_name[:128 - len(ending)] + ending if cfg.wandb_run_name else None  # 128: W&B's limit
