@@ -94,7 +94,7 @@ class Meter:
         return [now + before for now, before in zip(self.world.sum(mine), self.restored, strict=True)]
 
     def report(self, ends_interval=True):
-        """The metrics since the last report, on every rank. Collective. A run's last report may not end an interval: a
+        """The metrics since the last report, on every rank. Collective. A run's last report need not end an interval: a
         run resumed from there, with a larger --num-steps, reports the loss of the whole interval."""
         loss_sum, count = self.totals()
         synchronize(self.world.device)

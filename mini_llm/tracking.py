@@ -65,7 +65,7 @@ class TrackingConfig:
     def validate(self):
         folder = os.path.dirname(os.path.abspath(self.heartbeat_file))
         if self.heartbeat_file and (os.path.isdir(self.heartbeat_file) or not os.access(folder, os.W_OK)):
-            raise UserError(f"--heartbeat-file {self.heartbeat_file}: cannot be written; name a file that can")
+            raise UserError(f"--heartbeat-file {self.heartbeat_file}: cannot be written; name one that can be")
         if self.use_tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise UserError("--use-tensorboard: the tensorboard package is missing: pip install tensorboard")
 
