@@ -99,7 +99,8 @@ def export(path, output, dtype="float32"):
             (draft / "README.md").write_text(model_card(path, model, saved, n_tokens, dtype), "utf-8")
             _move(draft, output)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"--output {output}: {getattr(error, 'strerror', None) or error}; name another") from None
+        raise UserError(f"--output {output}: {getattr(error, 'strerror', None) or error}; name a folder that can be "
+                        f"written") from None
 
 
 def _move(draft, output):
