@@ -69,7 +69,8 @@ class OptimConfig:
         num_steps = max(1, steps) if sequences else self.num_steps
         if num_steps > 10**9:
             given = f"epochs {self.num_epochs:g}" if self.num_epochs else f"tokens {self.num_tokens:g}"
-            raise UserError(f"--num-{given}: {num_steps:,} steps, above 1,000,000,000; lower it, or raise --batch-size")
+            raise UserError(f"--num-{given}: {num_steps:,} steps, of which a run has 1,000,000,000 at most; lower it, "
+                            f"or raise --batch-size")
         return replace(self, num_steps=num_steps, num_tokens=0.0, num_epochs=0.0)
 
 
